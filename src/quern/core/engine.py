@@ -1,0 +1,35 @@
+"""What evaluation and serving see of an engine: two small protocols, whatever runs behind them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Session(Protocol):
+    """One sequence with its key/value cache."""
+
+    def feed(self, ids: list[int]) -> torch.Tensor:
+        """Append tokens (a whole prompt or one token) and return the last position's logits, float32 ``(vocabulary,)``."""
+        ...
+
+
+class LoadedModel(Protocol):
+    """Packed weights ready to run."""
+
+    vocabulary_size: int
+    maximum_length: int
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits float32 ``(batch, time, vocabulary)`` for int64 ``(batch, time)``, without a cache."""
+        ...
+
+    def start(self) -> Session:
+        """An empty session."""
+        ...
+
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that decoding one token must read (an embedding row, not the whole embedding, unless tied)."""
+        ...

@@ -1,0 +1,47 @@
+"""How long jobs tell what they are doing, without knowing who listens (the command line draws bars, tests listen to nothing)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One bar."""
+
+    def advance(self, steps: float = 1) -> None:
+        """So many steps more are done."""
+        ...
+
+    def done(self) -> None:
+        """The task is finished; its bar may go."""
+        ...
+
+
+class Progress(Protocol):
+    """Whoever listens."""
+
+    def task(self, description: str, total: float) -> Task:
+        """A new bar of ``total`` steps."""
+        ...
+
+    def log(self, message: str) -> None:
+        """A line for the person watching."""
+        ...
+
+
+class _SilentTask:
+    def advance(self, steps: float = 1) -> None:
+        pass
+
+    def done(self) -> None:
+        pass
+
+
+class Silent:
+    """Listens to nothing."""
+
+    def task(self, description: str, total: float) -> Task:
+        return _SilentTask()
+
+    def log(self, message: str) -> None:
+        pass

@@ -1,0 +1,149 @@
+"""The rows that a comparison writes and that the report and the recommendation read: ``results.json``.
+
+Documented in ``docs/results.md``. Every number is measured; what was not measured is null.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from quern.core.errors import BadFileError
+
+METRICS_VERSION = 1
+"""Rules of measuring. 1: as docs/results.md describes them."""
+
+Scenario = Literal["storage", "speed", "balanced"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Spread(_Strict):
+    """Median, least and greatest of the interleaved rounds of one timing."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+class LayerError(_Strict):
+    """What rounding cost one linear."""
+
+    linear: str
+    bits_per_weight: float
+    relative_error: float
+    """Weighted squared output error over the weighted squared output, tr(E H E^T) / tr(W H W^T); H the (token-weighted) Hessian."""
+
+
+class Row(_Strict):
+    """One contender: an artifact or the unquantized reference, measured."""
+
+    name: str
+    recipe: dict[str, Any] | None
+    """Null for the unquantized reference."""
+    artifact_sha256: str | None
+    bytes: int
+    bits_per_weight: float
+    compression: float
+    """1 - bytes / bytes of the bf16 checkpoint."""
+    kl_mean: float | None
+    kl_ci95: tuple[float, float] | None
+    kl_noise_floor: float | None
+    perplexity: float | None
+    top1_agreement: float | None
+    choice_accuracy: float | None
+    choice_difference: float | None = None
+    """Accuracy minus the reference's on the same items (paired)."""
+    choice_difference_ci95: tuple[float, float] | None = None
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    decode_limit_fraction: float | None
+    """Bytes read for one token x decode tokens/s / measured read bandwidth."""
+    prefill_limit_fraction: float | None = None
+    time_to_first_token_s: float | None
+    speed_spread: dict[str, Spread] | None = None
+    """Keys: prefill_tokens_per_s, decode_tokens_per_s, time_to_first_token_s."""
+    peak_rss_bytes: int | None
+    energy_joules_per_token: float | None
+    quantize_seconds: float | None
+    engine: str = "reference"
+    layers: list[LayerError] = []
+    notes: list[str] = []
+
+
+class Model(_Strict):
+    """The checkpoint that was quantized."""
+
+    path: str
+    sha256: str
+    parameters: int
+    architecture: str = ""
+    bf16_bytes: int = 0
+
+
+class TextSource(_Strict):
+    """A text that was scored."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+class Excluded(_Strict):
+    """A row that is not recommended and why."""
+
+    name: str
+    reason: str
+
+
+class Ranked(_Strict):
+    """A row in the order of preference and why it stands there."""
+
+    name: str
+    score: float
+    reason: str
+
+
+class Recommendation(_Strict):
+    """Which row to use."""
+
+    scenario: Scenario
+    choice: str | None
+    """Null when no row meets the constraints."""
+    reasons: list[str]
+    excluded: list[Excluded]
+    ranking: list[Ranked] = []
+
+
+class Results(_Strict):
+    """The whole of ``results.json``."""
+
+    metrics_version: int
+    created: str
+    """UTC, ISO 8601."""
+    quern_version: str
+    model: Model
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+    texts: list[TextSource]
+    seed: int
+    rows: list[Row]
+    recommendation: Recommendation
+
+
+def load_results(path: str | Path) -> Results:
+    """Read and check a ``results.json``. Raises ``BadFileError``."""
+    try:
+        return Results.model_validate_json(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFileError(path, f"cannot be read: {error}", "Give the results.json that `quern compare` wrote") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise BadFileError(path, f"is not a results file of this version ({where}: {first['msg']})",
+                           "Give the results.json that `quern compare` wrote") from None
