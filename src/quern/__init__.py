@@ -1,3 +1,68 @@
-"""quern: quantize large language models, measure what it cost, learn which result to use."""
+"""quern: quantize large language models, measure what it cost, learn which result to use.
+
+The functions of the command line, for Python. They are imported when first used: ``import quern`` loads neither torch
+nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from quern.engines import _hook
+
+if TYPE_CHECKING:
+    from quern.advisor.hardware import probe
+    from quern.advisor.recommend import recommend
+    from quern.core.recipe import Recipe, load_recipe
+    from quern.core.results import load_results
+    from quern.pipeline.compare import compare
+    from quern.pipeline.evaluate import evaluate
+    from quern.pipeline.generate import generate
+    from quern.pipeline.inspect import inspect
+    from quern.pipeline.quantize import quantize
+    from quern.report.html import write_report
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Recipe",
+    "__version__",
+    "compare",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load_recipe",
+    "load_results",
+    "probe",
+    "quantize",
+    "recommend",
+    "write_report",
+]
+
+_HOMES = {
+    "Recipe": "quern.core.recipe",
+    "compare": "quern.pipeline.compare",
+    "evaluate": "quern.pipeline.evaluate",
+    "generate": "quern.pipeline.generate",
+    "inspect": "quern.pipeline.inspect",
+    "load_recipe": "quern.core.recipe",
+    "load_results": "quern.core.results",
+    "probe": "quern.advisor.hardware",
+    "quantize": "quern.pipeline.quantize",
+    "recommend": "quern.advisor.recommend",
+    "write_report": "quern.report.html",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quern' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value: object = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_hook.install()

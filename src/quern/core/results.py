@@ -6,9 +6,9 @@ Documented in ``docs/results.md``. Every number is measured; what was not measur
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quern.core.errors import BadFileError
 
@@ -47,9 +47,9 @@ class Row(_Strict):
     recipe: dict[str, Any] | None
     """Null for the unquantized reference."""
     artifact_sha256: str | None
-    bytes: int
+    bytes: Annotated[int, Field(gt=0)]
     bits_per_weight: float
-    compression: float
+    compression: Annotated[float, Field(lt=1)]
     """1 - bytes / bytes of the bf16 checkpoint."""
     kl_mean: float | None
     kl_ci95: tuple[float, float] | None

@@ -1,0 +1,47 @@
+"""Measured numbers as people read them: units chosen by size, three significant digits."""
+
+from __future__ import annotations
+
+_DECIMAL_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """``value`` to ``digits`` significant digits without an exponent: 1234 -> "1234", 0.01234 -> "0.0123"."""
+    if value == 0:
+        return "0"
+    text = f"{value:.{digits}g}"
+    if "e" not in text:
+        return text
+    return f"{float(text):.0f}" if abs(value) >= 1 else f"{float(text):.12f}".rstrip("0")
+
+
+def bytes_text(count: float) -> str:
+    """``count`` bytes in powers of 1000, as file managers and disk vendors count: 29000000000 -> "29 GB"."""
+    scaled = float(count)
+    for unit in _DECIMAL_UNITS:
+        if abs(scaled) < 999.5 or unit == _DECIMAL_UNITS[-1]:
+            break
+        scaled /= 1000
+    return f"{significant(scaled)} {unit}"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration: 0.0312 -> "31.2 ms", 95 -> "1 min 35 s", 4000 -> "1 h 6 min"."""
+    if seconds < 1:
+        return f"{significant(seconds * 1000)} ms"
+    if seconds < 60:
+        return f"{significant(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def percent_text(fraction: float) -> str:
+    """``fraction`` of 1 in percent with one decimal: 0.804 -> "80.4 %"."""
+    return f"{100 * fraction:.1f} %"
+
+
+def signed(value: float) -> str:
+    """``value`` with its sign and two decimals, never "-0.00": 1.456 -> "+1.46"."""
+    return f"{round(value, 2) + 0.0:+.2f}"

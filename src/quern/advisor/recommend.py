@@ -1,0 +1,115 @@
+"""Which of the measured rows to use, for a scenario and under constraints, with the reason for every place.
+
+Scenarios:
+
+- ``storage``: many copies or little memory. Score = 2/3 size gain - 1/3 loss.
+- ``speed``: real-time translation, voice, customer service. Score = 2/3 speed gain - 1/3 loss.
+- ``balanced``: all three alike. Score = 1/3 size gain + 1/3 speed gain - 1/3 loss.
+
+Size gain is in halvings of bytes against the bf16 checkpoint; speed gain is the mean of the doublings of decode speed
+and of 1 / time to first token against the unquantized model; loss is in halvings of an unquantized model that would
+lose as much (``quern.advisor.scoring`` says how). The unquantized model scores 0.
+
+Before rows are scored, those are excluded that miss a constraint; that, unless a largest loss is given, lose more than
+an unquantized model of their size would (the default ceiling: what is small but broken cannot win); that lack a number
+which the scenario weighs; and that another row dominates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+from quern.advisor.constraints import Constraints, Miss
+from quern.advisor.scoring import WEIGHTS, Scored, Weights, Yardstick, dominators, pareto_front
+from quern.advisor.wording import choice_reasons, dominated_text, nothing_text, place_text
+from quern.core.errors import UserError
+from quern.core.results import Excluded, Ranked, Recommendation, Results, Row, Scenario
+
+__all__ = ["pareto_front", "recommend"]
+
+
+def recommend(
+    results_or_rows: Results | Sequence[Row],
+    scenario: Scenario,
+    *,
+    max_size: int | None = None,
+    max_loss: float | None = None,
+    min_speed: float | None = None,
+) -> Recommendation:
+    """Rank the measured rows for ``scenario`` and choose the first.
+
+    The unquantized reference takes part like any other row, with a loss of 0. Only numbers of the rows are used;
+    a number that no row has does not count.
+
+    Args:
+        results_or_rows: What ``quern compare`` wrote, or its rows (at least one).
+        scenario: ``storage``, ``speed`` or ``balanced``.
+        max_size: Largest size on disk in bytes.
+        max_loss: Largest mean KL divergence in nats a token; it takes the place of the default ceiling.
+        min_speed: Least decode speed in tokens/s.
+
+    Returns:
+        Every row either in ``ranking``, best first, or in ``excluded``, both with the reason. ``choice`` is None when
+        nothing is left; ``reasons`` then names the row that comes nearest and by how much it misses.
+
+    Raises:
+        UserError: No rows, an unknown scenario, or a limit that is not a positive finite number.
+    """
+    rows = list(results_or_rows.rows if isinstance(results_or_rows, Results) else results_or_rows)
+    if not rows:
+        raise UserError("there is nothing to recommend: the results hold no rows; run `quern compare` first")
+    if scenario not in WEIGHTS:
+        raise UserError(f"unknown scenario {scenario!r}; known ones: {', '.join(get_args(Scenario))}")
+    constraints = Constraints(max_size, max_loss, min_speed)
+    yardstick, weights = Yardstick.of(rows), WEIGHTS[scenario]
+
+    refused: dict[int, str] = {}
+    misses: dict[int, list[Miss]] = {}
+    scored: dict[int, Scored] = {}
+    for place, row in enumerate(rows):
+        if missed := list(constraints.misses(row, yardstick)):
+            misses[place] = missed
+            refused[place] = "; ".join(miss.text for miss in missed)
+        elif isinstance(outcome := _score(row, weights, yardstick), str):
+            refused[place] = outcome
+        else:
+            scored[place] = outcome
+    places = list(scored)
+    counts_first_token = weights.speed > 0
+    for loser, winner in dominators([rows[place] for place in places], first_token=counts_first_token).items():
+        refused[places[loser]] = dominated_text(
+            scored.pop(places[loser]).row, rows[places[winner]], first_token=counts_first_token
+        )
+    ranking = sorted(scored.values(), key=lambda entry: (-entry.score, entry.loss, entry.row.bytes, entry.row.name))
+    if ranking:
+        reasons = choice_reasons(ranking, scenario, weights, constraints, yardstick)
+    else:
+        reasons = [nothing_text(rows, misses, constraints, refused)]
+    return Recommendation(
+        scenario=scenario,
+        choice=ranking[0].row.name if ranking else None,
+        reasons=reasons,
+        excluded=[Excluded(name=rows[place].name, reason=refused[place]) for place in sorted(refused)],
+        ranking=[
+            Ranked(name=entry.row.name, score=entry.score, reason=place_text(place, ranking, weights, yardstick))
+            for place, entry in enumerate(ranking)
+        ],
+    )
+
+
+def _score(row: Row, weights: Weights, yardstick: Yardstick) -> Scored | str:
+    """The row with its score, or what it lacks."""
+    loss = yardstick.loss_cost(row)
+    if loss is None:
+        if row.kl_mean is None:
+            return "KL was not measured, so its loss is unknown"
+        return "no perplexity was measured, so its KL cannot be weighed"
+    speed = yardstick.speed_gain(row)
+    if speed is None and weights.speed > 0:
+        measured_elsewhere = yardstick.decode is not None or yardstick.first_token is not None
+        if measured_elsewhere or weights.size == 0:
+            return "its speed was not measured"
+    size = yardstick.size_gain(row)
+    total = weights.size * size + weights.speed * (speed or 0.0) - weights.loss * loss
+    return Scored(row, size, speed, loss, total)

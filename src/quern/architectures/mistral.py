@@ -1,0 +1,15 @@
+"""Mistral 7B and its kin."""
+
+from __future__ import annotations
+
+from quern.architectures._decoder import GatedDecoder
+from quern.architectures.base import ARCHITECTURES
+
+
+@ARCHITECTURES.add("mistral")
+class Mistral(GatedDecoder):
+    """transformers' ``mistral``."""
+
+    model_type = "mistral"
+    module = "transformers.models.mistral.modeling_mistral"
+    class_prefix = "Mistral"

@@ -1,0 +1,15 @@
+"""Qwen 3 (dense): RMSNorm on every head of q and k."""
+
+from __future__ import annotations
+
+from quern.architectures._decoder import GatedDecoder
+from quern.architectures.base import ARCHITECTURES
+
+
+@ARCHITECTURES.add("qwen3")
+class Qwen3(GatedDecoder):
+    """transformers' ``qwen3``."""
+
+    model_type = "qwen3"
+    module = "transformers.models.qwen3.modeling_qwen3"
+    class_prefix = "Qwen3"

@@ -1,0 +1,220 @@
+"""A checkpoint: the configuration and the lazily read weights of one model, whatever it lies in.
+
+MODEL is a Hugging Face folder, a Hub id (``hub.py``) or a GGUF file (``gguf_file.py``). Nothing here runs code from a
+checkpoint: only JSON, safetensors and GGUF are read, pickles are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from quern.checkpoint.files import sha256_into
+from quern.checkpoint.folder import CONFIG, INDEX, PICKLES, open_folder, pickle_refused
+from quern.checkpoint.hub import download, is_hub_id
+from quern.checkpoint.safetensors_file import TensorInfo
+from quern.checkpoint.tokenizer import tokenizer_files
+from quern.core.errors import BadFileError, UserError
+from quern.core.progress import Progress, Silent
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
+_SHOWN = 5
+_CHUNK = 1 << 22
+_ALLOWED = (
+    "Give a Hugging Face folder (config.json and *.safetensors), a Hub id such as Qwen/Qwen2.5-0.5B, or a .gguf file"
+)
+
+
+class TensorSource(Protocol):
+    """Where the tensors of a checkpoint come from."""
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """Files that hold tensors, sorted by name."""
+        ...
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor's dtype and shape as ``read`` returns it, and its place in its file."""
+        ...
+
+    def place(self, name: str) -> Path:
+        """The file that holds a tensor, between its info's ``begin`` and ``end``."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in fresh memory on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model's configuration and weights. Tensors are read when asked for and not kept."""
+
+    path: Path
+    """The folder or the GGUF file."""
+    config: dict[str, Any]
+    """What ``config.json`` says (or what a GGUF's metadata amounts to)."""
+    source: TensorSource
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name, for instance ``qwen2``."""
+        return str(self.config["model_type"])
+
+    def names(self) -> list[str]:
+        """Names of all stored tensors, sorted."""
+        return sorted(self.source.infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor. Raises ``BadFileError`` for one that the checkpoint lacks."""
+        if name not in self.source.infos:
+            raise BadFileError(self.path, f"has no tensor {name!r}", "Check that config.json belongs to these weights")
+        return self.source.infos[name]
+
+    def read(self, name: str, *, finite: bool = False) -> torch.Tensor:
+        """The tensor called ``name``, as stored, in fresh memory on the CPU.
+
+        With ``finite`` a tensor that holds NaN or infinity is refused. Raises ``BadFileError``.
+        """
+        self.info(name)
+        tensor = self.source.read(name)
+        if finite and (count := count_non_finite(tensor)):
+            raise BadFileError(
+                self.source.place(name),
+                f"tensor {name!r} holds {count} NaN or infinite values among {tensor.numel()}",
+                "The weights are damaged or overflowed their dtype; get the checkpoint again",
+            )
+        return tensor
+
+    @cached_property
+    def parameters(self) -> int:
+        """Stored numbers; a head that is tied to the embedding counts once even where it is stored twice."""
+        return sum(info.elements for name, info in self.source.infos.items() if not self._repeats_embedding(name))
+
+    def _repeats_embedding(self, name: str) -> bool:
+        return self.config.get("tie_word_embeddings") is True and name == HEAD and EMBEDDING in self.source.infos
+
+    def _head_is_embedding(self) -> bool:
+        head, embedding = self.info(HEAD), self.info(EMBEDDING)
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+            return False
+        return self._stored_sha256(HEAD) == self._stored_sha256(EMBEDDING)
+
+    def _stored_sha256(self, name: str) -> str:
+        info, digest = self.source.infos[name], hashlib.sha256()
+        sha256_into(digest, self.source.place(name), begin=info.begin, end=info.end)
+        return digest.hexdigest()
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """Files that make up the checkpoint: configuration, weights and tokenizer."""
+        if self.path.is_file():
+            return (self.path,)
+        extra = [self.path / name for name in (CONFIG, INDEX) if (self.path / name).is_file()]
+        return tuple(sorted({*extra, *self.source.weight_files, *tokenizer_files(self.path)}))
+
+    @cached_property
+    def bf16_bytes(self) -> int:
+        """Bytes of all ``files`` if each parameter took two bytes: the size that compression is measured against."""
+        sizes = sum(path.stat().st_size for path in self.files)
+        tensors = sum(info.stored_bytes for info in self.source.infos.values())
+        return sizes - tensors + 2 * self.parameters
+
+    def sha256(self, progress: Progress | None = None) -> str:
+        """Hexadecimal SHA-256 over name, size and bytes of the configuration and each weight file, sorted by name."""
+        config = [] if self.path.is_file() else [self.path / CONFIG]
+        paths = sorted({*config, *self.source.weight_files})
+        task = (progress or Silent()).task("hashing the checkpoint", sum(path.stat().st_size for path in paths))
+        digest = hashlib.sha256()
+        for path in paths:
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            sha256_into(digest, path, advance=task.advance)
+        task.done()
+        return digest.hexdigest()
+
+    def validate(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare names and shapes with what the configuration calls for. Raises ``UserError`` or ``BadFileError``.
+
+        Two kinds of extra tensors are let pass: old checkpoints' rotary frequencies, which models compute themselves,
+        and a tied head that is stored although it is equal to the embedding.
+        """
+        if "quantization_config" in self.config:
+            raise UserError(
+                f"{self.path} is already quantized (its config.json has a quantization_config); quern starts from "
+                "unquantized weights. Give the original checkpoint"
+            )
+        problems = self._differences(expected)
+        if problems:
+            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise BadFileError(
+                self.path,
+                f"config and weights disagree: {'; '.join(problems[:_SHOWN])}{more}",
+                "Check that config.json belongs to these weights",
+            )
+
+    def _differences(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+        infos = self.source.infos
+        problems = [f"tensor {name!r} is missing" for name in sorted(set(expected) - set(infos))]
+        for name in sorted(set(infos) - set(expected)):
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name != HEAD or EMBEDDING not in infos:
+                problems.append(f"tensor {name!r} is not part of such a model")
+            elif not self._head_is_embedding():
+                problems.append(f"the head is tied to the embedding, but {name!r} holds other values")
+        for name in sorted(set(expected) & set(infos)):
+            info = infos[name]
+            if info.shape != tuple(expected[name]):
+                problems.append(f"tensor {name!r} has shape {info.shape}, the config calls for {tuple(expected[name])}")
+            elif info.dtype not in _WEIGHT_DTYPES:
+                problems.append(f"tensor {name!r} has dtype {info.dtype}, weights have {', '.join(_WEIGHT_DTYPES)}")
+        return problems
+
+
+def count_non_finite(tensor: torch.Tensor) -> int:
+    """How many values of a tensor are NaN or infinite; memory for a few million values only."""
+    if not tensor.is_floating_point():
+        return 0
+    flat = tensor.reshape(-1)
+    pieces = (flat[begin : begin + _CHUNK] for begin in range(0, flat.numel(), _CHUNK))
+    # float8 knows no isfinite; a float64 must not overflow to infinity on the way.
+    wide = (piece.float() if piece.element_size() == 1 else piece for piece in pieces)
+    return sum(int(piece.numel() - piece.isfinite().sum()) for piece in wide)
+
+
+def open_checkpoint(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
+    """Open a folder, a Hub id (downloaded if need be) or a GGUF file. Raises ``UserError`` or ``BadFileError``.
+
+    Headers are read and checked, weights are not read yet.
+    """
+    text = str(model)
+    if not text.strip():
+        raise UserError(f"MODEL is empty. {_ALLOWED}")
+    path = Path(model)
+    if path.is_dir():
+        return Checkpoint(path, *open_folder(path))
+    if path.is_file():
+        return _open_file(path)
+    if is_hub_id(text):
+        path = download(text, progress or Silent())
+        return Checkpoint(path, *open_folder(path))
+    raise UserError(f"MODEL {text!r} does not exist. {_ALLOWED}")
+
+
+def _open_file(path: Path) -> Checkpoint:
+    if path.suffix.lower() == ".gguf":
+        from quern.checkpoint.gguf_file import open_gguf
+
+        return Checkpoint(path, *open_gguf(path))
+    if path.suffix.lower() in PICKLES:
+        raise pickle_refused(path, path.name)
+    raise UserError(f"MODEL {path} is a file of another kind. {_ALLOWED}")

@@ -1,0 +1,51 @@
+"""Checkpoints from the Hugging Face Hub: configuration, safetensors and tokenizer files; never pickles, never code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from quern.core.errors import UserError
+from quern.core.progress import Progress
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+UNWANTED = ["*/*", "*.bin", "*.py", "consolidated*"]
+"""Subfolders hold other formats of the same weights, ``consolidated*`` Mistral's second copy of them."""
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` has the form ``organization/name``."""
+    return _ID.fullmatch(text) is not None
+
+
+def download(repository: str, progress: Progress) -> Path:
+    """The local snapshot folder of a Hub model, downloaded where it is not cached. Raises ``UserError``."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    progress.log(f"getting {repository} from the Hugging Face Hub")
+    try:
+        return Path(snapshot_download(repository, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except GatedRepoError:
+        raise UserError(
+            f"the Hub model {repository} is gated. Accept its licence on https://huggingface.co/{repository} and run "
+            "`hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"MODEL {repository!r} is neither a local folder nor a model that the Hub shows you. Check the "
+            "spelling; for a private model run `hf auth login`"
+        ) from None
+    except HFValidationError as error:
+        raise UserError(f"MODEL {repository!r} is neither a local folder nor a valid Hub id: {error}") from None
+    except Exception as error:
+        # Network libraries raise exceptions of their own; whichever it is, the person needs the same next step.
+        raise UserError(
+            f"MODEL {repository!r} is no local folder, and getting it from the Hub failed: {_first_line(error)}. Check "
+            "the network and the free space, or give the path of a folder; what was downloaded is kept"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,292 @@
+"""The work folder: where a long job keeps what it has finished, so that a killed one continues.
+
+Layout: ``fingerprint.json`` (what the job was asked to do), ``journal.jsonl`` (one line for each finished step with the
+sizes and SHA-256 of its files), ``lock`` (held while a process works here), and the job's own files.
+
+A step is finished when its line is in the journal, and its line is written after its files are on the disk. So after a
+kill at any moment a step is either finished, or its files are unrecorded; opening the folder removes every unrecorded
+file. A step whose files were deleted or changed afterwards counts as not done. Temporary results of step k that step
+k + 1 deletes should therefore be a step of their own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from quern.checkpoint.files import explain_write_errors, read_json, sha256_of, sync, write_json
+from quern.checkpoint.safetensors_file import read_header, read_tensor, write_safetensors
+from quern.core.errors import UserError
+
+_FINGERPRINT = "fingerprint.json"
+_JOURNAL = "journal.jsonl"
+_LOCK = "lock"
+_OWN = (_FINGERPRINT, _JOURNAL, _LOCK)
+_PUBLISH = "publish"
+
+
+class WorkFolder:
+    """An open work folder, locked against other processes until ``close``; a context manager. Made by ``open``."""
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        self.folder = folder
+        self._lock: int | None = lock
+        self._steps: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, fingerprint: Mapping[str, Any], fresh: bool = False) -> WorkFolder:
+        """Open or make the work folder at ``path`` for the job that ``fingerprint`` (plain JSON data) describes.
+
+        ``fresh`` forgets what was done before. Raises ``UserError`` when another process works there, when the folder
+        belongs to a job with another fingerprint (each differing entry is named), when it is not a work folder, or when
+        it cannot be written.
+        """
+        folder = Path(os.path.abspath(path))
+        _remove_leftover(folder)
+        _check_is_ours(folder)
+        with explain_write_errors(folder, 0):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _acquire(folder)
+        work = cls(folder, lock)
+        try:
+            with explain_write_errors(folder, 0):
+                work._begin(json.loads(json.dumps(fingerprint, allow_nan=False)), fresh)
+        except BaseException:
+            work.close()
+            raise
+        return work
+
+    def _begin(self, fingerprint: dict[str, Any], fresh: bool) -> None:
+        known = self.folder / _FINGERPRINT
+        if fresh or not known.is_file():
+            (self.folder / _JOURNAL).unlink(missing_ok=True)
+        elif differences := _differences(read_json(known), fingerprint):
+            raise UserError(
+                f"the work folder {self.folder} belongs to another job. What differs (then -> now):\n"
+                + "\n".join(f"  {line}" for line in differences)
+                + "\nRepeat the earlier command to continue it, pass --fresh to start over, or choose another output"
+            )
+        self._read_journal()
+        self._remove_unrecorded()
+        if fresh or not known.is_file():
+            write_json(known, fingerprint)
+
+    def _read_journal(self) -> None:
+        """Load the finished steps; a line that a kill tore, and anything after it, is cut off."""
+        path = self.folder / _JOURNAL
+        raw = path.read_bytes() if path.is_file() else b""
+        good = 0
+        while (end := raw.find(b"\n", good)) >= 0:
+            try:
+                record = json.loads(raw[good:end])
+                self._steps[record["step"]] = {"files": dict(record["files"]), "data": record["data"]}
+            except (ValueError, KeyError, TypeError):
+                break
+            good = end + 1
+        if good != len(raw):
+            with open(path, "r+b") as file:
+                file.truncate(good)
+                os.fsync(file.fileno())
+
+    def _remove_unrecorded(self) -> None:
+        kept = {self.folder / name for name in _OWN}
+        for record in self._steps.values():
+            kept.update(self.folder / name for name in record["files"])
+        for base, folders, files in os.walk(self.folder, topdown=False):
+            for name in files:
+                if Path(base, name) not in kept:
+                    Path(base, name).unlink()
+            for name in folders:
+                if Path(base, name).is_symlink():
+                    Path(base, name).unlink()
+                elif not any(Path(base, name).iterdir()):
+                    Path(base, name).rmdir()
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder; the folders on the way to it are made when it is written."""
+        return self.folder.joinpath(*parts)
+
+    def done(self, step: str) -> dict[str, Any] | None:
+        """The ``data`` of a finished step whose files still have the recorded sizes and hashes, otherwise None."""
+        record = self._steps.get(step)
+        if record is None:
+            return None
+        for name, (size, digest) in record["files"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != size or sha256_of(path) != digest:
+                return None
+        data: dict[str, Any] = json.loads(json.dumps(record["data"]))
+        return data
+
+    def finish(self, step: str, files: list[Path], data: Mapping[str, Any]) -> None:
+        """Record ``step`` as finished: its ``files`` (inside the folder) and plain JSON ``data``.
+
+        Files are synced to the disk before the line is. A step may be finished again; the last record counts. Raises
+        ``UserError`` when the disk is full.
+        """
+        record = {"step": step, "files": self._hashes(files), "data": data}
+        line = (json.dumps(record, allow_nan=False, ensure_ascii=True) + "\n").encode()
+        with explain_write_errors(self.folder / _JOURNAL, len(line)), open(self.folder / _JOURNAL, "ab") as journal:
+            begin = journal.tell()
+            try:
+                journal.write(line)
+                journal.flush()
+                os.fsync(journal.fileno())
+            except OSError:
+                # A full disk may have taken a part of the line; the next line must not be glued to it.
+                os.ftruncate(journal.fileno(), begin)
+                raise
+        sync(self.folder)
+        self._steps[step] = json.loads(line)
+
+    def _hashes(self, files: list[Path]) -> dict[str, list[Any]]:
+        result: dict[str, list[Any]] = {}
+        for path in files:
+            inside = Path(os.path.abspath(path)).relative_to(self.folder)
+            sync(path)
+            for folder in inside.parents:
+                sync(self.folder / folder)
+            result[inside.as_posix()] = [path.stat().st_size, sha256_of(path)]
+        return result
+
+    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> Path:
+        """Write tensors to ``NAME.safetensors`` inside the folder, whole or not at all, and return its path."""
+        path = self.path(f"{name}.safetensors")
+        write_safetensors(path, tensors)
+        return path
+
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What ``write_tensors(name, ...)`` wrote."""
+        path = self.path(f"{name}.safetensors")
+        return {key: read_tensor(path, info) for key, info in read_header(path).items()}
+
+    def publish(self, artifact: Path, destination: str | Path) -> None:
+        """Move the finished folder ``artifact`` (inside the work folder) to ``destination`` and remove the work folder.
+
+        The move is one rename, so ``destination`` is complete or absent. Raises ``UserError`` when it exists and is not
+        an empty folder, lies on another disk or cannot be written; the work folder is kept then.
+        """
+        destination = Path(os.path.abspath(destination))
+        if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+            raise UserError(
+                f"{destination} already exists. Remove it or choose another output folder; the work is kept"
+            )
+        self.finish(_PUBLISH, [], {"artifact": artifact.relative_to(self.folder).as_posix(), "to": str(destination)})
+        _sync_tree(artifact)
+        with explain_write_errors(destination, 0):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(artifact, destination)
+            sync(destination.parent)
+        self.remove()
+
+    def published(self) -> Path | None:
+        """Where ``publish`` put the artifact, if it did and was killed before the work folder was gone; else None."""
+        record = self._steps.get(_PUBLISH)
+        if record is None or (self.folder / record["data"]["artifact"]).exists():
+            return None
+        destination = Path(record["data"]["to"])
+        return destination if destination.is_dir() else None
+
+    def remove(self) -> None:
+        """Delete the work folder and release it."""
+        doomed = _doomed(self.folder)
+        os.rename(self.folder, doomed)
+        self.close()
+        shutil.rmtree(doomed)
+
+    def close(self) -> None:
+        """Let other processes use the folder; what is finished stays."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _doomed(folder: Path) -> Path:
+    """The name that a work folder gets just before it is deleted, so that a half-deleted one is never continued."""
+    return folder.with_name(f"{folder.name}.removing")
+
+
+def _remove_leftover(folder: Path) -> None:
+    doomed = _doomed(folder)
+    if (doomed / _LOCK).is_file() and not folder.exists():
+        shutil.rmtree(doomed)
+
+
+def _check_is_ours(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the work folder {folder} cannot be made: a file of that name exists. Move it away")
+    if folder.is_dir() and not (folder / _FINGERPRINT).is_file():
+        strange = sorted({entry.name for entry in folder.iterdir()} - {_LOCK, f".{_FINGERPRINT}.tmp"})
+        if strange:
+            raise UserError(
+                f"{folder} is not a quern work folder (it holds {strange[0]!r} and no {_FINGERPRINT}), so nothing in "
+                "it is touched. Choose another output folder"
+            )
+
+
+def _acquire(folder: Path) -> int:
+    """A descriptor that holds the folder's lock. The lock goes with the process, however it ends."""
+    while True:
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            raise UserError(
+                f"another process (id {owner or 'unknown'}) is working in {folder}. Wait for it, or choose another"
+                " output"
+            ) from None
+        if _is_still_there(folder / _LOCK, descriptor):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_still_there(path: Path, descriptor: int) -> bool:
+    """Whether ``path`` is the file that is open: its last holder may have removed the folder meanwhile."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return False
+
+
+def _differences(then: Any, now: Any, where: str = "") -> list[str]:
+    """One line for each leaf in which two fingerprints differ."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        lines: list[str] = []
+        for key in sorted({*then, *now}):
+            inner = f"{where}.{key}" if where else key
+            lines += _differences(then.get(key, "(absent)"), now.get(key, "(absent)"), inner)
+        return lines
+    return [] if then == now else [f"{where}: {_brief(then)} -> {_brief(now)}"]
+
+
+def _brief(value: Any) -> str:
+    text = value if value == "(absent)" else json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _sync_tree(folder: Path) -> None:
+    for base, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(base, name))
+        sync(Path(base))

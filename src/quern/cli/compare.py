@@ -1,0 +1,68 @@
+"""``quern compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quern.cli import options
+from quern.cli.outcome import say, show, verb, working
+from quern.core.errors import UserError
+
+RECIPES = "compact,fast,balanced,rtn4"
+
+
+@verb("quern compare models/python-7m --recipes compact,balanced -o comparison", resumes=True)
+def compare(
+    model: options.Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for results.json and report.html.", show_default=False
+        ),
+    ],
+    recipes: Annotated[
+        str, typer.Option(metavar="R1,R2,...", help="Shipped recipes or recipe files, separated by commas.")
+    ] = RECIPES,
+    calibration: options.Calibration = None,
+    text: options.Texts = None,
+    choice: options.Choices = None,
+    tokens: options.Tokens = 4096,
+    scenario: options.ScenarioName = "balanced",
+    memory: options.Memory = None,
+    threads: options.Threads = None,
+    seed: options.Seed = 0,
+    fresh: options.Fresh = False,
+    json: options.Json = False,
+) -> None:
+    """Quantize MODEL by several recipes, measure all of them beside the original, and recommend one.
+
+    Without --text and --calibration, text that the running Python carries is used.
+    """
+    names = [name.strip() for name in recipes.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--recipes {recipes!r} names no recipe; give names separated by commas, such as {RECIPES}")
+    limit = options.optional_size(memory, "--memory")
+    from quern.cli import render
+    from quern.pipeline.compare import compare as api
+
+    with working() as progress:
+        results = api(
+            model,
+            output,
+            recipes=names,
+            calibration=calibration or (),
+            texts=text or (),
+            choices=choice or (),
+            tokens=tokens,
+            memory=limit,
+            threads=threads,
+            seed=seed,
+            fresh=fresh,
+            scenario=scenario,
+            progress=progress,
+        )
+    show(results, json, render.results)
+    say(f"wrote {output / 'results.json'} and {output / 'report.html'}", stderr=True)

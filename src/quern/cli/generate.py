@@ -1,0 +1,48 @@
+"""``quern generate``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from quern.cli import options
+from quern.cli.outcome import show, verb, working
+
+
+@verb('quern generate quantized --prompt "def add(a, b):" --max-tokens 40')
+def generate(
+    path: options.ArtifactPath,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens only; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Choose among the likeliest tokens that make up this probability.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
+    threads: options.Threads = None,
+    json: options.Json = False,
+) -> None:
+    """Continue --prompt with the model at PATH; the text streams to stdout."""
+    from quern.pipeline.generate import generate as api
+
+    with working():
+        pieces = api(
+            path,
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            threads=threads,
+        )
+        text = "".join(pieces) if json else None
+    if json:
+        show({"prompt": prompt, "text": text}, True, Text)
+        return
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

@@ -1,0 +1,73 @@
+"""The command ``quern``: one verb per file in this folder; this file only gathers them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from io import TextIOWrapper
+from typing import Annotated, Any
+
+import typer
+
+import quern
+from quern.cli import options
+from quern.cli.compare import compare
+from quern.cli.evaluate import evaluate
+from quern.cli.generate import generate
+from quern.cli.inspect import inspect
+from quern.cli.outcome import settings
+from quern.cli.probe import probe
+from quern.cli.quantize import quantize
+from quern.cli.recipes import recipes
+from quern.cli.recommend import recommend
+from quern.cli.report import report
+
+VERBS: tuple[Callable[..., Any], ...] = (
+    quantize,
+    evaluate,
+    compare,
+    report,
+    recommend,
+    inspect,
+    generate,
+    probe,
+    recipes,
+)
+
+app = typer.Typer(
+    name="quern",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"quern {quern.__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: quern compare models/python-7m -o comparison")
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Quantize large language models on the machine you have, measure what it cost, and learn which result to use."""
+    settings.debug = debug
+
+
+for _verb in VERBS:
+    app.command(_verb.__name__, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what the terminal cannot show comes out escaped instead of failing
+            stream.reconfigure(errors="backslashreplace")
+    app(options.repeat_options(sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""Options that several verbs share, and the reading of sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from quern.core.errors import UserError
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a Hub id or a GGUF file.", show_default=False)
+]
+ArtifactPath = Annotated[
+    str, typer.Argument(metavar="PATH", help="What `quern quantize` wrote, or any model folder.", show_default=False)
+]
+ResultsPath = Annotated[
+    Path, typer.Argument(metavar="RESULTS.json", help="What `quern compare` wrote.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Text file for the calibration statistics; one or several.",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+    ),
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text file to score; one or several.",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+    ),
+]
+Choices = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE.jsonl",
+        help="Minimal pairs or multiple choice to score; one or several.",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Cap on resident memory, such as 16GiB.", show_default="none"),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over: discard unfinished work and replace what is in the output folder.")
+]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of text to score.")]
+ScenarioName = Annotated[
+    Literal["storage", "speed", "balanced"],
+    typer.Option(
+        help="storage: many copies, little memory; speed: real-time translation, voice; balanced: a bit of each."
+    ),
+]
+
+REPEATABLE = ("--calibration", "--text", "--choice")
+
+
+def repeat_options(arguments: Sequence[str]) -> list[str]:
+    """``--text a.txt b.txt`` spelled out as ``--text a.txt --text b.txt``, so that the shell's wildcards work.
+
+    Only words that are files, and no .gguf, are taken for further values: MODEL may follow, and it is a folder, a Hub
+    id or a .gguf file.
+    """
+    spelled: list[str] = []
+    option, values = "", 0
+    for word in arguments:
+        if word.startswith("-"):
+            option, values = word, 0
+        elif option in REPEATABLE:
+            if values and Path(word).is_file() and not word.lower().endswith(".gguf"):
+                spelled.append(option)
+            elif values:
+                option = ""
+            values += 1
+        spelled.append(word)
+    return spelled
+
+
+_UNITS = {"": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1024**_power, f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
+_UNITS["B"] = 1
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes that ``text`` means: ``16GiB`` and ``16G`` are 16 x 1024^3, ``16GB`` is 16 x 1000^3, ``16`` is 16 bytes.
+
+    ``option`` names where the text came from in the ``UserError`` of one that is not a size above zero.
+    """
+    match = _SIZE.fullmatch(text)
+    factor = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * factor) if match and factor else 0
+    if size <= 0:
+        raise UserError(
+            f"{option} {text!r} is not a size; give a number above zero and a unit, such as 16GiB (or 16G), 24GB, 500M"
+        )
+    return size
+
+
+def optional_size(text: str | None, option: str) -> int | None:
+    """``parse_size``, or None where the option was not given."""
+    return None if text is None else parse_size(text, option)

@@ -1,0 +1,141 @@
+"""How every verb ends: its result on stdout, or one message on stderr and an exit code.
+
+0: done. 1: it failed (or nothing meets the constraints). 2: the request cannot be carried out as it was made.
+130: interrupted from the keyboard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from quern.cli.progress import RichProgress
+from quern.core.errors import QuernError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+WIDTH_WITHOUT_TERMINAL = 120
+INTERRUPTED = 130
+
+
+@dataclasses.dataclass
+class Settings:
+    """What is set before the verb."""
+
+    debug: bool = False
+
+
+settings = Settings()
+
+
+def verb(example: str, resumes: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a function a verb: ``example`` ends its --help, and every error becomes a message and an exit code.
+
+    ``resumes`` says that the same command continues after an interruption.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            with _errors_as_messages(resumes):
+                return function(*args, **kwargs)
+
+        wrapper.example = example  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
+@contextlib.contextmanager
+def _errors_as_messages(resumes: bool) -> Iterator[None]:
+    try:
+        yield
+        sys.stdout.flush()
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        fail("interrupted." + (" The same command continues where this one stopped." if resumes else ""), INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read stdout is gone. Python flushes it once more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except QuernError as error:
+        _maybe_reraise()
+        fail(f"error: {error}", error.exit_code)
+    except OSError as error:
+        _maybe_reraise()
+        fail(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+    except MemoryError:
+        _maybe_reraise()
+        fail("error: out of memory; give a cap with --memory where the verb has it, or close other programs", 1)
+    except Exception as error:
+        _maybe_reraise()
+        said = " ".join(str(error).split())
+        fail(
+            f"internal error: {type(error).__name__}: {said}. This is a bug in quern: please report it with the "
+            "command line, the output of `quern probe --json` and the traceback that `quern --debug ...` shows",
+            1,
+        )
+
+
+def _maybe_reraise() -> None:
+    if settings.debug:
+        raise
+
+
+def fail(message: str, code: int) -> None:
+    """Print ``message`` in red on stderr and leave with ``code``."""
+    console(stderr=True).print(Text(message, style="red"), soft_wrap=True)
+    raise typer.Exit(code) from None
+
+
+def console(stderr: bool = False) -> Console:
+    """The terminal, or lines of a width that fits the tables where there is none."""
+    plain = Console(stderr=stderr)
+    return plain if plain.is_terminal else Console(stderr=stderr, width=WIDTH_WITHOUT_TERMINAL)
+
+
+@contextlib.contextmanager
+def working() -> Iterator[RichProgress]:
+    """Progress bars; and whatever a library prints meanwhile goes to stderr, so that stdout holds the result alone."""
+    with contextlib.redirect_stdout(sys.stderr), RichProgress(console(stderr=True)) as progress:
+        yield progress
+
+
+def say(message: str, stderr: bool = False) -> None:
+    """Print a line as it is, without reading markup into it."""
+    console(stderr).print(Text(message), soft_wrap=True)
+
+
+def show(result: object, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
+    """Print ``result`` as JSON, or what ``render`` makes of it for a person."""
+    if as_json:
+        print(json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        console().print(render(result))
+
+
+def plain(value: Any) -> Any:
+    """``value`` as what JSON knows: dataclasses and models become objects, paths strings."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

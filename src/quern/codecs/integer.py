@@ -1,0 +1,199 @@
+"""Uniform integers of 1 to 8 bits: value = (code - zero point) x scale (Jacob et al. 2018, arXiv 1712.05877, eq. 1).
+
+Codes are unsigned. A symmetric grid has the fixed zero point 2^(bits-1); an asymmetric one stores an integer zero point
+beside every scale. Parts:
+
+- ``codes``: int8 ``(rows, columns)``, code - 128, for symmetric 8 bits; otherwise int32, bit-packed along the row.
+- ``scale``: ``scale_dtype`` ``(rows, groups)``; ``(rows, 1)`` per channel, ``(1, 1)`` per tensor.
+- ``zero_point`` (asymmetric only): int32, bit-packed down the rows, ``(words_per_row(rows), groups)``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quern.codecs import _bits
+from quern.codecs.base import CODECS, Codec, Encoder, Parts
+from quern.core.recipe import WeightScheme
+from quern.observers.base import OBSERVERS
+
+if TYPE_CHECKING:
+    from quern.observers.base import Observer
+
+TINY = 2.0**-24
+"""Least scale: the smallest float16 above zero, so that a scale never rounds to nothing."""
+
+
+class Grid:
+    """The integer grid of one scheme: ranges to scales, values to codes and back."""
+
+    def __init__(self, scheme: WeightScheme) -> None:
+        self.levels = (1 << scheme.bits) - 1
+        self.middle = 1 << (scheme.bits - 1)
+        self.symmetric = scheme.symmetric
+        self.scale_dtype = getattr(torch, scheme.scale_dtype)
+
+    def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale (as it will be stored, float32) and zero point (integers in float32) that cover ``[low, high]`` and 0."""
+        if self.symmetric:
+            scale = torch.maximum(low.abs(), high.abs()) * (2 / self.levels)
+            scale = self._stored(scale)
+            return scale, torch.full_like(scale, self.middle)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = self._stored((high - low) / self.levels)
+        return scale, (-low / scale).round_().clamp_(0, self.levels)
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        return scale.clamp(min=TINY).to(self.scale_dtype).to(torch.float32)
+
+    def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Codes (integers in float32) nearest to ``values``; ties go to the even code."""
+        return (values / scale).round_().add_(zero).clamp_(0, self.levels)
+
+    def reconstruct(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """``values`` as the grid of ``[low, high]`` gives them back."""
+        scale, zero = self.parameters(low, high)
+        return self.encode(values, scale, zero).sub_(zero).mul_(scale)
+
+
+class IntegerEncoder(Encoder):
+    """Rounds onto an integer grid; group scales may be fitted just before their group is rounded."""
+
+    def __init__(self, codec: IntegerCodec, weight: Tensor, whole: Tensor, refit: bool) -> None:
+        self.codec, self.grid = codec, codec.grid
+        rows, columns = weight.shape
+        self.group = codec.group_width(columns)
+        groups = -(-columns // self.group)
+        # Transposed, so that one column of the weight is one contiguous row.
+        self.codes = torch.zeros(columns, rows, dtype=torch.uint8)
+        self.scale = torch.zeros(groups, rows)
+        self.zero = torch.zeros(groups, rows)
+        if codec.scheme.granularity == "tensor":
+            low, high = codec.observer.observe(_flat(whole), self.grid.reconstruct)
+            scale, zero = self.grid.parameters(low, high)
+            self.scale[:], self.zero[:] = scale.item(), zero.item()
+        elif refit and codec.scheme.granularity == "group":
+            self.refit_width = self.group
+        else:
+            for first in range(0, columns, self.group):
+                self._fit(first // self.group, weight[:, first : first + self.group])
+
+    def _fit(self, group: int, values: Tensor, importance: Tensor | None = None) -> None:
+        low, high = self.codec.observer.observe(values, self.grid.reconstruct, importance)
+        scale, zero = self.grid.parameters(low, high)
+        self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]
+
+    def refit(self, first_column: int, values: Tensor, importance: Tensor) -> None:
+        self._fit(first_column // self.group, values.T.contiguous(), importance)
+
+    def round(self, column: int, values: Tensor) -> Tensor:
+        group = column // self.group
+        scale, zero = self.scale[group], self.zero[group]
+        codes = self.grid.encode(values, scale, zero)
+        self.codes[column] = codes
+        return codes.sub_(zero).mul_(scale)
+
+    def round_all(self, weight: Tensor) -> Tensor:
+        if self.refit_width:
+            for first in range(0, weight.shape[1], self.group):
+                self._fit(first // self.group, weight[:, first : first + self.group])
+        wide = self.codec.spread(self.scale.T, weight.shape[1]), self.codec.spread(self.zero.T, weight.shape[1])
+        codes = self.grid.encode(weight, *wide)
+        self.codes = codes.T.to(torch.uint8)
+        return codes.sub_(wide[1]).mul_(wide[0])
+
+    def parts(self) -> Parts:
+        codec = self.codec
+        codes = self.codes.T
+        scale, zero = self.scale.T, self.zero.T
+        if codec.scheme.granularity == "tensor":
+            scale, zero = scale[:1], zero[:1]
+        parts = {"codes": codec.pack_codes(codes), "scale": scale.to(self.grid.scale_dtype).contiguous()}
+        if not codec.scheme.symmetric:
+            packed = _bits.pack(zero.T.to(torch.uint8), codec.scheme.bits)
+            parts["zero_point"] = packed.T.contiguous()
+        return parts
+
+
+@CODECS.add("integer")
+class IntegerCodec(Codec):
+    """Uniform integers; see the module's page for what is stored."""
+
+    def __init__(self, scheme: WeightScheme) -> None:
+        super().__init__(scheme)
+        self.grid = Grid(scheme)
+        self.observer: Observer = OBSERVERS.get(scheme.observer)()
+
+    @property
+    def _bytes(self) -> bool:
+        return self.scheme.bits == 8 and self.scheme.symmetric
+
+    def group_width(self, columns: int) -> int:
+        """Inputs of a row that share a scale."""
+        return min(self.scheme.group_size or columns, columns)
+
+    def encoder(self, weight: Tensor, whole: Tensor, refit: bool) -> IntegerEncoder:
+        return IntegerEncoder(self, weight, whole, refit)
+
+    def join(self, slabs: list[Parts]) -> Parts:
+        joined = super().join(slabs)
+        if self.scheme.granularity == "tensor":
+            joined |= {name: slabs[0][name] for name in ("scale", "zero_point") if name in joined}
+        return joined
+
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        """The stored form of uint8 codes ``(rows, columns)``."""
+        return (codes.to(torch.int16) - 128).to(torch.int8) if self._bytes else _bits.pack(codes, self.scheme.bits)
+
+    def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        rows, columns = shape
+        bits = self.scheme.bits
+        groups = -(-columns // self.group_width(columns))
+        scale_rows = 1 if self.scheme.granularity == "tensor" else rows
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "codes": ((rows, columns), torch.int8)
+            if self._bytes
+            else ((rows, _bits.words_per_row(columns, bits)), torch.int32),
+            "scale": ((scale_rows, groups), self.grid.scale_dtype),
+        }
+        if not self.scheme.symmetric:
+            shapes["zero_point"] = ((_bits.words_per_row(scale_rows, bits), groups), torch.int32)
+        return shapes
+
+    def _integers(self, codes: Tensor, zero: Tensor | None, columns: int) -> Tensor:
+        """Codes minus zero point, int16 ``(rows, columns)``, of the stored ``codes`` of some rows and their zero points."""
+        if self._bytes:
+            return codes.to(torch.int16)
+        integers = _bits.unpack(codes, self.scheme.bits, columns).to(torch.int16)
+        return integers - (self.grid.middle if zero is None else self.spread(zero, columns))
+
+    def _zero(self, parts: Parts) -> Tensor | None:
+        """Zero points int16 ``(scale rows, groups)`` of an asymmetric grid."""
+        if self.scheme.symmetric:
+            return None
+        return _bits.unpack(parts["zero_point"].T, self.scheme.bits, parts["scale"].shape[0]).T.to(torch.int16)
+
+    def spread(self, values: Tensor, columns: int) -> Tensor:
+        """Per-group values ``(rows, groups)`` repeated for every column: ``(rows, columns)``, or broadcastable to it."""
+        if values.shape[1] == 1:
+            return values
+        return values.repeat_interleave(self.group_width(columns), dim=1)[:, :columns]
+
+    def decode(self, shape: tuple[int, int], parts: Parts) -> Tensor:
+        integers = self._integers(parts["codes"], self._zero(parts), shape[1]).to(torch.float32)
+        return integers.mul_(self.spread(parts["scale"].to(torch.float32), shape[1]))
+
+    def decode_rows(self, shape: tuple[int, int], parts: Parts, rows: Tensor) -> Tensor:
+        scale, zero = parts["scale"], self._zero(parts)
+        if self.scheme.granularity != "tensor":
+            scale = scale[rows]
+            zero = None if zero is None else zero[rows]
+        integers = self._integers(parts["codes"][rows], zero, shape[1]).to(torch.float32)
+        return integers.mul_(self.spread(scale.to(torch.float32), shape[1]))
+
+
+def _flat(whole: Tensor) -> Tensor:
+    return whole.to(torch.float32).reshape(1, -1)

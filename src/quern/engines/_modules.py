@@ -1,0 +1,120 @@
+"""Modules that hold packed weights and unpack them when they run: the reference for every faster engine."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quern.codecs.base import CODECS, Codec
+from quern.core.recipe import WeightScheme
+
+ActivationMode = Literal["none", "dynamic", "static"]
+LARGEST, LEAST = 127, -128
+
+
+class PackedWeight(nn.Module):
+    """A codec's parts as buffers, under the names that quern's format stores them by."""
+
+    def __init__(self, scheme: WeightScheme, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.codec: Codec = CODECS.get(scheme.codec)(scheme)
+        self.shape = shape
+        self._part_names: list[str] = []
+        for name, (size, dtype) in self.codec.part_shapes(shape).items():
+            self.register_buffer(name, torch.empty(size, dtype=dtype))
+            self._part_names.append(name)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The stored tensors."""
+        return {name: getattr(self, name) for name in self._part_names}
+
+    def stored_bytes(self) -> int:
+        """Bytes of the packed weight."""
+        return sum(part.nbytes for part in self.parts().values())
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The weight's values ``(rows, columns)``."""
+        return self.codec.decode(self.shape, self.parts()).to(dtype)
+
+    def _apply(self, function: Any, recurse: bool = True) -> PackedWeight:
+        """Moves between devices, but never changes the dtype of codes and scales, as ``model.to(dtype)`` would."""
+        before = {name: part.dtype for name, part in self._buffers.items() if part is not None}
+        super()._apply(function, recurse)
+        for name, dtype in before.items():
+            part = self._buffers[name]
+            if part is not None and part.dtype != dtype:
+                raise TypeError(f"packed weights keep their dtypes; {name} is {dtype}, asked for {part.dtype}")
+        return self
+
+
+class QuantizedLinear(PackedWeight):
+    """``inputs (..., columns) -> (..., rows)`` with packed weights and, where asked, int8 activations."""
+
+    def __init__(
+        self, scheme: WeightScheme, shape: tuple[int, int], bias: bool, dtype: torch.dtype, activations: ActivationMode
+    ) -> None:
+        super().__init__(scheme, shape)
+        self.out_features, self.in_features = shape
+        self.activations = activations
+        self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None
+        if activations == "static":
+            self.register_buffer("input_scale", torch.empty((), dtype=torch.float32))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.activations == "none":
+            return functional.linear(inputs, self.decoded(inputs.dtype), self.bias)
+        rows = inputs.reshape(-1, self.in_features)
+        if self.activations == "static":
+            scale = self.input_scale.expand(len(rows), 1)
+        else:
+            scale = dynamic_scale(rows)
+        output = self._integer_product(rows, scale).to(inputs.dtype)
+        if self.bias is not None:
+            output = output + self.bias
+        return output.view(*inputs.shape[:-1], self.out_features)
+
+    def _integer_product(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """int8 x int8 -> int32, exact; the scales of token and channel come in afterwards, in float32."""
+        quantized = (rows.float() / scale).round_().clamp_(LEAST, LARGEST).to(torch.int8)
+        product = torch._int_mm(quantized, self.codes.T)
+        return product.float().mul_(scale).mul_(self.scale.float().reshape(1, -1))
+
+
+def dynamic_scale(rows: Tensor) -> Tensor:
+    """One scale a token, float32 ``(tokens, 1)``: the greatest |x| lies at the end of the int8 grid."""
+    largest = rows.float().abs().amax(-1, keepdim=True)
+    # Divided, not multiplied by the inverse: the greatest |x| lands on a tie, where the last bit of the scale decides.
+    return (largest / ((LARGEST - LEAST) / 2)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class QuantizedEmbedding(PackedWeight):
+    """``ids (...) -> (..., columns)``; decodes the rows that are asked for."""
+
+    def __init__(self, scheme: WeightScheme, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        super().__init__(scheme, shape)
+        self.num_embeddings, self.embedding_dim = shape
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows, index = torch.unique(ids, return_inverse=True)
+        table = self.codec.decode_rows(self.shape, self.parts(), rows)
+        return table.to(self.dtype)[index]
+
+
+class TiedHead(nn.Module):
+    """An output head that reads the packed embedding."""
+
+    def __init__(self, embedding: QuantizedEmbedding) -> None:
+        super().__init__()
+        self._embedding = [embedding]  # in a list, so that it is not registered (and stored) twice
+
+    @property
+    def weight(self) -> Tensor:
+        """The head's values; transformers asks for them by this name."""
+        return self._embedding[0].decoded(self._embedding[0].dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, self._embedding[0].decoded(hidden.dtype))

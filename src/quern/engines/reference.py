@@ -1,0 +1,119 @@
+"""The reference engine: transformers' model classes on torch, packed weights unpacked as they are used.
+
+Slow and plain: it judges every other engine. It runs unquantized folders, quern's artifacts and, where the
+compressed-tensors package is installed, compressed-tensors artifacts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quern.checkpoint.checkpoint import open_checkpoint
+from quern.codecs.base import CODECS
+from quern.core.errors import UserError
+from quern.core.recipe import Recipe
+from quern.engines.base import ENGINES, DtypeName, Engine
+from quern.engines._modules import PackedWeight, QuantizedEmbedding
+
+
+class ReferenceSession:
+    """One sequence with transformers' key/value cache."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache: Any = None
+        self._length = 0
+
+    def feed(self, ids: list[int]) -> Tensor:
+        """Append ``ids``; float32 logits ``(vocabulary,)`` of the last position. Raises ``UserError`` past the maximum."""
+        self._length += len(ids)
+        limit = self._model.config.max_position_embeddings
+        if self._length > limit:
+            raise UserError(f"{self._length} tokens do not fit: this model's context is {limit}. Shorten the prompt")
+        with torch.inference_mode():
+            output = self._model(
+                torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1, return_dict=True
+            )
+        self._cache = output.past_key_values
+        logits: Tensor = output.logits[0, -1].float()
+        return logits
+
+
+class ReferenceModel:
+    """A loaded folder; see ``core.engine.LoadedModel``."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+        self.vocabulary_size = int(model.config.vocab_size)
+        self.maximum_length = int(model.config.max_position_embeddings)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits float32 ``(batch, time, vocabulary)`` for int64 ``(batch, time)``."""
+        with torch.inference_mode():
+            logits: Tensor = self.model(ids, use_cache=False).logits.float()
+        return logits
+
+    def start(self) -> ReferenceSession:
+        """An empty session."""
+        return ReferenceSession(self.model)
+
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one decoded token reads: everything but an untied embedding, of which it reads a row."""
+        embedding = self.model.get_input_embeddings()
+        total = sum(p.nbytes for p in self.model.parameters()) + sum(
+            m.stored_bytes() for m in self.model.modules() if isinstance(m, PackedWeight)
+        )
+        if self.model.config.tie_word_embeddings:
+            return int(total)
+        whole = embedding.stored_bytes() if isinstance(embedding, QuantizedEmbedding) else embedding.weight.nbytes
+        return int(total - whole + whole // self.vocabulary_size)
+
+
+@ENGINES.add("reference")
+class ReferenceEngine(Engine):
+    """Runs whatever the registered codecs can decode."""
+
+    def supports(self, recipe: Recipe | None) -> str | None:
+        if recipe is None:
+            return None
+        unknown = {s.codec for s in (recipe.weights, recipe.embedding, recipe.head, *recipe.overrides) if s.quantized}
+        unknown -= set(CODECS.names())
+        return f"no codec called {', '.join(sorted(unknown))} is installed" if unknown else None
+
+    def load(self, path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> ReferenceModel:
+        checkpoint = open_checkpoint(path)
+        config = checkpoint.config.get("quantization_config") or {}
+        method = config.get("quant_method")
+        if method == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
+            raise UserError(
+                f"{path} is a compressed-tensors artifact; install its reader: pip install 'quern[compressed-tensors]'"
+            )
+        if method not in (None, "quern", "compressed-tensors"):
+            raise UserError(f"{path} is quantized by {method!r}; this engine runs quern and compressed-tensors artifacts")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return ReferenceModel(_from_pretrained(Path(checkpoint.path), dtype))
+
+
+def _from_pretrained(folder: Path, dtype: DtypeName) -> Any:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    try:
+        if folder.is_file():
+            return transformers.AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file=folder.name, dtype=wanted)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True)
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} cannot be loaded: {error}") from None
+
+
+def load(path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> ReferenceModel:
+    """Load a folder with the reference engine. Raises ``UserError`` for one that it cannot run."""
+    return ReferenceEngine().load(path, dtype=dtype, threads=threads)

@@ -1,0 +1,189 @@
+"""Choices: minimal pairs and multiple choice, decided by the total log-likelihood of each option.
+
+A JSONL file has one item a line. BLiMP's form (Warstadt et al. 2020): ``{"sentence_good": ..., "sentence_bad": ...}``.
+Multiple choice: ``{"prompt": ..., "choices": [...], "answer": 0}`` with the number of the right choice. Other keys are
+let be. An item is right if the right option is strictly more likely than every other: a tie is no knowledge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quern.checkpoint.files import write_bytes
+from quern.core import metrics
+from quern.core.engine import LoadedModel
+from quern.core.errors import BadFileError, UserError
+from quern.evaluation.batches import batched_logits
+from quern.evaluation.texts import Tokenizer, check_vocabulary, leading_special
+
+_FORMS = '{"sentence_good": "...", "sentence_bad": "..."} or {"prompt": "...", "choices": ["...", "..."], "answer": 0}'
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One item."""
+
+    prompt: str
+    options: tuple[str, ...]
+    """At least two, none empty; what follows the prompt."""
+    answer: int
+    """Number of the right option."""
+
+
+@dataclass(frozen=True)
+class ChoiceSet:
+    """A named file of items."""
+
+    name: str
+    items: tuple[Choice, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as the model sees it."""
+
+    item: int
+    right: bool
+    ids: NDArray[np.int64]
+    """Prompt and option, ``(time,)``."""
+    first: int
+    """Position of the first token that counts, at least 1."""
+
+
+def read_choices(path: str | Path) -> ChoiceSet:
+    """Items of a JSONL file. Raises ``BadFileError`` with the line number of a line that is neither form."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        lines = raw.decode("utf-8").split("\n")
+    except OSError as error:
+        raise BadFileError(path, f"cannot be read: {error.strerror}", "Give a JSONL file of choices") from None
+    except UnicodeDecodeError as error:
+        raise BadFileError(path, f"is not UTF-8 text (byte {error.start})", "Give a JSONL file in UTF-8") from None
+    items = [_item(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not items:
+        raise BadFileError(path, "holds no items", f"Each line is {_FORMS}")
+    return ChoiceSet(path.name, tuple(items), hashlib.sha256(raw).hexdigest())
+
+
+def _item(path: Path, number: int, line: str) -> Choice:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(path, f"line {number} is not JSON: {error}", f"Each line is {_FORMS}") from None
+    item = _parse(data)
+    if isinstance(item, str):
+        raise BadFileError(path, f"line {number} {item}", f"Each line is {_FORMS}")
+    return item
+
+
+def _parse(data: Any) -> Choice | str:
+    """The item, or what is wrong with it."""
+    if not isinstance(data, dict):
+        return f"is a JSON {type(data).__name__}, not an object"
+    prompt, options, answer = data.get("prompt"), data.get("choices"), data.get("answer")
+    if "sentence_good" in data or "sentence_bad" in data:
+        prompt, options, answer = "", [data.get("sentence_good"), data.get("sentence_bad")], 0
+    if not isinstance(prompt, str):
+        return "has no text under prompt"
+    if not isinstance(options, list) or not all(isinstance(option, str) and option for option in options):
+        return "has options that are not all texts with something in them"
+    if len(options) < 2 or len(set(options)) < len(options):
+        return f"needs at least two options that differ; it has {len(set(options))}"
+    if type(answer) is not int or not 0 <= answer < len(options):
+        return f"has the answer {answer!r}; it must be the number of a choice, 0 to {len(options) - 1}"
+    return Choice(prompt, tuple(options), answer)
+
+
+def encode_choices(sets: Sequence[ChoiceSet], tokenizer: Tokenizer, *, vocabulary_size: int) -> list[Option]:
+    """All options of all items as token ids.
+
+    A first token must follow something to be scored: where the tokenizer puts nothing in front of text and the prompt
+    is empty, the beginning- or else the end-of-sequence token stands there (lm-eval does the same). A token across the
+    seam of prompt and option belongs to the option. Raises ``UserError`` for ids outside the vocabulary.
+    """
+    prefix = leading_special(tokenizer)
+    options = []
+    for number, item in enumerate(item for choices in sets for item in choices.items):
+        prompt = (
+            prefix + tokenizer.encode(item.prompt, add_special_tokens=False, verbose=False) if item.prompt else prefix
+        )
+        front = prefix or ([] if item.prompt else _separator(tokenizer))
+        for index, text in enumerate(item.options):
+            ids = front + tokenizer.encode(item.prompt + text, add_special_tokens=False, verbose=False)
+            first = max(1, len(front), _shared(prompt, ids))
+            if first >= len(ids):
+                raise UserError(f"option {text!r} of item {number + 1} adds no token to its prompt; give it some text")
+            options.append(Option(number, index == item.answer, np.array(ids, dtype=np.int64), first))
+    check_vocabulary([int(option.ids.max()) for option in options], tokenizer, vocabulary_size)
+    return options
+
+
+def _separator(tokenizer: Tokenizer) -> list[int]:
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if token is None:
+        raise UserError(
+            "items without a prompt need a tokenizer with a bos_token or an eos_token to stand before the first token; "
+            "this one has neither. Add one to tokenizer_config.json, or give each item a prompt"
+        )
+    return [token]
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    count = 0
+    while count < min(len(first), len(second)) and first[count] == second[count]:
+        count += 1
+    return count
+
+
+def score_options(
+    model: LoadedModel, options: Sequence[Option], advance: Callable[[int], None] = lambda count: None
+) -> list[bool]:
+    """Whether the model finds the right option most likely, for each item. Raises ``NonFiniteError``."""
+    if not options:
+        raise UserError("there are no items to score")
+    nats = np.empty(len(options))
+    for number, logits in batched_logits(model, [option.ids for option in options]):
+        option = options[number]
+        nats[number] = metrics.nats_per_token(logits[option.first - 1 : -1], option.ids[option.first :]).sum()
+        advance(1)
+    items = np.array([option.item for option in options])
+    right = np.array([option.right for option in options])
+    best_wrong = np.full(items.max() + 1, np.inf)
+    np.minimum.at(best_wrong, items[~right], nats[~right])
+    return [bool(nats[number] < best_wrong[items[number]]) for number in np.flatnonzero(right)]
+
+
+def save_options(path: Path, options: Sequence[Option]) -> None:
+    """Write the options for another process, atomically."""
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        ids=np.concatenate([option.ids for option in options]),
+        lengths=np.array([len(option.ids) for option in options]),
+        items=np.array([option.item for option in options]),
+        right=np.array([option.right for option in options]),
+        first=np.array([option.first for option in options]),
+    )
+    write_bytes(path, buffer.getvalue())
+
+
+def load_options(path: Path) -> list[Option]:
+    """The options that ``save_options`` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
+        ids, lengths, items, right, first = (stored[key] for key in ("ids", "lengths", "items", "right", "first"))
+    pieces = np.split(ids, np.cumsum(lengths)[:-1])
+    return [
+        Option(int(item), bool(is_right), piece, int(start))
+        for item, is_right, piece, start in zip(items, right, pieces, first)
+    ]

@@ -1,0 +1,147 @@
+"""Task suites through EleutherAI's lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), an optional extra.
+
+``language_model(...)`` makes a loaded model one of lm-eval's; its three requests are: the log-likelihood of a
+continuation after a context, that of a whole text in windows, and greedy generation until a stop string.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from quern.core import metrics
+from quern.core.engine import LoadedModel
+from quern.core.errors import UserError
+from quern.evaluation.batches import batched_logits
+from quern.evaluation.texts import Tokenizer
+
+DEFAULT_NEW_TOKENS = 256
+"""lm-eval's own default for tasks that name no ``max_gen_toks``."""
+
+
+class Request(Protocol):
+    """What is used of lm-eval's ``Instance``."""
+
+    args: tuple[Any, ...]
+
+
+class Requests:
+    """lm-eval's requests answered by a loaded model, in the order in which they were asked."""
+
+    def __init__(self, model: LoadedModel, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._model = model
+        self._tokenizer = tokenizer
+        prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if prefix is None:
+            raise UserError("lm-eval needs a tokenizer with a bos_token or an eos_token; this one has neither")
+        self._prefix = prefix
+
+    def loglikelihood(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For each (context, continuation): log-likelihood in nats, and whether greedy decoding would say the same.
+
+        White space at the end of a context counts as part of the continuation. A context too long for the model loses
+        its beginning. Raises ``UserError`` for a continuation that alone is too long.
+        """
+        pairs = [self._encode_pair(*request.args) for request in requests]
+        inputs, scored = [], []
+        for context, continuation in pairs:
+            if len(continuation) > self._model.maximum_length:
+                raise UserError(
+                    f"a continuation has {len(continuation)} tokens, the model's context {self._model.maximum_length}. "
+                    "Leave this task out"
+                )
+            ids = [*context, *continuation][-(self._model.maximum_length + 1) :]
+            inputs.append(np.array(ids[:-1], dtype=np.int64))
+            scored.append(np.array(continuation, dtype=np.int64))
+        return self._score(inputs, scored)
+
+    def loglikelihood_rolling(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[float]:
+        """For each (text,): its log-likelihood in nats; every token scored once, in windows of the whole context."""
+        inputs, scored, owner = [], [], []
+        for number, request in enumerate(requests):
+            ids = self._tokenizer.encode(request.args[0], add_special_tokens=False, verbose=False)
+            for start in range(0, len(ids), self._model.maximum_length):
+                target = ids[start : start + self._model.maximum_length]
+                before = ids[start - 1] if start else self._prefix
+                inputs.append(np.array([before, *target[:-1]], dtype=np.int64))
+                scored.append(np.array(target, dtype=np.int64))
+                owner.append(number)
+        totals = [0.0] * len(requests)
+        for number, (likelihood, _) in zip(owner, self._score(inputs, scored)):
+            totals[number] += likelihood
+        return totals
+
+    def generate_until(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[str]:
+        """For each (context, arguments): the greedy continuation up to a stop string, without it.
+
+        Raises ``UserError`` for a task that samples.
+        """
+        return [self._generate(*request.args) for request in requests]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if not context:
+            return [self._prefix], self._tokenizer.encode(continuation, add_special_tokens=False, verbose=False)
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        front = self._tokenizer.encode(stripped, add_special_tokens=True, verbose=False)
+        whole = self._tokenizer.encode(stripped + continuation, add_special_tokens=True, verbose=False)
+        return front, whole[len(front) :]
+
+    def _score(self, inputs: list[Any], scored: list[Any]) -> list[tuple[float, bool]]:
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(inputs)
+        for number, logits in batched_logits(self._model, inputs):
+            target = scored[number]
+            if len(target):
+                tail = logits[-len(target) :]
+                nats = float(metrics.nats_per_token(tail, target).sum())
+                results[number] = (-nats, bool((tail.argmax(axis=1) == target).all()))
+        return results
+
+    def _generate(self, context: str, arguments: dict[str, Any]) -> str:
+        if arguments.get("do_sample") or (arguments.get("temperature") or 0) > 0:
+            raise UserError("this task asks for sampling; only greedy generation is measured. Set do_sample: false")
+        until = arguments.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        most = int(arguments.get("max_gen_toks", DEFAULT_NEW_TOKENS))
+        prompt = self._tokenizer.encode(context, add_special_tokens=True, verbose=False) or [self._prefix]
+        if most >= self._model.maximum_length:
+            raise UserError(
+                f"max_gen_toks {most} leaves no room for a prompt in a context of {self._model.maximum_length}"
+            )
+        session = self._model.start()
+        logits = session.feed(prompt[-(self._model.maximum_length - most) :])
+        generated: list[int] = []
+        text = ""
+        for _ in range(most):
+            token = int(logits.argmax())
+            if token == self._tokenizer.eos_token_id:
+                break
+            generated.append(token)
+            text = self._tokenizer.decode(generated)
+            if any(stop in text for stop in stops if stop):
+                break
+            logits = session.feed([token])
+        return _until(text, stops)
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    ends = [text.index(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends, default=len(text))]
+
+
+def language_model(model: LoadedModel, tokenizer: Tokenizer) -> Any:
+    """An ``lm_eval.api.model.LM`` over a loaded model, for ``lm_eval.simple_evaluate(model=..., tasks=[...])``.
+
+    Raises ``UserError`` if lm-eval is not installed.
+    """
+    try:
+        base = importlib.import_module("lm_eval.api.model").LM
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("lm_eval"):
+            raise
+        raise UserError("lm-eval is not installed. Run: pip install 'quern[lm-eval]'") from None
+    return type("QuernLanguageModel", (Requests, base), {})(model, tokenizer)

@@ -1,0 +1,151 @@
+"""compressed-tensors (vLLM's format): W4A16 and its like as ``pack-quantized``, W8A8 as ``int-quantized``.
+
+Field names and layouts follow compressed-tensors 0.20. Its packed integers are quern's ``integer`` codes as they are: the
+signed value plus 2^(bits-1), dense in 32-bit words along the row, zero points down the rows. Scales keep the recipe's
+``scale_dtype``, which vLLM's kernels want to be the model's own dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quern.codecs._bits import pack
+from quern.core.errors import UserError
+from quern.core.packed import QuantizedWeight
+from quern.core.recipe import Recipe, WeightScheme
+from quern.formats.base import FORMATS, Format
+
+METHOD = "compressed-tensors"
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that vLLM joins into one when it loads; they must share a scheme."""
+
+
+@FORMATS.add("compressed-tensors")
+class CompressedTensors(Format):
+    """Integer weights of 2 to 8 bits per channel or group; int8 activations per token or tensor."""
+
+    extra = "compressed-tensors"
+
+    def check(self, schemes: dict[str, WeightScheme], shapes: dict[str, tuple[int, ...]]) -> None:
+        for module, scheme in schemes.items():
+            problem = _problem(module, scheme, shapes[module], self.recipe)
+            if problem:
+                raise UserError(
+                    f"format compressed-tensors cannot store {module} of recipe {self.recipe.name!r}: {problem}. "
+                    "Change the recipe, or use --format quern"
+                )
+        for fused in FUSED:
+            for module, scheme in schemes.items():
+                stem, _, last = module.rpartition(".")
+                others = [f"{stem}.{name}" for name in fused] if last == fused[0] else []
+                if any(schemes.get(other) != scheme for other in others):
+                    raise UserError(
+                        f"format compressed-tensors: {', '.join(fused)} of {stem} need one scheme, because vLLM joins "
+                        "them into one matrix. Change the recipe's overrides, or use --format quern"
+                    )
+
+    def encode(self, module: str, weight: QuantizedWeight, input_scale: float | None) -> dict[str, Tensor]:
+        scheme, parts = weight.scheme, weight.parts
+        tensors = {"weight_scale": parts["scale"]}
+        if scheme.granularity == "tensor":
+            tensors["weight_scale"] = parts["scale"].reshape(1)
+        if self.recipe.activations.mode != "none":
+            tensors["weight"] = parts["codes"]
+        else:
+            tensors["weight_packed"] = _packed(scheme, parts["codes"])
+            tensors["weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
+        if not scheme.symmetric:
+            tensors["weight_zero_point"] = parts["zero_point"]
+        if input_scale is not None:
+            tensors["input_scale"] = torch.tensor([input_scale], dtype=parts["scale"].dtype)
+        return {f"{module}.{name}": tensor for name, tensor in tensors.items()}
+
+    def parts(
+        self, module: str, scheme: WeightScheme, shape: tuple[int, int], tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        raise UserError(f"format compressed-tensors stores no quantized embedding, and {module} is one")
+
+    def quantization_config(self, schemes: dict[str, WeightScheme]) -> dict[str, Any]:
+        by_scheme: dict[WeightScheme, list[str]] = {}
+        for module, scheme in sorted(schemes.items()):
+            by_scheme.setdefault(scheme, []).append(module)
+        activations = _activations(self.recipe)
+        groups, formats = {}, set()
+        for position, (scheme, modules) in enumerate(by_scheme.items()):
+            name = "int-quantized" if activations else "pack-quantized"
+            formats.add(name)
+            groups[f"group_{position}"] = {
+                "targets": modules,
+                "weights": _arguments(scheme),
+                "input_activations": activations,
+                "output_activations": None,
+                "format": name,
+            }
+        return {
+            "quant_method": METHOD,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": [] if "lm_head" in schemes else ["lm_head"],
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+
+def _problem(module: str, scheme: WeightScheme, shape: tuple[int, ...], recipe: Recipe) -> str | None:
+    if scheme.codec != "integer":
+        return f"it stores integers, not codec {scheme.codec!r}"
+    if module.endswith("embed_tokens"):
+        return "vLLM reads no quantized embedding; set embedding: {codec: none}"
+    if scheme.group_size is not None and shape[1] % scheme.group_size:
+        return f"the rows have {shape[1]} inputs, which is not a multiple of the group size {scheme.group_size}"
+    if scheme.bits < 2:
+        return "1-bit integers are not part of it"
+    if recipe.activations.mode == "none" and scheme.granularity == "tensor":
+        return "weight-only quantization per tensor is not part of it; use granularity channel or group"
+    return None
+
+
+def _packed(scheme: WeightScheme, codes: Tensor) -> Tensor:
+    if codes.dtype == torch.int8:  # quern keeps symmetric 8-bit codes as signed bytes
+        return pack((codes.to(torch.int16) + 128).to(torch.uint8), 8)
+    return codes
+
+
+def _arguments(scheme: WeightScheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.granularity,
+        "group_size": scheme.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+        "scale_dtype": f"torch.{scheme.scale_dtype}",
+        "zp_dtype": None if scheme.symmetric else "torch.int8",
+    }
+
+
+def _activations(recipe: Recipe) -> dict[str, Any] | None:
+    mode = recipe.activations.mode
+    if mode == "none":
+        return None
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token" if mode == "dynamic" else "tensor",
+        "group_size": None,
+        "dynamic": mode == "dynamic",
+        "actorder": None,
+        "block_structure": None,
+        "observer": None if mode == "dynamic" else "minmax",
+        "observer_kwargs": {},
+    }
+

@@ -1,0 +1,61 @@
+"""Quern's own format, version 1: the codec's parts as they are, and every module's scheme spelled out in config.json.
+
+Described byte for byte in docs/format.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quern.codecs.base import CODECS
+from quern.core.errors import UserError
+from quern.core.packed import QuantizedWeight
+from quern.core.recipe import Recipe, WeightScheme
+from quern.formats.base import FORMATS, Format
+
+VERSION = 1
+METHOD = "quern"
+INPUT_SCALE = "input_scale"
+
+
+@FORMATS.add("quern")
+class QuernFormat(Format):
+    """``<module>.<part>`` for every part, ``<module>.input_scale`` float32 ``()`` for static activations."""
+
+    def check(self, schemes: dict[str, WeightScheme], shapes: dict[str, tuple[int, ...]]) -> None:
+        pass
+
+    def encode(self, module: str, weight: QuantizedWeight, input_scale: float | None) -> dict[str, Tensor]:
+        tensors = {f"{module}.{name}": part for name, part in weight.parts.items()}
+        if input_scale is not None:
+            tensors[f"{module}.{INPUT_SCALE}"] = torch.tensor(input_scale, dtype=torch.float32)
+        return tensors
+
+    def parts(self, module: str, scheme: WeightScheme, shape: tuple[int, int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = CODECS.get(scheme.codec)(scheme).part_shapes(shape)
+        return {name: tensors[f"{module}.{name}"] for name in names}
+
+    def quantization_config(self, schemes: dict[str, WeightScheme]) -> dict[str, Any]:
+        return {
+            "quant_method": METHOD,
+            "format_version": VERSION,
+            "recipe": self.recipe.to_json(),
+            "modules": {module: scheme.model_dump(mode="json") for module, scheme in sorted(schemes.items())},
+        }
+
+
+def module_schemes(config: dict[str, Any]) -> dict[str, WeightScheme]:
+    """Every quantized module's scheme from a ``quantization_config``. Raises ``UserError`` for another version."""
+    version = config.get("format_version")
+    if version != VERSION:
+        raise UserError(
+            f"the artifact has quern format version {version!r}; this quern reads version {VERSION}. "
+            "Install the quern that wrote it, or quantize the checkpoint again"
+        )
+    try:
+        return {module: WeightScheme.model_validate(scheme) for module, scheme in config["modules"].items()}
+    except (KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"the artifact's quantization_config is damaged: {error}") from None

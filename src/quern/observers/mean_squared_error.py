@@ -1,0 +1,31 @@
+"""The range that loses least."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quern.observers.base import OBSERVERS, Observer, Reconstruct, extremes
+
+SHRINK = tuple(1.0 - 0.05 * step for step in range(12))
+"""Candidate ranges, as fractions of the whole one: 1.00 down to 0.45."""
+
+
+@OBSERVERS.add("mean_squared_error")
+class MeanSquaredError(Observer):
+    """Tries shrunken ranges and keeps, row by row, the one with the least (weighted) squared reconstruction error."""
+
+    def observe(self, values: Tensor, reconstruct: Reconstruct, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        low, high = extremes(values, counts)
+        best_low, best_high = low, high
+        best = torch.full_like(low, torch.inf)
+        for shrink in SHRINK:
+            error = reconstruct(values, low * shrink, high * shrink).sub_(values).square_()
+            if counts is not None:
+                error *= counts
+            total = error.sum(-1, keepdim=True)
+            better = total < best
+            best = torch.where(better, total, best)
+            best_low = torch.where(better, low * shrink, best_low)
+            best_high = torch.where(better, high * shrink, best_high)
+        return best_low, best_high

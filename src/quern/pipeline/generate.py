@@ -1,0 +1,96 @@
+"""Continue a text with a model: prompt in, pieces of text out, one token at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.files import read_json
+from quern.checkpoint.tokenizer import load_tokenizer
+from quern.core.errors import BadFileError, UserError
+from quern.engines.reference import load
+from quern.pipeline.detokenize import Detokenizer
+from quern.pipeline.sampling import Sampler, SamplingOptions
+
+if TYPE_CHECKING:
+    from quern.core.engine import LoadedModel
+
+
+def generate(
+    path: str | Path,
+    prompt: str,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Iterator[str]:
+    """Load the model at ``path`` (artifact, folder, Hub id) and return its continuation of ``prompt``, piece by piece.
+
+    Ends at an end-of-sequence token, after ``max_tokens`` tokens, or when the model's context is full. The pieces hold
+    whole characters and join to the text. The same seed gives the same text. Raises ``UserError`` for options out of
+    range and for a prompt that is empty or does not fit the context; all of it before the first piece.
+    """
+    if max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}; give how many tokens to write at most, 1 or more")
+    sampler = Sampler(SamplingOptions(temperature, top_k, top_p), seed)
+    checkpoint = open_checkpoint(path)
+    tokenizer = load_tokenizer(checkpoint.path)
+    ids = _encode(tokenizer, prompt)
+    model = load(checkpoint.path, dtype="auto", threads=threads)
+    room = model.maximum_length - len(ids)
+    if room < 1:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens and the model's context {model.maximum_length}, which leaves no room to "
+            "continue; give a shorter prompt"
+        )
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return _stream(model, ids, min(max_tokens, room), sampler, Detokenizer(decode, ids), end_tokens(checkpoint))
+
+
+def _stream(
+    model: LoadedModel, ids: list[int], count: int, sampler: Sampler, detokenizer: Detokenizer, end: frozenset[int]
+) -> Iterator[str]:
+    session = model.start()
+    given = ids
+    for _ in range(count):
+        token = sampler.choose(session.feed(given).numpy())
+        if token in end:
+            break
+        if piece := detokenizer.push(token):
+            yield piece
+        given = [token]
+    if rest := detokenizer.finish():
+        yield rest
+
+
+def end_tokens(checkpoint: Checkpoint) -> frozenset[int]:
+    """Tokens that end a text, as ``generation_config.json`` says or, where it does not, the model's config."""
+    generation = checkpoint.path / "generation_config.json"
+    configs = [read_json(generation)] if generation.is_file() else []
+    for config in (*configs, checkpoint.config):
+        found = config.get("eos_token_id")
+        if found is None:
+            continue
+        tokens = found if isinstance(found, list) else [found]
+        if not all(isinstance(token, int) for token in tokens):
+            raise BadFileError(checkpoint.path, f"eos_token_id is {json.dumps(found)[:80]}, which is no token number")
+        return frozenset(tokens)
+    return frozenset()
+
+
+def _encode(tokenizer: Any, prompt: str) -> list[int]:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not valid UTF-8; give it as text in your terminal's encoding") from None
+    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    if not ids:
+        raise UserError("the prompt is empty; give at least one character to continue")
+    return ids

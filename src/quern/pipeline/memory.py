@@ -1,0 +1,89 @@
+"""What a quantization will need at its peak, said before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from quern.core.errors import OutOfMemoryCapError
+from quern.pipeline.job import Job
+from quern.quantization.calibration.activations import WAVE_TOKENS
+from quern.quantization.calibration.token_weights import LOGIT_TOKENS
+from quern.quantization.rounding.base import ROUNDINGS, SLAB
+
+MIB = 1 << 20
+SLAB_COPIES = 8
+"""Float32 copies of a slab that rounding one keeps: the slab, its changes, its codes, the observer's candidates."""
+WAVE_COPIES = 4
+"""Float32 copies of a wave's widest activations."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes at the peak of each stage, the process as it is now included."""
+
+    process: int
+    block: int
+    outer: int
+    sensitivity: int
+
+    @property
+    def peak(self) -> int:
+        """The greatest of the stages."""
+        return self.process + max(self.block, self.outer, self.sensitivity)
+
+
+def plan(job: Job) -> MemoryPlan:
+    """Estimate the peak from the model's shapes and the recipe."""
+    shapes = job.architecture.expected_shapes()
+    itemsize = job.compute_dtype.itemsize
+    prefix = job.architecture.block_prefix(0)
+    block = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    matrices = {name.removesuffix(".weight"): shape for name, shape in block.items() if len(shape) == 2}
+    weights = itemsize * sum(rows * columns for rows, columns in matrices.values())
+    widest = max(columns for _, columns in matrices.values())
+    largest = max(rows * columns for rows, columns in matrices.values())
+    hessians = max(
+        (1 if job.recipe.calibration.token_weight != "fisher" else len(group.linears))
+        * 4 * matrices[group.linears[0]][1] ** 2
+        for group in job.architecture.groups
+    )
+    calibrated = job.sequences is not None
+    wave = WAVE_COPIES * 4 * WAVE_TOKENS * widest if calibrated else 0
+    slabs = job.workers.threads * SLAB_COPIES * 4 * SLAB * widest
+    # Codes of the linears done so far, and the rounded copy of the one in hand.
+    packed = weights // itemsize + largest * (itemsize + 1)
+    uses_hessian = calibrated and ROUNDINGS.get(job.recipe.rounding.method).needs_hessian
+    table = job.architecture.config.vocab_size * job.architecture.config.hidden_size
+    outer = table * (2 * 4 + 2) if job.recipe.embedding.quantized or job.recipe.head.quantized else table * 4
+    fisher = calibrated and job.recipe.calibration.token_weight == "fisher"
+    logits = job.workers.threads * 5 * 4 * LOGIT_TOKENS * job.architecture.config.vocab_size
+    return MemoryPlan(
+        process=psutil.Process().memory_info().rss,
+        block=weights + packed + max((hessians if uses_hessian else 0) + slabs, wave) + (wave if uses_hessian else 0),
+        outer=outer,
+        sensitivity=max(table * (4 + itemsize) + logits, weights + 3 * wave) if fisher else 0,
+    )
+
+
+def check(job: Job, cap: int | None) -> MemoryPlan:
+    """The plan, if it fits ``cap`` bytes. Raises ``OutOfMemoryCapError`` with the least that would do."""
+    needed = plan(job)
+    if cap is not None and needed.peak > cap:
+        raise OutOfMemoryCapError(
+            f"--memory {cap / MIB:.0f}MiB is too small: one decoder block of this model with recipe "
+            f"{job.recipe.name!r} needs {needed.peak / MIB:.0f}MiB. Give at least --memory {-(-needed.peak // MIB)}MiB, "
+            "fewer --threads, or a recipe with rounding: nearest",
+            needed.peak,
+        )
+    return needed
+
+
+def peak_rss() -> int:
+    """Greatest resident memory of this process so far, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+

@@ -1,0 +1,274 @@
+"""The main job: a checkpoint and a recipe in, an artifact out; resumable at every block."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import quern
+from quern.architectures.base import Architecture, architecture_of
+from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.files import read_json, write_json
+from quern.checkpoint.safetensors_file import read_header
+from quern.checkpoint.tokenizer import load_tokenizer, tokenizer_files
+from quern.checkpoint.work_folder import WorkFolder
+from quern.codecs.base import CODECS
+from quern.core.errors import BadFileError, UserError
+from quern.core.parallel import deterministic_workers
+from quern.core.progress import Progress, Silent
+from quern.core.recipe import Recipe, WeightScheme, load_recipe
+from quern.core.results import LayerError
+from quern.formats.base import FORMATS
+from quern.pipeline import memory as memory_plan
+from quern.pipeline import sensitivity
+from quern.pipeline.blocks import CHAIN, quantize_blocks
+from quern.pipeline.calibration_text import calibration_sequences, calibration_documents, text_sha256
+from quern.pipeline.job import Job, quantized_modules
+from quern.quantization.rounding.base import ROUNDINGS
+
+PROVENANCE = "quern.json"
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What ``quantize`` made."""
+
+    path: Path
+    recipe: Recipe
+    seconds: float
+    """Time of the stages, those of earlier, interrupted runs included."""
+    bytes: int
+    """All files of the artifact."""
+    bits_per_weight: float
+    """8 x bytes of tensor data / parameters of the checkpoint."""
+    compression: float
+    """1 - bytes / bytes of the checkpoint in bf16."""
+    peak_rss_bytes: int
+    layers: list[LayerError]
+    resumed: bool
+    notes: list[str]
+
+
+def quantize(
+    model: str | Path, output: str | Path, *, recipe: str | Path | Recipe = "balanced",
+    calibration: Sequence[str | Path] = (), memory: int | None = None, device: str = "cpu", seed: int = 0,
+    fresh: bool = False, threads: int | None = None, format: str | None = None, progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``.
+
+    ``calibration``: UTF-8 text files (default: modules of the running Python's standard library). ``memory``: cap of the
+    resident set in bytes. An interrupted run continues where it stopped; the same arguments give the same bytes at any
+    number of ``threads``. Raises ``UserError`` for requests that cannot be met and ``BadFileError`` for damaged input.
+    """
+    progress = progress or Silent()
+    output = Path(output)
+    checkpoint, chosen = open_checkpoint(model, progress=progress), _recipe(recipe, format)
+    architecture = architecture_of(checkpoint.config)
+    checkpoint.validate(architecture.expected_shapes())
+    schemes = _check(chosen, architecture)
+    documents = calibration_documents(calibration) if chosen.needs_calibration else []
+    fingerprint = _fingerprint(checkpoint, chosen, documents, seed, device, progress)
+    if (report := _finished(output, fingerprint, checkpoint, fresh)) is not None:
+        return report
+    started = time.perf_counter()
+    sequences = _sequences(checkpoint, architecture, chosen, documents, seed)
+    folder = output.with_name(output.name + ".quern-work")
+    with WorkFolder.open(folder, fingerprint, fresh) as work, deterministic_workers(threads) as workers:
+        resumed = work.done("started") is not None
+        job = Job(checkpoint, architecture, chosen, FORMATS.get(chosen.format)(chosen), sequences, seed, work, workers, progress,
+                  _device(device))
+        memory_plan.check(job, memory)
+        work.finish("started", [], {})
+        _quantize_outer(job)
+        if chosen.calibration.token_weight == "fisher" and ROUNDINGS.get(chosen.rounding.method).needs_hessian:
+            sensitivity.run(job)
+        _start_chain(job)
+        quantize_blocks(job)
+        layers = _write_metadata(job, schemes, fingerprint)
+        if fresh and output.exists():
+            shutil.rmtree(output)
+        work.publish(work.path("artifact"), output)
+    return _report(output, chosen, checkpoint, time.perf_counter() - started, layers, resumed, job.notes)
+
+
+def _recipe(recipe: str | Path | Recipe, format: str | None) -> Recipe:
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return chosen if format is None else chosen.model_copy(update={"format": format})
+
+
+def _check(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme]:
+    """Schemes of all quantized modules; every name in the recipe is known and the format can store the result."""
+    schemes = quantized_modules(recipe, architecture)
+    for scheme in schemes.values():
+        CODECS.get(scheme.codec)(scheme)
+    ROUNDINGS.get(recipe.rounding.method)
+    unused = [o.pattern for o in recipe.overrides if not any(recipe_matches(o.pattern, name) for name in schemes)]
+    if unused:
+        raise UserError(
+            f"recipe {recipe.name!r}: no linear matches the pattern {unused[0]!r}; names look like "
+            f"{architecture.block_prefix(0)}{next(architecture.linears())}"
+        )
+    shapes = {name.removesuffix(".weight"): shape for name, shape in architecture.expected_shapes().items()}
+    FORMATS.get(recipe.format)(recipe).check(schemes, {name: shapes[name] for name in schemes})
+    return schemes
+
+
+def recipe_matches(pattern: str, name: str) -> bool:
+    """Whether an override's pattern means the linear called ``name``."""
+    import fnmatch
+
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, recipe: Recipe, documents: list[tuple[str, str]], seed: int, device: str, progress: Progress
+) -> dict[str, Any]:
+    """Everything that the bytes of the artifact depend on."""
+    return {
+        "quern": quern.__version__,
+        "model_sha256": checkpoint.sha256(progress),
+        "recipe": recipe.to_json(),
+        "calibration_sha256": text_sha256(documents) if documents else None,
+        "seed": seed,
+        "device": device,
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}; known: cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but torch sees no CUDA device here. Use --device cpu")
+    return torch.device(name)
+
+
+def _sequences(
+    checkpoint: Checkpoint, architecture: Architecture, recipe: Recipe, documents: list[tuple[str, str]], seed: int
+) -> Tensor | None:
+    if not recipe.needs_calibration:
+        return None
+    config = architecture.config
+    context = config.max_position_embeddings
+    if getattr(config, "sliding_window", None):
+        context = min(context, config.sliding_window)  # within one window attention is plainly causal
+    tokenizer = load_tokenizer(checkpoint.path)
+    return calibration_sequences(documents, tokenizer, recipe.calibration, context, config.vocab_size, seed)
+
+
+def _start_chain(job: Job) -> None:
+    """Inputs of the first block: the embedding as the artifact stores it."""
+    if job.sequences is None or job.work.done(f"{CHAIN} 0") is not None or job.work.done("block 0") is not None:
+        return
+    name, sequences = job.architecture.embedding, job.sequences
+    stored = job.work.read_tensors(f"artifact/{job.shard(0).removesuffix('.safetensors')}")
+    scheme, shape = job.recipe.embedding, job.checkpoint.info(f"{name}.weight").shape
+    if scheme.quantized:
+        codec = CODECS.get(scheme.codec)(scheme)
+        parts = job.format.parts(name, scheme, (shape[0], shape[1]), stored)
+        rows, index = torch.unique(sequences, return_inverse=True)
+        table = codec.decode_rows((shape[0], shape[1]), parts, rows)
+    else:
+        table, index = stored[f"{name}.weight"], sequences
+    store = job.activations(CHAIN, 0)
+    store.write(lambda start, stop: table[index[start:stop]])
+    job.work.finish(f"{CHAIN} 0", [store.path], {})
+
+
+def _quantize_outer(job: Job) -> None:
+    """Embedding, final norm and head: each rounded to nearest or taken over."""
+    architecture, recipe = job.architecture, job.recipe
+    last = architecture.layers + 1
+    places = [(architecture.embedding, recipe.embedding, 0), (architecture.final_norm, None, last)]
+    if not architecture.tied:
+        places.append((architecture.head, recipe.head, last))
+    nearest = ROUNDINGS.get("nearest")(recipe.rounding)
+    for position in (0, last):
+        if job.work.done(f"outer {position}") is not None:
+            continue
+        started, tensors, errors = time.perf_counter(), {}, []
+        for module, scheme, where in places:
+            if where != position:
+                continue
+            weight = job.read(f"{module}.weight")
+            if scheme is None or not scheme.quantized:
+                tensors[f"{module}.weight"] = weight
+                continue
+            rounded = nearest.round(weight, CODECS.get(scheme.codec)(scheme), None, job.workers)
+            tensors |= job.format.encode(module, rounded.weight, None)
+            bits = 8 * rounded.weight.stored_bytes / weight.numel()
+            errors.append({"linear": module, "bits_per_weight": bits, "relative_error": rounded.relative_error})
+        path = job.work.write_tensors(f"artifact/{job.shard(position).removesuffix('.safetensors')}", tensors)
+        job.work.finish(f"outer {position}", [path], {"layers": errors, "seconds": time.perf_counter() - started})
+
+
+def _write_metadata(job: Job, schemes: dict[str, WeightScheme], fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
+    """Everything beside the shards: index, config.json, provenance, tokenizer. Returns the errors of all layers."""
+    layers = job.architecture.layers
+    steps = ["outer 0", *(f"block {index}" for index in range(layers)), f"outer {layers + 1}"]
+    records = [job.work.done(step) for step in steps]
+    errors: list[dict[str, Any]] = []
+    weight_map, total = {}, 0
+    for position, record in enumerate(records):
+        if record is None:
+            raise UserError(f"the work folder lost step {steps[position]!r}; run the same command again")
+        errors += record["layers"]
+        for name, info in read_header(job.artifact_path(job.shard(position))).items():
+            weight_map[name] = job.shard(position)
+            total += info.stored_bytes
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(job.artifact_path("model.safetensors.index.json"), index)
+    config = {**job.checkpoint.config}
+    if schemes:
+        config["quantization_config"] = job.format.quantization_config(schemes)
+    write_json(job.artifact_path("config.json"), config)
+    write_json(job.artifact_path(PROVENANCE), {"fingerprint": fingerprint, "layers": errors})
+    if job.checkpoint.path.is_dir():
+        for path in tokenizer_files(job.checkpoint.path):
+            shutil.copyfile(path, job.artifact_path(path.name))
+    else:
+        load_tokenizer(job.checkpoint.path).save_pretrained(job.artifact_path())
+    return errors
+
+
+def _finished(
+    output: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint, fresh: bool
+) -> QuantizeReport | None:
+    """The report of an artifact that an earlier run of the same job finished. Refuses to touch anything else."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    try:
+        provenance = read_json(output / PROVENANCE)
+        then = provenance["fingerprint"]
+    except (BadFileError, KeyError):
+        raise UserError(f"{output} exists and is not an artifact of quern. Choose another output folder") from None
+    if fresh:
+        return None
+    changed = [key for key in sorted({*then, *fingerprint}) if then.get(key) != fingerprint.get(key)]
+    if changed:
+        raise UserError(
+            f"{output} holds the result of another job: {', '.join(changed)} differ. "
+            "Choose another output folder, or pass --fresh to replace it"
+        )
+    recipe = Recipe.model_validate(fingerprint["recipe"])
+    return _report(output, recipe, checkpoint, 0.0, provenance["layers"], True, ["was finished already"])
+
+
+def _report(
+    output: Path, recipe: Recipe, checkpoint: Checkpoint, seconds: float, layers: list[dict[str, Any]], resumed: bool,
+    notes: list[str],
+) -> QuantizeReport:
+    artifact = open_checkpoint(output)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    data = sum(artifact.info(name).stored_bytes for name in artifact.names())
+    return QuantizeReport(
+        path=output, recipe=recipe, seconds=seconds, bytes=size, bits_per_weight=8 * data / checkpoint.parameters,
+        compression=1 - size / checkpoint.bf16_bytes, peak_rss_bytes=memory_plan.peak_rss(),
+        layers=[LayerError.model_validate(layer) for layer in layers], resumed=resumed, notes=notes,
+    )

@@ -1,0 +1,189 @@
+"""From what workers measured to rows of ``results.json``: sizes counted from files, fractions of measured limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from quern.architectures.base import architecture_of
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.core import metrics
+from quern.core.results import LayerError, Row
+from quern.evaluation.accuracy import Accuracy
+from quern.evaluation.speed import Speed
+
+_OUTSIDE_BLOCKS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Something to measure. ``recipe`` None means unquantized."""
+
+    name: str
+    path: str | Path
+    recipe: dict[str, Any] | None = None
+    quantize_seconds: float | None = None
+    layers: tuple[LayerError, ...] = ()
+    engine: str = "reference"
+    sha256: str | None = None
+    """Of the checkpoint or artifact, where it is known already."""
+    timed: bool = True
+    """Whether its speed is measured too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the worker of one contender answered."""
+
+    contender: Contender
+    bytes_per_token: int
+    speed: Speed | None
+    peak_rss_bytes: int
+    accuracy: Accuracy | None
+    """None where the logits are not finite."""
+    correct: list[bool] | None
+    """None without choices, or where the logits are not finite."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Original:
+    """The unquantized model as sizes are measured against it."""
+
+    parameters: int
+    """Tied weights once."""
+    bf16_bytes: int
+    block_parameters: int
+    """Entries of the matrices inside the decoder blocks: what every token of a prompt is multiplied with. The head is
+    left out, which prefill needs for the last token only."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured limits, for the number of threads that the contenders ran with."""
+
+    read_gb_s: float | None
+    gemm_gop_s: Mapping[str, float]
+    """By dtype: float32, bfloat16, int8."""
+
+    @classmethod
+    def of(cls, hardware: Mapping[str, Any] | None, threads: int) -> Machine:
+        """The limits in what ``probe`` returned; nothing for a number of threads that was not measured."""
+        measured = (hardware or {}).get("measured") or {}
+        rates = {
+            name: (by_threads or {}).get(str(threads)) for name, by_threads in measured.get("gemm_gop_s", {}).items()
+        }
+        return cls(
+            measured.get("read_bandwidth_gb_s", {}).get(str(threads)),
+            {name: rate for name, rate in rates.items() if rate is not None},
+        )
+
+
+def original_of(checkpoint: Checkpoint) -> Original:
+    """Sizes of an unquantized checkpoint, or of the model that an artifact was made from.
+
+    An artifact's own shapes are those of packed codes; the shapes of the original then follow from ``config.json``.
+    """
+    if "quantization_config" not in checkpoint.config:
+        shapes = {name: checkpoint.info(name).shape for name in checkpoint.names()}
+        return Original(checkpoint.parameters, checkpoint.bf16_bytes, _block_parameters(shapes))
+    shapes = architecture_of(checkpoint.config).expected_shapes()
+    parameters = sum(prod(shape) for shape in shapes.values())
+    others = sum(path.stat().st_size for path in checkpoint.files if path not in checkpoint.source.weight_files)
+    return Original(parameters, 2 * parameters + others, _block_parameters(shapes))
+
+
+def _block_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name not in _OUTSIDE_BLOCKS)
+
+
+def artifact_bytes(checkpoint: Checkpoint) -> int:
+    """All files in an artifact's folder; of an unquantized checkpoint those that belong to it.
+
+    A downloaded checkpoint may lie among other formats of the same weights; an artifact is all that was written.
+    """
+    if checkpoint.path.is_file() or "quantization_config" not in checkpoint.config:
+        return sum(path.stat().st_size for path in checkpoint.files)
+    return sum(path.stat().st_size for path in checkpoint.path.rglob("*") if path.is_file())
+
+
+def weight_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of tensor data: codes, scales, zero points and everything unquantized, without file headers."""
+    return sum(checkpoint.info(name).stored_bytes for name in checkpoint.names())
+
+
+def row_of(
+    measured: Measured, reference: Measured | None, *, checkpoint: Checkpoint, original: Original, sha256: str,
+    machine: Machine, dtype: str, seed: int,
+) -> Row:  # fmt: skip
+    """The row of one contender; ``reference`` is the unquantized model in its stored dtype, measured alike."""
+    contender, speed, accuracy = measured.contender, measured.speed, measured.accuracy
+    size = artifact_bytes(checkpoint)
+    divergence = accuracy.divergence if accuracy else None
+    floor = reference.accuracy.divergence if reference and reference.accuracy else None
+    difference = _difference(measured, reference, seed)
+    arithmetic = _arithmetic(contender.recipe, checkpoint.config, dtype)
+    return Row(
+        name=contender.name,
+        recipe=contender.recipe,
+        artifact_sha256=sha256,
+        bytes=size,
+        bits_per_weight=metrics.bits_per_weight(weight_bytes(checkpoint), original.parameters),
+        compression=metrics.compression(size, original.bf16_bytes),
+        kl_mean=divergence.mean if divergence else None,
+        kl_ci95=divergence.interval if divergence else None,
+        kl_noise_floor=floor.mean if floor else None,
+        perplexity=accuracy.perplexity if accuracy else None,
+        top1_agreement=accuracy.top1_agreement if accuracy else None,
+        choice_accuracy=metrics.accuracy(measured.correct) if measured.correct else None,
+        choice_difference=difference.mean if difference else None,
+        choice_difference_ci95=difference.interval if difference else None,
+        **_speed_columns(measured, original, machine, arithmetic),
+        peak_rss_bytes=measured.peak_rss_bytes,
+        energy_joules_per_token=speed.energy_joules_per_token if speed else None,
+        quantize_seconds=contender.quantize_seconds,
+        engine=contender.engine,
+        layers=list(contender.layers),
+        notes=list(measured.notes),
+    )
+
+
+def _difference(measured: Measured, reference: Measured | None, seed: int) -> metrics.Estimate | None:
+    if reference is None or reference is measured or not measured.correct or not reference.correct:
+        return None
+    return metrics.paired_accuracy_difference(measured.correct, reference.correct, seed=seed)
+
+
+def _speed_columns(measured: Measured, original: Original, machine: Machine, arithmetic: str) -> dict[str, Any]:
+    speed = measured.speed
+    if speed is None:
+        names = ("prefill_tokens_per_s", "decode_tokens_per_s", "decode_limit_fraction", "time_to_first_token_s")
+        return dict.fromkeys(names)
+    spreads = {
+        "prefill_tokens_per_s": speed.prefill_tokens_per_s,
+        "decode_tokens_per_s": speed.decode_tokens_per_s,
+        "time_to_first_token_s": speed.time_to_first_token_s,
+    }
+    read = measured.bytes_per_token * speed.decode_tokens_per_s.median
+    computed = 2 * original.block_parameters * speed.prefill_tokens_per_s.median
+    return {
+        **{name: spread.median for name, spread in spreads.items()},
+        "decode_limit_fraction": _fraction(read, machine.read_gb_s),
+        "prefill_limit_fraction": _fraction(computed, machine.gemm_gop_s.get(arithmetic)),
+        "speed_spread": spreads,
+    }
+
+
+def _fraction(rate: float, limit_giga: float | None) -> float | None:
+    return rate / (limit_giga * 1e9) if limit_giga else None
+
+
+def _arithmetic(recipe: Mapping[str, Any] | None, config: Mapping[str, Any], dtype: str) -> str:
+    """What the matrix products of the blocks multiply: ``int8`` with quantized activations, else their dtype."""
+    if ((recipe or {}).get("activations") or {}).get("mode", "none") != "none":
+        return "int8"
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return str(stored) if dtype == "auto" else dtype

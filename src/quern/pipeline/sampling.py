@@ -1,0 +1,73 @@
+"""Choosing the next token from the logits: temperature, top-k, and top-p or nucleus sampling.
+
+Nucleus sampling is from Holtzman et al. 2020 (arXiv 1904.09751, section 3.1). The order is temperature, then top-k,
+then top-p on what is left, as in transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quern.core.errors import QuernError, UserError
+from quern.core.seeds import generator
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How random the choice may be."""
+
+    temperature: float = 0.0
+    """0: always the likeliest token. Otherwise logits are divided by it."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability; at least one."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.temperature < float("inf")):
+            raise UserError(f"temperature is {self.temperature}; give 0 (the likeliest token) or a number above it")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; give 0 (all tokens) or how many of the likeliest may be chosen")
+        if not (0 < self.top_p <= 1):
+            raise UserError(f"top_p is {self.top_p}; give a probability above 0 and at most 1")
+
+
+class Sampler:
+    """Picks tokens one after another; the same seed and logits give the same tokens."""
+
+    def __init__(self, options: SamplingOptions, seed: int) -> None:
+        self.options = options
+        self._generator = generator(seed, "generate")
+
+    def choose(self, logits: NDArray[np.floating]) -> int:
+        """A token for ``logits`` ``(vocabulary,)``. Raises ``QuernError`` for logits that hold NaN or +infinity."""
+        if np.isnan(logits).any() or np.isposinf(logits).any():
+            raise QuernError("the model's output holds NaN or infinite values, so its weights or its engine are broken")
+        if self.options.temperature == 0:
+            return int(np.argmax(logits))
+        tokens, probabilities = candidates(logits, self.options)
+        # One uniform number a token, whatever the options are, read off the cumulative distribution.
+        place = np.searchsorted(np.cumsum(probabilities), self._generator.random(), side="right")
+        return int(tokens[min(int(place), len(tokens) - 1)])
+
+
+def candidates(logits: NDArray[np.floating], options: SamplingOptions) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Tokens that may be chosen, likeliest first (ties: the lower token), and their probabilities, which sum to 1."""
+    order = np.argsort(-logits, kind="stable")
+    if options.top_k:
+        order = order[: options.top_k]
+    scaled = logits[order].astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature sends the rest to -infinity, which is what it asks for
+        weights = np.exp((scaled - scaled[0]) / options.temperature)
+    probabilities = weights / weights.sum()
+    if options.top_p < 1:
+        reached = np.searchsorted(np.cumsum(probabilities), options.top_p, side="left")
+        kept = min(int(reached) + 1, len(order))
+        order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
+    return order, probabilities

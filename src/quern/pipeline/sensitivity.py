@@ -1,0 +1,119 @@
+"""The sensitivity pass: Fisher token weights for every linear, streamed.
+
+Forward through the unquantized blocks, keeping every block's inputs on disk; then backward, block by block from the last.
+Leaves ``weights/<block>.safetensors`` with one number for each linear and token, and nothing else.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quern.core.progress import Task
+from quern.pipeline.job import Job
+from quern.quantization.calibration.activations import ActivationFile
+from quern.quantization.calibration.block import Block
+from quern.quantization.calibration.token_weights import block_gradients, normalized, output_gradient, sequence_seed
+
+INPUTS, GRADIENTS, WEIGHTS = "inputs", "gradients", "weights"
+
+
+def token_weights(job: Job, index: int) -> dict[str, Tensor]:
+    """Weights float32 ``(tokens,)`` of block ``index`` by linear, once ``run`` has ended."""
+    return job.work.read_tensors(f"{WEIGHTS}/{index:04d}")
+
+
+def run(job: Job) -> None:
+    """The whole pass; continues where an earlier run was stopped."""
+    layers = job.architecture.layers
+    if all(job.work.done(f"weights {index}") is not None for index in range(layers)):
+        return
+    task = job.progress.task("token weights", 2 * layers + 1)
+    _forward(job, task)
+    _output_gradients(job)
+    task.advance()
+    for index in reversed(range(layers)):
+        if job.work.done(f"weights {index}") is None:
+            _backward(job, index)
+        # Only now: a run that is stopped in block ``index`` needs these gradients again.
+        job.activations(GRADIENTS, index + 1).path.unlink(missing_ok=True)
+        task.advance()
+    task.done()
+    for index in range(layers + 1):
+        job.activations(INPUTS, index).path.unlink(missing_ok=True)
+    job.activations(GRADIENTS, 0).path.unlink(missing_ok=True)
+
+
+def _forward(job: Job, task: Task) -> None:
+    """Inputs of every block, and the outputs of the last, on disk."""
+    assert job.sequences is not None
+    sequences = job.sequences
+    store = job.activations(INPUTS, 0)
+    if job.work.done("inputs 0") is None:
+        embedding = job.read(f"{job.architecture.embedding}.weight")
+        store.write(lambda start, stop: embedding[sequences[start:stop]])
+        del embedding
+        job.work.finish("inputs 0", [store.path], {})
+    for index in range(job.architecture.layers):
+        source, following = job.activations(INPUTS, index), job.activations(INPUTS, index + 1)
+        if job.work.done(f"inputs {index + 1}") is None:
+            block = _block(job, index)
+            following.write(partial(_run_wave, job, block, source))
+            job.work.finish(f"inputs {index + 1}", [following.path], {})
+        task.advance()
+
+
+def _run_wave(job: Job, block: Block, source: ActivationFile, start: int, stop: int) -> Tensor:
+    return block.run_each(source.read(start, stop), job.workers)
+
+
+def _backward(job: Job, index: int) -> None:
+    """Token weights of block ``index``, and the gradient of its inputs."""
+    block = _block(job, index)
+    inputs, outer = job.activations(INPUTS, index), job.activations(GRADIENTS, index + 1)
+    inner = job.activations(GRADIENTS, index)
+    linears = list(job.architecture.linears())
+    collected: list[Tensor] = []
+
+    def wave(start: int, stop: int) -> Tensor:
+        pairs = list(zip(inputs.read(start, stop), outer.read(start, stop), strict=True))
+        results = job.workers.map(lambda pair: block_gradients(block, *pair), pairs)
+        collected.extend(squares for squares, _ in results)
+        return torch.stack([gradient for _, gradient in results])
+
+    with block.recording(linears):
+        inner.write(wave)
+    squares = normalized(torch.cat(collected, dim=1))
+    path = job.work.write_tensors(f"{WEIGHTS}/{index:04d}", dict(zip(linears, squares, strict=True)))
+    job.work.finish(f"gradients {index}", [inner.path], {})
+    job.work.finish(f"weights {index}", [path], {})
+
+
+def _block(job: Job, index: int) -> Block:
+    assert job.sequences is not None
+    return Block(job.architecture, index, job.read, job.compute_dtype, job.sequences.shape[1])
+
+
+def _output_gradients(job: Job) -> None:
+    """dL/d(hidden states) after the last block."""
+    architecture = job.architecture
+    steps = (f"gradients {architecture.layers}", f"weights {architecture.layers - 1}")
+    if any(job.work.done(step) is not None for step in steps):
+        return
+    with torch.device("meta"):
+        norm = architecture.build_norm()
+    weight = job.read(f"{architecture.final_norm}.weight").to(job.compute_dtype)
+    norm.load_state_dict({"weight": weight}, assign=True)
+    norm.requires_grad_(False)
+    head_name = architecture.embedding if architecture.tied else architecture.head
+    head = job.read(f"{head_name}.weight").to(job.compute_dtype)
+    source, target = job.activations(INPUTS, architecture.layers), job.activations(GRADIENTS, architecture.layers)
+
+    def wave(start: int, stop: int) -> Tensor:
+        seeded = [(hidden, sequence_seed(job.seed, start + i)) for i, hidden in enumerate(source.read(start, stop))]
+        return torch.stack(job.workers.map(lambda item: output_gradient(item[0], norm, head, item[1]), seeded))
+
+    target.write(wave)
+    job.work.finish(f"gradients {architecture.layers}", [target.path], {})

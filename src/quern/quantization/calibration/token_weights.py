@@ -1,0 +1,68 @@
+"""Fisher token weights: how much each token matters to each linear.
+
+Token t counts in linear l's Hessian with the squared norm of the loss's gradient at that linear's output,
+|dL / dy_t|^2, where L is the cross entropy against a token drawn from the model's own prediction. This is the
+block-diagonal Fisher information with the output side summed up (compare GuidedQuant, Kim et al. 2025,
+arXiv 2505.07004, and YAQA, Tseng et al. 2025, arXiv 2505.22988, which keep more of it).
+
+It streams: the pass below needs the inputs of one block and the gradient of its outputs at a time, and leaves one number
+for each token and linear.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quern.core.parallel import pieces
+from quern.core.seeds import derive_seed
+from quern.quantization.calibration.block import Block
+
+LOGIT_TOKENS = 256
+"""Tokens whose logits are in memory at a time."""
+
+
+def output_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, seed: int) -> Tensor:
+    """dL/d(hidden), float32 ``(time, width)``, for one sequence of final hidden states ``(time, width)``.
+
+    ``head`` is the output matrix ``(vocabulary, width)``. L sums over the tokens; the label of each is drawn from the
+    model's prediction at that place, seeded by ``seed``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+    for start, stop in pieces(hidden.shape[0], LOGIT_TOKENS):
+        part = hidden[start:stop].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = functional.linear(norm(part), head).float()
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, part)
+        gradients.append(gradient.float())
+    return torch.cat(gradients)
+
+
+def block_gradients(block: Block, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """One sequence backwards through a block that is ``recording``, recomputed from its inputs.
+
+    ``hidden`` and ``gradient`` ``(time, width)`` are the block's inputs and dL/d(outputs). Returns |dL/dy_t|^2 as float32
+    ``(recorded linears, time)``, and dL/d(inputs) ``(time, width)``.
+    """
+    inputs = hidden[None].detach().requires_grad_()
+    with torch.enable_grad():
+        result, outputs = block.run_recorded(inputs)
+        gradients = torch.autograd.grad(result, [inputs, *outputs], gradient[None].to(result.dtype))
+    squares = torch.stack([g[0].float().square().sum(-1) for g in gradients[1:]])
+    return squares, gradients[0][0]
+
+
+def sequence_seed(seed: int, sequence: int) -> int:
+    """The seed of the labels of one calibration sequence."""
+    return derive_seed(seed, "fisher labels", sequence)
+
+
+def normalized(weights: Tensor) -> Tensor:
+    """Weights ``(linears, tokens)`` divided by their mean for each linear; all ones where the mean is zero."""
+    mean = weights.double().mean(1, keepdim=True)
+    return torch.where(mean > 0, weights.double() / mean, 1.0).float()
+

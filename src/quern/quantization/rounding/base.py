@@ -1,0 +1,62 @@
+"""Roundings: which stored value each weight becomes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quern.codecs.base import Codec, Parts
+from quern.core.packed import QuantizedWeight
+from quern.core.parallel import Workers, pieces
+from quern.core.recipe import Rounding as Settings
+from quern.core.registry import Registry
+from quern.quantization.rounding._factor import Factor
+
+SLAB = 1024
+"""Rows that one worker rounds at a time: a multiple of 32 (codecs pack down the rows) that keeps a block in the cache."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded matrix, what an engine will see of it, and what rounding cost."""
+
+    weight: QuantizedWeight
+    decoded: Tensor
+    """The stored values, ``(rows, columns)``, in the dtype of the weight that came in."""
+    relative_error: float
+    """tr(E H E^T) / tr(W H W^T); with H the identity where the rounding uses no Hessian. E: the change, W: the weight."""
+
+
+class Rounding(ABC):
+    """A way to round. ``settings`` come from the recipe."""
+
+    needs_hessian: bool
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> tuple[Parts, Tensor, float, float]:
+        """Parts, decoded values, squared error and squared size of float32 ``slab`` ``(rows, columns)``."""
+
+    def round(self, weight: Tensor, codec: Codec, factor: Factor | None, workers: Workers) -> Rounded:
+        """Round ``weight`` ``(rows, columns)``; rows are independent, so slabs of them go to the workers."""
+        slabs = workers.map(
+            lambda rows: self._slab(weight[rows[0] : rows[1]], weight, codec, factor), pieces(weight.shape[0], SLAB)
+        )
+        decoded = weight.new_empty(weight.shape)
+        for (start, stop), slab in zip(pieces(weight.shape[0], SLAB), slabs, strict=True):
+            decoded[start:stop] = slab[1]
+        rows, columns = weight.shape
+        packed = QuantizedWeight(codec.scheme, (rows, columns), codec.join([slab[0] for slab in slabs]))
+        size = sum(slab[3] for slab in slabs)
+        return Rounded(packed, decoded, sum(slab[2] for slab in slabs) / size if size else 0.0)
+
+    def _slab(self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> tuple[Parts, Tensor, float, float]:
+        parts, decoded, error, size = self.round_slab(rows.float(), whole, codec, factor)
+        return parts, decoded.to(rows.dtype), error, size
+
+
+ROUNDINGS: Registry[type[Rounding]] = Registry("rounding", "quern.quantization.rounding")

@@ -1,0 +1,85 @@
+"""GPTQ: columns in turn, each rounded after adding what the columns before it got wrong.
+
+With H = U D U^T (``_factor``), column k is rounded at
+
+    w'_k = w_k + (W - Q)_{:, <k} U_{<k, k}                                (QuIP, arXiv 2307.13304, eq. 2)
+
+which minimizes tr((W - Q) H (W - Q)^T) over roundings of this kind; the loss is sum_k D_k |w'_k - q_k|^2. Work goes left
+to right in blocks: one matrix product brings in all earlier blocks, the columns inside a block follow one at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quern.codecs.base import Codec, Encoder, Parts
+from quern.quantization.rounding._factor import Factor
+from quern.quantization.rounding.base import ROUNDINGS, Rounding
+
+SAMPLED_ROWS = 64
+"""Rows of a slab from which tr(W H W^T) is estimated; the whole would cost as much as the rounding itself."""
+
+
+@ROUNDINGS.add("gptq")
+class Gptq(Rounding):
+    """Error feedback with the Hessian of the calibration inputs."""
+
+    needs_hessian = True
+
+    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> tuple[Parts, Tensor, float, float]:
+        assert factor is not None
+        encoder = codec.encoder(slab, whole, refit=factor.order is None)
+        weight = slab if factor.order is None else slab[:, factor.order]
+        decoded, error = self._feed_forward(weight, encoder, factor)
+        size = _quadratic_size(weight, factor)
+        if factor.order is not None:
+            decoded = decoded[:, factor.order.argsort()]
+        return encoder.parts(), decoded, error, size
+
+    def _feed_forward(self, weight: Tensor, encoder: Encoder, factor: Factor) -> tuple[Tensor, float]:
+        """Q ``(rows, columns)`` and the quadratic loss; ``weight`` and Q have their columns in rounding order."""
+        rows, columns = weight.shape
+        width, block = encoder.refit_width, self.settings.block_size
+        if width:
+            block = -(-block // width) * width  # parameters are fitted to whole groups
+        change = torch.empty_like(weight)  # W - Q
+        decoded = torch.empty_like(weight)
+        error = 0.0
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
+            target = torch.addmm(weight[:, start:stop], change[:, :start], factor.upper[:start, start:stop])
+            target = target.T.contiguous()  # one column of the weight = one contiguous row
+            done = torch.zeros(stop - start, rows)  # rows of (W - Q)^T inside this block
+            rounded = torch.empty(stop - start, rows)
+            original = weight[:, start:stop].T.contiguous()
+            inside = factor.upper[start:stop, start:stop].T.contiguous()
+            for k in range(stop - start):
+                column = start + k
+                if width and column % width == 0:
+                    last = min(k + width, stop - start)
+                    values = torch.addmm(target[k:last], inside[k:last, :k], done[:k])
+                    encoder.refit(column, values, factor.diagonal[column : start + last])
+                value = torch.addmv(target[k], done[:k].T, inside[k, :k])
+                stored = encoder.round(column if factor.order is None else int(factor.order[column]), value)
+                torch.sub(original[k], stored, out=done[k])
+                rounded[k] = stored
+                target[k] = value.sub_(stored)
+            error += float(target.square_().sum(1).double() @ factor.diagonal[start:stop].double())
+            change[:, start:stop] = done.T
+            decoded[:, start:stop] = rounded.T
+        return decoded, error
+
+
+def _quadratic_size(weight: Tensor, factor: Factor) -> float:
+    """tr(W H W^T) = sum_k D_k |(W U)_k|^2, estimated from evenly spaced rows."""
+    rows, columns = weight.shape
+    step = -(-rows // SAMPLED_ROWS)
+    sample = weight[::step]
+    total = 0.0
+    for start in range(0, columns, 1024):
+        stop = min(start + 1024, columns)
+        corner = factor.upper[start:stop, start:stop].triu(1)
+        product = sample[:, start:stop] + sample[:, :start] @ factor.upper[:start, start:stop] + sample[:, start:stop] @ corner
+        total += float(product.square().sum(0).double() @ factor.diagonal[start:stop].double())
+    return total * rows / len(sample)

@@ -1,0 +1,97 @@
+"""Transforms: exact rewritings of a block before quantization.
+
+Both transforms here divide the channels between two layers by s and multiply the next layer's columns by s, along the
+rescalings that an architecture declares. s is rounded to powers of two: multiplying by them is exact in floating point,
+so a rewritten block computes bit for bit what it did before, in bfloat16 as well (barring overflow).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quern.architectures.base import Rescaling
+from quern.codecs.base import Codec
+from quern.core.parallel import Workers
+from quern.core.recipe import Transform as Settings
+from quern.core.registry import Registry
+
+LARGEST_EXPONENT = 8
+"""Scales stay within 2^-8 ... 2^8, far from the ends of bfloat16 and float16."""
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """What is known of the inputs ``(tokens, channels)`` that some linears read."""
+
+    mean_size: Tensor
+    """Mean |x|, float32 ``(channels,)``."""
+    largest: Tensor
+    """Greatest |x|, float32 ``(channels,)``."""
+    sample: Tensor
+    """Evenly spaced tokens, float32 ``(sampled, channels)``."""
+
+
+class Transform(ABC):
+    """A way to choose the channel scales of one rescaling."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def scales(
+        self, targets: Sequence[Tensor], codecs: Sequence[Codec], statistics: ChannelStatistics, repeat: Repeat,
+        workers: Workers,
+    ) -> Tensor:
+        """Scales float32 ``(source channels,)``, any positive numbers; the caller rounds them to powers of two.
+
+        ``targets`` are the weights ``(outputs, channels)`` of the linears that read the channels. ``repeat`` spreads
+        source channels over target channels and ``repeat.reduce`` averages target channels for each source channel.
+        """
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """How the channels of a rescaling's source feed those of its targets."""
+
+    heads: int
+    """Source heads (1 where source and target channels are the same)."""
+    times: int
+    """Target heads that each source head feeds."""
+
+    def __call__(self, scales: Tensor) -> Tensor:
+        """``(source channels,)`` to ``(target channels,)``."""
+        return scales.view(self.heads, 1, -1).expand(-1, self.times, -1).reshape(-1)
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """``(target channels,)`` to ``(source channels,)``: the mean over the copies."""
+        return values.view(self.heads, self.times, -1).mean(1).reshape(-1)
+
+
+TRANSFORMS: Registry[type[Transform]] = Registry("transform", "quern.quantization.transforms")
+
+
+def power_of_two(scales: Tensor) -> Tensor:
+    """The nearest powers of two (in ratio), within the allowed exponents; 1 where a scale is not a positive number."""
+    usable = torch.isfinite(scales) & (scales > 0)
+    exponent = torch.where(usable, scales, 1.0).log2().round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return torch.exp2(exponent)
+
+
+def fold(rescaling: Rescaling, module: Callable[[str], nn.Module], scales: Tensor, repeat: Repeat) -> None:
+    """Divide the source's outputs by ``scales`` (powers of two) and multiply the targets' columns by them, in place."""
+    source = module(rescaling.source)
+    for parameter in (source.weight, getattr(source, "bias", None)):
+        if parameter is not None:
+            assert isinstance(parameter, Tensor)
+            divisor = scales.to(parameter.dtype)
+            parameter.data.div_(divisor[:, None] if parameter.dim() == 2 else divisor)
+    wide = repeat(scales)
+    for target in rescaling.targets:
+        weight = module(target).weight
+        assert isinstance(weight, Tensor)
+        weight.data.mul_(wide.to(weight.dtype))

@@ -1,0 +1,268 @@
+// The scatter: any two quantities, the best trade-off between them, and every row's figures on hover, focus or tap.
+
+const axes = { x: "size", y: "kl" };
+const margin = { top: 18, right: 26, bottom: 50, left: 72 };
+const ZERO_BAND = 30;
+
+function niceStep(span, count) {
+  const rough = span / count;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  return power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999);
+}
+
+// A scale from values to pixels. `from` is the pixel of the least value, `to` that of the greatest.
+function linearScale(values, from, to, count) {
+  let low = Math.min(...values);
+  let high = Math.max(...values);
+  if (low > 0 && low < 0.6 * high) low = 0;
+  const pad = (high - low || Math.abs(high) || 1) * 0.08;
+  high += pad;
+  if (low !== 0) low -= pad;
+  const step = niceStep(high - low, count);
+  const ticks = [];
+  for (let place = Math.ceil(low / step); place * step <= high; place += 1) ticks.push(place * step);
+  return { at: (value) => from + ((value - low) / (high - low)) * (to - from), ticks };
+}
+
+// Logarithmic, with a band of its own for zero, which has no logarithm but is what the unquantized model has.
+function logScale(values, from, to) {
+  const positive = values.filter((value) => value > 0);
+  if (positive.length === 0) return linearScale(values, from, to, 5);
+  const zero = positive.length < values.length;
+  const start = zero ? from + Math.sign(to - from) * ZERO_BAND : from;
+  const low = Math.log10(Math.min(...positive)) - 0.15;
+  const high = Math.log10(Math.max(...positive)) + 0.15;
+  const factors = high - low > 2.5 ? [1] : [1, 2, 5];
+  const ticks = zero ? [0] : [];
+  for (let power = Math.floor(low); power <= high; power += 1) {
+    for (const factor of factors) {
+      const exponent = power + Math.log10(factor);
+      if (exponent >= low && exponent <= high) ticks.push(Number(`${factor}e${power}`));
+    }
+  }
+  const at = (value) => value > 0 ? start + ((Math.log10(value) - low) / (high - low)) * (to - start) : from + (start - from) * 0.3;
+  return { at, ticks, zero };
+}
+
+function scaleOf(column, rows, from, to, count) {
+  const values = rows.map((row) => row.values[column.key]);
+  for (const row of rows) {
+    const range = row.ranges[column.key];
+    // A logarithmic axis does not stretch for an interval that reaches down to zero.
+    if (range) values.push(...range.filter((value) => value > 0 || !logFor(column)));
+  }
+  if (column.key === "kl" && data.noise_floor > 0) values.push(data.noise_floor);
+  return logFor(column) ? logScale(values, from, to) : linearScale(values, from, to, count);
+}
+
+const logFor = (column) => column.key === "kl" && byId("log").checked;
+
+// Rows that no other row beats in both quantities, ordered along x.
+function frontOf(rows, x, y) {
+  const cost = (row, column) => (column.better === "low" ? 1 : -1) * row.values[column.key];
+  const beaten = (row) => rows.some((other) => {
+    const dx = cost(other, x) - cost(row, x);
+    const dy = cost(other, y) - cost(row, y);
+    return dx <= 0 && dy <= 0 && (dx < 0 || dy < 0);
+  });
+  return rows.filter((row) => !beaten(row)).sort((one, other) => one.values[x.key] - other.values[x.key]);
+}
+
+function drawAxes(canvas, x, y, scales, size) {
+  const bottom = size.height - margin.bottom;
+  const right = size.width - margin.right;
+  for (const tick of scales.x.ticks) {
+    const at = scales.x.at(tick);
+    canvas.append(shape("line", { class: "grid", x1: at, x2: at, y1: margin.top, y2: bottom }));
+    canvas.append(shape("text", { class: "tick", x: at, y: bottom + 20, "text-anchor": "middle" }, tickText(x, tick)));
+  }
+  for (const tick of scales.y.ticks) {
+    const at = scales.y.at(tick);
+    canvas.append(shape("line", { class: "grid", x1: margin.left, x2: right, y1: at, y2: at }));
+    canvas.append(shape("text", { class: "tick", x: margin.left - 10, y: at + 4, "text-anchor": "end" }, tickText(y, tick)));
+  }
+  const middle = (margin.top + bottom) / 2;
+  canvas.append(shape("text", { class: "axis", x: (margin.left + right) / 2, y: size.height - 8, "text-anchor": "middle" }, axisTitle(x)));
+  canvas.append(shape("text", { class: "axis", transform: `translate(16 ${middle}) rotate(-90)`, "text-anchor": "middle" }, axisTitle(y)));
+  drawNoiseFloor(canvas, x, y, scales, size);
+  drawBetter(canvas, x, y, size);
+}
+
+function drawNoiseFloor(canvas, x, y, scales, size) {
+  if (!(data.noise_floor > 0)) return;
+  const right = size.width - margin.right;
+  const bottom = size.height - margin.bottom;
+  if (y.key === "kl") {
+    const at = scales.y.at(data.noise_floor);
+    canvas.append(shape("line", { class: "floor", x1: margin.left, x2: right, y1: at, y2: at }));
+    canvas.append(shape("text", { class: "floor-label", x: right - 4, y: at - 5, "text-anchor": "end" }, "noise floor"));
+  } else if (x.key === "kl") {
+    const at = scales.x.at(data.noise_floor);
+    canvas.append(shape("line", { class: "floor", x1: at, x2: at, y1: margin.top, y2: bottom }));
+    canvas.append(shape("text", { class: "floor-label", x: at + 5, y: bottom - 6 }, "noise floor"));
+  }
+}
+
+// A small arrow into the corner where both quantities are best.
+function drawBetter(canvas, x, y, size) {
+  const left = x.better === "low";
+  const low = y.better === "low";
+  const at = { x: left ? margin.left + 12 : size.width - margin.right - 12, y: low ? size.height - margin.bottom - 12 : margin.top + 12 };
+  const dx = left ? 1 : -1;
+  const dy = low ? -1 : 1;
+  canvas.append(shape("path", { class: "better", d: `M${at.x + 16 * dx} ${at.y + 16 * dy}L${at.x} ${at.y}m${8 * dx} 0h${-8 * dx}v${8 * dy}` }));
+  canvas.append(shape("text", { class: "better-label", x: at.x + 22 * dx, y: at.y + 16 * dy + 4, "text-anchor": left ? "start" : "end" }, "better"));
+}
+
+function drawFront(canvas, rows, x, y, scales) {
+  const points = frontOf(rows, x, y).map((row) => [scales.x.at(row.values[x.key]), scales.y.at(row.values[y.key])]);
+  const path = points.map(([px, py], place) => {
+    if (place === 0) return `M${px} ${py}`;
+    return x.better === "low" ? `H${px}V${py}` : `V${py}H${px}`;
+  });
+  canvas.append(shape("path", { class: "front-line", d: path.join("") }));
+  // The line's pieces as boxes, so that names keep clear of it.
+  return points.slice(1).flatMap(([px, py], place) => {
+    const [qx, qy] = points[place];
+    const corner = x.better === "low" ? [px, qy] : [qx, py];
+    return [[[qx, qy], corner], [corner, [px, py]]].map(([one, other]) => ({
+      left: Math.min(one[0], other[0]) - 2, right: Math.max(one[0], other[0]) + 2,
+      top: Math.min(one[1], other[1]) - 2, bottom: Math.max(one[1], other[1]) + 2,
+    }));
+  });
+}
+
+function radiusOf(row, rows) {
+  if (axes.x === "decode" || axes.y === "decode" || !columns.has("decode")) return 7;
+  const greatest = Math.max(...rows.map((other) => other.values.decode ?? 0));
+  const largest = byId("plot").clientWidth < 480 ? 10 : 14;
+  return row.values.decode === null ? 4 : Math.max(4, largest * Math.sqrt(row.values.decode / greatest));
+}
+
+function drawRow(canvas, row, rows, x, y, scales) {
+  const at = [scales.x.at(row.values[x.key]), scales.y.at(row.values[y.key])];
+  const radius = radiusOf(row, rows);
+  const group = shape("g", { class: "point", tabindex: 0, role: "img", "data-id": row.id, "aria-label": describe(row, x, y) });
+  for (const [column, scale, across] of [[x, scales.x, true], [y, scales.y, false]]) {
+    const range = row.ranges[column.key];
+    if (!range || row.reference && column.key === "kl") continue;
+    const [low, high] = range.map(scale.at);
+    group.append(shape("line", across
+      ? { class: "interval", x1: low, x2: high, y1: at[1], y2: at[1] }
+      : { class: "interval", x1: at[0], x2: at[0], y1: low, y2: high }));
+  }
+  const kind = ["dot", row.front ? "front" : "", row.choice ? "choice" : "", row.reference ? "reference" : ""].join(" ");
+  if (row.choice) group.append(shape("circle", { class: "halo", cx: at[0], cy: at[1], r: radius + 5 }));
+  group.append(row.reference
+    ? shape("rect", { class: kind, x: at[0] - radius * 0.85, y: at[1] - radius * 0.85, width: radius * 1.7, height: radius * 1.7 })
+    : shape("circle", { class: kind, cx: at[0], cy: at[1], r: radius }));
+  group.addEventListener("pointerenter", () => showTip(row, at, radius));
+  group.addEventListener("focus", () => showTip(row, at, radius));
+  group.addEventListener("click", () => showTip(row, at, radius));
+  group.addEventListener("pointerleave", hideTip);
+  group.addEventListener("blur", hideTip);
+  canvas.append(group);
+  return { left: at[0] - radius - 2, right: at[0] + radius + 2, top: at[1] - radius - 2, bottom: at[1] + radius + 2, at, radius, row };
+}
+
+const overlaps = (one, other) => one.left < other.right && other.left < one.right && one.top < other.bottom && other.top < one.bottom;
+
+// Each name goes to the first side of its mark where it covers nothing.
+function drawLabels(canvas, marks, lines, size) {
+  const taken = [...marks, ...lines];
+  for (const mark of marks) {
+    const label = shape("text", { class: mark.row.choice ? "label choice" : "label" }, shortened(mark.row.name, 28));
+    canvas.append(label);
+    const width = label.getBBox().width;
+    const [px, py] = mark.at;
+    const far = mark.radius + 8;
+    const sides = [
+      [px + far, py + 4], [px - far - width, py + 4], [px - width / 2, py - far], [px - width / 2, py + far + 10],
+      [px + far, py - far], [px + far, py + far + 6], [px - far - width, py - far], [px - far - width, py + far + 6],
+    ];
+    const boxes = sides.map(([left, base]) => ({ left, right: left + width, top: base - 12, bottom: base + 4 }));
+    const fits = (box) => box.left >= margin.left && box.right <= size.width - 4 && box.top >= 0
+      && !taken.some((other) => other.row !== mark.row && overlaps(box, other));
+    const side = Math.max(0, boxes.findIndex(fits));
+    label.setAttribute("x", sides[side][0]);
+    label.setAttribute("y", sides[side][1]);
+    taken.push(boxes[side]);
+  }
+}
+
+const describe = (row, x, y) => `${row.name}: ${x.label} ${row.texts[x.key]}, ${y.label} ${row.texts[y.key]}`;
+
+function showTip(row, at, radius) {
+  const tip = byId("tip");
+  const list = element("dl");
+  for (const column of data.columns) {
+    if (row.texts[column.key] === null) continue;
+    const pair = element("div");
+    pair.append(element("dt", {}, column.label), element("dd", {}, row.texts[column.key]));
+    list.append(pair);
+  }
+  tip.replaceChildren(element("strong", {}, row.name), list);
+  tip.hidden = false;
+  const room = byId("plot").clientWidth;
+  const left = at[0] + radius + 14 + tip.offsetWidth <= room ? at[0] + radius + 14 : Math.max(0, at[0] - radius - 14 - tip.offsetWidth);
+  tip.style.left = `${Math.min(left, Math.max(0, room - tip.offsetWidth))}px`;
+  tip.style.top = `${Math.max(0, Math.min(at[1] - tip.offsetHeight / 2, byId("plot").clientHeight - tip.offsetHeight))}px`;
+}
+
+function hideTip() {
+  byId("tip").hidden = true;
+}
+
+function drawChart() {
+  const x = columns.get(axes.x);
+  const y = columns.get(axes.y);
+  const canvas = byId("scatter");
+  const width = Math.max(280, byId("plot").clientWidth);
+  const size = { width, height: Math.round(Math.min(480, Math.max(340, width * 0.5))) };
+  canvas.setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
+  canvas.setAttribute("height", size.height);
+  canvas.replaceChildren();
+  hideTip();
+  byId("log-label").hidden = axes.x !== "kl" && axes.y !== "kl";
+  const visible = visibleIds();
+  const wanted = data.rows.filter((row) => visible.has(row.id));
+  const rows = wanted.filter((row) => row.values[x.key] !== null && row.values[y.key] !== null);
+  const left = wanted.filter((row) => !rows.includes(row)).map((row) => row.name);
+  const bubbles = rows.length > 0 && columns.has("decode") && axes.x !== "decode" && axes.y !== "decode";
+  const notes = bubbles ? ["The area of a mark is its decode speed."] : [];
+  if (left.length > 0) notes.push(`Not shown, because not measured: ${left.join(", ")}.`);
+  byId("chart-note").textContent = notes.join(" ");
+  if (rows.length === 0) return;
+  const scales = {
+    x: scaleOf(x, rows, margin.left + 8, size.width - margin.right, Math.max(4, Math.floor(size.width / 130))),
+    y: scaleOf(y, rows, size.height - margin.bottom - 8, margin.top, 6),
+  };
+  drawAxes(canvas, x, y, scales, size);
+  const lines = drawFront(canvas, rows, x, y, scales);
+  // Large marks first, so that small ones stay within reach.
+  const ordered = [...rows].sort((one, other) => radiusOf(other, rows) - radiusOf(one, rows));
+  drawLabels(canvas, ordered.map((row) => drawRow(canvas, row, rows, x, y, scales)), lines, size);
+  if (scales.x.zero || scales.y.zero) notes.push("Zero has no place on a log scale and stands at its edge.");
+  byId("chart-note").textContent = notes.join(" ");
+}
+
+function startChart() {
+  const keys = data.columns.map((column) => column.key).filter((key) => key !== "quantize");
+  const preferred = (key, otherwise) => keys.includes(key) ? key : otherwise;
+  axes.x = preferred("size", keys[0]);
+  axes.y = preferred("kl", preferred("perplexity", keys[1]));
+  for (const axis of ["x", "y"]) {
+    const select = byId(`axis-${axis}`);
+    for (const key of keys) select.append(element("option", { value: key }, columns.get(key).label));
+    select.value = axes[axis];
+    select.addEventListener("change", () => {
+      axes[axis] = select.value;
+      drawChart();
+    });
+  }
+  byId("log").addEventListener("change", drawChart);
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") hideTip();
+  });
+  byId("chart").hidden = false;
+}

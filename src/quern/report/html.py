@@ -1,0 +1,72 @@
+"""One self-contained HTML page from a ``results.json``: style, script and data inside, no request to anywhere.
+
+The page carries a content security policy that names its one style and its one script by hash, so that nothing that a
+results file contains can run or load anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from quern.checkpoint.files import write_bytes
+from quern.core.results import Results, load_results
+from quern.report.view import page_data, page_view, unbroken
+
+STYLES = ("page.css", "parts.css")
+SCRIPTS = ("common.js", "table.js", "chart.js", "layers.js", "page.js")
+
+
+def render(results: Results) -> str:
+    """The whole page as text. The same results give the same text."""
+    environment = Environment(
+        loader=PackageLoader("quern", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["unbroken"] = unbroken
+    style = "\n".join(_asset(name) for name in STYLES)
+    # One function around all files keeps their names out of the page's global scope.
+    script = '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS) + "})();\n"
+    return environment.get_template("page.html").render(
+        **page_view(results),
+        style=Markup(style),
+        script=Markup(script),
+        policy=f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"style-src {_hash(style)}; script-src {_hash(script)}",
+        data=Markup(embedded_json(page_data(results))),
+    )
+
+
+def write_report(results_path: str | Path, output: str | Path) -> None:
+    """Write the page for the results file at ``results_path`` to ``output`` (folders are made; whole or not at all).
+
+    Raises:
+        BadFileError: The results file is missing, malformed or of another version.
+        UserError: The page cannot be written.
+    """
+    write_bytes(Path(output), render(load_results(results_path)).encode())
+
+
+def embedded_json(data: dict[str, Any]) -> str:
+    """JSON that is safe inside a script element: no character of it can end the element or open a comment."""
+    text = json.dumps(data, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _asset(name: str) -> str:
+    return resources.files("quern.report").joinpath(name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"'sha256-{digest}'"

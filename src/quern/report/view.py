@@ -1,0 +1,328 @@
+"""What the page shows, as plain data: every figure already written out. Reads results only and measures nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+from quern.advisor.figures import bytes_text, percent_text, seconds_text, significant
+from quern.advisor.recommend import pareto_front, recommend
+from quern.core.results import LayerError, Recommendation, Results, Row, Scenario
+from quern.report.columns import COLUMNS, Column
+
+SCENARIO_TEXTS: dict[Scenario, tuple[str, str]] = {
+    "storage": ("Storage", "Many copies, little memory"),
+    "speed": ("Speed", "Real-time translation, voice, customer service"),
+    "balanced": ("Balanced", "Size, speed and accuracy alike"),
+}
+_DEPTH = re.compile(r"^(?:.*?\.)??(\d+)\.(.+)$")
+
+
+def page_view(results: Results) -> dict[str, Any]:
+    """Everything the template needs."""
+    front = pareto_front(results.rows)
+    columns = [column for column in COLUMNS if any(column.value(row) is not None for row in results.rows)]
+    chosen = next((row for row in results.rows if row.name == results.recommendation.choice), None)
+    return {
+        "title": _model_name(results),
+        "subtitle": _model_line(results),
+        "machine": _machine_line(results.hardware),
+        "verdict": verdict(chosen, results),
+        "tiles": _tiles(chosen, results.rows) if chosen else [],
+        "scenario": results.recommendation.scenario,
+        "panels": [_panel(results, scenario) for scenario in get_args(Scenario)],
+        "columns": columns,
+        "unmeasured": [column.label.lower() for column in COLUMNS if column not in columns],
+        "noise_floor": _noise_floor(results.rows),
+        "rows": [
+            _table_row(place, row, columns, results, on_front=row.name in front)
+            for place, row in enumerate(results.rows)
+        ],
+        "chips": _chips(results.rows),
+        "has_layers": any(row.layers for row in results.rows),
+        "recipes": [_recipe(row) for row in results.rows],
+        "facts": _facts(results),
+        "hardware": list(flatten(results.hardware)),
+        "versions": sorted(results.versions.items()),
+        "texts": [{"name": t.name, "sha256": t.sha256, "tokens": f"{t.tokens:,}"} for t in results.texts],
+        "metrics_version": results.metrics_version,
+    }
+
+
+def page_data(results: Results) -> dict[str, Any]:
+    """What the page's own script draws from: plain numbers and their written form."""
+    front = pareto_front(results.rows)
+    columns = [column for column in COLUMNS if any(column.value(row) is not None for row in results.rows)]
+    return {
+        "columns": [
+            {"key": c.key, "label": c.label, "unit": c.unit, "better": c.better, "kind": c.kind} for c in columns
+        ],
+        "rows": [
+            {
+                "id": place,
+                "name": row.name,
+                "choice": row.name == results.recommendation.choice,
+                "front": row.name in front,
+                "reference": row.recipe is None,
+                "values": {c.key: c.value(row) for c in columns},
+                "texts": {c.key: _with_unit(c, row) for c in columns},
+                "ranges": {c.key: limits for c in columns if (limits := c.range(row)) is not None},
+            }
+            for place, row in enumerate(results.rows)
+        ],
+        "noise_floor": _noise_floor(results.rows),
+        "layers": [layer_grid(row.name, row.layers) for row in results.rows if row.layers],
+    }
+
+
+def verdict(chosen: Row | None, results: Results) -> tuple[str, str, str]:
+    """The answer in one sentence, in three parts of which the middle one is the name of the choice."""
+    if chosen is None:
+        return "Nothing that was measured keeps within the limits.", "", ""
+    if chosen.recipe is None:
+        return "Stay with the unquantized model: nothing quantized serves better here.", "", ""
+    gains = []
+    if chosen.compression > 0:
+        gains.append(f"{percent_text(chosen.compression)} smaller than bf16")
+    reference = next((row for row in results.rows if row.recipe is None), None)
+    if reference and reference.decode_tokens_per_s and chosen.decode_tokens_per_s:
+        gains.append(f"{chosen.decode_tokens_per_s / reference.decode_tokens_per_s:.2f} times the decode speed")
+    if chosen.kl_mean is not None:
+        gains.append(f"KL {significant(chosen.kl_mean)}")
+    return "Use ", chosen.name, f": {', '.join(gains)}." if gains else "."
+
+
+def _tiles(chosen: Row, rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The choice's headline numbers, each with what it is to be compared with."""
+    reference = next((row for row in rows if row.recipe is None and row is not chosen), None)
+    floor = _noise_floor(rows)
+    notes = {
+        "size": f"bf16: {bytes_text(chosen.bytes / (1 - chosen.compression))}",
+        "kl": f"noise floor: {significant(floor)}" if floor is not None else "",
+    }
+    tiles = []
+    for key in ("size", "kl", "decode", "first"):
+        column = next(column for column in COLUMNS if column.key == key)
+        text = column.text(chosen)
+        if text is None:
+            continue
+        compared = column.text(reference) if reference else None
+        note = notes.get(key) or (f"unquantized: {compared}" if compared else "")
+        value, _, unit = text.partition(" ")
+        tiles.append({"label": column.label, "value": value, "unit": unit or column.unit, "note": note})
+    return tiles
+
+
+def _panel(results: Results, scenario: Scenario) -> dict[str, Any]:
+    stored = results.recommendation
+    outcome: Recommendation = stored if scenario == stored.scenario else recommend(results, scenario)
+    scores = [entry.score for entry in outcome.ranking]
+    low, high = min([0.0, *scores]), max([0.0, *scores])
+    span = high - low or 1.0
+    label, purpose = SCENARIO_TEXTS[scenario]
+    return {
+        "key": scenario,
+        "label": label,
+        "purpose": purpose,
+        "choice": outcome.choice,
+        "reasons": outcome.reasons,
+        "ranking": [
+            {
+                "name": entry.name,
+                "score": f"{entry.score:+.2f}",
+                "reason": entry.reason,
+                "start": round(100 * (min(entry.score, 0.0) - low) / span, 2),
+                "width": round(100 * abs(entry.score) / span, 2),
+            }
+            for entry in outcome.ranking
+        ],
+        "excluded": [{"name": entry.name, "reason": entry.reason} for entry in outcome.excluded],
+    }
+
+
+def _table_row(place: int, row: Row, columns: Sequence[Column], results: Results, *, on_front: bool) -> dict[str, Any]:
+    return {
+        "id": place,
+        "name": row.name,
+        "engine": row.engine,
+        "choice": row.name == results.recommendation.choice,
+        "reference": row.recipe is None,
+        "tags": " ".join(tag for tag, holds in (("front", on_front), ("quantized", row.recipe is not None)) if holds),
+        "on_front": on_front,
+        "cells": [
+            {
+                "key": column.key,
+                "label": column.label,
+                "unit": column.unit,
+                "value": column.value(row),
+                "text": column.text(row),
+                "detail": column.detail(row),
+                "best": place in best_places(column, results.rows),
+            }
+            for column in columns
+        ],
+    }
+
+
+def best_places(column: Column, rows: Sequence[Row]) -> set[int]:
+    """The places of the rows with the best value; empty where no row is better than another."""
+    values = {
+        place: value
+        for place, row in enumerate(rows)
+        if (value := column.value(row)) is not None and not (column.against_reference and row.recipe is None)
+    }
+    if len(set(values.values())) < 2:
+        return set()
+    best = min(values.values()) if column.better == "low" else max(values.values())
+    return {place for place, value in values.items() if value == best}
+
+
+def _chips(rows: Sequence[Row]) -> list[dict[str, str]]:
+    chips = [{"tag": "front", "label": "Pareto front only"}]
+    if any(row.recipe is None for row in rows):
+        chips.append({"tag": "quantized", "label": "Quantized only"})
+    return chips
+
+
+_UNITS = r"%|bytes|[kMGT]B(?:/s)?|ms|s|min|h|tokens/s|nats|points|halvings|doublings|times"
+
+
+def unbroken(text: str) -> str:
+    """``text`` with spaces between a number and its unit at which no line ends."""
+    return re.sub(rf"(?<=\d) (?=(?:{_UNITS})\b|%)", "\u00a0", text)
+
+
+def _noise_floor(rows: Iterable[Row]) -> float | None:
+    floors = [row.kl_noise_floor for row in rows if row.kl_noise_floor is not None]
+    return max(floors) if floors else None
+
+
+def layer_grid(name: str, layers: Sequence[LayerError]) -> dict[str, Any]:
+    """The errors of one row by role and depth; linears outside the decoder blocks come apart, as ``outside``."""
+    cells: list[dict[str, Any]] = []
+    outside: list[dict[str, Any]] = []
+    for layer in layers:
+        entry = {"linear": layer.linear, "bits": layer.bits_per_weight, "error": layer.relative_error}
+        match = _DEPTH.match(layer.linear)
+        if match is None:
+            outside.append(entry)
+        else:
+            cells.append({**entry, "depth": int(match[1]), "role": match[2]})
+    roles = list(dict.fromkeys(cell["role"] for cell in cells))
+    short = [role.rpartition(".")[2] for role in roles]
+    labels = [name if short.count(name) == 1 else role for role, name in zip(roles, short, strict=True)]
+    return {
+        "name": name,
+        "roles": labels,
+        "depths": max((cell["depth"] for cell in cells), default=-1) + 1,
+        "cells": [{**cell, "role": roles.index(cell["role"])} for cell in cells],
+        "outside": outside,
+    }
+
+
+def _with_unit(column: Column, row: Row) -> str | None:
+    text = column.text(row)
+    return f"{text} {column.unit}".strip() if text is not None else None
+
+
+def _model_name(results: Results) -> str:
+    return results.model.path.rstrip("/").rpartition("/")[2] or results.model.path
+
+
+def _model_line(results: Results) -> str:
+    model = results.model
+    parts = [model.architecture, f"{parameters_text(model.parameters)} parameters"]
+    if model.bf16_bytes:
+        parts.append(f"{bytes_text(model.bf16_bytes)} in bf16")
+    return " · ".join(filter(None, parts))
+
+
+def parameters_text(count: int) -> str:
+    """A number of parameters: 72700000000 -> "72.7 B"."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{significant(count / size)} {unit}"
+    return str(count)
+
+
+def _machine_line(hardware: Mapping[str, Any]) -> str:
+    """The processor's name and how many cores were used, as far as the results say."""
+    name, cores = hardware.get("cpu_model"), hardware.get("usable_cores")
+    if not isinstance(name, str) or not name:
+        return ""
+    return f"{name}, {cores} core{'' if cores == 1 else 's'}" if isinstance(cores, int) else name
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Nested plain data as (words, text) pairs: units are written out, figures by number of threads on one line."""
+    for key, value in values.items():
+        name = f"{prefix}{_fact_name(key)}"
+        if isinstance(value, Mapping) and value and all(threads.isdigit() for threads in value):
+            yield (
+                name,
+                ", ".join(
+                    f"{threads} thread{'' if threads == '1' else 's'}: {_fact(key, rate)}"
+                    for threads, rate in value.items()
+                ),
+            )
+        elif isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{name}: ")
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            for place, item in enumerate(value):
+                yield from flatten(item if isinstance(item, Mapping) else {"value": item}, f"{name} {place}: ")
+        else:
+            yield name, _fact(key, value)
+
+
+def _fact_name(key: str) -> str:
+    """A key as words; a unit that the value is not written with stands in brackets."""
+    for ending, unit in (("_gb_s", " (GB/s)"), ("_gop_s", " (10^9 operations/s)")):
+        if key.endswith(ending):
+            return key.removesuffix(ending).replace("_", " ") + unit
+    return key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+
+
+def _fact(key: str, value: object) -> str:
+    if value is None:
+        return "not measured"
+    if isinstance(value, list | tuple | Mapping):
+        return ", ".join(str(item) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        if key.endswith("_bytes"):
+            return bytes_text(value)
+        if key.endswith("_seconds"):
+            return seconds_text(value)
+        return f"{value:,}" if isinstance(value, int) else significant(value)
+    return str(value)
+
+
+def _recipe(row: Row) -> dict[str, Any]:
+    if row.recipe is None:
+        text = None
+    else:
+        text = json.dumps(row.recipe, indent=2, ensure_ascii=False, sort_keys=False)
+    return {
+        "name": row.name,
+        "engine": row.engine,
+        "sha256": row.artifact_sha256,
+        "json": text,
+        "description": (row.recipe or {}).get("description", ""),
+        "notes": row.notes,
+    }
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    model = results.model
+    return [
+        ("Model", model.path),
+        ("Model SHA-256", model.sha256),
+        ("Parameters", f"{model.parameters:,}"),
+        ("Measured at", results.created),
+        ("quern", results.quern_version),
+        ("Metrics version", str(results.metrics_version)),
+        ("Seed", str(results.seed)),
+    ]

@@ -1,0 +1,77 @@
+"""Every malformed checkpoint is refused: with the file's name, before anything large is allocated, at once."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from bad_files import corpus
+
+from quern.checkpoint import gguf_file, safetensors_file
+from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.tokenizer import check_tokenizer, load_tokenizer
+from quern.core.errors import UserError
+
+MOST_BYTES = 4 * 1024 * 1024
+MOST_SECONDS = 1.0
+
+
+def use(model: Path) -> Checkpoint:
+    """What quantization does to a checkpoint before it computes anything."""
+    checkpoint = open_checkpoint(model)
+    checkpoint.validate(corpus.expected_shapes(checkpoint.config))
+    for name in checkpoint.names():
+        checkpoint.read(name, finite=True)
+    if checkpoint.path.is_dir():
+        check_tokenizer(load_tokenizer(checkpoint.path), checkpoint.config["vocab_size"])
+    return checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory):
+    """Imports and caches of the libraries are not what the limits are about."""
+    use(corpus.good_folder(tmp_path_factory.mktemp("warm") / "model"))
+
+
+def test_the_originals_are_good(tmp_path):
+    use(corpus.good_folder(tmp_path / "single"))
+    use(corpus.sharded_folder(tmp_path / "sharded"))
+    use(corpus.good_gguf(tmp_path / "model.gguf"))
+
+
+def test_no_two_cases_have_the_same_name():
+    names = [case.name for case in corpus.CASES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("case", corpus.CASES, ids=lambda case: case.name)
+def test_is_refused(case, tmp_path, monkeypatch):
+    model = case.build(tmp_path)
+    allocated: list[int] = []
+    real = safetensors_file.allocate_bytes
+
+    def record(path: Path, count: int) -> torch.Tensor:
+        allocated.append(count)
+        return real(path, count)
+
+    monkeypatch.setattr(safetensors_file, "allocate_bytes", record)
+    monkeypatch.setattr(gguf_file, "allocate_bytes", record)
+    tracemalloc.start()
+    begin = time.process_time()
+    try:
+        with pytest.raises(UserError) as caught:
+            use(model)
+        seconds = time.process_time() - begin
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    message = str(caught.value)
+    assert case.names in message
+    assert case.says in message
+    assert message.isprintable() or "\n" in message
+    assert peak < MOST_BYTES
+    assert max(allocated, default=0) < MOST_BYTES
+    assert seconds < MOST_SECONDS

@@ -1,0 +1,211 @@
+"""A folder as a checkpoint: what it counts, hashes, reads and compares."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bad_files import corpus
+from safetensors.torch import save_file
+
+from quern.checkpoint.checkpoint import count_non_finite, open_checkpoint
+from quern.core.errors import BadFileError, UserError
+
+STORED = sum(torch.Size(shape).numel() for shape in corpus.expected_shapes().values())
+
+
+class Listener:
+    """Adds up what a progress bar is told."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.advanced = 0.0
+        self.finished = 0
+
+    def task(self, description, total):
+        self.total = total
+        return self
+
+    def log(self, message):
+        pass
+
+    def advance(self, steps=1):
+        self.advanced += steps
+
+    def done(self):
+        self.finished += 1
+
+
+@pytest.fixture
+def single(tmp_path):
+    return corpus.good_folder(tmp_path / "single")
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return corpus.sharded_folder(tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_reads_what_was_saved(kind, request):
+    checkpoint = open_checkpoint(str(request.getfixturevalue(kind)))
+    tensors = corpus.weights()
+    assert checkpoint.model_type == "llama"
+    assert checkpoint.config == corpus.CONFIG
+    assert checkpoint.names() == sorted(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(checkpoint.read(name, finite=True), tensor)
+        assert checkpoint.info(name).shape == tuple(tensor.shape)
+    checkpoint.validate(corpus.expected_shapes())
+
+
+def test_only_the_tensor_asked_for_is_read(sharded):
+    """A shard whose data was damaged after opening does not matter to the tensors of the other."""
+    checkpoint = open_checkpoint(sharded)
+    (sharded / corpus.SHARDS[1]).write_bytes(b"")
+    first, second = (
+        next(name for name in checkpoint.names() if checkpoint.source.place(name).name == shard)
+        for shard in corpus.SHARDS
+    )
+    assert checkpoint.read(first).numel()
+    with pytest.raises(BadFileError, match=corpus.SHARDS[1]):
+        checkpoint.read(second)
+
+
+def test_counts_of_a_bf16_folder_are_its_own_size(single):
+    checkpoint = open_checkpoint(single)
+    assert checkpoint.parameters == STORED
+    assert checkpoint.bf16_bytes == sum(path.stat().st_size for path in single.iterdir())
+
+
+def test_counts_of_a_float32_folder_are_those_of_two_bytes_a_weight(single):
+    save_file(corpus.weights(torch.float32), single / corpus.SINGLE)
+    checkpoint = open_checkpoint(single)
+    assert checkpoint.parameters == STORED
+    assert checkpoint.bf16_bytes == sum(path.stat().st_size for path in single.iterdir()) - 2 * STORED
+
+
+def test_files_that_belong_to_nothing_do_not_count(single):
+    before = open_checkpoint(single).bf16_bytes
+    (single / "README.md").write_text("x" * 1000)
+    (single / "pytorch_model.bin").write_text("x" * 1000)
+    assert open_checkpoint(single).bf16_bytes == before
+
+
+def tied_folder(folder: Path, head: torch.Tensor | None) -> Path:
+    corpus.good_folder(folder)
+    tensors = corpus.weights()
+    del tensors["lm_head.weight"]
+    if head is not None:
+        tensors["lm_head.weight"] = head
+    save_file(tensors, folder / corpus.SINGLE)
+    (folder / "config.json").write_text(json.dumps({**corpus.CONFIG, "tie_word_embeddings": True}))
+    return folder
+
+
+def test_a_tied_head_counts_once_wherever_it_is_stored(tmp_path):
+    embedding = corpus.weights()[corpus.EMBEDDING]
+    one = open_checkpoint(tied_folder(tmp_path / "one", None))
+    two = open_checkpoint(tied_folder(tmp_path / "two", embedding.clone()))
+    assert one.parameters == two.parameters == STORED - embedding.numel()
+    shapes = corpus.expected_shapes(one.config)
+    one.validate(shapes)
+    two.validate(shapes)
+
+
+def test_a_tied_head_of_other_values_or_dtype_is_refused(tmp_path):
+    embedding = corpus.weights()[corpus.EMBEDDING]
+    changed = embedding.clone()
+    changed[-1, -1] += 1
+    for index, head in enumerate((changed, embedding.float())):
+        checkpoint = open_checkpoint(tied_folder(tmp_path / str(index), head))
+        with pytest.raises(BadFileError, match="tied"):
+            checkpoint.validate(corpus.expected_shapes(checkpoint.config))
+
+
+def test_rotary_frequencies_of_old_checkpoints_are_let_pass(single):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**corpus.weights(), name: torch.ones(8)}, single / corpus.SINGLE)
+    open_checkpoint(single).validate(corpus.expected_shapes())
+
+
+def test_the_first_differences_are_named_and_the_rest_counted(single):
+    wrong = {f"tensor {index}": (1,) for index in range(20)}
+    with pytest.raises(BadFileError, match=r"'tensor 0' is missing.*'tensor 12' is missing; and 36 more"):
+        open_checkpoint(single).validate(wrong)
+
+
+def test_hash_depends_on_config_weights_and_names_only(single, tmp_path):
+    listener = Listener()
+    checkpoint = open_checkpoint(single)
+    first = checkpoint.sha256(listener)
+    size = sum((single / name).stat().st_size for name in ("config.json", corpus.SINGLE))
+    assert (listener.total, listener.advanced, listener.finished) == (size, size, 1)
+    digest = hashlib.sha256()
+    for name in ("config.json", corpus.SINGLE):
+        raw = (single / name).read_bytes()
+        digest.update(f"{name}\0{len(raw)}\0".encode() + raw)
+    assert first == digest.hexdigest()
+    (single / "README.md").write_text("x")
+    assert open_checkpoint(single.rename(tmp_path / "elsewhere")).sha256() == first
+    raw = bytearray((tmp_path / "elsewhere" / corpus.SINGLE).read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "elsewhere" / corpus.SINGLE).write_bytes(raw)
+    assert open_checkpoint(tmp_path / "elsewhere").sha256() != first
+
+
+def test_a_tensor_that_is_not_there_is_named(single):
+    checkpoint = open_checkpoint(single)
+    for use in (checkpoint.info, checkpoint.read):
+        with pytest.raises(BadFileError, match=r"no tensor 'other\.weight'"):
+            use("other.weight")
+
+
+def test_links_to_shards_are_followed(sharded, tmp_path):
+    """The Hub's cache is a folder of links."""
+    (tmp_path / "blobs").mkdir()
+    for shard in corpus.SHARDS:
+        (sharded / shard).rename(tmp_path / "blobs" / shard)
+        (sharded / shard).symlink_to(tmp_path / "blobs" / shard)
+    open_checkpoint(sharded).validate(corpus.expected_shapes())
+
+
+@pytest.mark.parametrize("model", ["", "  ", "nowhere/at/all", "a b", "./nothing", "nothing.gguf"])
+def test_what_is_no_model_is_refused_with_what_is_allowed(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"Give a Hugging Face folder.*Hub id.*\.gguf"):
+        open_checkpoint(model)
+
+
+def test_a_folder_with_only_a_gguf_names_it(tmp_path):
+    (tmp_path / "some.gguf").write_text("")
+    with pytest.raises(UserError, match=r"some\.gguf: give that file"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2, torch.float8_e4m3fn]
+)
+def test_non_finite_values_are_counted_in_every_dtype(dtype):
+    assert count_non_finite(torch.ones(5).to(dtype)) == 0
+    assert count_non_finite(torch.zeros(0, dtype=dtype)) == 0
+    values = torch.ones(5, 7).to(dtype)
+    values[1, 2] = float("nan")
+    assert count_non_finite(values) == 1
+    if dtype != torch.float8_e4m3fn:  # which has no infinity
+        values[3, 3] = -float("inf")
+        assert count_non_finite(values) == 2
+
+
+def test_a_large_float64_is_finite_and_integers_always_are():
+    assert count_non_finite(torch.tensor([1e300], dtype=torch.float64)) == 0
+    assert count_non_finite(torch.tensor([2**62])) == 0
+
+
+def test_counting_works_in_pieces():
+    values = torch.zeros((1 << 22) + 3)
+    values[-1] = values[0] = float("nan")
+    assert count_non_finite(values) == 2

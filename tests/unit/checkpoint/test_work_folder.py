@@ -1,0 +1,276 @@
+"""The work folder: what is finished stays finished, whatever happens to the process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from work_folder_job import FINGERPRINT, hashes, run_and_die, run_job
+
+from quern.checkpoint.work_folder import WorkFolder
+from quern.core.errors import UserError
+
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes in milliseconds: forks of a server that has imported everything and does nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["work_folder_job"])
+    return context
+
+
+@pytest.fixture
+def expected(tmp_path):
+    run_job(tmp_path / "reference.work", tmp_path / "reference")
+    assert not (tmp_path / "reference.work").exists()
+    return hashes(tmp_path / "reference")
+
+
+def run(processes, target, *arguments) -> int:
+    process = processes.Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_a_kill_before_any_change_of_the_disk_loses_nothing(processes, expected, tmp_path):
+    """Exhaustive: the job is killed before its 1st, 2nd, ... last such call, and once more while it resumes."""
+    calls = 0
+    while True:
+        calls += 1
+        work, out = tmp_path / f"{calls}.work", tmp_path / str(calls)
+        code = run(processes, run_and_die, work, out, calls)
+        if code == 0:
+            break
+        assert code == KILLED
+        # Not before the rename that publishes it may anything be seen.
+        assert not out.exists() or hashes(out) == expected
+        run(processes, run_and_die, work, out, 1 + calls % 7)
+        run_job(work, out)
+        assert hashes(out) == expected
+        assert not work.exists()
+        assert not work.with_name(f"{work.name}.removing").exists()
+    assert calls > 60
+
+
+def test_kills_at_random_moments_lose_nothing(processes, expected, tmp_path):
+    moments = random.Random(20)
+    work, out = tmp_path / "out.work", tmp_path / "out"
+    kills = 0
+    for _ in range(20):
+        process = processes.Process(target=run_job, args=(work, out, 0.02))
+        process.start()
+        time.sleep(moments.uniform(0.0, 0.15))
+        process.kill()
+        process.join()
+        kills += process.exitcode == KILLED
+        if out.exists():
+            assert hashes(out) == expected
+            work, out = tmp_path / f"out{kills}.work", tmp_path / f"out{kills}"
+    run_job(work, out)
+    assert hashes(out) == expected
+    assert kills >= 5
+
+
+def test_a_step_is_done_when_it_was_finished(tmp_path):
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        assert work.done("one") is None
+        path = work.write_tensors("deep/er/x", {"x": torch.arange(3)})
+        work.finish("one", [path], {"loss": 0.5, "names": ["a"]})
+        assert work.done("one") == {"loss": 0.5, "names": ["a"]}
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        assert work.done("one") == {"loss": 0.5, "names": ["a"]}
+        assert work.done("two") is None
+        assert torch.equal(work.read_tensors("deep/er/x")["x"], torch.arange(3))
+
+
+@pytest.mark.parametrize("damage", ["gone", "longer", "changed"])
+def test_a_step_with_damaged_files_is_not_done(tmp_path, damage):
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        path = work.write_tensors("x", {"x": torch.arange(3)})
+        work.finish("one", [path], {})
+        raw = path.read_bytes()
+        path.unlink()
+        if damage != "gone":
+            path.write_bytes(raw + b"!" if damage == "longer" else raw[:-1] + b"!")
+        assert work.done("one") is None
+        path.write_bytes(raw)
+        assert work.done("one") == {}
+
+
+def test_the_last_record_of_a_step_counts(tmp_path):
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        for value in (1, 2):
+            work.finish("one", [work.write_tensors("x", {"x": torch.tensor(value)})], {"value": value})
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        assert work.done("one") == {"value": 2}
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": "two", "fi', b"\x00\x00\x00", b'{"step": "two"}\n', b"[]\n", b"null\n", b"\xff\n"]
+)
+def test_a_torn_line_and_what_follows_are_cut_off(tmp_path, torn):
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        work.finish("one", [], {})
+    journal = tmp_path / "work" / "journal.jsonl"
+    good = journal.read_bytes()
+    journal.write_bytes(good + torn)
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        assert work.done("one") == {}
+        assert work.done("two") is None
+        assert journal.read_bytes() == good
+        work.finish("two", [], {})
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        assert work.done("two") == {}
+
+
+def test_what_no_record_lists_is_removed_on_opening(tmp_path):
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        work.finish("one", [work.write_tensors("a/x", {"x": torch.arange(3)})], {})
+        work.write_tensors("a/half", {"x": torch.arange(3)})
+        work.path("b").mkdir()
+        work.path("b", ".file.tmp").write_text("half")
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        (outside / "file").write_text("not ours")
+        work.path("link").symlink_to(outside)
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT):
+        assert set(hashes(tmp_path / "work")) == {"a/x.safetensors", "fingerprint.json", "journal.jsonl", "lock"}
+    assert (outside / "file").read_text() == "not ours"
+    assert not (tmp_path / "work" / "b").exists()
+
+
+def test_another_fingerprint_is_refused_with_the_differences(tmp_path):
+    WorkFolder.open(tmp_path / "work", {**FINGERPRINT, "model": "abc", "texts": [1, 2]}).close()
+    now = {"recipe": {"bits": 3, "group": 64}, "seed": 1, "model": "abc", "texts": [1, 3]}
+    with pytest.raises(UserError) as caught:
+        WorkFolder.open(tmp_path / "work", now)
+    message = str(caught.value)
+    assert "recipe.bits: 4 -> 3\n" in message
+    assert "recipe.group: (absent) -> 64\n" in message
+    assert "texts: [1, 2] -> [1, 3]\n" in message
+    assert "--fresh" in message
+    assert "seed" not in message
+    assert "abc" not in message
+
+
+def test_fresh_forgets_everything(tmp_path):
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        work.finish("one", [work.write_tensors("x", {"x": torch.arange(3)})], {})
+    other = {"seed": 2}
+    with WorkFolder.open(tmp_path / "work", other, fresh=True) as work:
+        assert work.done("one") is None
+        assert not work.path("x.safetensors").exists()
+    WorkFolder.open(tmp_path / "work", other).close()
+
+
+def test_tuples_and_numbers_compare_as_the_json_they_become(tmp_path):
+    WorkFolder.open(tmp_path / "work", {"a": (1, 2), "b": 0.1}).close()
+    WorkFolder.open(tmp_path / "work", {"a": [1, 2], "b": 0.1}).close()
+
+
+def test_two_processes_cannot_work_in_one_folder(processes, tmp_path):
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT):
+        with pytest.raises(UserError, match=rf"another process \(id {os.getpid()}\) is working in"):
+            WorkFolder.open(tmp_path / "work", FINGERPRINT)
+        assert run(processes, _expect_refusal, tmp_path / "work") == 0
+    WorkFolder.open(tmp_path / "work", FINGERPRINT).close()
+
+
+def _expect_refusal(folder: Path) -> None:
+    with pytest.raises(UserError, match="another process"):
+        WorkFolder.open(folder, FINGERPRINT, fresh=True)
+
+
+def test_a_folder_that_is_not_ours_is_not_touched(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="not a quern work folder"):
+            WorkFolder.open(tmp_path, FINGERPRINT, fresh=fresh)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+    with pytest.raises(UserError, match="a file of that name exists"):
+        WorkFolder.open(tmp_path / "precious", FINGERPRINT)
+
+
+def test_a_full_disk_leaves_a_journal_that_still_reads(tmp_path, monkeypatch):
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        work.finish("one", [], {})
+        good = work.path("journal.jsonl").read_bytes()
+
+        def full(_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(UserError, match="not enough room"):
+                work.finish("two", [], {})
+        assert work.path("journal.jsonl").read_bytes() == good
+        assert work.done("two") is None
+        work.finish("two", [], {})
+        assert work.done("two") == {}
+
+
+def test_data_must_be_json(tmp_path):
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        for bad in ({"loss": float("nan")}, {"x": torch.zeros(1)}):
+            with pytest.raises((ValueError, TypeError)):
+                work.finish("one", [], bad)
+        assert work.done("one") is None
+
+
+def test_files_outside_the_folder_cannot_be_recorded(tmp_path):
+    (tmp_path / "outside").write_text("x")
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work, pytest.raises(ValueError, match="not in the subpath"):
+        work.finish("one", [tmp_path / "outside"], {})
+
+
+def finished(folder: Path) -> WorkFolder:
+    work = WorkFolder.open(folder, FINGERPRINT)
+    work.write_tensors("artifact/x", {"x": torch.arange(3)})
+    return work
+
+
+def test_publishing_needs_a_free_place(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    with finished(tmp_path / "work") as work:
+        with pytest.raises(UserError, match="already exists"):
+            work.publish(work.path("artifact"), out)
+        assert work.path("artifact", "x.safetensors").exists()
+        (out / "mine").unlink()
+        work.publish(work.path("artifact"), out)
+    assert [path.name for path in out.iterdir()] == ["x.safetensors"]
+    assert not (tmp_path / "work").exists()
+
+
+def test_publishing_to_another_disk_is_refused(tmp_path, monkeypatch):
+    def another_disk(*_):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    with finished(tmp_path / "work") as work, monkeypatch.context() as patch:
+        patch.setattr(os, "rename", another_disk)
+        with pytest.raises(UserError, match="cannot write .*out"):
+            work.publish(work.path("artifact"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "work" / "artifact" / "x.safetensors").exists()
+
+
+def test_the_journal_is_lines_of_json(tmp_path):
+    with WorkFolder.open(tmp_path / "work", FINGERPRINT) as work:
+        work.finish("öne", [work.write_tensors("x", {"x": torch.arange(3)})], {"a": 1})
+        (line,) = work.path("journal.jsonl").read_text("ascii").splitlines()
+        record = json.loads(line)
+        assert record["step"] == "öne"
+        assert record["data"] == {"a": 1}
+        assert list(record["files"]) == ["x.safetensors"]

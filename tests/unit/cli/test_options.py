@@ -1,0 +1,69 @@
+"""Reading of sizes, and options with several values."""
+
+import pytest
+
+from quern.cli.options import optional_size, parse_size, repeat_options
+from quern.core.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("16GiB", 16 * 2**30),
+        ("16gib", 16 * 2**30),
+        ("16G", 16 * 2**30),
+        ("24GB", 24 * 10**9),
+        ("500M", 500 * 2**20),
+        ("500 MB", 500 * 10**6),
+        ("1.5KiB", 1536),
+        (" 2TiB ", 2 * 2**40),
+        ("123", 123),
+        ("123B", 123),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text, "--memory") == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "16XB", "-1GiB", "0", "0GiB", "0.1B", "1e9", "16GiB!", "nan", "1 6G", "1,5G"]
+)
+def test_what_is_no_size_is_refused_with_the_option_and_an_example(text):
+    with pytest.raises(UserError, match=r"--memory .*16GiB"):
+        parse_size(text, "--memory")
+
+
+def test_an_option_that_was_not_given():
+    assert optional_size(None, "--memory") is None
+    assert optional_size("1K", "--memory") == 1024
+
+
+def test_several_files_after_one_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "c.jsonl", "d.jsonl", "model.gguf"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    typed = "evaluate --text a.txt b.txt folder --choice c.jsonl d.jsonl --seed 1"
+    meant = "evaluate --text a.txt --text b.txt folder --choice c.jsonl --choice d.jsonl --seed 1"
+    assert repeat_options(typed.split()) == meant.split()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate --text a.txt model.gguf",
+        "evaluate --text a.txt organization/name",
+        "evaluate --text a.txt folder b.txt",
+        "evaluate --text missing.txt also-missing.txt",
+        "evaluate model --text=a.txt b.txt",
+        "report a.txt -o b.txt",
+        "evaluate --text",
+        "",
+    ],
+)
+def test_other_words_stay_what_they_are(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "model.gguf"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    assert repeat_options(line.split()) == line.split()

@@ -1,0 +1,174 @@
+"""How verbs end: exit codes, one message on stderr, stdout for the result alone."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+from rich.text import Text
+from typer.testing import CliRunner
+
+from quern.cli import main as cli
+from quern.cli.outcome import plain, settings, show, verb, working
+from quern.core.errors import BadFileError, QuernError, UserError
+
+
+def run_verb(error=None, resumes=False, body=None, arguments=()):
+    """Run an application that has one verb, which raises ``error`` or runs ``body``."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    @verb("quern job", resumes=resumes)
+    def job():
+        if body:
+            body()
+        if error:
+            raise error
+
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("group_size 7 is not allowed"), 2, "error: group_size 7 is not allowed"),
+        (BadFileError("a.safetensors", "is truncated"), 2, "error: a.safetensors: is truncated"),
+        (QuernError("the engine broke"), 1, "error: the engine broke"),
+        (PermissionError(13, "Permission denied", "/root/x"), 1, "error: Permission denied: /root/x"),
+        (OSError("no errno at all"), 1, "error: no errno at all"),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory; give a cap with --memory where the verb has it, or close other programs",
+        ),
+    ],
+)
+def test_errors_are_one_message_and_a_code(error, code, message):
+    ended = run_verb(error)
+    assert (ended.exit_code, ended.stderr.strip(), ended.stdout) == (code, message, "")
+
+
+def test_unexpected_errors_say_how_to_report_them():
+    ended = run_verb(ZeroDivisionError("division\nby zero"))
+    assert ended.exit_code == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert "internal error: ZeroDivisionError: division by zero" in ended.stderr
+    assert "quern --debug" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("oops"), UserError("wrong")])
+def test_debug_shows_the_traceback(monkeypatch, error):
+    monkeypatch.setattr(settings, "debug", True)
+    assert run_verb(error).exception is error
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_interruption_says_whether_the_command_continues(resumes):
+    ended = run_verb(KeyboardInterrupt(), resumes)
+    assert ended.exit_code == 130
+    assert ended.stderr.startswith("interrupted.")
+    assert ("same command continues" in ended.stderr) is resumes
+
+
+def test_an_exit_code_of_the_verb_itself_stays():
+    assert run_verb(typer.Exit(1)).exit_code == 1
+
+
+def test_what_libraries_print_goes_to_stderr():
+    def body():
+        with working():
+            print("chatter")
+        show({"answer": 42}, True, str)
+
+    ended = run_verb(body=body)
+    assert json.loads(ended.stdout) == {"answer": 42}
+    assert ended.stderr == "chatter\n"
+
+
+def test_paths_and_messages_are_not_markup():
+    ended = run_verb(UserError("no file [bold]x[/bold] :smile:"))
+    assert ended.stderr == "error: no file [bold]x[/bold] :smile:\n"
+    ended = run_verb(body=lambda: show({}, False, lambda _: Text("[red]x")))
+    assert ended.stdout == "[red]x\n"
+
+
+def test_json_refuses_numbers_that_json_has_not():
+    assert run_verb(body=lambda: show({"x": float("nan")}, True, str)).exit_code == 1
+
+
+def test_plain_data():
+    @dataclass
+    class Pair:
+        path: Path
+        items: tuple[int, ...]
+
+    assert plain({"pair": Pair(Path("a/b"), (1, 2)), 3: None}) == {"pair": {"path": "a/b", "items": [1, 2]}, "3": None}
+
+
+USER_ERRORS = [
+    (["quantize"], "Missing argument"),
+    (["quantize", "m", "-o", "x", "--profile", "nope"], "--profile 'nope' does not exist"),
+    (["quantize", "m", "-o", "x", "--profile", "a", "--recipe", "b"], "both given"),
+    (["quantize", "m", "-o", "x", "--recipe", "nope.yaml"], "no such file"),
+    (["quantize", "m", "-o", "x", "--memory", "lots"], "--memory 'lots' is not a size"),
+    (["quantize", "m", "-o", "x", "--device", "tpu"], "tpu"),
+    (["quantize", "m", "-o", "x", "--threads", "0"], "--threads"),
+    (["quantize", "m", "-o", "x", "--calibration", "nope.txt"], "nope.txt"),
+    (["compare", "m", "-o", "x", "--recipes", " , "], "names no recipe"),
+    (["recommend", "nope.json", "--scenario", "storage"], "nope.json"),
+    (["recommend", "nope.json", "--scenario", "taste"], "taste"),
+    (["inspect", "nope"], "nope"),
+    (["compres", "m"], "compare"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), USER_ERRORS, ids=[" ".join(words) for words, _ in USER_ERRORS])
+def test_mistakes_of_the_user(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
+    assert ended.exit_code == 2, ended.stderr
+    assert said in ended.stderr
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_process(tmp_path):
+    """The console script itself: a bad path, in a terminal that knows ASCII only."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", "from quern.cli.main import run; run()", "inspect", "m\u00fchle"]
+    ended = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment, timeout=60)
+    assert ended.returncode == 2
+    assert b"m\\xfchle" in ended.stderr
+    assert b"Traceback" not in ended.stderr
+
+
+BROKEN_PIPE = """
+import sys
+import typer
+from quern.cli.outcome import verb
+app = typer.Typer()
+
+@app.command()
+@verb("quern job")
+def job():
+    for _ in range(100_000):
+        print("a line that nobody reads")
+
+app()
+"""
+
+
+def test_a_reader_that_leaves_early():
+    process = subprocess.Popen([sys.executable, "-c", BROKEN_PIPE], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 1
+    assert said == b""

@@ -1,0 +1,193 @@
+"""What a person reads: every figure where it belongs, and nothing invented where nothing was measured."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from quern.cli import render
+from quern.core.recipe import Recipe
+from quern.core.results import Excluded, LayerError, Ranked, Recommendation, Row
+from quern.pipeline.inspect import Inspection, TensorRow
+
+MEASURED = Row(
+    name="compact",
+    recipe={},
+    artifact_sha256="0" * 64,
+    bytes=3 * 2**20,
+    bits_per_weight=3.25,
+    compression=0.8125,
+    kl_mean=0.0417,
+    kl_ci95=(0.0389, 0.0452),
+    kl_noise_floor=0.00021,
+    perplexity=12.345,
+    top1_agreement=0.912,
+    choice_accuracy=0.875,
+    choice_difference=-0.015,
+    choice_difference_ci95=(-0.03, 0.005),
+    prefill_tokens_per_s=1234.5,
+    decode_tokens_per_s=56.78,
+    decode_limit_fraction=0.25,
+    time_to_first_token_s=0.0123,
+    peak_rss_bytes=512 * 2**20,
+    energy_joules_per_token=None,
+    quantize_seconds=4.5,
+    notes=["a note [with brackets]"],
+)
+UNMEASURED = MEASURED.model_copy(
+    update={
+        **dict.fromkeys(("kl_mean", "kl_ci95", "kl_noise_floor", "perplexity", "top1_agreement", "choice_accuracy")),
+        **dict.fromkeys(("prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes", "time_to_first_token_s")),
+        **dict.fromkeys(("choice_difference", "choice_difference_ci95", "decode_limit_fraction")),
+    }
+)
+
+
+def shown(renderable) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_cells():
+    assert dict(zip(render.HEADINGS, render.cells(MEASURED), strict=True)) == {
+        "name": "compact",
+        "size": "3.0 MiB",
+        "smaller by": "81.2%",
+        "bits/weight": "3.25",
+        "KL divergence [95 %]": "0.0417 [0.0389, 0.0452]",
+        "perplexity": "12.35",
+        "top-1": "91.2%",
+        "choice": "87.5%",
+        "prefill tok/s": "1234",
+        "decode tok/s": "56.8",
+        "peak RAM": "512.0 MiB",
+    }
+
+
+def test_cells_of_what_was_not_measured():
+    assert render.cells(UNMEASURED)[4:] == ["-"] * 7
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (2**20, "1.0 MiB"),
+        (145 * 10**9, "135.0 GiB"),
+        (2**50, "1024.0 TiB"),
+        (None, "-"),
+    ],
+)
+def test_sizes(count, text):
+    assert render.size(count) == text
+
+
+def test_row():
+    text = shown(render.row(MEASURED))
+    assert "0.00021" in text
+    assert "-1.5% [-3.0%, +0.5%]" in text
+    assert "note: a note [with brackets]" in text
+    energy = next(line for line in text.splitlines() if "energy" in line)
+    assert energy.split()[-1] == "-"
+    assert "nan" not in shown(render.row(UNMEASURED)).lower()
+
+
+RECOMMENDATION = Recommendation(
+    scenario="storage",
+    choice="compact",
+    reasons=["It is the smallest."],
+    excluded=[Excluded(name="rtn4", reason="loses more than compact and is larger")],
+    ranking=[Ranked(name="compact", score=1.0, reason="81 % smaller")],
+)
+
+
+def test_recommendation():
+    lines = shown(render.recommendation(RECOMMENDATION)).splitlines()
+    assert [line.strip() for line in lines] == [
+        "Recommended for storage: compact",
+        "It is the smallest.",
+        "1. compact: 81 % smaller",
+        "Excluded: rtn4: loses more than compact and is larger",
+    ]
+
+
+def test_no_recommendation():
+    nothing = RECOMMENDATION.model_copy(update={"choice": None, "reasons": ["compact comes nearest"], "ranking": []})
+    text = shown(render.recommendation(nothing))
+    assert "Nothing measured meets the constraints (storage)." in text
+    assert "compact comes nearest" in text
+
+
+def test_quantize_report():
+    @dataclasses.dataclass
+    class Report:
+        path = Path("out/[brackets]")
+        recipe = Recipe(name="mine")
+        seconds = 12.34
+        bytes = 3 * 2**20
+        bits_per_weight = 3.25
+        compression = 0.8125
+        peak_rss_bytes = 2**30
+        layers = [LayerError(linear=f"layer.{i}", bits_per_weight=3.2, relative_error=i / 1000) for i in range(20)]
+        resumed = True
+        notes = ["scales were small"]
+
+    text = shown(render.quantize_report(Report()))
+    for expected in ("out/[brackets]", "mine, format quern", "3.0 MiB", "81.2%", "12.3 s (resumed)", "1.0 GiB"):
+        assert expected in text
+    assert text.index("layer.19") < text.index("layer.18")
+    assert "layer.14" not in text
+    assert "note: scales were small" in text
+
+
+def test_inspection():
+    rows = [
+        TensorRow("a.weight", (2, 300), "integer", "group 64", 4, 1300),
+        TensorRow("norm.weight", (300,), "bf16", "-", 16.0, 600),
+    ]
+    text = shown(render.inspection(Inspection(Path("x"), 2**20, rows, 5.5, 900, "balanced")))
+    assert "2 x 300" in text
+    assert "1,300" in text
+    assert "2 tensors, 900 parameters, 5.50 bits/weight, 1.0 MiB on disk, recipe balanced" in text
+
+
+def test_hardware():
+    found = {
+        "cpu_model": "A CPU",
+        "instruction_sets": ["avx2", "avx512f"],
+        "ram_bytes": 2**34,
+        "last_level_cache_bytes": None,
+        "gpus": [],
+        "load_average": [0.5, 1.25],
+        "measured": {
+            "foreign_load": 0.3,
+            "read_bandwidth_gb_s": {"1": 21.5, "2": 40.25},
+            "gemm_gop_s": {"float32": {"1": 60.0, "2": 120.0}, "int8": None},
+        },
+    }
+    lines = two_columns(render.hardware(found))
+    assert lines == {
+        "what": "value",
+        "cpu model": "A CPU",
+        "instruction sets": "avx2, avx512f",
+        "ram bytes": "16.0 GiB",
+        "last level cache bytes": "not measured",
+        "gpus": "none",
+        "load average": "0.5, 1.25",
+        "foreign load": "0.3",
+        "reading memory, GB/s": "21.5 (1 thread), 40.25 (2 threads)",
+        "matrix products in float32, Gop/s": "60 (1 thread), 120 (2 threads)",
+        "matrix products in int8, Gop/s": "not measured",
+    }
+    assert "reading memory, GB/s" not in two_columns(render.hardware(found | {"measured": None}))
+
+
+def two_columns(renderable) -> dict[str, str]:
+    rows = (line.strip().split("  ", 1) for line in shown(renderable).splitlines())
+    return {row[0]: row[1].strip() for row in rows if len(row) == 2}

@@ -1,0 +1,75 @@
+"""The whole surface of the command line, pinned: a new verb or option is a decision, so it changes this file too."""
+
+import shlex
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from quern.cli.main import VERBS, app
+
+HELP = {"--help", "-h"}
+SURFACE = {
+    "quantize": {
+        *("MODEL", "--output", "-o", "--profile", "--recipe", "--calibration", "--memory", "--device", "--seed"),
+        *("--fresh", "--threads", "--format", "--json"),
+    },
+    "evaluate": {"MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--seed", "--json"},
+    "compare": {
+        *("MODEL", "--output", "-o", "--recipes", "--calibration", "--text", "--choice", "--tokens", "--scenario"),
+        *("--memory", "--threads", "--seed", "--fresh", "--json"),
+    },
+    "report": {"RESULTS.json", "--output", "-o", "--json"},
+    "recommend": {"RESULTS.json", "--scenario", "--max-size", "--max-loss", "--min-speed", "--json"},
+    "inspect": {"PATH", "--json"},
+    "generate": {
+        *("PATH", "--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
+    },
+    "probe": {"--json"},
+    "recipes": {"--json"},
+}
+BEFORE_THE_VERB = {"--debug", "--version"}
+NAMES = [function.__name__ for function in VERBS]
+
+
+def parameters(command):
+    return {
+        name
+        for parameter in command.params
+        for name in ([parameter.metavar] if parameter.param_type_name == "argument" else parameter.opts)
+    } - HELP
+
+
+def test_verbs_and_their_options():
+    group = get_command(app)
+    assert {name: parameters(command) for name, command in group.commands.items()} == SURFACE
+    assert parameters(group) == BEFORE_THE_VERB
+
+
+def test_every_verb_prints_json():
+    assert all("--json" in options for options in SURFACE.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_ends_with_an_example_that_parses(name):
+    function = next(function for function in VERBS if function.__name__ == name)
+    words = shlex.split(function.example)
+    assert words[:2] == ["quern", name]
+    assert {word for word in words if word.startswith("-")} <= SURFACE[name]
+    shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert shown.exit_code == 0
+    assert f"Example: {function.example}" in shown.stdout
+    assert shown.stderr == ""
+
+
+def test_help_of_the_whole_names_every_verb():
+    shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert all(name in shown.stdout for name in NAMES)
+
+
+def test_version():
+    import quern
+
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.stdout) == (0, f"quern {quern.__version__}\n")

@@ -1,0 +1,94 @@
+"""Generation against transformers' own, and its refusals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from quern.core.errors import BadFileError, UserError
+from quern.pipeline.generate import end_tokens, generate
+
+PROMPT = "abc"
+
+
+@pytest.fixture(scope="module")
+def by_transformers(byte_model):
+    """Twenty greedy tokens of transformers' own loop."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    told = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0
+    )
+    return tokenizer, told[0, ids.shape[1] :].tolist()
+
+
+def test_greedy_text_is_that_of_transformers(byte_model, by_transformers):
+    tokenizer, tokens = by_transformers
+    assert "".join(generate(byte_model, PROMPT, max_tokens=20)) == tokenizer.decode(tokens)
+
+
+def test_fewer_tokens_are_a_beginning(byte_model, by_transformers):
+    tokenizer, tokens = by_transformers
+    assert "".join(generate(byte_model, PROMPT, max_tokens=1)) == tokenizer.decode(tokens[:1])
+
+
+def test_the_seed_decides_sampled_text(byte_model):
+    def text(seed):
+        return "".join(generate(byte_model, PROMPT, max_tokens=20, temperature=3.0, seed=seed))
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_ends_at_an_end_token(byte_model, by_transformers, tmp_path):
+    tokenizer, tokens = by_transformers
+    stop = tokens[3]
+    folder = shutil.copytree(byte_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [999, stop]}))
+    text = "".join(generate(folder, PROMPT, max_tokens=20))
+    assert text == tokenizer.decode(tokens[: tokens.index(stop)])
+
+
+def test_ends_when_the_context_is_full(byte_model):
+    text = list(generate(byte_model, "x" * 60, max_tokens=1000, temperature=1.0))
+    assert len("".join(text)) <= 4
+
+
+def test_end_tokens(byte_model, tmp_path):
+    from quern.checkpoint.checkpoint import open_checkpoint
+
+    folder = shutil.copytree(byte_model, tmp_path / "model")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert end_tokens(open_checkpoint(folder)) == {256}
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert end_tokens(open_checkpoint(folder)) == {256}
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert end_tokens(open_checkpoint(folder)) == {3}
+    (folder / "generation_config.json").write_text('{"eos_token_id": "stop"}')
+    with pytest.raises(BadFileError, match="eos_token_id"):
+        end_tokens(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "said"),
+    [
+        ("x" * 64, {}, "64 tokens"),
+        ("", {}, "empty"),
+        ("\udcff", {}, "UTF-8"),
+        ("x", {"max_tokens": 0}, "max_tokens"),
+        ("x", {"temperature": -1}, "temperature"),
+    ],
+)
+def test_refusals_come_before_the_first_piece(byte_model, prompt, options, said):
+    with pytest.raises(UserError, match=said):
+        generate(byte_model, prompt, **options)
+
+
+def test_no_tokenizer(byte_model, tmp_path):
+    folder = shutil.copytree(byte_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(UserError, match="tokenizer"):
+        generate(folder, "x")

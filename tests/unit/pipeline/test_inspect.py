@@ -1,0 +1,171 @@
+"""Inspecting folders: every weight once, bytes that add up to the file."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from quern.checkpoint.checkpoint import open_checkpoint
+from quern.checkpoint.safetensors_file import write_safetensors
+from quern.codecs.base import CODECS
+from quern.core.errors import BadFileError, UserError
+from quern.core.packed import QuantizedWeight
+from quern.core.recipe import Recipe, WeightScheme
+from quern.formats.quern import QuernFormat
+from quern.pipeline.inspect import Inspection, inspect
+
+QUERY, DOWN, EMBEDDING = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens"
+SCHEMES = {
+    QUERY: WeightScheme(bits=3, group_size=20, symmetric=False),
+    DOWN: WeightScheme(bits=8, granularity="tensor"),
+    EMBEDDING: WeightScheme(bits=8, granularity="channel"),
+}
+
+
+def write_artifact(source, folder, schemes, input_scales=()):
+    """Quantize the modules of ``schemes`` to nearest and write them in quern's format."""
+    checkpoint, quern_format = open_checkpoint(source), QuernFormat()
+    tensors = {name: checkpoint.read(name) for name in checkpoint.names()}
+    for module, scheme in schemes.items():
+        weight = tensors.pop(f"{module}.weight").float()
+        encoder = CODECS.get(scheme.codec)(scheme).encoder(weight, weight, refit=False)
+        encoder.round_all(weight)
+        packed = QuantizedWeight(scheme, tuple(weight.shape), encoder.parts())
+        tensors |= quern_format.encode(module, packed, 0.5 if module in input_scales else None)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    write_safetensors(folder / "model.safetensors", tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quern_format.quantization_config(Recipe(name="mixed"), schemes)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def check_sums(found: Inspection):
+    """What must hold for every folder: weights counted once, bytes of all tensors and of all files."""
+    checkpoint = open_checkpoint(found.path)
+    assert sum(row.bytes for row in found.tensors) == sum(i.stored_bytes for i in checkpoint.source.infos.values())
+    assert found.bytes == sum(path.stat().st_size for path in found.path.iterdir())
+    assert math.isclose(found.bits_per_weight, 8 * sum(row.bytes for row in found.tensors) / found.parameters)
+    assert len({row.name for row in found.tensors}) == len(found.tensors)
+
+
+def test_unquantized_folder(byte_model):
+    found = inspect(byte_model)
+    check_sums(found)
+    assert found.recipe is None
+    assert found.parameters == open_checkpoint(byte_model).parameters
+    assert {(row.codec, row.granularity, row.bits) for row in found.tensors} == {("f32", "-", 32)}
+
+
+def test_artifact(byte_model, tmp_path):
+    found = inspect(write_artifact(byte_model, tmp_path / "artifact", SCHEMES, input_scales=(QUERY,)))
+    check_sums(found)
+    rows = {row.name: row for row in found.tensors}
+    query, down, embedding = (rows[f"{module}.weight"] for module in (QUERY, DOWN, EMBEDDING))
+    assert (query.shape, query.codec, query.granularity, query.bits) == ((48, 48), "integer", "group 20", 3)
+    # 48 codes of 3 bits take 5 words, along a row as codes and down the rows as zero points; 3 groups, float16 scales.
+    assert query.bytes == 48 * 5 * 4 + 48 * 3 * 2 + 3 * 5 * 4
+    assert (down.shape, down.granularity, down.bits, down.bytes) == ((48, 80), "tensor", 8, 48 * 80 + 2)
+    assert (embedding.shape, embedding.granularity, embedding.bytes) == ((257, 48), "channel", 257 * 48 + 257 * 2)
+    assert rows[f"{QUERY}.input_scale"].bytes == 4
+    assert found.recipe == "mixed"
+    assert found.parameters == open_checkpoint(byte_model).parameters
+
+
+def test_layers_are_in_the_order_of_numbers(byte_model):
+    names = [row.name for row in inspect(byte_model).tensors]
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[-1] == "model.norm.weight"
+
+
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16},
+        },
+        "group_1": {
+            "targets": ["re:.*down_proj$"],
+            "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "group_size": None},
+        },
+        "group_2": {"targets": ["lm_head"], "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}},
+    },
+}
+
+
+def write_compressed(folder, config):
+    folder.mkdir()
+    tensors = {
+        "a.q_proj.weight_packed": torch.zeros(6, 5, dtype=torch.int32),
+        "a.q_proj.weight_scale": torch.zeros(6, 3, dtype=torch.bfloat16),
+        "a.q_proj.weight_shape": torch.tensor([6, 35]),
+        "a.q_proj.weight_zero_point": torch.zeros(1, 3, dtype=torch.int32),
+        "a.down_proj.weight": torch.zeros(6, 7, dtype=torch.int8),
+        "a.down_proj.weight_scale": torch.zeros(6, 1, dtype=torch.bfloat16),
+        "a.down_proj.input_scale": torch.zeros(1),
+        "lm_head.weight": torch.zeros(6, 7, dtype=torch.float8_e4m3fn),
+        "lm_head.weight_scale": torch.zeros(1),
+        "norm.weight": torch.zeros(6, dtype=torch.bfloat16),
+    }
+    write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": config}))
+    return folder
+
+
+def test_compressed_tensors(tmp_path):
+    found = inspect(write_compressed(tmp_path / "model", COMPRESSED))
+    check_sums(found)
+    assert [(r.name, r.shape, r.codec, r.granularity, r.bits, r.bytes) for r in found.tensors] == [
+        ("a.down_proj.input_scale", (1,), "f32", "-", 32, 4),
+        ("a.down_proj.weight", (6, 7), "integer", "channel", 8, 42 + 12),
+        ("a.q_proj.weight", (6, 35), "integer", "group 16", 4, 120 + 36 + 16 + 12),
+        ("lm_head.weight", (6, 7), "float", "tensor", 8, 42 + 4),
+        ("norm.weight", (6,), "bf16", "-", 16, 12),
+    ]
+    assert found.parameters == 42 + 210 + 42 + 6
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"config_groups": None}, "config_groups"),
+        ({"config_groups": {"group_0": {"targets": ["lm_head"], "weights": {"num_bits": 4}}}}, "covers module"),
+    ],
+)
+def test_compressed_tensors_that_contradict_themselves(tmp_path, change, said):
+    with pytest.raises(BadFileError, match=said):
+        inspect(write_compressed(tmp_path / "model", COMPRESSED | change))
+
+
+def damaged(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c.update(format_version=99), "version 99"),
+        (lambda c: c.pop("modules"), "damaged"),
+        (lambda c: c["modules"][DOWN].update(bits=99), "damaged"),
+        (lambda c: c["modules"][DOWN].update(codec="abacus"), "abacus"),
+        (lambda c: c["modules"].update({"model.nowhere": c["modules"][DOWN]}), "model.nowhere"),
+        (lambda c: c["modules"].update({"model.layers.0.mlp.up_proj": c["modules"][DOWN]}), "up_proj.codes"),
+    ],
+)
+def test_artifacts_that_contradict_themselves(byte_model, tmp_path, change, said):
+    folder = damaged(write_artifact(byte_model, tmp_path / "artifact", SCHEMES), change)
+    with pytest.raises(UserError, match=said):
+        inspect(folder)
+
+
+def test_another_tools_method_shows_what_is_stored(byte_model, tmp_path):
+    folder = shutil.copytree(byte_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "other"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert {row.codec for row in inspect(folder).tensors} == {"f32"}
