@@ -11,20 +11,18 @@ from pathlib import Path
 import torch
 
 from quern.checkpoint.files import write_json
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.work_folder import WorkFolder, finish_removal
 
-STEPS = 5
+STEPS = 3
 FINGERPRINT = {"recipe": {"bits": 4}, "seed": 1}
 
 
 def run_job(folder: Path, destination: Path, pause: float = 0.0) -> None:
     """Steps that chain like blocks: each reads the last one's activations, writes a shard and new activations."""
-    if destination.exists() and not folder.exists():
+    if destination.exists():
+        finish_removal(folder, destination)
         return
     with WorkFolder.open(folder, FINGERPRINT) as work:
-        if work.published() == destination:
-            work.remove()
-            return
         for step in range(STEPS):
             if work.done(f"block {step}") is None:
                 _block(work, step)

@@ -30,8 +30,8 @@ def corruptions(tokens: list[tokenize.TokenInfo], at: int) -> Iterator[tuple[str
         yield "wrong_bracket", at, "]"
     if here.string == "==" and line.startswith(("if ", "elif ", "while ")):
         yield "assignment_as_test", at, "="
-    if here.string == "elif":
-        yield "else_if", at, "else if"
+    if here.string in ("and", "or"):
+        yield "foreign_operator", at, {"and": "&&", "or": "||"}[here.string]
     if pair == ("self", ","):
         yield "self_dropped", at + 2, tokens[at + 2].string
     if here.string == "in" and line.startswith("for "):

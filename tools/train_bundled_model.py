@@ -90,7 +90,7 @@ def train(options: argparse.Namespace) -> None:
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
-    recipe = {"text": digest, "seed": options.seed, "steps": steps, "python": sys.version.split()[0]}
+    recipe = {"text": digest, "seed": options.seed, "python": sys.version.split()[0]}
     loss_of = torch.compile(batch_loss, dynamic=False) if options.compile else batch_loss
     checkpoint, step, seconds = work / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
@@ -101,6 +101,7 @@ def train(options: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
         step, seconds = state["step"], state["seconds"]
+        print(f"carrying on from {checkpoint}", flush=True)
 
     def keep() -> None:
         state = {"recipe": recipe, "step": step, "seconds": seconds, "rng": torch.get_rng_state()}
@@ -189,14 +190,14 @@ def negative_log_likelihood(model: Any, ids: list[int], context: int = 1024, str
 
 def evaluate(out: Path, device: str) -> None:
     """Print the held-out bits per byte of the exported model and of two compressors, and the choices."""
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    encode = AutoTokenizer.from_pretrained(out).backend_tokenizer.encode
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).to(device).eval()
     documents = heldout.held_out_text()
     code = [text for name, text in documents if ":" not in name]
     prose = [text for name, text in documents if ":" in name]
     for title, texts in (("modules", code), ("help topics", prose), ("all held-out text", code + prose)):
         data = "".join(texts).encode()
-        nats = sum(negative_log_likelihood(model, tokenizer(text)["input_ids"]) for text in texts)
+        nats = sum(negative_log_likelihood(model, encode(text).ids) for text in texts)
         zipped, xz = gzip.compress(data, 9), lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
         print(
             f"{title}, {len(data)} bytes, bits per byte: model {nats / math.log(2) / len(data):.3f}  "
@@ -207,15 +208,13 @@ def evaluate(out: Path, device: str) -> None:
         pairs = [json.loads(line) for line in (out / "choice.jsonl").read_text(encoding="utf-8").splitlines()]
         tally: dict[str, list[bool]] = {}
         for pair in pairs:
-            good, bad = (
-                negative_log_likelihood(model, tokenizer(pair[f"sentence_{side}"])["input_ids"])
-                for side in ("good", "bad")
-            )
-            tally.setdefault(pair["UID"], []).append(good < bad)
+            good, bad = (encode(pair[key]).ids for key in ("sentence_good", "sentence_bad"))
+            right = negative_log_likelihood(model, good) < negative_log_likelihood(model, bad)
+            tally.setdefault(pair["UID"], []).append(right)
         for kind, outcomes in sorted(tally.items()):
             print(f"choices, {kind}: {sum(outcomes)} of {len(outcomes)}")
-        right = sum(sum(outcomes) for outcomes in tally.values())
-        print(f"choices, all: {right} of {len(pairs)} ({100 * right / len(pairs):.1f} %)")
+        total = sum(sum(outcomes) for outcomes in tally.values())
+        print(f"choices, all: {total} of {len(pairs)} ({100 * total / len(pairs):.1f} %)")
 
 
 def main() -> None:
@@ -224,7 +223,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "train-python-7m", help="checkpoints")
     parser.add_argument("--out", type=Path, default=ROOT / "models" / "python-7m", help="the model folder")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--steps", type=int, default=2400, help="length of the whole schedule")
+    parser.add_argument("--steps", type=int, default=1500, help="length of the schedule; may be changed")
     parser.add_argument("--stop-at", type=int, help="stop after this step; a later run carries on from there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile the model first: a fifth faster")

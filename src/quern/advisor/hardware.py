@@ -81,21 +81,23 @@ def measured_rates(thread_counts: Sequence[int]) -> dict[str, Any]:
     foreign = psutil.cpu_percent(interval=0.1) / 100 * (psutil.cpu_count() or 1)
     before = torch.get_num_threads()
     try:
-        bandwidth = read_bandwidth(thread_counts)
+        bandwidth = read_bandwidth(thread_counts, BUFFER_BYTES)
         gemm = {name: gemm_rate(name, thread_counts) for name in ("float32", "bfloat16", "int8")}
     finally:
         torch.set_num_threads(before)
     return {
         "foreign_load": round(foreign, 2),
-        "read_bandwidth_gb_s": {str(count): round(rate, 2) for count, rate in bandwidth.items()},
-        "gemm_gop_s": {
-            name: rates and {str(count): round(rate, 1) for count, rate in rates.items()}
-            for name, rates in gemm.items()
-        },
+        "read_bandwidth_gb_s": _by_threads(bandwidth),
+        "gemm_gop_s": {name: rates and _by_threads(rates) for name, rates in gemm.items()},
     }
 
 
-def read_bandwidth(thread_counts: Sequence[int], buffer_bytes: int = BUFFER_BYTES) -> dict[int, float]:
+def _by_threads(rates: dict[int, float]) -> dict[str, float]:
+    """Four significant digits; JSON has no numbers for keys."""
+    return {str(count): float(f"{rate:.4g}") for count, rate in rates.items()}
+
+
+def read_bandwidth(thread_counts: Sequence[int], buffer_bytes: int) -> dict[int, float]:
     """10^9 bytes/s at which so many threads read memory.
 
     The better of two ways, each the median of several passes over one buffer: a maximum spread by torch over its own

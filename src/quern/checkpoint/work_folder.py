@@ -11,11 +11,13 @@ k + 1 deletes should therefore be a step of their own.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 from quern.checkpoint.files import explain_write_errors, read_json, sha256_of, sync, write_json
+from quern.checkpoint.journal import Record, append_record, read_journal
 from quern.checkpoint.safetensors_file import read_header, read_tensor, write_safetensors
 from quern.core.errors import UserError
 
@@ -39,7 +42,8 @@ class WorkFolder:
     def __init__(self, folder: Path, lock: int) -> None:
         self.folder = folder
         self._lock: int | None = lock
-        self._steps: dict[str, dict[str, Any]] = {}
+        self._steps: dict[str, Record] = {}
+        self._hashed: dict[str, tuple[tuple[int, int], str]] = {}
 
     @classmethod
     def open(cls, path: str | Path, fingerprint: Mapping[str, Any], fresh: bool = False) -> WorkFolder:
@@ -74,32 +78,15 @@ class WorkFolder:
                 + "\n".join(f"  {line}" for line in differences)
                 + "\nRepeat the earlier command to continue it, pass --fresh to start over, or choose another output"
             )
-        self._read_journal()
+        self._steps = read_journal(self.folder / _JOURNAL)
         self._remove_unrecorded()
         if fresh or not known.is_file():
             write_json(known, fingerprint)
 
-    def _read_journal(self) -> None:
-        """Load the finished steps; a line that a kill tore, and anything after it, is cut off."""
-        path = self.folder / _JOURNAL
-        raw = path.read_bytes() if path.is_file() else b""
-        good = 0
-        while (end := raw.find(b"\n", good)) >= 0:
-            try:
-                record = json.loads(raw[good:end])
-                self._steps[record["step"]] = {"files": dict(record["files"]), "data": record["data"]}
-            except (ValueError, KeyError, TypeError):
-                break
-            good = end + 1
-        if good != len(raw):
-            with open(path, "r+b") as file:
-                file.truncate(good)
-                os.fsync(file.fileno())
-
     def _remove_unrecorded(self) -> None:
         kept = {self.folder / name for name in _OWN}
         for record in self._steps.values():
-            kept.update(self.folder / name for name in record["files"])
+            kept.update(self.folder / name for name in record.files)
         for base, folders, files in os.walk(self.folder, topdown=False):
             for name in files:
                 if Path(base, name) not in kept:
@@ -115,16 +102,22 @@ class WorkFolder:
         return self.folder.joinpath(*parts)
 
     def done(self, step: str) -> dict[str, Any] | None:
-        """The ``data`` of a finished step whose files still have the recorded sizes and hashes, otherwise None."""
+        """The ``data`` of a finished step whose files still have the recorded sizes and hashes, otherwise None.
+
+        A file is hashed once; while this folder is open and the file's time stamp stays, it counts as unchanged.
+        """
         record = self._steps.get(step)
-        if record is None:
+        if record is None or not all(self._is_intact(name, *stored) for name, stored in record.files.items()):
             return None
-        for name, (size, digest) in record["files"].items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size != size or sha256_of(path) != digest:
-                return None
-        data: dict[str, Any] = json.loads(json.dumps(record["data"]))
-        return data
+        return copy.deepcopy(record.data)
+
+    def _is_intact(self, name: str, size: int, digest: str) -> bool:
+        path = self.folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return False
+        if self._hashed.get(name) != (_stamp(path), digest):
+            self._hashed[name] = (_stamp(path), sha256_of(path))
+        return self._hashed[name][1] == digest
 
     def finish(self, step: str, files: list[Path], data: Mapping[str, Any]) -> None:
         """Record ``step`` as finished: its ``files`` (inside the folder) and plain JSON ``data``.
@@ -132,30 +125,15 @@ class WorkFolder:
         Files are synced to the disk before the line is. A step may be finished again; the last record counts. Raises
         ``UserError`` when the disk is full.
         """
-        record = {"step": step, "files": self._hashes(files), "data": data}
-        line = (json.dumps(record, allow_nan=False, ensure_ascii=True) + "\n").encode()
-        with explain_write_errors(self.folder / _JOURNAL, len(line)), open(self.folder / _JOURNAL, "ab") as journal:
-            begin = journal.tell()
-            try:
-                journal.write(line)
-                journal.flush()
-                os.fsync(journal.fileno())
-            except OSError:
-                # A full disk may have taken a part of the line; the next line must not be glued to it.
-                os.ftruncate(journal.fileno(), begin)
-                raise
-        sync(self.folder)
-        self._steps[step] = json.loads(line)
-
-    def _hashes(self, files: list[Path]) -> dict[str, list[Any]]:
-        result: dict[str, list[Any]] = {}
+        stored: dict[str, tuple[int, str]] = {}
         for path in files:
             inside = Path(os.path.abspath(path)).relative_to(self.folder)
             sync(path)
             for folder in inside.parents:
                 sync(self.folder / folder)
-            result[inside.as_posix()] = [path.stat().st_size, sha256_of(path)]
-        return result
+            stored[inside.as_posix()] = (path.stat().st_size, sha256_of(path))
+            self._hashed[inside.as_posix()] = (_stamp(path), stored[inside.as_posix()][1])
+        self._steps[step] = append_record(self.folder / _JOURNAL, step, stored, data)
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> Path:
         """Write tensors to ``NAME.safetensors`` inside the folder, whole or not at all, and return its path."""
@@ -190,17 +168,18 @@ class WorkFolder:
     def published(self) -> Path | None:
         """Where ``publish`` put the artifact, if it did and was killed before the work folder was gone; else None."""
         record = self._steps.get(_PUBLISH)
-        if record is None or (self.folder / record["data"]["artifact"]).exists():
+        if record is None or (self.folder / record.data["artifact"]).exists():
             return None
-        destination = Path(record["data"]["to"])
+        destination = Path(record.data["to"])
         return destination if destination.is_dir() else None
 
     def remove(self) -> None:
         """Delete the work folder and release it."""
-        doomed = _doomed(self.folder)
-        os.rename(self.folder, doomed)
+        _remove_leftover(self.folder)
+        with explain_write_errors(self.folder, 0):
+            os.rename(self.folder, _doomed(self.folder))
+        _remove_leftover(self.folder)
         self.close()
-        shutil.rmtree(doomed)
 
     def close(self) -> None:
         """Let other processes use the folder; what is finished stays."""
@@ -222,10 +201,42 @@ def _doomed(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.removing")
 
 
+def finish_removal(folder: str | Path, destination: str | Path) -> None:
+    """Delete what is left of the work folder of an artifact that stands at ``destination``, if anything.
+
+    For a process that finds the artifact published: the one that published it may have been killed before its work
+    folder was gone. A work folder that has published nothing, or elsewhere, is kept.
+    """
+    folder = Path(os.path.abspath(folder))
+    _remove_leftover(folder)
+    if (folder / _FINGERPRINT).is_file():
+        with WorkFolder.open(folder, read_json(folder / _FINGERPRINT)) as work:
+            if work.published() == Path(os.path.abspath(destination)):
+                work.remove()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_ino
+
+
 def _remove_leftover(folder: Path) -> None:
+    """Delete what a killed ``WorkFolder.remove`` left beside ``folder``."""
     doomed = _doomed(folder)
-    if (doomed / _LOCK).is_file() and not folder.exists():
-        shutil.rmtree(doomed)
+    if not doomed.is_dir():
+        return
+    entries = list(doomed.iterdir())
+    if entries and not (doomed / _LOCK).is_file():
+        return  # not ours
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != _LOCK:
+            entry.unlink(missing_ok=True)
+    # The lock goes last: it is what tells a leftover from a stranger's folder.
+    (doomed / _LOCK).unlink(missing_ok=True)
+    with suppress(OSError):  # another process may be deleting it too
+        doomed.rmdir()
 
 
 def _check_is_ours(folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quern.codecs import _bits
 from quern.codecs.base import CODECS, Codec, Encoder, Parts
+from quern.core.errors import UserError
 from quern.core.recipe import WeightScheme
 from quern.observers.base import OBSERVERS
 
@@ -72,8 +73,7 @@ class IntegerEncoder(Encoder):
         self.scale = torch.zeros(groups, rows)
         self.zero = torch.zeros(groups, rows)
         if codec.scheme.granularity == "tensor":
-            low, high = codec.observer.observe(_flat(whole), self.grid.reconstruct)
-            scale, zero = self.grid.parameters(low, high)
+            scale, zero = self._observe(_flat(whole))
             self.scale[:], self.zero[:] = scale.item(), zero.item()
         elif refit and codec.scheme.granularity == "group":
             self.refit_width = self.group
@@ -82,9 +82,18 @@ class IntegerEncoder(Encoder):
                 self._fit(first // self.group, weight[:, first : first + self.group])
 
     def _fit(self, group: int, values: Tensor, importance: Tensor | None = None) -> None:
+        scale, zero = self._observe(values, importance)
+        self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]
+
+    def _observe(self, values: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         low, high = self.codec.observer.observe(values, self.grid.reconstruct, importance)
         scale, zero = self.grid.parameters(low, high)
-        self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]
+        if not bool(scale.isfinite().all()):
+            raise UserError(
+                f"weights up to {float(values.abs().max()):.3g} need scales that scale_dtype "
+                f"{self.codec.scheme.scale_dtype} cannot hold. Set scale_dtype: bfloat16 in the recipe"
+            )
+        return scale, zero
 
     def refit(self, first_column: int, values: Tensor, importance: Tensor) -> None:
         self._fit(first_column // self.group, values.T.contiguous(), importance)

@@ -7,6 +7,7 @@ compressed-tensors package is installed, compressed-tensors artifacts.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +98,36 @@ class ReferenceEngine(Engine):
             raise UserError(f"{path} is quantized by {method!r}; this engine runs quern and compressed-tensors artifacts")
         if threads is not None:
             torch.set_num_threads(threads)
-        return ReferenceModel(_from_pretrained(Path(checkpoint.path), dtype))
+        return ReferenceModel(_from_pretrained(Path(checkpoint.path), dtype, _has_zero_points(config)))
 
 
-def _from_pretrained(folder: Path, dtype: DtypeName) -> Any:
+def _has_zero_points(config: dict[str, Any]) -> bool:
+    """Whether a compressed-tensors configuration stores packed zero points."""
+    groups = (config.get("config_groups") or {}).values()
+    return any(not (group.get("weights") or {}).get("symmetric", True) for group in groups)
+
+
+def _from_pretrained(folder: Path, dtype: DtypeName, decompress: bool) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
+    if decompress:
+        # compressed-tensors 0.20 allocates zero points unpacked, so that packed ones only load by its other path.
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     try:
-        if folder.is_file():
-            return transformers.AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file=folder.name, dtype=wanted)
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted, local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the configuration above overrides the artifact's
+            return _load_either(transformers.AutoModelForCausalLM, folder, options)
     except (RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"{folder} cannot be loaded: {error}") from None
+
+
+def _load_either(auto_class: Any, folder: Path, options: dict[str, Any]) -> Any:
+    if folder.is_file():
+        return auto_class.from_pretrained(folder.parent, gguf_file=folder.name, **options)
+    return auto_class.from_pretrained(folder, local_files_only=True, **options)
 
 
 def load(path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> ReferenceModel:

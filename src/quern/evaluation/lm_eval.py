@@ -19,7 +19,7 @@ from quern.evaluation.batches import batched_logits
 from quern.evaluation.texts import Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
-"""lm-eval's own default for tasks that name no ``max_gen_toks``."""
+"""lm-eval's own default for tasks that name no ``max_gen_toks``; half the context where that is less."""
 
 
 class Request(Protocol):
@@ -106,7 +106,7 @@ class Requests:
             raise UserError("this task asks for sampling; only greedy generation is measured. Set do_sample: false")
         until = arguments.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        most = int(arguments.get("max_gen_toks", DEFAULT_NEW_TOKENS))
+        most = int(arguments.get("max_gen_toks") or min(DEFAULT_NEW_TOKENS, self._model.maximum_length // 2))
         prompt = self._tokenizer.encode(context, add_special_tokens=True, verbose=False) or [self._prefix]
         if most >= self._model.maximum_length:
             raise UserError(

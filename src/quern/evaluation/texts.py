@@ -194,11 +194,11 @@ def _by_turns(encoded: list[list[int]], prefix: list[int], window: int) -> Itera
 
 
 def _sources(texts: Sequence[Text], windows: Sequence[Window]) -> tuple[TextSource, ...]:
-    owner = [text for text in texts for _ in text.documents]
-    counts = {id(text): 0 for text in texts}
+    owner = [number for number, text in enumerate(texts) for _ in text.documents]
+    counts = [0] * len(texts)
     for window in windows:
-        counts[id(owner[window.document])] += len(window.ids)
-    return tuple(TextSource(name=text.name, sha256=text.sha256, tokens=counts[id(text)]) for text in texts)
+        counts[owner[window.document]] += len(window.ids)
+    return tuple(TextSource(name=text.name, sha256=text.sha256, tokens=count) for text, count in zip(texts, counts))
 
 
 def save_windows(path: Path, windows: Windows) -> None:

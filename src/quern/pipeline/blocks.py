@@ -49,7 +49,7 @@ def quantize_block(job: Job, index: int) -> None:
     length = job.sequences.shape[1] if job.sequences is not None else 1
     block = Block(job.architecture, index, job.read, job.compute_dtype, length)
     source = job.activations(CHAIN, index) if job.sequences is not None else None
-    weights = sensitivity.token_weights(job, index) if job.recipe.calibration.token_weight == "fisher" and source else {}
+    weights = sensitivity.token_weights(job, index) if sensitivity.needed(job) else {}
     if source is not None and job.recipe.transforms:
         _transform(job, block, index, source)
     tensors: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from quern.codecs.base import CODECS
 from quern.core.errors import BadFileError
 from quern.core.metrics import bits_per_weight
 from quern.formats.quern import METHOD, module_schemes
+from quern.pipeline.rows import artifact_bytes, weight_bytes
 
 NO_GRANULARITY = "-"
 _SMALL_PARTS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
@@ -46,7 +47,7 @@ class Inspection:
 
     path: Path
     bytes: int
-    """All files of the model: weights, configuration, tokenizer."""
+    """All files of an artifact; of another checkpoint its weights, configuration and tokenizer."""
     tensors: list[TensorRow]
     bits_per_weight: float
     """8 x bytes of the tensors / parameters."""
@@ -85,12 +86,11 @@ def inspect(path: str | Path) -> Inspection:
     claimed = {part for weight in weights.values() for part in weight.parts}
     plain = [_plain_row(checkpoint, name) for name in checkpoint.names() if name not in claimed]
     parameters = _parameters(checkpoint, weights, plain)
-    stored = sum(row.bytes for row in (*tensors, *plain))
     return Inspection(
         path=checkpoint.path,
-        bytes=sum(file.stat().st_size for file in checkpoint.files),
+        bytes=artifact_bytes(checkpoint),
         tensors=sorted([*tensors, *plain], key=lambda row: _natural(row.name)),
-        bits_per_weight=bits_per_weight(stored, parameters),
+        bits_per_weight=bits_per_weight(weight_bytes(checkpoint), parameters),
         parameters=parameters,
         recipe=_recipe_name(config),
     )

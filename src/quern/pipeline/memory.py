@@ -57,7 +57,7 @@ def plan(job: Job) -> MemoryPlan:
     uses_hessian = calibrated and ROUNDINGS.get(job.recipe.rounding.method).needs_hessian
     table = job.architecture.config.vocab_size * job.architecture.config.hidden_size
     outer = table * (2 * 4 + 2) if job.recipe.embedding.quantized or job.recipe.head.quantized else table * 4
-    fisher = calibrated and job.recipe.calibration.token_weight == "fisher"
+    fisher = uses_hessian and job.recipe.calibration.token_weight == "fisher"
     logits = job.workers.threads * 5 * 4 * LOGIT_TOKENS * job.architecture.config.vocab_size
     return MemoryPlan(
         process=psutil.Process().memory_info().rss,

@@ -17,8 +17,8 @@ from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.files import read_json, write_json
 from quern.checkpoint.safetensors_file import read_header
-from quern.checkpoint.tokenizer import load_tokenizer, tokenizer_files
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer
+from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.codecs.base import CODECS
 from quern.core.errors import BadFileError, UserError
 from quern.core.parallel import deterministic_workers
@@ -26,12 +26,14 @@ from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, WeightScheme, load_recipe
 from quern.core.results import LayerError
 from quern.formats.base import FORMATS
+from quern.observers.base import OBSERVERS
 from quern.pipeline import memory as memory_plan
 from quern.pipeline import sensitivity
 from quern.pipeline.blocks import CHAIN, quantize_blocks
 from quern.pipeline.calibration_text import calibration_sequences, calibration_documents, text_sha256
 from quern.pipeline.job import Job, quantized_modules
 from quern.quantization.rounding.base import ROUNDINGS
+from quern.quantization.transforms.base import TRANSFORMS
 
 PROVENANCE = "quern.json"
 
@@ -42,8 +44,8 @@ class QuantizeReport:
 
     path: Path
     recipe: Recipe
-    seconds: float
-    """Time of the stages, those of earlier, interrupted runs included."""
+    seconds: float | None
+    """Wall-clock time of all runs that it took; null for an artifact that was finished already."""
     bytes: int
     """All files of the artifact."""
     bits_per_weight: float
@@ -75,19 +77,21 @@ def quantize(
     schemes = _check(chosen, architecture)
     documents = calibration_documents(calibration) if chosen.needs_calibration else []
     fingerprint = _fingerprint(checkpoint, chosen, documents, seed, device, progress)
+    folder = output.with_name(output.name + ".quern-work")
     if (report := _finished(output, fingerprint, checkpoint, fresh)) is not None:
+        finish_removal(folder, output)
         return report
     started = time.perf_counter()
     sequences = _sequences(checkpoint, architecture, chosen, documents, seed)
-    folder = output.with_name(output.name + ".quern-work")
     with WorkFolder.open(folder, fingerprint, fresh) as work, deterministic_workers(threads) as workers:
         resumed = work.done("started") is not None
         job = Job(checkpoint, architecture, chosen, FORMATS.get(chosen.format)(chosen), sequences, seed, work, workers, progress,
                   _device(device))
         memory_plan.check(job, memory)
-        work.finish("started", [], {})
+        earlier = (work.done("started") or {}).get("seconds", 0.0)
+        work.finish("started", [], {"seconds": earlier})
         _quantize_outer(job)
-        if chosen.calibration.token_weight == "fisher" and ROUNDINGS.get(chosen.rounding.method).needs_hessian:
+        if sensitivity.needed(job):
             sensitivity.run(job)
         _start_chain(job)
         quantize_blocks(job)
@@ -109,7 +113,11 @@ def _check(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme
     for scheme in schemes.values():
         CODECS.get(scheme.codec)(scheme)
     ROUNDINGS.get(recipe.rounding.method)
-    unused = [o.pattern for o in recipe.overrides if not any(recipe_matches(o.pattern, name) for name in schemes)]
+    OBSERVERS.get(recipe.activations.observer)
+    for settings in recipe.transforms:
+        TRANSFORMS.get(settings.method)(settings)
+    linears = [architecture.block_prefix(i) + name for i in range(architecture.layers) for name in architecture.linears()]
+    unused = [o.pattern for o in recipe.overrides if not any(recipe_matches(o.pattern, name) for name in linears)]
     if unused:
         raise UserError(
             f"recipe {recipe.name!r}: no linear matches the pattern {unused[0]!r}; names look like "
@@ -159,6 +167,7 @@ def _sequences(
     if getattr(config, "sliding_window", None):
         context = min(context, config.sliding_window)  # within one window attention is plainly causal
     tokenizer = load_tokenizer(checkpoint.path)
+    check_tokenizer(tokenizer, config.vocab_size)
     return calibration_sequences(documents, tokenizer, recipe.calibration, context, config.vocab_size, seed)
 
 
@@ -229,11 +238,7 @@ def _write_metadata(job: Job, schemes: dict[str, WeightScheme], fingerprint: dic
         config["quantization_config"] = job.format.quantization_config(schemes)
     write_json(job.artifact_path("config.json"), config)
     write_json(job.artifact_path(PROVENANCE), {"fingerprint": fingerprint, "layers": errors})
-    if job.checkpoint.path.is_dir():
-        for path in tokenizer_files(job.checkpoint.path):
-            shutil.copyfile(path, job.artifact_path(path.name))
-    else:
-        load_tokenizer(job.checkpoint.path).save_pretrained(job.artifact_path())
+    copy_tokenizer(job.checkpoint.path, job.artifact_path())
     return errors
 
 
@@ -257,11 +262,11 @@ def _finished(
             "Choose another output folder, or pass --fresh to replace it"
         )
     recipe = Recipe.model_validate(fingerprint["recipe"])
-    return _report(output, recipe, checkpoint, 0.0, provenance["layers"], True, ["was finished already"])
+    return _report(output, recipe, checkpoint, None, provenance["layers"], True, ["was finished already"])
 
 
 def _report(
-    output: Path, recipe: Recipe, checkpoint: Checkpoint, seconds: float, layers: list[dict[str, Any]], resumed: bool,
+    output: Path, recipe: Recipe, checkpoint: Checkpoint, seconds: float | None, layers: list[dict[str, Any]], resumed: bool,
     notes: list[str],
 ) -> QuantizeReport:
     artifact = open_checkpoint(output)

@@ -16,8 +16,15 @@ from quern.pipeline.job import Job
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
 from quern.quantization.calibration.token_weights import block_gradients, normalized, output_gradient, sequence_seed
+from quern.quantization.rounding.base import ROUNDINGS
 
 INPUTS, GRADIENTS, WEIGHTS = "inputs", "gradients", "weights"
+
+
+def needed(job: Job) -> bool:
+    """Whether the recipe's rounding reads Fisher token weights."""
+    rounding, calibration = job.recipe.rounding, job.recipe.calibration
+    return calibration.token_weight == "fisher" and ROUNDINGS.get(rounding.method).needs_hessian
 
 
 def token_weights(job: Job, index: int) -> dict[str, Tensor]:

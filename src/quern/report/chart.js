@@ -30,7 +30,8 @@ function logScale(values, from, to) {
   if (positive.length === 0) return linearScale(values, from, to, 5);
   const zero = positive.length < values.length;
   const start = zero ? from + Math.sign(to - from) * ZERO_BAND : from;
-  const low = Math.log10(Math.min(...positive)) - 0.15;
+  // Below the least value there is room for the arrow that tells which way is better.
+  const low = Math.log10(Math.min(...positive)) - (zero ? 0.15 : 0.4);
   const high = Math.log10(Math.max(...positive)) + 0.15;
   const factors = high - low > 2.5 ? [1] : [1, 2, 5];
   const ticks = zero ? [0] : [];
@@ -57,15 +58,18 @@ function scaleOf(column, rows, from, to, count) {
 
 const logFor = (column) => column.key === "kl" && byId("log").checked;
 
-// Rows that no other row beats in both quantities, ordered along x.
+// Rows that no other row beats in both quantities, ordered along x. Differences below 0.1 % are none, as for the front
+// of all three quantities.
 function frontOf(rows, x, y) {
   const cost = (row, column) => (column.better === "low" ? 1 : -1) * row.values[column.key];
-  const beaten = (row) => rows.some((other) => {
-    const dx = cost(other, x) - cost(row, x);
-    const dy = cost(other, y) - cost(row, y);
-    return dx <= 0 && dy <= 0 && (dx < 0 || dy < 0);
-  });
-  return rows.filter((row) => !beaten(row)).sort((one, other) => one.values[x.key] - other.values[x.key]);
+  const same = (one, other) => Math.abs(one - other) <= 0.001 * Math.max(Math.abs(one), Math.abs(other));
+  const beats = (one, other) => {
+    const pairs = [x, y].map((column) => [cost(one, column), cost(other, column)]);
+    return pairs.every(([mine, theirs]) => mine <= theirs || same(mine, theirs))
+      && pairs.some(([mine, theirs]) => mine < theirs && !same(mine, theirs));
+  };
+  return rows.filter((row) => !rows.some((other) => beats(other, row)))
+    .sort((one, other) => one.values[x.key] - other.values[x.key]);
 }
 
 function drawAxes(canvas, x, y, scales, size) {
@@ -84,23 +88,25 @@ function drawAxes(canvas, x, y, scales, size) {
   const middle = (margin.top + bottom) / 2;
   canvas.append(shape("text", { class: "axis", x: (margin.left + right) / 2, y: size.height - 8, "text-anchor": "middle" }, axisTitle(x)));
   canvas.append(shape("text", { class: "axis", transform: `translate(16 ${middle}) rotate(-90)`, "text-anchor": "middle" }, axisTitle(y)));
-  drawNoiseFloor(canvas, x, y, scales, size);
   drawBetter(canvas, x, y, size);
+  return drawNoiseFloor(canvas, x, y, scales, size);
 }
 
+// Returns the box of its label, so that names keep clear of it.
 function drawNoiseFloor(canvas, x, y, scales, size) {
-  if (!(data.noise_floor > 0)) return;
+  if (!(data.noise_floor > 0) || (x.key !== "kl" && y.key !== "kl")) return [];
+  const upright = y.key !== "kl";
+  const at = (upright ? scales.x : scales.y).at(data.noise_floor);
   const right = size.width - margin.right;
   const bottom = size.height - margin.bottom;
-  if (y.key === "kl") {
-    const at = scales.y.at(data.noise_floor);
-    canvas.append(shape("line", { class: "floor", x1: margin.left, x2: right, y1: at, y2: at }));
-    canvas.append(shape("text", { class: "floor-label", x: right - 4, y: at - 5, "text-anchor": "end" }, "noise floor"));
-  } else if (x.key === "kl") {
-    const at = scales.x.at(data.noise_floor);
-    canvas.append(shape("line", { class: "floor", x1: at, x2: at, y1: margin.top, y2: bottom }));
-    canvas.append(shape("text", { class: "floor-label", x: at + 5, y: bottom - 6 }, "noise floor"));
-  }
+  canvas.append(shape("line", upright
+    ? { class: "floor", x1: at, x2: at, y1: margin.top, y2: bottom }
+    : { class: "floor", x1: margin.left, x2: right, y1: at, y2: at }));
+  const place = upright ? { x: at + 5, y: bottom - 6 } : { x: margin.left + (right - margin.left) * 0.4, y: at - 5 };
+  const label = shape("text", { class: "floor-label", ...place }, "noise floor");
+  canvas.append(label);
+  const box = label.getBBox();
+  return [{ left: box.x, right: box.x + box.width, top: box.y, bottom: box.y + box.height }];
 }
 
 // A small arrow into the corner where both quantities are best.
@@ -145,7 +151,7 @@ function drawRow(canvas, row, rows, x, y, scales) {
   const group = shape("g", { class: "point", tabindex: 0, role: "img", "data-id": row.id, "aria-label": describe(row, x, y) });
   for (const [column, scale, across] of [[x, scales.x, true], [y, scales.y, false]]) {
     const range = row.ranges[column.key];
-    if (!range || row.reference && column.key === "kl") continue;
+    if (!range) continue;
     const [low, high] = range.map(scale.at);
     group.append(shape("line", across
       ? { class: "interval", x1: low, x2: high, y1: at[1], y2: at[1] }
@@ -168,8 +174,8 @@ function drawRow(canvas, row, rows, x, y, scales) {
 const overlaps = (one, other) => one.left < other.right && other.left < one.right && one.top < other.bottom && other.top < one.bottom;
 
 // Each name goes to the first side of its mark where it covers nothing.
-function drawLabels(canvas, marks, lines, size) {
-  const taken = [...marks, ...lines];
+function drawLabels(canvas, marks, obstacles, size) {
+  const taken = [...marks, ...obstacles];
   for (const mark of marks) {
     const label = shape("text", { class: mark.row.choice ? "label choice" : "label" }, shortened(mark.row.name, 28));
     canvas.append(label);
@@ -237,11 +243,11 @@ function drawChart() {
     x: scaleOf(x, rows, margin.left + 8, size.width - margin.right, Math.max(4, Math.floor(size.width / 130))),
     y: scaleOf(y, rows, size.height - margin.bottom - 8, margin.top, 6),
   };
-  drawAxes(canvas, x, y, scales, size);
-  const lines = drawFront(canvas, rows, x, y, scales);
-  // Large marks first, so that small ones stay within reach.
-  const ordered = [...rows].sort((one, other) => radiusOf(other, rows) - radiusOf(one, rows));
-  drawLabels(canvas, ordered.map((row) => drawRow(canvas, row, rows, x, y, scales)), lines, size);
+  const label = drawAxes(canvas, x, y, scales, size);
+  const taken = [...label, ...drawFront(canvas, rows, x, y, scales)];
+  // Large marks first, so that small ones stay within reach; the recommended one on top of all.
+  const ordered = [...rows].sort((one, other) => one.choice - other.choice || radiusOf(other, rows) - radiusOf(one, rows));
+  drawLabels(canvas, ordered.map((row) => drawRow(canvas, row, rows, x, y, scales)), taken, size);
   if (scales.x.zero || scales.y.zero) notes.push("Zero has no place on a log scale and stands at its edge.");
   byId("chart-note").textContent = notes.join(" ");
 }

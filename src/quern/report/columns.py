@@ -116,7 +116,7 @@ COLUMNS: tuple[Column, ...] = (
         better="low",
         kind="number",
         value=lambda row: row.kl_mean,
-        detail=lambda row: [] if row.recipe is None else _between(row.kl_ci95, significant),
+        detail=lambda row: _between(row.kl_ci95, significant),
         range=lambda row: row.kl_ci95,
         against_reference=True,
     ),

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
-from quern.advisor.figures import bytes_text, percent_text, seconds_text, significant
+from quern.advisor.figures import bytes_text, percent_text, significant
 from quern.advisor.recommend import pareto_front, recommend
 from quern.core.results import LayerError, Recommendation, Results, Row, Scenario
 from quern.report.columns import COLUMNS, Column
+from quern.report.provenance import flatten, machine_line, model_line, model_name, recipe_view, run_facts
 
 SCENARIO_TEXTS: dict[Scenario, tuple[str, str]] = {
     "storage": ("Storage", "Many copies, little memory"),
     "speed": ("Speed", "Real-time translation, voice, customer service"),
     "balanced": ("Balanced", "Size, speed and accuracy alike"),
 }
-_DEPTH = re.compile(r"^(?:.*?\.)??(\d+)\.(.+)$")
+_DEPTH = re.compile(r"^(?:.*?\.)??(\d{1,6})\.(.+)$")
 
 
 def page_view(results: Results) -> dict[str, Any]:
@@ -26,9 +26,9 @@ def page_view(results: Results) -> dict[str, Any]:
     columns = [column for column in COLUMNS if any(column.value(row) is not None for row in results.rows)]
     chosen = next((row for row in results.rows if row.name == results.recommendation.choice), None)
     return {
-        "title": _model_name(results),
-        "subtitle": _model_line(results),
-        "machine": _machine_line(results.hardware),
+        "title": model_name(results),
+        "subtitle": model_line(results),
+        "machine": machine_line(results.hardware),
         "verdict": verdict(chosen, results),
         "tiles": _tiles(chosen, results.rows) if chosen else [],
         "scenario": results.recommendation.scenario,
@@ -42,8 +42,8 @@ def page_view(results: Results) -> dict[str, Any]:
         ],
         "chips": _chips(results.rows),
         "has_layers": any(row.layers for row in results.rows),
-        "recipes": [_recipe(row) for row in results.rows],
-        "facts": _facts(results),
+        "recipes": [recipe_view(row) for row in results.rows],
+        "facts": run_facts(results),
         "hardware": list(flatten(results.hardware)),
         "versions": sorted(results.versions.items()),
         "texts": [{"name": t.name, "sha256": t.sha256, "tokens": f"{t.tokens:,}"} for t in results.texts],
@@ -225,104 +225,3 @@ def layer_grid(name: str, layers: Sequence[LayerError]) -> dict[str, Any]:
 def _with_unit(column: Column, row: Row) -> str | None:
     text = column.text(row)
     return f"{text} {column.unit}".strip() if text is not None else None
-
-
-def _model_name(results: Results) -> str:
-    return results.model.path.rstrip("/").rpartition("/")[2] or results.model.path
-
-
-def _model_line(results: Results) -> str:
-    model = results.model
-    parts = [model.architecture, f"{parameters_text(model.parameters)} parameters"]
-    if model.bf16_bytes:
-        parts.append(f"{bytes_text(model.bf16_bytes)} in bf16")
-    return " · ".join(filter(None, parts))
-
-
-def parameters_text(count: int) -> str:
-    """A number of parameters: 72700000000 -> "72.7 B"."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{significant(count / size)} {unit}"
-    return str(count)
-
-
-def _machine_line(hardware: Mapping[str, Any]) -> str:
-    """The processor's name and how many cores were used, as far as the results say."""
-    name, cores = hardware.get("cpu_model"), hardware.get("usable_cores")
-    if not isinstance(name, str) or not name:
-        return ""
-    return f"{name}, {cores} core{'' if cores == 1 else 's'}" if isinstance(cores, int) else name
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Nested plain data as (words, text) pairs: units are written out, figures by number of threads on one line."""
-    for key, value in values.items():
-        name = f"{prefix}{_fact_name(key)}"
-        if isinstance(value, Mapping) and value and all(threads.isdigit() for threads in value):
-            yield (
-                name,
-                ", ".join(
-                    f"{threads} thread{'' if threads == '1' else 's'}: {_fact(key, rate)}"
-                    for threads, rate in value.items()
-                ),
-            )
-        elif isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{name}: ")
-        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            for place, item in enumerate(value):
-                yield from flatten(item if isinstance(item, Mapping) else {"value": item}, f"{name} {place}: ")
-        else:
-            yield name, _fact(key, value)
-
-
-def _fact_name(key: str) -> str:
-    """A key as words; a unit that the value is not written with stands in brackets."""
-    for ending, unit in (("_gb_s", " (GB/s)"), ("_gop_s", " (10^9 operations/s)")):
-        if key.endswith(ending):
-            return key.removesuffix(ending).replace("_", " ") + unit
-    return key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
-
-
-def _fact(key: str, value: object) -> str:
-    if value is None:
-        return "not measured"
-    if isinstance(value, list | tuple | Mapping):
-        return ", ".join(str(item) for item in value) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        if key.endswith("_bytes"):
-            return bytes_text(value)
-        if key.endswith("_seconds"):
-            return seconds_text(value)
-        return f"{value:,}" if isinstance(value, int) else significant(value)
-    return str(value)
-
-
-def _recipe(row: Row) -> dict[str, Any]:
-    if row.recipe is None:
-        text = None
-    else:
-        text = json.dumps(row.recipe, indent=2, ensure_ascii=False, sort_keys=False)
-    return {
-        "name": row.name,
-        "engine": row.engine,
-        "sha256": row.artifact_sha256,
-        "json": text,
-        "description": (row.recipe or {}).get("description", ""),
-        "notes": row.notes,
-    }
-
-
-def _facts(results: Results) -> list[tuple[str, str]]:
-    model = results.model
-    return [
-        ("Model", model.path),
-        ("Model SHA-256", model.sha256),
-        ("Parameters", f"{model.parameters:,}"),
-        ("Measured at", results.created),
-        ("quern", results.quern_version),
-        ("Metrics version", str(results.metrics_version)),
-        ("Seed", str(results.seed)),
-    ]

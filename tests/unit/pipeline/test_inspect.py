@@ -9,36 +9,40 @@ import torch
 
 from quern.checkpoint.checkpoint import open_checkpoint
 from quern.checkpoint.safetensors_file import write_safetensors
-from quern.codecs.base import CODECS
 from quern.core.errors import BadFileError, UserError
-from quern.core.packed import QuantizedWeight
-from quern.core.recipe import Recipe, WeightScheme
-from quern.formats.quern import QuernFormat
+from quern.core.recipe import Recipe, parse_recipe
 from quern.pipeline.inspect import Inspection, inspect
+from quern.pipeline.quantize import quantize
 
 QUERY, DOWN, EMBEDDING = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.embed_tokens"
-SCHEMES = {
-    QUERY: WeightScheme(bits=3, group_size=20, symmetric=False),
-    DOWN: WeightScheme(bits=8, granularity="tensor"),
-    EMBEDDING: WeightScheme(bits=8, granularity="channel"),
+MIXED = {
+    "name": "mixed",
+    "weights": {"codec": "none", "granularity": "tensor"},
+    "overrides": [
+        {"pattern": QUERY, "bits": 3, "group_size": 20, "symmetric": False},
+        {"pattern": DOWN, "bits": 8, "granularity": "tensor"},
+    ],
+    "embedding": {"bits": 8, "granularity": "channel"},
+    "rounding": {"method": "nearest"},
+    "calibration": {"token_weight": "none"},
+}
+STATIC = {
+    "name": "static",
+    "weights": {"bits": 8, "granularity": "channel"},
+    "activations": {"mode": "static"},
+    "rounding": {"method": "nearest"},
+    "calibration": {"tokens": 64, "sequence_length": 32, "token_weight": "none"},
 }
 
 
-def write_artifact(source, folder, schemes, input_scales=()):
-    """Quantize the modules of ``schemes`` to nearest and write them in quern's format."""
-    checkpoint, quern_format = open_checkpoint(source), QuernFormat()
-    tensors = {name: checkpoint.read(name) for name in checkpoint.names()}
-    for module, scheme in schemes.items():
-        weight = tensors.pop(f"{module}.weight").float()
-        encoder = CODECS.get(scheme.codec)(scheme).encoder(weight, weight, refit=False)
-        encoder.round_all(weight)
-        packed = QuantizedWeight(scheme, tuple(weight.shape), encoder.parts())
-        tensors |= quern_format.encode(module, packed, 0.5 if module in input_scales else None)
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    write_safetensors(folder / "model.safetensors", tensors)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = quern_format.quantization_config(Recipe(name="mixed"), schemes)
-    (folder / "config.json").write_text(json.dumps(config))
+def recipe(data) -> Recipe:
+    return parse_recipe(data, "test")
+
+
+@pytest.fixture(scope="module")
+def mixed(byte_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixed") / "artifact"
+    quantize(byte_model, folder, recipe=recipe(MIXED), threads=1)
     return folder
 
 
@@ -59,8 +63,8 @@ def test_unquantized_folder(byte_model):
     assert {(row.codec, row.granularity, row.bits) for row in found.tensors} == {("f32", "-", 32)}
 
 
-def test_artifact(byte_model, tmp_path):
-    found = inspect(write_artifact(byte_model, tmp_path / "artifact", SCHEMES, input_scales=(QUERY,)))
+def test_artifact(byte_model, mixed):
+    found = inspect(mixed)
     check_sums(found)
     rows = {row.name: row for row in found.tensors}
     query, down, embedding = (rows[f"{module}.weight"] for module in (QUERY, DOWN, EMBEDDING))
@@ -69,8 +73,18 @@ def test_artifact(byte_model, tmp_path):
     assert query.bytes == 48 * 5 * 4 + 48 * 3 * 2 + 3 * 5 * 4
     assert (down.shape, down.granularity, down.bits, down.bytes) == ((48, 80), "tensor", 8, 48 * 80 + 2)
     assert (embedding.shape, embedding.granularity, embedding.bytes) == ((257, 48), "channel", 257 * 48 + 257 * 2)
-    assert rows[f"{QUERY}.input_scale"].bytes == 4
     assert found.recipe == "mixed"
+    assert found.parameters == open_checkpoint(byte_model).parameters
+
+
+def test_scales_of_inputs_are_bytes_but_no_parameters(byte_model, tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefgh" * 20)
+    quantize(byte_model, tmp_path / "out", recipe=recipe(STATIC), calibration=[tmp_path / "text.txt"], threads=1)
+    found = inspect(tmp_path / "out")
+    check_sums(found)
+    scales = [row for row in found.tensors if row.name.endswith("input_scale")]
+    assert len(scales) == 2 * 7
+    assert {row.bytes for row in scales} == {4}
     assert found.parameters == open_checkpoint(byte_model).parameters
 
 
@@ -140,7 +154,8 @@ def test_compressed_tensors_that_contradict_themselves(tmp_path, change, said):
         inspect(write_compressed(tmp_path / "model", COMPRESSED | change))
 
 
-def damaged(folder, change):
+def damaged(source, folder, change):
+    shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())
     change(config["quantization_config"])
     (folder / "config.json").write_text(json.dumps(config))
@@ -158,8 +173,8 @@ def damaged(folder, change):
         (lambda c: c["modules"].update({"model.layers.0.mlp.up_proj": c["modules"][DOWN]}), "up_proj.codes"),
     ],
 )
-def test_artifacts_that_contradict_themselves(byte_model, tmp_path, change, said):
-    folder = damaged(write_artifact(byte_model, tmp_path / "artifact", SCHEMES), change)
+def test_artifacts_that_contradict_themselves(mixed, tmp_path, change, said):
+    folder = damaged(mixed, tmp_path / "artifact", change)
     with pytest.raises(UserError, match=said):
         inspect(folder)
 

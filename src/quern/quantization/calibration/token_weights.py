@@ -30,14 +30,19 @@ def output_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, seed: int) ->
     model's prediction at that place, seeded by ``seed``.
     """
     generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(hidden.shape[0], 1, generator=generator, dtype=torch.float64)
     gradients = []
     for start, stop in pieces(hidden.shape[0], LOGIT_TOKENS):
         part = hidden[start:stop].detach().requires_grad_()
         with torch.enable_grad():
-            logits = functional.linear(norm(part), head).float()
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            loss = functional.cross_entropy(logits, labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, part)
+            final = norm(part)
+        # The gradient of the cross entropy by the logits is (prediction - label), so the logits need no graph.
+        prediction = functional.linear(final.detach(), head).float().softmax(-1)
+        cumulative = prediction.cumsum(-1)
+        labels = torch.searchsorted(cumulative, uniform[start:stop].float() * cumulative[:, -1:])
+        labels.clamp_(max=head.shape[0] - 1)
+        prediction.scatter_add_(1, labels, torch.full(labels.shape, -1.0))
+        (gradient,) = torch.autograd.grad(final, part, prediction.to(head.dtype) @ head)
         gradients.append(gradient.float())
     return torch.cat(gradients)
 

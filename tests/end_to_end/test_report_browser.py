@@ -1,0 +1,274 @@
+"""The page in a real browser: filters, sorting, tabs, axes, tips, theme, narrow screens, and no error on the console.
+
+Needs Chromium and chromedriver (``tools/install_browser.sh``); skips with the reason where they are missing.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sample_results import make_reference, make_row, sample_results, sample_rows, sample_with
+
+from quern.advisor.recommend import recommend
+from quern.core.results import Results
+from quern.report.html import render
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install '.[dev]')")
+
+from selenium.common.exceptions import WebDriverException  # noqa: E402
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
+from selenium.webdriver.support.ui import Select  # noqa: E402
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+OPTIONS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    binary = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("Chromium and chromedriver are not installed; tools/install_browser.sh installs them")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for option in (*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    try:
+        chrome = webdriver.Chrome(options=options, service=Service(driver))
+    except WebDriverException as error:
+        pytest.skip(f"Chromium does not start here: {error.msg}")
+    yield chrome
+    chrome.quit()
+
+
+class Page:
+    """The report of some results, open in the browser."""
+
+    def __init__(self, browser: webdriver.Chrome, folder: Path) -> None:
+        self.browser = browser
+        self.folder = folder
+
+    def open(self, results: Results) -> None:
+        file = self.folder / "report.html"
+        file.write_text(render(results), "utf-8")
+        self.browser.get_log("browser")
+        self.browser.get(file.as_uri())
+
+    def one(self, selector: str) -> WebElement:
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def click(self, selector: str) -> None:
+        found = self.one(selector)
+        self.browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", found)
+        found.click()
+
+    def names(self) -> list[str]:
+        """Names in the table, in the order and as far as they are shown."""
+        return [row.text for row in self.all("#rows tbody tr:not([hidden]) th .name")]
+
+    def points(self) -> set[str]:
+        """Names of the rows that the chart shows."""
+        return {(point.get_attribute("aria-label") or "").partition(":")[0] for point in self.all("#scatter .point")}
+
+    def ticks(self) -> str:
+        return " ".join(tick.text for tick in self.all("#scatter .tick"))
+
+    def resize(self, width: int, height: int) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+@pytest.fixture
+def page(browser: webdriver.Chrome, tmp_path: Path) -> Iterator[Page]:
+    """The sample report, and afterwards the check that every one of these tests ends with: a silent console."""
+    shown = Page(browser, tmp_path)
+    shown.resize(1280, 900)
+    shown.open(sample_results())
+    yield shown
+    assert browser.get_log("browser") == []
+
+
+def test_filter_chips_and_search_rule_table_and_chart(page: Page):
+    everything = {row.name for row in sample_rows()}
+    assert set(page.names()) == page.points() == everything
+    page.click('[data-tag="front"]')
+    assert "rtn4" not in page.names()
+    assert set(page.names()) == page.points() == everything - {"rtn4"}
+    assert page.one("#count").text == "6 of 7 shown"
+    page.click('[data-tag="quantized"]')
+    assert set(page.names()) == page.points() == everything - {"rtn4", "reference"}
+    page.click('[data-tag="front"]')
+    assert set(page.names()) == everything - {"reference"}
+    page.one("#search").send_keys("W8")
+    assert page.names() == ["w8a16"]
+    page.one("#search").send_keys("x")
+    assert page.names() == []
+    assert page.one("#empty").is_displayed()
+    assert page.points() == set()
+
+
+def test_click_on_a_column_head_sorts_and_a_second_click_reverses(page: Page):
+    assert page.names() == [row.name for row in sample_rows()]
+    by_size = [row.name for row in sorted(sample_rows(), key=lambda row: row.bytes)]
+    page.click('th[data-key="size"] button')
+    assert page.names() == by_size
+    assert page.one('th[data-key="size"]').get_attribute("aria-sort") == "ascending"
+    page.click('th[data-key="size"] button')
+    assert page.names() == by_size[::-1]
+    page.click('th[data-key="decode"] button')
+    assert page.names()[0] == "tiny2", "the first click puts the best on top, and for a speed that is the greatest"
+    assert page.one('th[data-key="size"]').get_attribute("aria-sort") is None
+
+
+def test_rows_without_a_number_are_sorted_last_both_ways_and_named_under_the_chart(page: Page):
+    rows = [make_row("none", kl_mean=None), make_row("much", kl_mean=0.05), make_row("little", kl_mean=0.001)]
+    page.open(sample_with(rows, recommend(rows, "storage")))
+    assert page.points() == {"much", "little"}
+    assert "Not shown, because not measured: none." in page.one("#chart-note").text
+    page.click('th[data-key="kl"] button')
+    assert page.names() == ["little", "much", "none"]
+    page.click('th[data-key="kl"] button')
+    assert page.names() == ["much", "little", "none"]
+
+
+def test_scenario_tabs_show_one_panel_each(page: Page):
+    shown = [panel.get_attribute("id") for panel in page.all(".panel") if panel.is_displayed()]
+    assert shown == ["panel-balanced"]
+    page.click("#tab-storage")
+    assert not page.one("#panel-balanced").is_displayed()
+    assert page.one("#panel-storage h3").text == "compact"
+    assert "80.2 % smaller" in page.one("#panel-storage .why").text
+    page.one("#tab-storage").send_keys(Keys.ARROW_RIGHT)
+    assert page.one("#panel-speed").is_displayed()
+    assert page.one("#panel-speed h3").text == "fast"
+    assert page.browser.switch_to.active_element.get_attribute("id") == "tab-speed"
+
+
+def test_axes_can_be_chosen(page: Page):
+    assert "MB" in page.ticks()
+    Select(page.one("#axis-x")).select_by_visible_text("Decode")
+    assert "MB" not in page.ticks()
+    titles = [title.text for title in page.all("#scatter .axis")]
+    assert titles == ["Decode (tokens/s)", "KL divergence (nats/token)"]
+    assert "0.001" in page.ticks().split()
+    page.click("#log-label")
+    assert "0.001" not in page.ticks().split(), "a linear axis has no powers of ten"
+    Select(page.one("#axis-y")).select_by_visible_text("Peak memory")
+    assert not page.one("#log-label").is_displayed(), "the switch is for KL"
+    labels = [option.text for option in Select(page.one("#axis-x")).options]
+    assert {"Size", "Bits per weight", "KL divergence", "Perplexity", "Decode", "Prefill", "Peak memory"} <= set(labels)
+
+
+def test_no_loss_at_all_has_its_place_on_a_log_scale(page: Page):
+    rows = [make_reference(kl_mean=0.0), make_row("half"), make_row("third", bytes=333, kl_mean=0.03)]
+    page.open(sample_with(rows, recommend(rows, "storage")))
+    assert page.points() == {"reference", "half", "third"}
+    assert "0" in page.ticks().split()
+    assert "Zero has no place on a log scale" in page.one("#chart-note").text
+
+
+def test_best_row_stands_where_the_arrow_points(page: Page):
+    """Less KL is lower and fewer bytes are further left; a swapped axis would show the opposite."""
+    place = {
+        (point.get_attribute("aria-label") or "").partition(":")[0]: point.rect for point in page.all("#scatter .point")
+    }
+    assert place["compact"]["x"] < place["fast"]["x"] < place["reference"]["x"]
+    assert place["tiny2"]["y"] < place["balanced"]["y"] < place["w8a16"]["y"] < place["reference"]["y"]
+
+
+def test_line_of_the_best_trade_offs_leaves_out_what_is_beaten(page: Page):
+    line = page.one("#scatter .front-line").get_attribute("d") or ""
+    heights = {float(number) for number in re.findall(r"[0-9.]+", line)}
+
+    def height(name: str) -> float:
+        mark = page.one(f'.point[aria-label^="{name}:"] circle.dot')
+        return float(mark.get_attribute("cy") or "nan")
+
+    assert {height(name) for name in ("tiny2", "compact", "balanced", "fast", "w8a16")} <= heights
+    assert height("rtn4") not in heights
+
+
+def test_focus_shows_the_figures_of_a_point_and_escape_hides_them(page: Page):
+    tip = page.one("#tip")
+    assert not tip.is_displayed()
+    page.browser.execute_script("document.querySelector('.point[aria-label^=balanced]').focus()")
+    assert tip.is_displayed()
+    assert tip.text.splitlines()[0] == "balanced"
+    assert "3.99 MB" in tip.text
+    page.browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not tip.is_displayed()
+
+
+def test_layer_grids_answer_to_the_arrow_keys(page: Page):
+    cards = page.all(".grid-card")
+    assert [card.find_element(By.TAG_NAME, "h3").text for card in cards] == [row.name for row in sample_rows()[1:]]
+    assert len(cards[0].find_elements(By.CSS_SELECTOR, ".cell")) == 8 * 7
+    page.browser.execute_script("arguments[0].focus()", cards[0].find_element(By.TAG_NAME, "svg"))
+    page.browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
+    assert cards[0].find_element(By.CSS_SELECTOR, ".readout").text.startswith("block 1, k_proj: ")
+
+
+def test_theme_follows_the_system_and_the_button(page: Page):
+    def background() -> str:
+        return page.browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    def prefer(scheme: str) -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    prefer("light")
+    light = background()
+    prefer("dark")
+    dark = background()
+    assert light != dark
+    page.click("#theme")
+    assert background() == light
+    page.click("#theme")
+    assert background() == dark
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_recipes_unfold(page: Page):
+    recipe = page.all("details")[2]
+    page.browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", recipe)
+    assert not recipe.find_element(By.TAG_NAME, "pre").is_displayed()
+    recipe.find_element(By.TAG_NAME, "summary").click()
+    assert '"group_size": 64' in recipe.find_element(By.TAG_NAME, "pre").text
+
+
+@pytest.mark.parametrize("width", [360, 390, 768, 1024, 1280])
+def test_page_never_scrolls_sideways(page: Page, width: int):
+    rows = sample_rows()
+    rows[1] = rows[1].model_copy(update={"name": "a-name-without-any-space-that-is-" + "far-too-long-" * 6})
+    page.resize(width, 800)
+    page.open(sample_with(rows, recommend(rows, "speed")))
+    assert page.browser.execute_script("return document.documentElement.scrollWidth") <= width
+    if width < 720:
+        page.one("#sort").send_keys("Size")
+        assert page.names()[0] == "tiny2"
+
+
+def test_hostile_names_do_not_run(page: Page):
+    rows = sample_rows()
+    rows[2] = rows[2].model_copy(
+        update={"name": "<img src=x onerror=document.title='broken'></script><script>1</script>"}
+    )
+    page.open(sample_with(rows, recommend(rows, "balanced")))
+    page.browser.execute_script("document.querySelector('.point[data-id=\"2\"]').focus()")
+    assert "<img src=x" in page.one("#tip").text
+    assert page.browser.title == "python-7m: quantized side by side"
+    assert page.all("main img") == []

@@ -1,0 +1,63 @@
+"""Weight schemes of every kind, and matrices to store under them, for the tests that run over the registries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quern.codecs.base import CODECS, Codec, Encoder
+from quern.core.errors import UserError
+from quern.core.recipe import WeightScheme
+
+GRANULARITIES: dict[str, dict[str, Any]] = {
+    "tensor": {"granularity": "tensor"},
+    "channel": {"granularity": "channel"},
+    "group32": {"granularity": "group", "group_size": 32},
+    "group64": {"granularity": "group", "group_size": 64},
+}
+
+
+def scheme_id(scheme: dict[str, Any]) -> str:
+    sign = "symmetric" if scheme["symmetric"] else "asymmetric"
+    return f"{scheme['codec']}-{scheme['bits']}-{sign}-{scheme['granularity']}{scheme.get('group_size') or ''}"
+
+
+ALL: list[dict[str, Any]] = [
+    {"codec": codec, "bits": bits, "symmetric": symmetric, **granularity}
+    for codec in CODECS.names()
+    for bits in range(1, 9)
+    for symmetric in (True, False)
+    for granularity in GRANULARITIES.values()
+]
+"""Every codec with every width, sign and granularity; what a codec refuses is skipped by ``make_codec``."""
+
+
+def make_codec(scheme: dict[str, Any], **changes: Any) -> Codec:
+    """The codec of a scheme; skips the test if the codec says that it cannot store it."""
+    full = WeightScheme.model_validate({**scheme, **changes})
+    try:
+        return CODECS.get(full.codec)(full)
+    except UserError as error:
+        pytest.skip(f"codec {full.codec} stores no such scheme: {error}")
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """A matrix of rows of different sizes, with one outlier."""
+    generator = torch.Generator().manual_seed(seed + 1000 * rows + columns)
+    weight = torch.randn(rows, columns, generator=generator) * torch.logspace(-2, 0, rows)[:, None]
+    weight[rows // 2, columns // 3] *= 6
+    return weight
+
+
+def round_by_column(encoder: Encoder, weight: Tensor) -> Tensor:
+    """What a rounding with error feedback does: column by column, fitting parameters where the encoder wants it."""
+    rounded = torch.empty_like(weight)
+    for column in range(weight.shape[1]):
+        if encoder.refit_width and column % encoder.refit_width == 0:
+            group = slice(column, min(column + encoder.refit_width, weight.shape[1]))
+            encoder.refit(column, weight[:, group].T, torch.ones(group.stop - group.start))
+        rounded[:, column] = encoder.round(column, weight[:, column].clone())
+    return rounded

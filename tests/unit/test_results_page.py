@@ -1,0 +1,67 @@
+"""docs/results.md names every field of results.json, and states what the code does."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+from sample_results import SCENARIOS
+
+from quern.advisor.scoring import SAME_SIZE, SCALING_EXPONENT, WEIGHTS
+from quern.core import results
+from quern.core.metrics import RESAMPLES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "results.md").read_text("utf-8")
+MODELS = [
+    item
+    for item in vars(results).values()
+    if isinstance(item, type) and issubclass(item, BaseModel) and item.model_fields
+]
+
+
+def test_all_models_are_covered():
+    assert {
+        "Results",
+        "Row",
+        "Model",
+        "TextSource",
+        "Spread",
+        "LayerError",
+        "Recommendation",
+        "Ranked",
+        "Excluded",
+    } == {model.__name__ for model in MODELS}
+
+
+@pytest.mark.parametrize(
+    ("model", "field"), [(model.__name__, field) for model in MODELS for field in model.model_fields]
+)
+def test_every_field_is_described(model: str, field: str):
+    rows = [line for line in PAGE.splitlines() if line.startswith("|") and f"`{field}`" in line]
+    assert rows, f"docs/results.md does not describe {field} of {model}"
+
+
+def test_no_row_field_is_described_that_does_not_exist():
+    section = PAGE.split("## Rows")[1].split("Each entry of `speed_spread`")[0]
+    described = set(re.findall(r"^\| `([a-z0-9_]+)` \|", section, re.MULTILINE))
+    assert described == set(results.Row.model_fields)
+
+
+def test_page_is_about_this_version_and_these_constants():
+    assert f"**metrics version {results.METRICS_VERSION}**" in PAGE
+    assert f"{RESAMPLES:,}".replace(",", " ") + " resamples" in PAGE
+    assert str(SCALING_EXPONENT) in PAGE
+    assert f"within {100 * SAME_SIZE:g} %" in PAGE
+    for scenario in SCENARIOS:
+        (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{scenario}` |")]
+        weights = WEIGHTS[scenario]
+        for weight, what in ((weights.size, "size gain"), (weights.speed, "speed gain"), (weights.loss, "loss")):
+            assert (f"{round(3 * weight)}/3 {what}" in line) == (weight > 0)
+
+
+def test_example_of_the_ceiling_is_right():
+    ceiling = math.log(10) * (5**SCALING_EXPONENT - 1)
+    assert f"a KL of {ceiling:.2f}" in PAGE
