@@ -35,7 +35,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         words[:, :, word] |= padded[:, :, index] << shift
         if shift + bits > WORD:
             words[:, :, word + 1] |= padded[:, :, index] >> (WORD - shift)
-    words = words.view(rows, -1)[:, : words_per_row(columns, bits)] & 0xFFFFFFFF
+    words = words.flatten(1)[:, : words_per_row(columns, bits)] & 0xFFFFFFFF
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
@@ -46,13 +46,14 @@ def _byte_shifts(bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of ``pack``: uint8 ``(rows, columns)``."""
-    rows = words.shape[0]
     if 8 % bits == 0:  # little-endian words are little-endian bytes, and no code straddles a byte
-        octets = words.contiguous().view(torch.uint8)
+        octets = (
+            words.reshape(-1).view(torch.uint8).view(rows, words.shape[1] * 4)
+        )  # a dimension of 1 may have any stride
         if bits == 8:
             return octets[:, :columns]
         spread = (octets.unsqueeze(-1) >> _byte_shifts(bits).to(octets.device)).bitwise_and_((1 << bits) - 1)
-        return spread.view(rows, -1)[:, :columns]
+        return spread.flatten(1)[:, :columns]
     return unpack_any(words, bits, columns)
 
 
@@ -72,4 +73,4 @@ def unpack_any(words: Tensor, bits: int, columns: int) -> Tensor:
         if shift + bits > WORD:
             value = value | (wide[:, :, word + 1] << (WORD - shift))
         codes[:, :, index] = value & ((1 << bits) - 1)
-    return codes.view(rows, -1)[:, :columns]
+    return codes.flatten(1)[:, :columns]

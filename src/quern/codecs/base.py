@@ -25,9 +25,9 @@ class Encoder(ABC):
     """
 
     refit_width: int | None = None
-    """Columns whose parameters ``refit`` fits together just before the first of them is rounded; None: fitted at the start."""
+    """Columns that ``refit`` fits together just before the first of them is rounded; None: all are fitted at the start."""
 
-    def refit(self, first_column: int, values: Tensor, importance: Tensor) -> None:
+    def refit(self, first_column: int, values: Tensor, importance: Tensor) -> None:  # noqa: B027 - only if refit_width
         """Fit the parameters of columns ``first_column ...`` to ``values`` ``(columns, rows)``, error feedback included.
 
         ``importance`` ``(columns,)``: what a squared error in each column costs.

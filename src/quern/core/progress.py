@@ -1,4 +1,4 @@
-"""How long jobs tell what they are doing, without knowing who listens (the command line draws bars, tests listen to nothing)."""
+"""How long jobs tell what they are doing without knowing who listens: the command line draws bars, tests nothing."""
 
 from __future__ import annotations
 

@@ -167,7 +167,9 @@ def parse_recipe(data: object, source: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"recipe {source} is not valid:\n" + "\n".join(_explain(item) for item in error.errors())) from None
+        raise UserError(
+            f"recipe {source} is not valid:\n" + "\n".join(_explain(item) for item in error.errors())
+        ) from None
 
 
 def _explain(item: Any) -> str:
@@ -185,7 +187,9 @@ def _explain(item: Any) -> str:
 
 def profile_names() -> list[str]:
     """The recipes that ship with the package, sorted."""
-    return sorted(f.name.removesuffix(".yaml") for f in resources.files(RECIPE_PACKAGE).iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in resources.files(RECIPE_PACKAGE).iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -195,7 +199,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if text in profile_names():
         return parse_recipe(yaml.safe_load((resources.files(RECIPE_PACKAGE) / f"{text}.yaml").read_text("utf-8")), text)
     if not path.is_file():
-        raise UserError(f"no recipe {text!r}: neither a file nor one of the shipped ones ({', '.join(profile_names())})")
+        raise UserError(
+            f"no recipe {text!r}: neither a file nor one of the shipped ones ({', '.join(profile_names())})"
+        )
     try:
         content = path.read_text("utf-8")
         data = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)

@@ -37,7 +37,7 @@ class LayerError(_Strict):
     linear: str
     bits_per_weight: float
     relative_error: float
-    """Weighted squared output error over the weighted squared output, tr(E H E^T) / tr(W H W^T); H the (token-weighted) Hessian."""
+    """tr(E H E^T) / tr(W H W^T): E the change, W the weight, H the (token-weighted) Hessian, or the identity without one."""
 
 
 class Row(_Strict):
@@ -141,9 +141,14 @@ def load_results(path: str | Path) -> Results:
     try:
         return Results.model_validate_json(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise BadFileError(path, f"cannot be read: {error}", "Give the results.json that `quern compare` wrote") from None
+        raise BadFileError(
+            path, f"cannot be read: {error}", "Give the results.json that `quern compare` wrote"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "top level"
-        raise BadFileError(path, f"is not a results file of this version ({where}: {first['msg']})",
-                           "Give the results.json that `quern compare` wrote") from None
+        raise BadFileError(
+            path,
+            f"is not a results file of this version ({where}: {first['msg']})",
+            "Give the results.json that `quern compare` wrote",
+        ) from None

@@ -42,7 +42,7 @@ class PackedWeight(nn.Module):
     def _apply(self, function: Any, recurse: bool = True) -> PackedWeight:
         """Moves between devices, but never changes the dtype of codes and scales, as ``model.to(dtype)`` would."""
         before = {name: part.dtype for name, part in self._buffers.items() if part is not None}
-        super()._apply(function, recurse)
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
         for name, dtype in before.items():
             part = self._buffers[name]
             if part is not None and part.dtype != dtype:
@@ -61,6 +61,7 @@ class QuantizedLinear(PackedWeight):
         self.activations = activations
         self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None
         if activations == "static":
+            self.input_scale: Tensor
             self.register_buffer("input_scale", torch.empty((), dtype=torch.float32))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -79,8 +80,9 @@ class QuantizedLinear(PackedWeight):
     def _integer_product(self, rows: Tensor, scale: Tensor) -> Tensor:
         """int8 x int8 -> int32, exact; the scales of token and channel come in afterwards, in float32."""
         quantized = (rows.float() / scale).round_().clamp_(LEAST, LARGEST).to(torch.int8)
-        product = torch._int_mm(quantized, self.codes.T)
-        return product.float().mul_(scale).mul_(self.scale.float().reshape(1, -1))
+        parts = self.parts()
+        product = torch._int_mm(quantized, parts["codes"].T)
+        return product.float().mul_(scale).mul_(parts["scale"].float().reshape(1, -1))
 
 
 def dynamic_scale(rows: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quern.core.artifact import METHOD, module_schemes
 from quern.core.errors import UserError
 from quern.core.recipe import parse_recipe
 from quern.engines._modules import QuantizedEmbedding, QuantizedLinear, TiedHead
-from quern.formats.quern import METHOD, module_schemes
 
 _registered = False
 
@@ -43,7 +43,7 @@ class QuernQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
         recipe = parse_recipe(config.get("recipe"), "of the artifact")
         dtype = model.dtype
@@ -55,7 +55,7 @@ class QuernQuantizer(HfQuantizer):  # type: ignore[misc]
             replacement: nn.Module
             with torch.device("meta"):
                 if isinstance(module, nn.Embedding):
-                    replacement = QuantizedEmbedding(scheme, tuple(module.weight.shape), dtype)
+                    replacement = QuantizedEmbedding(scheme, (module.num_embeddings, module.embedding_dim), dtype)
                 elif isinstance(module, nn.Linear):
                     mode = recipe.activations.mode if ".layers." in name else "none"
                     shape = (module.out_features, module.in_features)
@@ -69,7 +69,7 @@ class QuernQuantizer(HfQuantizer):  # type: ignore[misc]
             model._tied_weights_keys = {}
             model.all_tied_weights_keys = {}
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         return model
 
     def is_serializable(self) -> bool:

@@ -18,8 +18,8 @@ from quern.checkpoint.checkpoint import open_checkpoint
 from quern.codecs.base import CODECS
 from quern.core.errors import UserError
 from quern.core.recipe import Recipe
-from quern.engines.base import ENGINES, DtypeName, Engine
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
+from quern.engines.base import ENGINES, DtypeName, Engine
 
 
 class ReferenceSession:
@@ -95,7 +95,9 @@ class ReferenceEngine(Engine):
                 f"{path} is a compressed-tensors artifact; install its reader: pip install 'quern[compressed-tensors]'"
             )
         if method not in (None, "quern", "compressed-tensors"):
-            raise UserError(f"{path} is quantized by {method!r}; this engine runs quern and compressed-tensors artifacts")
+            raise UserError(
+                f"{path} is quantized by {method!r}; this engine runs quern and compressed-tensors artifacts"
+            )
         if threads is not None:
             torch.set_num_threads(threads)
         return ReferenceModel(_from_pretrained(Path(checkpoint.path), dtype, _has_zero_points(config)))

@@ -33,7 +33,9 @@ class Format(ABC):
         """The tensors, by full name, that store ``module``'s weight and the scale of its static activations."""
 
     @abstractmethod
-    def parts(self, module: str, scheme: WeightScheme, shape: tuple[int, int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def parts(
+        self, module: str, scheme: WeightScheme, shape: tuple[int, int], tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The codec's parts of ``module`` again, from the tensors that ``encode`` made."""
 
     @abstractmethod

@@ -148,4 +148,3 @@ def _activations(recipe: Recipe) -> dict[str, Any] | None:
         "observer": None if mode == "dynamic" else "minmax",
         "observer_kwargs": {},
     }
-

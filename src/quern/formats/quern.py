@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from quern.codecs.base import CODECS
-from quern.core.errors import UserError
+from quern.core.artifact import METHOD, VERSION
 from quern.core.packed import QuantizedWeight
-from quern.core.recipe import Recipe, WeightScheme
+from quern.core.recipe import WeightScheme
 from quern.formats.base import FORMATS, Format
 
-VERSION = 1
-METHOD = "quern"
 INPUT_SCALE = "input_scale"
 
 
@@ -34,7 +32,9 @@ class QuernFormat(Format):
             tensors[f"{module}.{INPUT_SCALE}"] = torch.tensor(input_scale, dtype=torch.float32)
         return tensors
 
-    def parts(self, module: str, scheme: WeightScheme, shape: tuple[int, int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def parts(
+        self, module: str, scheme: WeightScheme, shape: tuple[int, int], tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         names = CODECS.get(scheme.codec)(scheme).part_shapes(shape)
         return {name: tensors[f"{module}.{name}"] for name in names}
 
@@ -45,17 +45,3 @@ class QuernFormat(Format):
             "recipe": self.recipe.to_json(),
             "modules": {module: scheme.model_dump(mode="json") for module, scheme in sorted(schemes.items())},
         }
-
-
-def module_schemes(config: dict[str, Any]) -> dict[str, WeightScheme]:
-    """Every quantized module's scheme from a ``quantization_config``. Raises ``UserError`` for another version."""
-    version = config.get("format_version")
-    if version != VERSION:
-        raise UserError(
-            f"the artifact has quern format version {version!r}; this quern reads version {VERSION}. "
-            "Install the quern that wrote it, or quantize the checkpoint again"
-        )
-    try:
-        return {module: WeightScheme.model_validate(scheme) for module, scheme in config["modules"].items()}
-    except (KeyError, AttributeError, ValueError) as error:
-        raise UserError(f"the artifact's quantization_config is damaged: {error}") from None

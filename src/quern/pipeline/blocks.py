@@ -70,8 +70,14 @@ def quantize_block(job: Job, index: int) -> None:
 
 
 def _quantize_group(
-    job: Job, block: Block, index: int, group: LinearGroup, source: ActivationFile | None, weights: dict[str, Tensor],
-    tensors: dict[str, Tensor], errors: list[dict[str, Any]],
+    job: Job,
+    block: Block,
+    index: int,
+    group: LinearGroup,
+    source: ActivationFile | None,
+    weights: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    errors: list[dict[str, Any]],
 ) -> None:
     """Round the linears of one group; their rounded weights replace the block's own."""
     prefix = job.architecture.block_prefix(index)
@@ -80,7 +86,9 @@ def _quantize_group(
         return
     rounding = ROUNDINGS.get(job.recipe.rounding.method)(job.recipe.rounding)
     static = job.recipe.activations.mode == "static"
-    hessians, input_scale = _statistics(job, block, group, list(codecs), source, weights, rounding.needs_hessian, static)
+    hessians, input_scale = _statistics(
+        job, block, group, list(codecs), source, weights, rounding.needs_hessian, static
+    )
     settings = job.recipe.rounding
     factor: Factor | None = None
     for name, codec in codecs.items():
@@ -106,8 +114,14 @@ def _codec(job: Job, linear: str) -> Codec | None:
 
 
 def _statistics(
-    job: Job, block: Block, group: LinearGroup, linears: list[str], source: ActivationFile | None,
-    weights: dict[str, Tensor], needs_hessian: bool, static: bool,
+    job: Job,
+    block: Block,
+    group: LinearGroup,
+    linears: list[str],
+    source: ActivationFile | None,
+    weights: dict[str, Tensor],
+    needs_hessian: bool,
+    static: bool,
 ) -> tuple[dict[str, Tensor], float | None]:
     """Hessians (under the first linear's name where all linears of the group share one) and the static input scale."""
     if not (needs_hessian or static):
@@ -185,4 +199,3 @@ def _unquantized(job: Job, block: Block, index: int, written: dict[str, Tensor])
             dtype = DTYPES[job.checkpoint.info(prefix + name).dtype]
             tensors[prefix + name] = parameter.data.to(dtype)
     return tensors
-

@@ -44,7 +44,12 @@ def text_sha256(documents: Sequence[tuple[str, str]]) -> str:
 
 
 def calibration_sequences(
-    documents: Sequence[tuple[str, str]], tokenizer: Any, settings: Calibration, context: int, vocabulary: int, seed: int
+    documents: Sequence[tuple[str, str]],
+    tokenizer: Any,
+    settings: Calibration,
+    context: int,
+    vocabulary: int,
+    seed: int,
 ) -> Tensor:
     """Token sequences int64 ``(sequences, time)``: windows of the joined documents, drawn without repetition.
 

@@ -92,15 +92,29 @@ def _distinct(recipes: list[Recipe]) -> list[Recipe]:
 
 
 def _make(
-    checkpoint: Checkpoint, folder: Path, recipe: Recipe, calibration: Sequence[str | Path], memory: int | None,
-    threads: int | None, seed: int, fresh: bool, progress: Progress,
+    checkpoint: Checkpoint,
+    folder: Path,
+    recipe: Recipe,
+    calibration: Sequence[str | Path],
+    memory: int | None,
+    threads: int | None,
+    seed: int,
+    fresh: bool,
+    progress: Progress,
 ) -> Contender:
     """Quantize by one recipe, or find that it was done; how long it took is kept beside the artifact."""
     progress.log(f"quantizing by {recipe.name}")
     artifact, timing = folder / "artifacts" / recipe.name, folder / "artifacts" / f"{recipe.name}.json"
     report = quantize(
-        checkpoint.path, artifact, recipe=recipe, calibration=calibration, memory=memory, seed=seed, fresh=fresh,
-        threads=threads, progress=progress,
+        checkpoint.path,
+        artifact,
+        recipe=recipe,
+        calibration=calibration,
+        memory=memory,
+        seed=seed,
+        fresh=fresh,
+        threads=threads,
+        progress=progress,
     )
     sha256 = open_checkpoint(artifact).sha256()
     if report.seconds is not None:
@@ -108,7 +122,11 @@ def _make(
     known = read_json(timing) if timing.is_file() else {}
     seconds = known["quantize_seconds"] if known.get("artifact_sha256") == sha256 else None
     return Contender(
-        name=recipe.name, path=artifact, recipe=recipe.to_json(), quantize_seconds=seconds, layers=tuple(report.layers),
+        name=recipe.name,
+        path=artifact,
+        recipe=recipe.to_json(),
+        quantize_seconds=seconds,
+        layers=tuple(report.layers),
         sha256=sha256,
     )
 

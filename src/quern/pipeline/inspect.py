@@ -15,9 +15,9 @@ from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.gguf_file import GgufSource
 from quern.codecs.base import CODECS
+from quern.core.artifact import METHOD, module_schemes
 from quern.core.errors import BadFileError
 from quern.core.metrics import bits_per_weight
-from quern.formats.quern import METHOD, module_schemes
 from quern.pipeline.rows import artifact_bytes, weight_bytes
 
 NO_GRANULARITY = "-"

@@ -46,7 +46,8 @@ def plan(job: Job) -> MemoryPlan:
     largest = max(rows * columns for rows, columns in matrices.values())
     hessians = max(
         (1 if job.recipe.calibration.token_weight != "fisher" else len(group.linears))
-        * 4 * matrices[group.linears[0]][1] ** 2
+        * 4
+        * matrices[group.linears[0]][1] ** 2
         for group in job.architecture.groups
     )
     calibrated = job.sequences is not None
@@ -85,5 +86,3 @@ def peak_rss() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-

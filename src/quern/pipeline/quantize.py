@@ -20,6 +20,7 @@ from quern.checkpoint.safetensors_file import read_header
 from quern.checkpoint.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.codecs.base import CODECS
+from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError, UserError
 from quern.core.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
@@ -30,12 +31,10 @@ from quern.observers.base import OBSERVERS
 from quern.pipeline import memory as memory_plan
 from quern.pipeline import sensitivity
 from quern.pipeline.blocks import CHAIN, quantize_blocks
-from quern.pipeline.calibration_text import calibration_sequences, calibration_documents, text_sha256
+from quern.pipeline.calibration_text import calibration_documents, calibration_sequences, text_sha256
 from quern.pipeline.job import Job, quantized_modules
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
-
-PROVENANCE = "quern.json"
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,18 @@ class QuantizeReport:
 
 
 def quantize(
-    model: str | Path, output: str | Path, *, recipe: str | Path | Recipe = "balanced",
-    calibration: Sequence[str | Path] = (), memory: int | None = None, device: str = "cpu", seed: int = 0,
-    fresh: bool = False, threads: int | None = None, format: str | None = None, progress: Progress | None = None,
+    model: str | Path,
+    output: str | Path,
+    *,
+    recipe: str | Path | Recipe = "balanced",
+    calibration: Sequence[str | Path] = (),
+    memory: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    fresh: bool = False,
+    threads: int | None = None,
+    format: str | None = None,
+    progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``.
 
@@ -85,8 +93,18 @@ def quantize(
     sequences = _sequences(checkpoint, architecture, chosen, documents, seed)
     with WorkFolder.open(folder, fingerprint, fresh) as work, deterministic_workers(threads) as workers:
         resumed = work.done("started") is not None
-        job = Job(checkpoint, architecture, chosen, FORMATS.get(chosen.format)(chosen), sequences, seed, work, workers, progress,
-                  _device(device))
+        job = Job(
+            checkpoint,
+            architecture,
+            chosen,
+            FORMATS.get(chosen.format)(chosen),
+            sequences,
+            seed,
+            work,
+            workers,
+            progress,
+            _device(device),
+        )
         memory_plan.check(job, memory)
         earlier = (work.done("started") or {}).get("seconds", 0.0)
         work.finish("started", [], {"seconds": earlier})
@@ -116,7 +134,9 @@ def _check(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme
     OBSERVERS.get(recipe.activations.observer)
     for settings in recipe.transforms:
         TRANSFORMS.get(settings.method)(settings)
-    linears = [architecture.block_prefix(i) + name for i in range(architecture.layers) for name in architecture.linears()]
+    linears = [
+        architecture.block_prefix(i) + name for i in range(architecture.layers) for name in architecture.linears()
+    ]
     unused = [o.pattern for o in recipe.overrides if not any(recipe_matches(o.pattern, name) for name in linears)]
     if unused:
         raise UserError(
@@ -242,9 +262,7 @@ def _write_metadata(job: Job, schemes: dict[str, WeightScheme], fingerprint: dic
     return errors
 
 
-def _finished(
-    output: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint, fresh: bool
-) -> QuantizeReport | None:
+def _finished(output: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint, fresh: bool) -> QuantizeReport | None:
     """The report of an artifact that an earlier run of the same job finished. Refuses to touch anything else."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
@@ -266,14 +284,26 @@ def _finished(
 
 
 def _report(
-    output: Path, recipe: Recipe, checkpoint: Checkpoint, seconds: float | None, layers: list[dict[str, Any]], resumed: bool,
+    output: Path,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    seconds: float | None,
+    layers: list[dict[str, Any]],
+    resumed: bool,
     notes: list[str],
 ) -> QuantizeReport:
     artifact = open_checkpoint(output)
     size = sum(path.stat().st_size for path in output.iterdir())
     data = sum(artifact.info(name).stored_bytes for name in artifact.names())
     return QuantizeReport(
-        path=output, recipe=recipe, seconds=seconds, bytes=size, bits_per_weight=8 * data / checkpoint.parameters,
-        compression=1 - size / checkpoint.bf16_bytes, peak_rss_bytes=memory_plan.peak_rss(),
-        layers=[LayerError.model_validate(layer) for layer in layers], resumed=resumed, notes=notes,
+        path=output,
+        recipe=recipe,
+        seconds=seconds,
+        bytes=size,
+        bits_per_weight=8 * data / checkpoint.parameters,
+        compression=1 - size / checkpoint.bf16_bytes,
+        peak_rss_bytes=memory_plan.peak_rss(),
+        layers=[LayerError.model_validate(layer) for layer in layers],
+        resumed=resumed,
+        notes=notes,
     )

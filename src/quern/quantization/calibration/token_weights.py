@@ -70,4 +70,3 @@ def normalized(weights: Tensor) -> Tensor:
     """Weights ``(linears, tokens)`` divided by their mean for each linear; all ones where the mean is zero."""
     mean = weights.double().mean(1, keepdim=True)
     return torch.where(mean > 0, weights.double() / mean, 1.0).float()
-

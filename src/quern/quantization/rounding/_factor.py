@@ -81,5 +81,6 @@ def _cholesky_corner(corner: Tensor) -> Tensor:
     for shift in SHIFTS:
         lower, failed = torch.linalg.cholesky_ex(full + shift * torch.eye(len(full), dtype=torch.float64))
         if not failed:
-            return lower.flip(0, 1).to(torch.float32)
+            upper: Tensor = lower.flip(0, 1).to(torch.float32)
+            return upper
     raise ArithmeticError("the Hessian is not positive definite even after damping")

@@ -15,7 +15,7 @@ from quern.core.registry import Registry
 from quern.quantization.rounding._factor import Factor
 
 SLAB = 1024
-"""Rows that one worker rounds at a time: a multiple of 32 (codecs pack down the rows) that keeps a block in the cache."""
+"""Rows that one worker rounds at a time: a multiple of 32, because codecs pack down the rows; keeps a block in the cache."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Rounded:
     decoded: Tensor
     """The stored values, ``(rows, columns)``, in the dtype of the weight that came in."""
     relative_error: float
-    """tr(E H E^T) / tr(W H W^T); with H the identity where the rounding uses no Hessian. E: the change, W: the weight."""
+    """tr(E H E^T) / tr(W H W^T); E is the change, W the weight, H the identity where the rounding uses no Hessian."""
 
 
 class Rounding(ABC):
@@ -38,7 +38,9 @@ class Rounding(ABC):
         self.settings = settings
 
     @abstractmethod
-    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> tuple[Parts, Tensor, float, float]:
+    def round_slab(
+        self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None
+    ) -> tuple[Parts, Tensor, float, float]:
         """Parts, decoded values, squared error and squared size of float32 ``slab`` ``(rows, columns)``."""
 
     def round(self, weight: Tensor, codec: Codec, factor: Factor | None, workers: Workers) -> Rounded:
@@ -54,7 +56,9 @@ class Rounding(ABC):
         size = sum(slab[3] for slab in slabs)
         return Rounded(packed, decoded, sum(slab[2] for slab in slabs) / size if size else 0.0)
 
-    def _slab(self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> tuple[Parts, Tensor, float, float]:
+    def _slab(
+        self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None
+    ) -> tuple[Parts, Tensor, float, float]:
         parts, decoded, error, size = self.round_slab(rows.float(), whole, codec, factor)
         return parts, decoded.to(rows.dtype), error, size
 

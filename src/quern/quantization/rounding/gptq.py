@@ -4,8 +4,9 @@ With H = U D U^T (``_factor``), column k is rounded at
 
     w'_k = w_k + (W - Q)_{:, <k} U_{<k, k}                                (QuIP, arXiv 2307.13304, eq. 2)
 
-which minimizes tr((W - Q) H (W - Q)^T) over roundings of this kind; the loss is sum_k D_k |w'_k - q_k|^2. Work goes left
-to right in blocks: one matrix product brings in all earlier blocks, the columns inside a block follow one at a time.
+which minimizes tr((W - Q) H (W - Q)^T) over roundings of this kind; the loss is sum_k D_k |w'_k - q_k|^2. Work goes
+left to right in blocks: one matrix product brings in all earlier blocks, the columns inside a block follow one at a
+time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Gptq(Rounding):
 
     needs_hessian = True
 
-    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> tuple[Parts, Tensor, float, float]:
+    def round_slab(
+        self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None
+    ) -> tuple[Parts, Tensor, float, float]:
         assert factor is not None
         encoder = codec.encoder(slab, whole, refit=factor.order is None)
         weight = slab if factor.order is None else slab[:, factor.order]
@@ -80,6 +83,10 @@ def _quadratic_size(weight: Tensor, factor: Factor) -> float:
     for start in range(0, columns, 1024):
         stop = min(start + 1024, columns)
         corner = factor.upper[start:stop, start:stop].triu(1)
-        product = sample[:, start:stop] + sample[:, :start] @ factor.upper[:start, start:stop] + sample[:, start:stop] @ corner
+        product = (
+            sample[:, start:stop]
+            + sample[:, :start] @ factor.upper[:start, start:stop]
+            + sample[:, start:stop] @ corner
+        )
         total += float(product.square().sum(0).double() @ factor.diagonal[start:stop].double())
     return total * rows / len(sample)

@@ -27,7 +27,11 @@ class Awq(Transform):
             raise UserError("transform awq searches its exponent and takes no strength; remove the key")
 
     def scales(
-        self, targets: Sequence[Tensor], codecs: Sequence[Codec], statistics: ChannelStatistics, repeat: Repeat,
+        self,
+        targets: Sequence[Tensor],
+        codecs: Sequence[Codec],
+        statistics: ChannelStatistics,
+        repeat: Repeat,
         workers: Workers,
     ) -> Tensor:
         size = repeat.reduce(statistics.mean_size)

@@ -44,7 +44,11 @@ class Transform(ABC):
 
     @abstractmethod
     def scales(
-        self, targets: Sequence[Tensor], codecs: Sequence[Codec], statistics: ChannelStatistics, repeat: Repeat,
+        self,
+        targets: Sequence[Tensor],
+        codecs: Sequence[Codec],
+        statistics: ChannelStatistics,
+        repeat: Repeat,
         workers: Workers,
     ) -> Tensor:
         """Scales float32 ``(source channels,)``, any positive numbers; the caller rounds them to powers of two.

@@ -20,7 +20,11 @@ class SmoothQuant(Transform):
     """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for input channel j; alpha is the recipe's ``strength``."""
 
     def scales(
-        self, targets: Sequence[Tensor], codecs: Sequence[Codec], statistics: ChannelStatistics, repeat: Repeat,
+        self,
+        targets: Sequence[Tensor],
+        codecs: Sequence[Codec],
+        statistics: ChannelStatistics,
+        repeat: Repeat,
         workers: Workers,
     ) -> Tensor:
         alpha = DEFAULT_STRENGTH if self.settings.strength is None else self.settings.strength
