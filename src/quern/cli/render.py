@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from quern.advisor.figures import bytes_text, percent_text, seconds_text
 from quern.core.results import Recommendation, Results, Row
 
 if TYPE_CHECKING:
@@ -19,31 +21,27 @@ if TYPE_CHECKING:
 NOT_MEASURED = "-"
 WORST_LINEARS = 5
 
-HEADINGS = (
-    "name",
-    "size",
-    "smaller by",
-    "bits/weight",
-    "KL divergence [95 %]",
-    "perplexity",
-    "top-1",
-    "choice",
-    "prefill tok/s",
-    "decode tok/s",
-    "peak RAM",
-)
-"""Columns of ``cells``."""
+WIDE = 120
+"""Characters that a terminal needs for all columns of the comparison; narrower ones do without interval and memory."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the comparison."""
+
+    heading: str
+    cell: Callable[[Row], str]
+    wide_only: bool = False
 
 
 def size(count: float | None) -> str:
-    """Bytes in the binary unit that suits them."""
-    if count is None:
-        return NOT_MEASURED
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    """Bytes in the unit that suits them."""
+    return NOT_MEASURED if count is None else bytes_text(count)
+
+
+def percent(fraction: float | None) -> str:
+    """A share of 1."""
+    return NOT_MEASURED if fraction is None else percent_text(fraction)
 
 
 def number(value: float | None, form: str = ".3g") -> str:
@@ -51,35 +49,49 @@ def number(value: float | None, form: str = ".3g") -> str:
     return NOT_MEASURED if value is None else format(value, form)
 
 
-def cells(row: Row) -> list[str]:
-    """One row of the comparison, a text for each of ``HEADINGS``."""
-    loss = number(row.kl_mean, ".4f")
-    if row.kl_ci95 is not None:
-        loss += f" [{row.kl_ci95[0]:.4f}, {row.kl_ci95[1]:.4f}]"
-    return [
-        row.name,
-        size(row.bytes),
-        number(row.compression, ".1%"),
-        number(row.bits_per_weight, ".2f"),
-        loss,
-        number(row.perplexity, ".2f"),
-        number(row.top1_agreement, ".1%"),
-        number(row.choice_accuracy, ".1%"),
-        number(row.prefill_tokens_per_s, ".0f"),
-        number(row.decode_tokens_per_s, ".1f"),
-        size(row.peak_rss_bytes),
-    ]
+def interval(limits: tuple[float, float] | None, form: str) -> str:
+    """Lower and upper end."""
+    return NOT_MEASURED if limits is None else f"{limits[0]:{form}} to {limits[1]:{form}}"
+
+
+COLUMNS = (
+    Column("name", lambda row: row.name),
+    Column("size", lambda row: size(row.bytes)),
+    Column("smaller by", lambda row: percent(row.compression)),
+    Column("bits/ weight", lambda row: number(row.bits_per_weight, ".2f")),
+    Column("KL diver- gence", lambda row: number(row.kl_mean, ".4f")),
+    Column("95 % interval", lambda row: interval(row.kl_ci95, ".4f"), wide_only=True),
+    Column("per- plexity", lambda row: number(row.perplexity, ".2f")),
+    Column("top-1", lambda row: percent(row.top1_agreement)),
+    Column("choice", lambda row: percent(row.choice_accuracy)),
+    Column("prefill tok/s", lambda row: number(row.prefill_tokens_per_s, ".0f")),
+    Column("decode tok/s", lambda row: number(row.decode_tokens_per_s, ".1f")),
+    Column("peak RAM", lambda row: size(row.peak_rss_bytes), wide_only=True),
+)
+
+
+class _Comparison:
+    """The rows as a table of as many columns as the terminal is wide enough for."""
+
+    def __init__(self, rows: Sequence[Row], choice: str | None) -> None:
+        self._rows, self._choice = rows, choice
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = [column for column in COLUMNS if not column.wide_only or options.max_width >= WIDE]
+        headings = [column.heading.replace(" ", "\n") for column in columns]
+        table = _table(headings, right=range(1, len(columns)), gap=2 if options.max_width >= WIDE else 1)
+        for row in self._rows:
+            chosen = row.name == self._choice
+            _add(table, *(column.cell(row) for column in columns), style="bold green" if chosen else None)
+        yield table
 
 
 def results(found: Results) -> RenderableType:
     """The comparison's table and its recommendation."""
-    table = _table(HEADINGS, right=range(1, len(HEADINGS)))
-    for item in found.rows:
-        chosen = item.name == found.recommendation.choice
-        _add(table, *cells(item), style="bold green" if chosen else None)
+    table = _Comparison(found.rows, found.recommendation.choice)
     noise = {item.kl_noise_floor for item in found.rows if item.kl_noise_floor is not None}
-    floor = Text(f"KL noise floor: {max(noise):.2g}", style="dim") if noise else Text()
-    return Group(table, floor, Text(), recommendation(found.recommendation))
+    floor = [Text(f"KL noise floor: {max(noise):.2g} nats a token", style="dim")] if noise else []
+    return Group(table, *floor, Text(), recommendation(found.recommendation))
 
 
 def recommendation(answer: Recommendation) -> RenderableType:
@@ -97,22 +109,17 @@ def recommendation(answer: Recommendation) -> RenderableType:
 def row(found: Row) -> RenderableType:
     """One contender, one figure a line."""
     table = _table(("figure", "value"))
-    for heading, cell in zip(HEADINGS, cells(found), strict=True):
-        _add(table, heading, cell)
+    for column in COLUMNS:
+        _add(table, column.heading.replace("- ", "").replace("/ ", "/"), column.cell(found))
     _add(table, "KL noise floor", number(found.kl_noise_floor, ".2g"))
-    _add(table, "choice, minus the reference's", _difference(found))
-    _add(table, "decode, share of the machine's limit", number(found.decode_limit_fraction, ".0%"))
-    _add(table, "prefill, share of the machine's limit", number(found.prefill_limit_fraction, ".0%"))
-    _add(table, "time to first token, s", number(found.time_to_first_token_s))
+    _add(table, "choice, minus the reference's", number(found.choice_difference, "+.3f"))
+    _add(table, "its 95 % interval", interval(found.choice_difference_ci95, "+.3f"))
+    _add(table, "decode, share of the machine's limit", percent(found.decode_limit_fraction))
+    _add(table, "prefill, share of the machine's limit", percent(found.prefill_limit_fraction))
+    first = found.time_to_first_token_s
+    _add(table, "time to first token", NOT_MEASURED if first is None else seconds_text(first))
     _add(table, "energy, J/token", number(found.energy_joules_per_token))
     return Group(table, *_notes(found.notes))
-
-
-def _difference(found: Row) -> str:
-    text = number(found.choice_difference, "+.1%")
-    if found.choice_difference_ci95 is not None:
-        text += f" [{found.choice_difference_ci95[0]:+.1%}, {found.choice_difference_ci95[1]:+.1%}]"
-    return text
 
 
 def quantize_report(report: QuantizeReport) -> RenderableType:
@@ -121,9 +128,9 @@ def quantize_report(report: QuantizeReport) -> RenderableType:
     _add(facts, "written to", str(report.path))
     _add(facts, "recipe", f"{report.recipe.name}, format {report.recipe.format}")
     _add(facts, "size", size(report.bytes))
-    _add(facts, "smaller by", number(report.compression, ".1%"))
+    _add(facts, "smaller by", percent(report.compression))
     _add(facts, "bits/weight", number(report.bits_per_weight, ".2f"))
-    _add(facts, "time", f"{report.seconds:.1f} s" + (" (resumed)" if report.resumed else ""))
+    _add(facts, "time", seconds_text(report.seconds) + (" (resumed)" if report.resumed else ""))
     _add(facts, "peak RAM", size(report.peak_rss_bytes))
     worst = sorted(report.layers, key=lambda layer: layer.relative_error, reverse=True)[:WORST_LINEARS]
     linears = _table(("costliest linears", "bits/weight", "relative error"), right=(1, 2))
@@ -200,8 +207,8 @@ def _add(table: Table, *texts: str, style: str | None = None) -> None:
     table.add_row(*map(Text, texts), style=style)
 
 
-def _table(headings: Sequence[str], right: Iterable[int] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(headings: Sequence[str], right: Iterable[int] = (), gap: int = 2) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False)
     to_the_right = set(right)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index in to_the_right else "left", overflow="fold")

@@ -1,0 +1,61 @@
+"""Accuracy of recipes side by side on one model.
+
+    python benchmarks/accuracy.py MODEL --calibration C4 --text WIKITEXT --choice BLIMP.jsonl ... [-o FOLDER]
+
+Round to nearest, GPTQ with and without Fisher token weights at 4 and 3 bits, and the shipped profiles; 16,384 tokens of
+calibration. Prints the KL ratios that the project sets itself as targets and writes the whole results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+from pathlib import Path
+
+import quern
+from quern.cli.progress import RichProgress
+from rich.console import Console
+
+HERE = Path(__file__).parent
+SHIPPED = ["fast", "balanced", "compact"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", nargs="+", required=True)
+    parser.add_argument("--text", nargs="+", required=True)
+    parser.add_argument("--choice", nargs="*", default=[])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("-o", "--output", default="build/accuracy")
+    options = parser.parse_args()
+    recipes = [str(path) for path in sorted((HERE / "recipes").glob("*-g64*.yaml"))] + SHIPPED
+    with RichProgress(Console(stderr=True)) as progress:
+        results = quern.compare(
+            options.model,
+            options.output,
+            recipes=recipes,
+            calibration=options.calibration,
+            texts=options.text,
+            choices=options.choice,
+            tokens=options.tokens,
+            progress=progress,
+        )
+    kl = {row.name: row.kl_mean for row in results.rows}
+    for row in results.rows:
+        print(row.name, json.dumps(row.model_dump(exclude={"recipe", "layers", "artifact_sha256"}, mode="json")))
+    for bits in (4, 3):
+        for variant in ("", "-plain"):
+            gptq, nearest = kl[f"gptq{bits}-g64{variant}"], kl[f"nearest{bits}-g64"]
+            if gptq is not None and nearest is not None:
+                print(f"{bits} bits{variant}: GPTQ / nearest = {gptq:.4f} / {nearest:.4f} = {gptq / nearest:.3f}")
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    target = HERE / "results" / f"accuracy_{Path(options.model).name}_{date}.json"
+    shutil.copyfile(Path(options.output, "results.json"), target)
+    print(target)
+
+
+if __name__ == "__main__":
+    main()
