@@ -14,9 +14,10 @@ import json
 import shutil
 from pathlib import Path
 
+from rich.console import Console
+
 import quern
 from quern.cli.progress import RichProgress
-from rich.console import Console
 
 HERE = Path(__file__).parent
 SHIPPED = ["fast", "balanced", "compact"]

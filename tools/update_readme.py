@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from quern.cli.render import HEADINGS, cells
+from quern.cli.render import COLUMNS, heading
 from quern.core.errors import QuernError, UserError
 from quern.core.results import Results, load_results
 
@@ -28,7 +28,7 @@ class Language:
 LANGUAGES = (
     Language(
         "README.md",
-        HEADINGS,
+        tuple(heading(column) for column in COLUMNS),
         "Measured by `make demo` on {cpu}, {cores} cores, with quern {version}. Speeds are those of the plain "
         "reference engine on that machine; compare them with each other only.",
         "Recommended for the scenario *{scenario}*: **{choice}**. {reasons}",
@@ -36,8 +36,8 @@ LANGUAGES = (
     Language(
         "README.zh-CN.md",
         (
-            *("名称", "体积", "缩小", "比特/权重", "KL 散度 [95 %]", "困惑度", "首选一致", "选择题"),
-            *("预填充 词元/秒", "解码 词元/秒", "峰值内存"),
+            *("名称", "体积", "缩小", "比特/权重", "KL 散度", "95 % 区间", "困惑度"),
+            *("首选一致", "选择题", "预填充 词元/秒", "解码 词元/秒", "峰值内存"),
         ),
         "由 `make demo` 在 {cpu}（{cores} 核）上用 quern {version} 测得。速度来自朴素的参考引擎，只宜互相比较。",
         "场景 *{scenario}* 的推荐：**{choice}**。",
@@ -47,7 +47,7 @@ LANGUAGES = (
 
 def table(results: Results, language: Language) -> str:
     """The markdown between the markers."""
-    rows = [language.headings, *(cells(row) for row in results.rows)]
+    rows = [language.headings, *([column.cell(row) for column in COLUMNS] for row in results.rows)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines.insert(1, "|---" + "|---:" * (len(language.headings) - 1) + "|")
     hardware, advice = results.hardware, results.recommendation

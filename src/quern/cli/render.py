@@ -30,6 +30,7 @@ class Column:
     """One column of the comparison."""
 
     heading: str
+    """Broken at spaces on a terminal."""
     cell: Callable[[Row], str]
     wide_only: bool = False
 
@@ -42,6 +43,11 @@ def size(count: float | None) -> str:
 def percent(fraction: float | None) -> str:
     """A share of 1."""
     return NOT_MEASURED if fraction is None else percent_text(fraction)
+
+
+def duration(seconds: float | None) -> str:
+    """A time in the unit that suits it."""
+    return NOT_MEASURED if seconds is None else seconds_text(seconds)
 
 
 def number(value: float | None, form: str = ".3g") -> str:
@@ -68,6 +74,11 @@ COLUMNS = (
     Column("decode tok/s", lambda row: number(row.decode_tokens_per_s, ".1f")),
     Column("peak RAM", lambda row: size(row.peak_rss_bytes), wide_only=True),
 )
+
+
+def heading(column: Column) -> str:
+    """The heading on one line."""
+    return column.heading.replace("- ", "").replace("/ ", "/")
 
 
 class _Comparison:
@@ -110,14 +121,13 @@ def row(found: Row) -> RenderableType:
     """One contender, one figure a line."""
     table = _table(("figure", "value"))
     for column in COLUMNS:
-        _add(table, column.heading.replace("- ", "").replace("/ ", "/"), column.cell(found))
+        _add(table, heading(column), column.cell(found))
     _add(table, "KL noise floor", number(found.kl_noise_floor, ".2g"))
     _add(table, "choice, minus the reference's", number(found.choice_difference, "+.3f"))
     _add(table, "its 95 % interval", interval(found.choice_difference_ci95, "+.3f"))
     _add(table, "decode, share of the machine's limit", percent(found.decode_limit_fraction))
     _add(table, "prefill, share of the machine's limit", percent(found.prefill_limit_fraction))
-    first = found.time_to_first_token_s
-    _add(table, "time to first token", NOT_MEASURED if first is None else seconds_text(first))
+    _add(table, "time to first token", duration(found.time_to_first_token_s))
     _add(table, "energy, J/token", number(found.energy_joules_per_token))
     return Group(table, *_notes(found.notes))
 
@@ -130,7 +140,7 @@ def quantize_report(report: QuantizeReport) -> RenderableType:
     _add(facts, "size", size(report.bytes))
     _add(facts, "smaller by", percent(report.compression))
     _add(facts, "bits/weight", number(report.bits_per_weight, ".2f"))
-    _add(facts, "time", seconds_text(report.seconds) + (" (resumed)" if report.resumed else ""))
+    _add(facts, "time", duration(report.seconds) + (" (resumed)" if report.resumed else ""))
     _add(facts, "peak RAM", size(report.peak_rss_bytes))
     worst = sorted(report.layers, key=lambda layer: layer.relative_error, reverse=True)[:WORST_LINEARS]
     linears = _table(("costliest linears", "bits/weight", "relative error"), right=(1, 2))

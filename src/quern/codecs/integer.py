@@ -88,10 +88,10 @@ class IntegerEncoder(Encoder):
     def _observe(self, values: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         low, high = self.codec.observer.observe(values, self.grid.reconstruct, importance)
         scale, zero = self.grid.parameters(low, high)
-        if not bool(scale.isfinite().all()):
+        if not bool((scale * self.grid.levels).isfinite().all()):
             raise UserError(
-                f"weights up to {float(values.abs().max()):.3g} need scales that scale_dtype "
-                f"{self.codec.scheme.scale_dtype} cannot hold. Set scale_dtype: bfloat16 in the recipe"
+                f"weights up to {float(values.abs().max()):.3g} are too large for scales in scale_dtype "
+                f"{self.codec.scheme.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"
             )
         return scale, zero
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from sample_results import sample_results
 
 from quern.cli import render
 from quern.core.recipe import Recipe
@@ -51,47 +52,48 @@ def shown(renderable) -> str:
     return capture.get()
 
 
+def cells(row) -> dict[str, str]:
+    return {render.heading(column): column.cell(row) for column in render.COLUMNS}
+
+
 def test_cells():
-    assert dict(zip(render.HEADINGS, render.cells(MEASURED), strict=True)) == {
+    assert cells(MEASURED) == {
         "name": "compact",
-        "size": "3.0 MiB",
-        "smaller by": "81.2%",
+        "size": "3.15 MB",
+        "smaller by": "81.2 %",
         "bits/weight": "3.25",
-        "KL divergence [95 %]": "0.0417 [0.0389, 0.0452]",
+        "KL divergence": "0.0417",
+        "95 % interval": "0.0389 to 0.0452",
         "perplexity": "12.35",
-        "top-1": "91.2%",
-        "choice": "87.5%",
+        "top-1": "91.2 %",
+        "choice": "87.5 %",
         "prefill tok/s": "1234",
         "decode tok/s": "56.8",
-        "peak RAM": "512.0 MiB",
+        "peak RAM": "537 MB",
     }
 
 
 def test_cells_of_what_was_not_measured():
-    assert render.cells(UNMEASURED)[4:] == ["-"] * 7
+    assert list(cells(UNMEASURED).values())[4:] == ["-"] * 8
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (1536, "1.5 KiB"),
-        (2**20, "1.0 MiB"),
-        (145 * 10**9, "135.0 GiB"),
-        (2**50, "1024.0 TiB"),
-        (None, "-"),
-    ],
-)
-def test_sizes(count, text):
-    assert render.size(count) == text
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_and_names_stay_whole(width):
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(render.results(sample_results()))
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    assert all(sum(line.split()[:1] == [row.name] for line in lines) == 1 for row in sample_results().rows)
+    assert any("to 0.0" in line for line in lines if line.startswith(" ")) is (width == 120)
+    assert "KL noise floor: 0.00038 nats a token" in lines
 
 
 def test_row():
     text = shown(render.row(MEASURED))
     assert "0.00021" in text
-    assert "-1.5% [-3.0%, +0.5%]" in text
+    assert "-0.015" in text
+    assert "-0.030 to +0.005" in text
     assert "note: a note [with brackets]" in text
     energy = next(line for line in text.splitlines() if "energy" in line)
     assert energy.split()[-1] == "-"
@@ -139,7 +141,7 @@ def test_quantize_report():
         notes = ["scales were small"]
 
     text = shown(render.quantize_report(Report()))
-    for expected in ("out/[brackets]", "mine, format quern", "3.0 MiB", "81.2%", "12.3 s (resumed)", "1.0 GiB"):
+    for expected in ("out/[brackets]", "mine, format quern", "3.15 MB", "81.2 %", "12.3 s (resumed)", "1.07 GB"):
         assert expected in text
     assert text.index("layer.19") < text.index("layer.18")
     assert "layer.14" not in text
@@ -154,7 +156,7 @@ def test_inspection():
     text = shown(render.inspection(Inspection(Path("x"), 2**20, rows, 5.5, 900, "balanced")))
     assert "2 x 300" in text
     assert "1,300" in text
-    assert "2 tensors, 900 parameters, 5.50 bits/weight, 1.0 MiB on disk, recipe balanced" in text
+    assert "2 tensors, 900 parameters, 5.50 bits/weight, 1.05 MB on disk, recipe balanced" in text
 
 
 def test_hardware():
@@ -176,7 +178,7 @@ def test_hardware():
         "what": "value",
         "cpu model": "A CPU",
         "instruction sets": "avx2, avx512f",
-        "ram bytes": "16.0 GiB",
+        "ram bytes": "17.2 GB",
         "last level cache bytes": "not measured",
         "gpus": "none",
         "load average": "0.5, 1.25",
