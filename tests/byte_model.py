@@ -18,7 +18,8 @@ def write_byte_model(folder: Path, context: int = 64) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    # transformers gives Qwen2 tokenizers a token of this name if they have none, and then one row too few.
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     config = Qwen2Config(
         vocab_size=END + 1,
         hidden_size=48,

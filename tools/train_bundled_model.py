@@ -153,7 +153,7 @@ def export(work: Path, out: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(fresh)
     shutil.copyfile(work / "tokenizer.json", fresh / "tokenizer.json")
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer",
         "bos_token": None,
         "eos_token": END,
         "pad_token": END,

@@ -18,9 +18,9 @@ every_scheme = pytest.mark.parametrize("scheme", ALL, ids=scheme_id)
 
 
 def shapes_of(scheme):
-    """Every number of rows with one number of columns, another one for each scheme in turn; the tail always."""
+    """Every number of rows with one number of columns, another one for each scheme in turn."""
     turn = ALL.index(scheme)
-    return [(rows, COLUMNS[(position + turn) % 5]) for position, rows in enumerate(ROWS)] + [(17, 100)]
+    return [(rows, COLUMNS[(position + turn) % 5]) for position, rows in enumerate(ROWS)]
 
 
 def assert_announced(codec, shape, parts):
@@ -121,22 +121,22 @@ EDGES = {
 @every_scheme
 def test_extreme_values_stay_finite_or_are_refused(scheme):
     for position, (name, weight) in enumerate(EDGES.items()):
-        for turn, observer in enumerate(OBSERVERS):
-            codec = make_codec(scheme, observer=observer, scale_dtype=SCALE_DTYPES[(position + turn) % 3])
-            refused = 0
-            for refit in (False, True):
-                try:
-                    encoder = codec.encoder(weight, weight, refit)
-                    rounded = round_by_column(encoder, weight)
-                except UserError as error:
-                    refused += 1
-                    assert "scale_dtype" in str(error)
-                    continue
-                assert bool(rounded.isfinite().all()), (name, codec.scheme)
-                assert torch.equal(codec.decode((3, 20), encoder.parts()), rounded)
-                # One and two bits have their greatest code well above the greatest value.
-                assert bool((rounded.abs() <= 2.01 * weight.abs().max() + 2.0**-16).all()), (name, codec.scheme)
-            assert refused in ((0, 2) if name in ("huge", "largest") else (0,)), f"{name} is ordinary"
+        turn = position + ALL.index(scheme)
+        codec = make_codec(scheme, observer=OBSERVERS[turn % 3], scale_dtype=SCALE_DTYPES[turn // 3 % 3])
+        refused = 0
+        for refit in (False, True):
+            try:
+                encoder = codec.encoder(weight, weight, refit)
+                rounded = round_by_column(encoder, weight)
+            except UserError as error:
+                refused += 1
+                assert "scale_dtype" in str(error)
+                continue
+            assert bool(rounded.isfinite().all()), (name, codec.scheme)
+            assert torch.equal(codec.decode((3, 20), encoder.parts()), rounded)
+            # At one and two bits the least code lies well below the least value.
+            assert bool((rounded.abs() <= 2.01 * weight.abs().max() + 2.0**-16).all()), (name, codec.scheme)
+        assert refused in ((0, 2) if name in ("huge", "largest") else (0,)), f"{name} is ordinary"
 
 
 @every_scheme
@@ -178,10 +178,10 @@ def test_every_integer_of_the_grid_is_kept(scheme):
 
 def best_loss(bits: int) -> float:
     """Mean squared error on a unit Gaussian of the integers -2^(b-1) ... 2^(b-1) - 1 times the best scale."""
-    x = np.linspace(-6, 6, 24_001)
+    x = np.linspace(-6, 6, 4001)
     density = np.exp(-x * x / 2) / np.exp(-x * x / 2).sum()
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    scales = np.linspace(0.1, 2, 800)
+    scales = np.linspace(0.2, 1.4, 300)
     return min(float(density @ (x - s * np.clip(np.round(x / s), low, high)) ** 2) for s in scales)
 
 

@@ -197,7 +197,7 @@ def _sources(texts: Sequence[Text], windows: Sequence[Window]) -> tuple[TextSour
     owner = [number for number, text in enumerate(texts) for _ in text.documents]
     counts = [0] * len(texts)
     for window in windows:
-        counts[owner[window.document]] += len(window.ids)
+        counts[owner[window.document]] += len(window.ids) - 1
     return tuple(TextSource(name=text.name, sha256=text.sha256, tokens=count) for text, count in zip(texts, counts))
 
 

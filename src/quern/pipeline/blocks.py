@@ -1,8 +1,8 @@
-"""The heart of the main job: quantize one decoder block after the other, each on the outputs of the quantized ones before.
+"""The heart of the main job: quantize one decoder block after the other, each on the outputs of the quantized ones.
 
 A block is rewritten by the transforms, then its linears are rounded group by group, in the order in which data flows
-through them, so that each group is calibrated on what the rounded groups before it really deliver. The peak of memory is
-one block, one Hessian and one wave of tokens, however many layers and tokens there are.
+through them, so that each group is calibrated on what the rounded groups before it really deliver. The peak of memory
+is one block, the Hessians of one group and one wave of tokens, however many layers and tokens there are.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from quern.quantization.calibration.block import Block
 from quern.quantization.calibration.hessian import add_to_hessian, norm_weights
 from quern.quantization.calibration.histogram import InputHistogram
 from quern.quantization.rounding._factor import Factor, factorize
-from quern.quantization.rounding.base import ROUNDINGS
+from quern.quantization.rounding.base import ROUNDINGS, Rounded
 from quern.quantization.transforms.base import TRANSFORMS, ChannelStatistics, Repeat, fold, power_of_two
 
 CHAIN = "chain"
 SAMPLED_TOKENS = 256
-"""Tokens of a wave that AWQ's search looks at, at most."""
+"""Tokens that the search of AWQ looks at, at most."""
 
 
 def quantize_blocks(job: Job) -> None:
@@ -46,156 +46,138 @@ def quantize_blocks(job: Job) -> None:
 def quantize_block(job: Job, index: int) -> None:
     """One block, from its inputs on disk to a shard and its outputs on disk."""
     started = time.perf_counter()
-    length = job.sequences.shape[1] if job.sequences is not None else 1
-    block = Block(job.architecture, index, job.read, job.compute_dtype, length)
-    source = job.activations(CHAIN, index) if job.sequences is not None else None
-    weights = sensitivity.token_weights(job, index) if sensitivity.needed(job) else {}
-    if source is not None and job.recipe.transforms:
-        _transform(job, block, index, source)
-    tensors: dict[str, Tensor] = {}
-    errors: list[dict[str, Any]] = []
+    work = _BlockWork(job, index)
+    work.transform()
     for group in job.architecture.groups:
-        _quantize_group(job, block, index, group, source, weights, tensors, errors)
-    tensors |= _unquantized(job, block, index, tensors)
+        work.quantize_group(group)
+    tensors = work.tensors | work.unquantized()
     shard = job.work.write_tensors(f"artifact/{job.shard(index + 1).removesuffix('.safetensors')}", tensors)
-    files = [shard]
-    if source is not None and index + 1 < job.architecture.layers:
-        following = job.activations(CHAIN, index + 1)
-        following.write(lambda a, b: block.run_each(source.read(a, b), job.workers))
-        files.append(following.path)
-        job.work.finish(f"{CHAIN} {index + 1}", [following.path], {})
-    job.work.finish(f"block {index}", [shard], {"layers": errors, "seconds": time.perf_counter() - started})
-    if source is not None:
-        source.path.unlink()  # the block is done: nobody needs its inputs any more
+    if work.source is not None and index + 1 < job.architecture.layers:
+        work.write_outputs(job.activations(CHAIN, index + 1), work.source)
+    job.work.finish(f"block {index}", [shard], {"layers": work.errors, "seconds": time.perf_counter() - started})
+    if work.source is not None:
+        work.source.path.unlink()  # the block is done: nobody needs its inputs any more
 
 
-def _quantize_group(
-    job: Job,
-    block: Block,
-    index: int,
-    group: LinearGroup,
-    source: ActivationFile | None,
-    weights: dict[str, Tensor],
-    tensors: dict[str, Tensor],
-    errors: list[dict[str, Any]],
-) -> None:
-    """Round the linears of one group; their rounded weights replace the block's own."""
-    prefix = job.architecture.block_prefix(index)
-    codecs = {name: codec for name in group.linears if (codec := _codec(job, prefix + name)) is not None}
-    if not codecs:
-        return
-    rounding = ROUNDINGS.get(job.recipe.rounding.method)(job.recipe.rounding)
-    static = job.recipe.activations.mode == "static"
-    hessians, input_scale = _statistics(
-        job, block, group, list(codecs), source, weights, rounding.needs_hessian, static
-    )
-    settings = job.recipe.rounding
-    factor: Factor | None = None
-    for name, codec in codecs.items():
-        if rounding.needs_hessian and (factor is None or name in hessians):
-            factor = factorize(hessians.pop(name), settings.damping, settings.activation_order, job.workers)
-        linear = block.linear(name)
-        rounded = rounding.round(linear.weight.data, codec, factor, job.workers)
-        linear.weight.data = rounded.decoded
-        tensors |= job.format.encode(prefix + name, rounded.weight, input_scale)
-        elements = rounded.weight.shape[0] * rounded.weight.shape[1]
-        errors.append(
-            {
-                "linear": prefix + name,
-                "bits_per_weight": 8 * rounded.weight.stored_bytes / elements,
-                "relative_error": rounded.relative_error,
-            }
-        )
+class _BlockWork:
+    """A block in memory, and what has been made of it so far."""
+
+    def __init__(self, job: Job, index: int) -> None:
+        self.job, self.index = job, index
+        self.prefix = job.architecture.block_prefix(index)
+        length = 1 if job.sequences is None else job.sequences.shape[1]
+        self.block = Block(job.architecture, index, job.read, job.compute_dtype, length)
+        self.source = None if job.sequences is None else job.activations(CHAIN, index)
+        fisher = self.source is not None and job.recipe.calibration.token_weight == "fisher" and _uses_hessian(job)
+        self.token_weights = sensitivity.token_weights(job, index) if fisher else {}
+        self.codecs: dict[str, Codec] = {}
+        for name in job.architecture.linears():
+            scheme = job.recipe.scheme_for(self.prefix + name)
+            if scheme.quantized:
+                self.codecs[name] = CODECS.get(scheme.codec)(scheme)
+        self.tensors: dict[str, Tensor] = {}
+        self.errors: list[dict[str, Any]] = []
+
+    def transform(self) -> None:
+        """Rewrite the block: every transform of the recipe along every rescaling of the architecture, in order."""
+        for settings in self.job.recipe.transforms:
+            transform = TRANSFORMS.get(settings.method)(settings)
+            for rescaling in self.job.architecture.rescalings:
+                codecs = {name: self.codecs[name] for name in rescaling.targets if name in self.codecs}
+                if not codecs:
+                    continue
+                statistics = self._channels(rescaling.targets[0])
+                repeat = self._repeat(rescaling)
+                targets = [self.block.linear(name).weight.data for name in codecs]
+                scales = transform.scales(targets, list(codecs.values()), statistics, repeat, self.job.workers)
+                fold(rescaling, self.block.module.get_submodule, power_of_two(scales), repeat)
+
+    def quantize_group(self, group: LinearGroup) -> None:
+        """Round the linears of one group; their rounded weights replace the block's own."""
+        linears = [name for name in group.linears if name in self.codecs]
+        if not linears:
+            return
+        rounding = ROUNDINGS.get(self.job.recipe.rounding.method)(self.job.recipe.rounding)
+        hessians, input_scale = self._statistics(linears)
+        factor: Factor | None = None
+        for name in linears:
+            if name in hessians:
+                settings = self.job.recipe.rounding
+                factor = factorize(hessians.pop(name), settings.damping, settings.activation_order, self.job.workers)
+            linear = self.block.linear(name)
+            rounded = rounding.round(linear.weight.data, self.codecs[name], factor, self.job.workers)
+            linear.weight.data = rounded.decoded
+            self.tensors |= self.job.format.encode(self.prefix + name, rounded.weight, input_scale)
+            self.errors.append(layer_error(self.prefix + name, rounded))
+
+    def unquantized(self) -> dict[str, Tensor]:
+        """The block's other tensors, transforms included, in the checkpoint's own dtypes."""
+        tensors = {}
+        for name, parameter in self.block.module.named_parameters():
+            if name.removesuffix(".weight") not in self.codecs:
+                dtype = DTYPES[self.job.checkpoint.info(self.prefix + name).dtype]
+                tensors[self.prefix + name] = parameter.data.to(dtype)
+        return tensors
+
+    def write_outputs(self, following: ActivationFile, source: ActivationFile) -> None:
+        """What the rounded block makes of its inputs: the inputs of the next one."""
+        following.write(lambda start, stop: self.block.run_each(source.read(start, stop), self.job.workers))
+        self.job.work.finish(f"{CHAIN} {self.index + 1}", [following.path], {})
+
+    def _statistics(self, linears: list[str]) -> tuple[dict[str, Tensor], float | None]:
+        """Hessians, and the scale of static activations.
+
+        One Hessian for each linear where every linear has token weights of its own; otherwise one for all, under the
+        first one's name.
+        """
+        recipe = self.job.recipe
+        static = recipe.activations.mode == "static"
+        own = (linears if self.token_weights else linears[:1]) if _uses_hessian(self.job) else []
+        if self.source is None or not (own or static):
+            return {}, None
+        columns = self.block.linear(linears[0]).in_features
+        hessians = {name: torch.zeros(columns, columns, device=self.job.device) for name in own}
+        histogram = InputHistogram()
+        for start, stop in self.source.waves():
+            inputs = self.block.capture(linears[0], self.source.read(start, stop), self.job.workers)
+            tokens = slice(start * self.source.shape[1], stop * self.source.shape[1])
+            if static:
+                histogram.add(inputs)
+            for name, hessian in hessians.items():
+                weights = self.token_weights[name][tokens] if self.token_weights else None
+                if recipe.calibration.token_weight == "norm":
+                    weights = norm_weights(inputs)
+                add_to_hessian(hessian, inputs, weights, self.job.workers)
+        observer = OBSERVERS.get(recipe.activations.observer)()
+        return hessians, histogram.scale(observer) if static else None
+
+    def _channels(self, linear: str) -> ChannelStatistics:
+        """Statistics of what ``linear`` reads."""
+        assert self.source is not None
+        total, largest, sample, tokens = torch.zeros(()), torch.zeros(()), [], 0
+        waves = self.source.waves()
+        for start, stop in waves:
+            inputs = self.block.capture(linear, self.source.read(start, stop), self.job.workers).float()
+            sizes = inputs.abs()
+            total = total + sizes.sum(0, dtype=torch.float64)
+            largest = torch.maximum(largest, sizes.amax(0))
+            sample.append(inputs[:: max(1, len(waves) * len(inputs) // SAMPLED_TOKENS)])
+            tokens += len(inputs)
+        return ChannelStatistics((total / tokens).float(), largest, torch.cat(sample))
+
+    def _repeat(self, rescaling: Rescaling) -> Repeat:
+        config = self.job.architecture.config
+        if rescaling.kind != "value":
+            return Repeat(1, 1)
+        return Repeat(config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads)
 
 
-def _codec(job: Job, linear: str) -> Codec | None:
-    scheme = job.recipe.scheme_for(linear)
-    return CODECS.get(scheme.codec)(scheme) if scheme.quantized else None
+def _uses_hessian(job: Job) -> bool:
+    return ROUNDINGS.get(job.recipe.rounding.method).needs_hessian
 
 
-def _statistics(
-    job: Job,
-    block: Block,
-    group: LinearGroup,
-    linears: list[str],
-    source: ActivationFile | None,
-    weights: dict[str, Tensor],
-    needs_hessian: bool,
-    static: bool,
-) -> tuple[dict[str, Tensor], float | None]:
-    """Hessians (under the first linear's name where all linears of the group share one) and the static input scale."""
-    if not (needs_hessian or static):
-        return {}, None
-    assert source is not None
-    own = linears if weights else linears[:1]
-    columns = block.linear(linears[0]).in_features
-    hessians = {name: torch.zeros(columns, columns, device=job.device) for name in own} if needs_hessian else {}
-    histogram = InputHistogram()
-    tokens_before = 0
-    for start, stop in source.waves():
-        inputs = block.capture(linears[0], source.read(start, stop), job.workers)
-        tokens = slice(tokens_before, tokens_before + len(inputs))
-        tokens_before += len(inputs)
-        for name, hessian in hessians.items():
-            weight = weights[name][tokens] if weights else None
-            if job.recipe.calibration.token_weight == "norm":
-                weight = norm_weights(inputs)
-            add_to_hessian(hessian, inputs, weight, job.workers)
-        if static:
-            histogram.add(inputs)
-    observer = OBSERVERS.get(job.recipe.activations.observer)()
-    return hessians, histogram.scale(observer) if static else None
-
-
-def _transform(job: Job, block: Block, index: int, source: ActivationFile) -> None:
-    """Rewrite the block: every transform of the recipe along every rescaling of the architecture, in order."""
-    prefix = job.architecture.block_prefix(index)
-    for settings in job.recipe.transforms:
-        transform = TRANSFORMS.get(settings.method)(settings)
-        for rescaling in job.architecture.rescalings:
-            codecs = {name: codec for name in rescaling.targets if (codec := _codec(job, prefix + name)) is not None}
-            if not codecs:
-                continue
-            statistics = _channels(job, block, rescaling.targets[0], source)
-            repeat = _repeat(job, rescaling)
-            targets = [block.linear(name).weight.data for name in codecs]
-            scales = power_of_two(transform.scales(targets, list(codecs.values()), statistics, repeat, job.workers))
-            fold(rescaling, block.module.get_submodule, scales, repeat)
-
-
-def _repeat(job: Job, rescaling: Rescaling) -> Repeat:
-    config = job.architecture.config
-    if rescaling.kind != "value":
-        return Repeat(1, 1)
-    heads = config.num_key_value_heads
-    return Repeat(heads, config.num_attention_heads // heads)
-
-
-def _channels(job: Job, block: Block, linear: str, source: ActivationFile) -> ChannelStatistics:
-    total: Tensor | None = None
-    largest: Tensor | None = None
-    sample = []
-    tokens = 0
-    waves = source.waves()
-    for start, stop in waves:
-        inputs = block.capture(linear, source.read(start, stop), job.workers).float()
-        sizes = inputs.abs()
-        total = sizes.sum(0, dtype=torch.float64) if total is None else total + sizes.sum(0, dtype=torch.float64)
-        largest = sizes.amax(0) if largest is None else torch.maximum(largest, sizes.amax(0))
-        sample.append(inputs[:: max(1, len(waves) * len(inputs) // SAMPLED_TOKENS)])
-        tokens += len(inputs)
-    assert total is not None
-    assert largest is not None
-    return ChannelStatistics((total / tokens).float(), largest, torch.cat(sample))
-
-
-def _unquantized(job: Job, block: Block, index: int, written: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The block's other tensors, transforms included, in the checkpoint's own dtypes."""
-    prefix = job.architecture.block_prefix(index)
-    coded = {name for name in job.architecture.linears() if _codec(job, prefix + name) is not None}
-    tensors = {}
-    for name, parameter in block.module.named_parameters():
-        if name.removesuffix(".weight") not in coded:
-            dtype = DTYPES[job.checkpoint.info(prefix + name).dtype]
-            tensors[prefix + name] = parameter.data.to(dtype)
-    return tensors
+def layer_error(name: str, rounded: Rounded) -> dict[str, Any]:
+    """The entry of one linear in the artifact's provenance; see ``core.results.LayerError``."""
+    rows, columns = rounded.weight.shape
+    bits = 8 * rounded.weight.stored_bytes / (rows * columns)
+    return {"linear": name, "bits_per_weight": bits, "relative_error": rounded.relative_error}

@@ -30,7 +30,7 @@ from quern.formats.base import FORMATS
 from quern.observers.base import OBSERVERS
 from quern.pipeline import memory as memory_plan
 from quern.pipeline import sensitivity
-from quern.pipeline.blocks import CHAIN, quantize_blocks
+from quern.pipeline.blocks import CHAIN, layer_error, quantize_blocks
 from quern.pipeline.calibration_text import calibration_documents, calibration_sequences, text_sha256
 from quern.pipeline.job import Job, quantized_modules
 from quern.quantization.rounding.base import ROUNDINGS
@@ -231,8 +231,7 @@ def _quantize_outer(job: Job) -> None:
                 continue
             rounded = nearest.round(weight, CODECS.get(scheme.codec)(scheme), None, job.workers)
             tensors |= job.format.encode(module, rounded.weight, None)
-            bits = 8 * rounded.weight.stored_bytes / weight.numel()
-            errors.append({"linear": module, "bits_per_weight": bits, "relative_error": rounded.relative_error})
+            errors.append(layer_error(module, rounded))
         path = job.work.write_tensors(f"artifact/{job.shard(position).removesuffix('.safetensors')}", tensors)
         job.work.finish(f"outer {position}", [path], {"layers": errors, "seconds": time.perf_counter() - started})
 

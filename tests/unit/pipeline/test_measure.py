@@ -249,7 +249,9 @@ class TestTroubles:
 
 class TestInputs:
     def test_sources(self, run):
-        assert [(source.name, source.tokens) for source in run[1].sources] == [("t", 60)]
+        windows = load_windows(run[1].windows)
+        assert sum(len(window.ids) for window in windows) == 60
+        assert [(source.name, source.tokens) for source in run[1].sources] == [("t", 60 - len(windows))]
         assert run[1].sources[0].sha256 == TEXTS[0].sha256
 
     def test_windows_and_prompt_fit_the_context(self, models, tmp_path):
