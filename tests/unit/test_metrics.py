@@ -1,5 +1,6 @@
 """Every statistic against closed forms, and every one of them must fail where it has no answer."""
 
+import itertools
 import math
 
 import numpy as np
@@ -243,6 +244,15 @@ class TestInterval:
         assert estimate.mean == 0.1
         # Two documents: a quarter of the draws each is all the one and all the other.
         assert estimate.interval == (0.0, 1.0)
+
+    def test_all_draws_of_four_documents(self):
+        """4^4 draws can be listed: a long document weighs more in each of them, not only in the mean."""
+        sums, weights = np.array([1.0, 6.0, 2.0, 40.0]), np.array([10, 10, 20, 50])
+        draws = np.array(list(itertools.product(range(4), repeat=4)))
+        ratios = sums[draws].sum(axis=1) / weights[draws].sum(axis=1)
+        estimate = metrics.weighted_mean(sums, weights, seed=0)
+        assert estimate.mean == 49 / 90
+        assert estimate.interval == tuple(np.quantile(ratios, [0.025, 0.975], method="inverted_cdf"))
 
     def test_covers_the_truth(self):
         """Of 200 normal samples of 40 documents, about 95 % of the intervals hold the mean (SE 1.5 %; small-sample

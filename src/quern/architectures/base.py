@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
 from quern.core.errors import UserError
@@ -99,8 +100,6 @@ class Architecture(ABC):
 
     def expected_shapes(self) -> Shapes:
         """Every tensor that the checkpoint must have, with its shape."""
-        import torch
-
         hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
         with torch.device("meta"):
             block = {name: tuple(p.shape) for name, p in self.build_block(0).named_parameters()}
@@ -122,8 +121,12 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         known = ", ".join(ARCHITECTURES.names())
         raise UserError(f"config.json: model_type {model_type!r} is not supported; supported: {known}")
     try:
-        return ARCHITECTURES.get(model_type)(config)
+        architecture = ARCHITECTURES.get(model_type)(config)
+        with torch.device("meta"):
+            architecture.build_block(0)
+        architecture.build_rotary()
+        return architecture
     except UserError:
         raise
-    except Exception as error:  # transformers' config classes raise many kinds for values that make no sense
+    except Exception as error:  # transformers' classes raise many kinds for values that make no sense
         raise UserError(f"config.json: not a usable {model_type} configuration: {error}") from None

@@ -140,7 +140,7 @@ def quantize_report(report: QuantizeReport) -> RenderableType:
     _add(facts, "size", size(report.bytes))
     _add(facts, "smaller by", percent(report.compression))
     _add(facts, "bits/weight", number(report.bits_per_weight, ".2f"))
-    _add(facts, "time", duration(report.seconds) + (" (resumed)" if report.resumed else ""))
+    _add(facts, "time", duration(report.seconds) + (" (resumed)" if report.resumed and report.seconds else ""))
     _add(facts, "peak RAM", size(report.peak_rss_bytes))
     worst = sorted(report.layers, key=lambda layer: layer.relative_error, reverse=True)[:WORST_LINEARS]
     linears = _table(("costliest linears", "bits/weight", "relative error"), right=(1, 2))

@@ -96,12 +96,13 @@ class Windows:
 def read_text(path: str | Path) -> Text:
     """The documents of a UTF-8 file: a ``.json`` list of strings, WikiText cut at its articles, or one document.
 
+    Lines end by ``\\n``, whichever system wrote the file.
     Raises ``BadFileError`` for a file that cannot be read, is not UTF-8, is empty, or is JSON of another kind.
     """
     path = Path(path)
     try:
         raw = path.read_bytes()
-        content = raw.decode("utf-8")
+        content = raw.decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
         raise BadFileError(path, f"cannot be read: {error.strerror}", "Give a text file") from None
     except UnicodeDecodeError as error:
@@ -129,7 +130,7 @@ def split_articles(content: str) -> list[str]:
     if not _HEADING.fullmatch(first.rstrip() + " "):
         return [content]
     starts = [match.start() for match in _HEADING.finditer(content)]
-    return [content[start:end] for start, end in zip(starts, [*starts[1:], len(content)])]
+    return [content[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(content)])]
 
 
 def cut_windows(

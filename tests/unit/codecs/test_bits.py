@@ -45,8 +45,9 @@ def test_unpack_is_the_inverse_and_equals_its_plain_version(bits):
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_all_words_are_read_alike(bits):
     """Arbitrary words, the unused bits included."""
-    words = torch.randint(-(2**31), 2**31, (7, 2 * bits), generator=torch.Generator().manual_seed(bits)).to(torch.int32)
-    for columns in (64, 63, 33 if bits > 1 else 40):
+    generator = torch.Generator().manual_seed(bits)
+    for columns in (64, 63, 33, 1):
+        words = torch.randint(-(2**31), 2**31, (7, words_per_row(columns, bits)), generator=generator).to(torch.int32)
         assert torch.equal(unpack(words, bits, columns), unpack_any(words, bits, columns))
 
 

@@ -32,13 +32,18 @@ class TestReading:
     def test_wikitext_is_cut_at_its_articles(self):
         articles = split_articles(WIKI)
         assert len(articles) == 2
-        assert "".join(articles) == WIKI[WIKI.index(" = First") :]
-        assert articles[0].startswith(" = First = ")
+        assert "".join(articles) == WIKI
+        assert articles[0].startswith(" \n = First = ")
         assert "= = Part = =" in articles[0]
         assert articles[1].startswith(" = Second Title = ")
 
     def test_stripped_headings_too(self):
         assert len(split_articles("= A =\n\ntext\n\n= B =\n\n= = C = =\n\nmore\n")) == 2
+
+    def test_wikitext_with_the_line_ends_of_another_system(self, tmp_path):
+        path = tmp_path / "wiki.txt"
+        path.write_bytes(WIKI.replace("\n", "\r\n").encode())
+        assert read_text(path).documents == tuple(split_articles(WIKI))
 
     @pytest.mark.parametrize("text", ["x = 1\n = y = \n", "plain\n", "= = Part = =\n = A = \n", "===\n", "=\n", ""])
     def test_other_text_is_one_document(self, text):
@@ -48,7 +53,7 @@ class TestReading:
         path = tmp_path / "text.txt"
         path.write_bytes(b"some text\r\nof two lines\n")
         text = read_text(path)
-        assert (text.name, text.documents) == ("text.txt", ("some text\r\nof two lines\n",))
+        assert (text.name, text.documents) == ("text.txt", ("some text\nof two lines\n",))
         assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
     def test_a_json_list(self, tmp_path):

@@ -224,7 +224,8 @@ def test_the_worker_ends_when_its_parent_is_gone(tmp_path):
         f"worker.stdin.write({json.dumps(load(path))!r} + '\\n'); worker.stdin.flush()\n"
         "print(worker.pid, flush=True); time.sleep(600)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(fake_model.__file__).parent)}
+    paths = [str(Path(fake_model.__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with subprocess.Popen(
         [sys.executable, "-c", parent], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
     ) as process:

@@ -62,6 +62,7 @@ class Gptq(Rounding):
                 if width and column % width == 0:
                     last = min(k + width, stop - start)
                     values = torch.addmm(target[k:last], inside[k:last, :k], done[:k])
+                    values = _expected(values, original[k:last], inside[k:last, k:last])
                     encoder.refit(column, values, factor.diagonal[column : start + last])
                 value = torch.addmv(target[k], done[:k].T, inside[k, :k])
                 stored = encoder.round(column if factor.order is None else int(factor.order[column]), value)
@@ -72,6 +73,16 @@ class Gptq(Rounding):
             change[:, start:stop] = done.T
             decoded[:, start:stop] = rounded.T
         return decoded, error
+
+
+def _expected(values: Tensor, original: Tensor, inside: Tensor) -> Tensor:
+    """A group's columns ``(columns, rows)`` as they will come to be rounded, but for the rounding noise inside the group.
+
+    ``values`` hold the feedback of all columns before the group. Inside it column i will have moved by m_i = w'_i - w_i,
+    which in turn moves the columns after it: m_k = v_k - w_k - sum_{i < k} U_ik m_i.
+    """
+    moved = torch.linalg.solve_triangular(inside, values - original, upper=False, unitriangular=True)
+    return original + moved
 
 
 def _quadratic_size(weight: Tensor, factor: Factor) -> float:
