@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from byte_model import write_byte_model
 from sample_results import sample_results
+from tiny_model import tiny_config, write_model
 from typer.testing import CliRunner
 
 from quern.cli.main import app
@@ -27,7 +27,7 @@ PROFILES = {"balanced", "compact", "fast", "rtn4"}
 def folder(tmp_path_factory) -> Path:
     """A model, a recipe, texts and choices; ``model-quick`` is the model quantized."""
     folder = tmp_path_factory.mktemp("command_line")
-    write_byte_model(folder / "model", context=256)
+    write_model(folder / "model", tiny_config(max_position_embeddings=256))
     (folder / "quick.yaml").write_text(RECIPE)
     (folder / "text.txt").write_text("The miller grinds the grain. " * 100)
     pairs = [{"sentence_good": f"a {i} b", "sentence_bad": f"b {i} a"} for i in range(6)]

@@ -48,7 +48,8 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of ``pack``: uint8 ``(rows, columns)``."""
     if 8 % bits == 0:  # little-endian words are little-endian bytes, and no code straddles a byte
         # A dimension of 1 may have any stride, which view() to another dtype would not take.
-        octets = words.reshape(-1).view(torch.uint8).view(words.shape[0], words.shape[1] * 4)
+        flat = words.contiguous().as_strided((words.numel(),), (1,))
+        octets = flat.view(torch.uint8).view(words.shape[0], words.shape[1] * 4)
         if bits == 8:
             return octets[:, :columns]
         spread = (octets.unsqueeze(-1) >> _byte_shifts(bits).to(octets.device)).bitwise_and_((1 << bits) - 1)

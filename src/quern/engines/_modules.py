@@ -41,12 +41,12 @@ class PackedWeight(nn.Module):
 
     def _apply(self, function: Any, recurse: bool = True) -> PackedWeight:
         """Moves between devices, but never changes the dtype of codes and scales, as ``model.to(dtype)`` would."""
-        before = {name: part.dtype for name, part in self._buffers.items() if part is not None}
+        before = dict(self._buffers)
         super()._apply(function, recurse)  # type: ignore[no-untyped-call]
-        for name, dtype in before.items():
-            part = self._buffers[name]
-            if part is not None and part.dtype != dtype:
-                raise TypeError(f"packed weights keep their dtypes; {name} is {dtype}, asked for {part.dtype}")
+        for name, part in before.items():
+            moved = self._buffers[name]
+            if part is not None and moved is not None and moved.dtype != part.dtype:
+                self._buffers[name] = part.to(moved.device)
         return self
 
 

@@ -163,7 +163,7 @@ def cut_windows(
         names = ", ".join(text.name for text in texts)
         raise UserError(
             f"too little text: {tokens} tokens are asked for, {names} have {total}. "
-            f"Give more text, or ask for at most {total} tokens"
+            f"Give more text{f', or ask for at most {total} tokens' if total else ''}"
         )
     windows = tuple(Window(document, np.array(ids, dtype=np.int64)) for document, _, ids in sorted(chosen))
     return Windows(windows, _sources(texts, windows))

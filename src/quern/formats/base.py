@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,8 +40,8 @@ class Format(ABC):
         """The codec's parts of ``module`` again, from the tensors that ``encode`` made."""
 
     @abstractmethod
-    def quantization_config(self, schemes: dict[str, WeightScheme]) -> dict[str, Any]:
-        """What goes into config.json."""
+    def quantization_config(self, schemes: dict[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
+        """What goes into config.json. ``unquantized``: the linears, by full name, that keep the checkpoint's weights."""
 
 
 FORMATS: Registry[type[Format]] = Registry("format", "quern.formats")

@@ -7,6 +7,7 @@ signed value plus 2^(bits-1), dense in 32-bit words along the row, zero points d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,10 +39,9 @@ class CompressedTensors(Format):
                     "Change the recipe, or use --format quern"
                 )
         for fused in FUSED:
-            for module, scheme in schemes.items():
+            for module in schemes:
                 stem, _, last = module.rpartition(".")
-                others = [f"{stem}.{name}" for name in fused] if last == fused[0] else []
-                if any(schemes.get(other) != scheme for other in others):
+                if last in fused and any(schemes.get(f"{stem}.{name}") != schemes[module] for name in fused):
                     raise UserError(
                         f"format compressed-tensors: {', '.join(fused)} of {stem} need one scheme, because vLLM joins "
                         "them into one matrix. Change the recipe's overrides, or use --format quern"
@@ -52,7 +52,7 @@ class CompressedTensors(Format):
         tensors = {"weight_scale": parts["scale"]}
         if scheme.granularity == "tensor":
             tensors["weight_scale"] = parts["scale"].reshape(1)
-        if self.recipe.activations.mode != "none":
+        if _activation_mode(module, self.recipe) != "none":
             tensors["weight"] = parts["codes"]
         else:
             tensors["weight_packed"] = _packed(scheme, parts["codes"])
@@ -60,7 +60,7 @@ class CompressedTensors(Format):
         if not scheme.symmetric:
             tensors["weight_zero_point"] = parts["zero_point"]
         if input_scale is not None:
-            tensors["input_scale"] = torch.tensor([input_scale], dtype=parts["scale"].dtype)
+            tensors["input_scale"] = torch.tensor([input_scale], dtype=torch.float32)
         return {f"{module}.{name}": tensor for name, tensor in tensors.items()}
 
     def parts(
@@ -68,19 +68,18 @@ class CompressedTensors(Format):
     ) -> dict[str, Tensor]:
         raise UserError(f"format compressed-tensors stores no quantized embedding, and {module} is one")
 
-    def quantization_config(self, schemes: dict[str, WeightScheme]) -> dict[str, Any]:
-        by_scheme: dict[WeightScheme, list[str]] = {}
+    def quantization_config(self, schemes: dict[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
+        alike: dict[tuple[WeightScheme, str], list[str]] = {}
         for module, scheme in sorted(schemes.items()):
-            by_scheme.setdefault(scheme, []).append(module)
-        activations = _activations(self.recipe)
+            alike.setdefault((scheme, _activation_mode(module, self.recipe)), []).append(module)
         groups, formats = {}, set()
-        for position, (scheme, modules) in enumerate(by_scheme.items()):
-            name = "int-quantized" if activations else "pack-quantized"
+        for position, ((scheme, mode), modules) in enumerate(alike.items()):
+            name = "pack-quantized" if mode == "none" else "int-quantized"
             formats.add(name)
             groups[f"group_{position}"] = {
                 "targets": modules,
                 "weights": _arguments(scheme),
-                "input_activations": activations,
+                "input_activations": _activations(mode),
                 "output_activations": None,
                 "format": name,
             }
@@ -89,10 +88,15 @@ class CompressedTensors(Format):
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": [] if "lm_head" in schemes else ["lm_head"],
+            "ignore": sorted(unquantized),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+
+def _activation_mode(module: str, recipe: Recipe) -> str:
+    """What the inputs of ``module`` become: the recipe's choice inside the decoder blocks, nothing before the head."""
+    return recipe.activations.mode if ".layers." in module else "none"
 
 
 def _problem(module: str, scheme: WeightScheme, shape: tuple[int, ...], recipe: Recipe) -> str | None:
@@ -104,7 +108,7 @@ def _problem(module: str, scheme: WeightScheme, shape: tuple[int, ...], recipe: 
         return f"the rows have {shape[1]} inputs, which is not a multiple of the group size {scheme.group_size}"
     if scheme.bits < 2:
         return "1-bit integers are not part of it"
-    if recipe.activations.mode == "none" and scheme.granularity == "tensor":
+    if _activation_mode(module, recipe) == "none" and scheme.granularity == "tensor":
         return "weight-only quantization per tensor is not part of it; use granularity channel or group"
     return None
 
@@ -132,8 +136,7 @@ def _arguments(scheme: WeightScheme) -> dict[str, Any]:
     }
 
 
-def _activations(recipe: Recipe) -> dict[str, Any] | None:
-    mode = recipe.activations.mode
+def _activations(mode: str) -> dict[str, Any] | None:
     if mode == "none":
         return None
     return {

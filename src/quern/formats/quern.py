@@ -5,6 +5,7 @@ Described byte for byte in docs/format.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class QuernFormat(Format):
         names = CODECS.get(scheme.codec)(scheme).part_shapes(shape)
         return {name: tensors[f"{module}.{name}"] for name in names}
 
-    def quantization_config(self, schemes: dict[str, WeightScheme]) -> dict[str, Any]:
+    def quantization_config(self, schemes: dict[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
         return {
             "quant_method": METHOD,
             "format_version": VERSION,

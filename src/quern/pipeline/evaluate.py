@@ -18,19 +18,27 @@ import psutil
 
 from quern.advisor.hardware import measured_rates
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.files import read_json
-from quern.core.errors import BadFileError
+from quern.core.errors import UserError
 from quern.core.metrics import NonFiniteError
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
-from quern.core.results import LayerError, Row
+from quern.core.results import Row
 from quern.evaluation.accuracy import Accuracy, DocumentScore, summarize_scores
 from quern.evaluation.choice import ChoiceSet
 from quern.evaluation.reference_cache import ReferenceKey, has_reference
 from quern.evaluation.speed import Speed, SpeedRound, summarize_rounds
 from quern.evaluation.texts import Text
-from quern.pipeline.inputs import Inputs, Settings, prepare_inputs
-from quern.pipeline.rows import Contender, Machine, Measured, Original, original_of, row_of, weight_bytes
+from quern.pipeline.inputs import Inputs, Settings, prepare_inputs, reference_key
+from quern.pipeline.rows import (
+    Contender,
+    Machine,
+    Measured,
+    Original,
+    contender_of,
+    original_of,
+    row_of,
+    weight_bytes,
+)
 from quern.pipeline.worker_process import COMMAND, Worker
 
 _Scores = tuple[Accuracy | None, list[bool] | None, tuple[str, ...]]
@@ -89,24 +97,6 @@ def evaluate(
     return rows[-1]
 
 
-def contender_of(checkpoint: Checkpoint) -> Contender:
-    """The contender that lies in a folder; recipe and layer errors as quern wrote them beside the weights."""
-    quantization = checkpoint.config.get("quantization_config")
-    name = checkpoint.path.name
-    if not isinstance(quantization, dict):
-        return Contender(name=name, path=checkpoint.path)
-    recipe, layers = quantization, []
-    provenance = checkpoint.path / "quern.json"
-    if provenance.is_file():
-        try:
-            found = read_json(provenance)
-            recipe = found["fingerprint"]["recipe"]
-            layers = [LayerError.model_validate(layer) for layer in found["layers"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadFileError(provenance, f"is not what quern writes: {error}", "Quantize the model again") from None
-    return Contender(name=name, path=checkpoint.path, recipe=recipe, layers=tuple(layers))
-
-
 def measure_all(
     contenders: Sequence[Contender],
     reference: Contender | None,
@@ -127,10 +117,14 @@ def measure_all(
     everyone = [*([] if reference is None else [reference]), *contenders]
     opened = [open_checkpoint(contender.path, progress=progress) for contender in everyone]
     hashes = [c.sha256 or checkpoint.sha256(progress) for c, checkpoint in zip(everyone, opened)]
+    if reference is not None:
+        _check_vocabularies(everyone, opened)
     original = original_of(opened[0])
     key = None if reference is None else reference_key(reference.engine, hashes[0], inputs, settings)
     run = _Run(inputs, key, settings, progress, command)
     measured = _measure(run, everyone, opened, original)
+    if reference is not None:
+        measured = [_with_origin_noted(found, hashes[0]) for found in measured]
     machine = Machine.of(hardware, settings.threads or available_threads())
     unquantized = None if reference is None else measured[0]
     return [
@@ -148,17 +142,23 @@ def measure_all(
     ]
 
 
-def reference_key(engine: str, model_sha256: str, inputs: Inputs, settings: Settings) -> ReferenceKey:
-    """Under which the logits of an unquantized model lie in the cache."""
-    return ReferenceKey(
-        model_sha256=model_sha256,
-        texts_sha256=tuple(source.sha256 for source in inputs.sources),
-        windows_sha256=inputs.windows_sha256,
-        tokens=settings.tokens,
-        window=settings.window,
-        dtype="float32",
-        engine=engine,
+def _check_vocabularies(everyone: Sequence[Contender], opened: Sequence[Checkpoint]) -> None:
+    sizes = [checkpoint.config.get("vocab_size") for checkpoint in opened]
+    for contender, size in zip(everyone, sizes):
+        if size != sizes[0]:
+            raise UserError(
+                f"{contender.name} has a vocabulary of {size} tokens, its reference one of {sizes[0]}: they are not "
+                "versions of one model. Give the checkpoint that it was made from as the reference"
+            )
+
+
+def _with_origin_noted(measured: Measured, reference_sha256: str) -> Measured:
+    if measured.contender.original_sha256 in (None, reference_sha256):
+        return measured
+    note = (
+        "quantized from another checkpoint than the reference, as its quern.json says: the loss holds that difference"
     )
+    return replace(measured, notes=(*measured.notes, note))
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,8 @@ def _alternate_rounds(run: _Run, contenders: Sequence[Contender], workers: Seque
     """``speed_rounds`` rounds of each timed contender after one to warm up, in another order every time."""
     settings = run.settings
     turns = [number for number, contender in enumerate(contenders) if contender.timed and settings.speed_rounds]
+    if not turns:
+        return [None] * len(workers)
     rounds: dict[int, list[SpeedRound]] = {number: [] for number in turns}
     task = run.progress.task("timing", len(turns) * (settings.speed_rounds + 1))
     for repeat in range(settings.speed_rounds + 1):

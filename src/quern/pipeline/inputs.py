@@ -12,6 +12,7 @@ from quern.core.errors import UserError
 from quern.core.results import TextSource
 from quern.evaluation.choice import ChoiceSet, encode_choices, read_choices, save_options
 from quern.evaluation.heldout import held_out_text
+from quern.evaluation.reference_cache import ReferenceKey
 from quern.evaluation.speed import prompt_of
 from quern.evaluation.texts import Text, Tokenizer, cut_windows, read_text, save_windows
 
@@ -109,6 +110,19 @@ def prepare_inputs(
         notes=(f"timed with a prompt of {prompt_tokens} tokens, what the context leaves room for",)
         if shortened
         else (),
+    )
+
+
+def reference_key(engine: str, model_sha256: str, inputs: Inputs, settings: Settings) -> ReferenceKey:
+    """Under which the logits of an unquantized model lie in the cache."""
+    return ReferenceKey(
+        model_sha256=model_sha256,
+        texts_sha256=tuple(source.sha256 for source in inputs.sources),
+        windows_sha256=inputs.windows_sha256,
+        tokens=settings.tokens,
+        window=settings.window,
+        dtype="float32",
+        engine=engine,
     )
 
 

@@ -74,10 +74,13 @@ def quantized_modules(recipe: Recipe, architecture: Architecture) -> dict[str, W
         schemes[architecture.embedding] = recipe.embedding
     if recipe.head.quantized and not architecture.tied:
         schemes[architecture.head] = recipe.head
-    for index in range(architecture.layers):
-        for linear in architecture.linears():
-            name = architecture.block_prefix(index) + linear
-            scheme = recipe.scheme_for(name)
-            if scheme.quantized:
-                schemes[name] = scheme
+    for name in decoder_linears(architecture):
+        scheme = recipe.scheme_for(name)
+        if scheme.quantized:
+            schemes[name] = scheme
     return schemes
+
+
+def decoder_linears(architecture: Architecture) -> list[str]:
+    """The linears of all decoder blocks, by full name."""
+    return [architecture.block_prefix(i) + name for i in range(architecture.layers) for name in architecture.linears()]

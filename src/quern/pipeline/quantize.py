@@ -32,7 +32,7 @@ from quern.pipeline import memory as memory_plan
 from quern.pipeline import sensitivity
 from quern.pipeline.blocks import CHAIN, layer_error, quantize_blocks
 from quern.pipeline.calibration_text import calibration_documents, calibration_sequences, text_sha256
-from quern.pipeline.job import Job, quantized_modules
+from quern.pipeline.job import Job, decoder_linears, quantized_modules
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
 
@@ -134,9 +134,7 @@ def _check(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme
     OBSERVERS.get(recipe.activations.observer)
     for settings in recipe.transforms:
         TRANSFORMS.get(settings.method)(settings)
-    linears = [
-        architecture.block_prefix(i) + name for i in range(architecture.layers) for name in architecture.linears()
-    ]
+    linears = decoder_linears(architecture)
     unused = [o.pattern for o in recipe.overrides if not any(recipe_matches(o.pattern, name) for name in linears)]
     if unused:
         raise UserError(
@@ -254,7 +252,8 @@ def _write_metadata(job: Job, schemes: dict[str, WeightScheme], fingerprint: dic
     write_json(job.artifact_path("model.safetensors.index.json"), index)
     config = {**job.checkpoint.config}
     if schemes:
-        config["quantization_config"] = job.format.quantization_config(schemes)
+        kept = [name for name in (*decoder_linears(job.architecture), job.architecture.head) if name not in schemes]
+        config["quantization_config"] = job.format.quantization_config(schemes, kept)
     write_json(job.artifact_path("config.json"), config)
     write_json(job.artifact_path(PROVENANCE), {"fingerprint": fingerprint, "layers": errors})
     copy_tokenizer(job.checkpoint.path, job.artifact_path())

@@ -10,7 +10,9 @@ from typing import Any
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.files import read_json
 from quern.core import metrics
+from quern.core.errors import BadFileError
 from quern.core.results import LayerError, Row
 from quern.evaluation.accuracy import Accuracy
 from quern.evaluation.speed import Speed
@@ -30,8 +32,28 @@ class Contender:
     engine: str = "reference"
     sha256: str | None = None
     """Of the checkpoint or artifact, where it is known already."""
+    original_sha256: str | None = None
+    """Of the checkpoint that an artifact says it was made from."""
     timed: bool = True
     """Whether its speed is measured too."""
+
+
+def contender_of(checkpoint: Checkpoint) -> Contender:
+    """The contender that lies in a folder; recipe and layer errors as quern wrote them beside the weights."""
+    quantization = checkpoint.config.get("quantization_config")
+    name = checkpoint.path.name
+    if not isinstance(quantization, dict):
+        return Contender(name=name, path=checkpoint.path)
+    recipe, layers, made_from = quantization, [], None
+    provenance = checkpoint.path / "quern.json"
+    if provenance.is_file():
+        try:
+            found = read_json(provenance)
+            recipe, made_from = found["fingerprint"]["recipe"], found["fingerprint"].get("model_sha256")
+            layers = [LayerError.model_validate(layer) for layer in found["layers"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadFileError(provenance, f"is not what quern writes: {error}", "Quantize the model again") from None
+    return Contender(name=name, path=checkpoint.path, recipe=recipe, layers=tuple(layers), original_sha256=made_from)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,7 @@ def test_strides_and_empty_rows_do_not_matter(bits):
     assert torch.equal(unpack(words.T.contiguous().T, bits, 40), codes)
     one_word = pack(random_codes(5, 32 // bits, bits), bits)  # (5, 1): its second stride may be anything
     assert torch.equal(unpack(one_word.T.contiguous().T, bits, 32 // bits), random_codes(5, 32 // bits, bits))
+    assert unpack(words[:1, :1].as_strided((1, 1), (7, 5)), bits, 32 // bits).shape == (1, 32 // bits)
     assert unpack(words[:0], bits, 40).shape == (0, 40)
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from byte_model import write_byte_model
+from tiny_model import tiny_config, write_model
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
@@ -30,7 +30,7 @@ def copy(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", *(path.name for path in (ROOT / "tests").glob("*.py"))):
         source = ROOT / name if (ROOT / name).is_file() else ROOT / "tests" / name
         shutil.copy(source, folder / source.relative_to(ROOT))
-    write_byte_model(folder / "models" / "python-7m", context=1024)
+    write_model(folder / "models" / "python-7m", tiny_config(max_position_embeddings=1024))
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, "utf-8")

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from byte_model import write_byte_model
 from sample_results import sample_results
+from tiny_model import tiny_config, write_model
 from typer.main import get_command
 
 from quern.cli.main import app
@@ -52,7 +52,7 @@ def test_both_languages_show_the_same_code():
 
 def test_python_examples_run(tmp_path):
     """With a tiny model under the bundled one's name, which takes seconds instead of a minute."""
-    write_byte_model(tmp_path / "models" / "python-7m", context=1024)
+    write_model(tmp_path / "models" / "python-7m", tiny_config(max_position_embeddings=1024))
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     told = []
     for block in blocks("README.md", "python"):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from tiny_model import tiny_config, write_model
 
 from quern.core.errors import BadFileError, UserError
 from quern.pipeline.generate import end_tokens, generate
@@ -13,56 +14,64 @@ PROMPT = "abc"
 
 
 @pytest.fixture(scope="module")
-def by_transformers(byte_model):
+def model(tmp_path_factory):
+    """No token ends a text; in float32, because two ways to the same greedy text need logits without ties."""
+    config = tiny_config(torch_dtype="float32", eos_token_id=None)
+    return write_model(tmp_path_factory.mktemp("generate") / "model", config)
+
+
+@pytest.fixture(scope="module")
+def by_transformers(model):
     """Twenty greedy tokens of transformers' own loop."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(model)
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
-    told = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0
-    )
+    told = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0)
     return tokenizer, told[0, ids.shape[1] :].tolist()
 
 
-def test_greedy_text_is_that_of_transformers(byte_model, by_transformers):
+def test_greedy_text_is_that_of_transformers(model, by_transformers):
     tokenizer, tokens = by_transformers
-    assert "".join(generate(byte_model, PROMPT, max_tokens=20)) == tokenizer.decode(tokens)
+    assert "".join(generate(model, PROMPT, max_tokens=20)) == tokenizer.decode(tokens)
 
 
-def test_fewer_tokens_are_a_beginning(byte_model, by_transformers):
+def test_fewer_tokens_are_a_beginning(model, by_transformers):
     tokenizer, tokens = by_transformers
-    assert "".join(generate(byte_model, PROMPT, max_tokens=1)) == tokenizer.decode(tokens[:1])
+    assert "".join(generate(model, PROMPT, max_tokens=1)) == tokenizer.decode(tokens[:1])
 
 
-def test_the_seed_decides_sampled_text(byte_model):
+def test_the_seed_decides_sampled_text(model):
     def text(seed):
-        return "".join(generate(byte_model, PROMPT, max_tokens=20, temperature=3.0, seed=seed))
+        return "".join(generate(model, PROMPT, max_tokens=20, temperature=3.0, seed=seed))
 
     assert text(1) == text(1)
     assert text(1) != text(2)
 
 
-def test_ends_at_an_end_token(byte_model, by_transformers, tmp_path):
+def test_ends_at_an_end_token(model, by_transformers, tmp_path):
     tokenizer, tokens = by_transformers
     stop = tokens[3]
-    folder = shutil.copytree(byte_model, tmp_path / "model")
+    folder = shutil.copytree(model, tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [999, stop]}))
     text = "".join(generate(folder, PROMPT, max_tokens=20))
     assert text == tokenizer.decode(tokens[: tokens.index(stop)])
 
 
-def test_ends_when_the_context_is_full(byte_model):
-    text = list(generate(byte_model, "x" * 60, max_tokens=1000, temperature=1.0))
-    assert len("".join(text)) <= 4
+def test_ends_when_the_context_is_full(model):
+    prompt = "~" * (128 - 4)  # one token each, 128 is the context
+    text = "".join(generate(model, prompt, max_tokens=1000))
+    assert text == "".join(generate(model, prompt, max_tokens=4))
+    assert text != "".join(generate(model, prompt, max_tokens=3))
 
 
-def test_end_tokens(byte_model, tmp_path):
+def test_end_tokens(model, tmp_path):
     from quern.checkpoint.checkpoint import open_checkpoint
 
-    folder = shutil.copytree(byte_model, tmp_path / "model")
-    (folder / "generation_config.json").unlink(missing_ok=True)
+    folder = shutil.copytree(model, tmp_path / "model")
+    assert end_tokens(open_checkpoint(folder)) == set()
+    (folder / "config.json").write_text(json.dumps(tiny_config(eos_token_id=256)))
     assert end_tokens(open_checkpoint(folder)) == {256}
     (folder / "generation_config.json").write_text('{"eos_token_id": null}')
     assert end_tokens(open_checkpoint(folder)) == {256}
@@ -76,19 +85,19 @@ def test_end_tokens(byte_model, tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "options", "said"),
     [
-        ("x" * 64, {}, "64 tokens"),
+        ("~" * 128, {}, "128 tokens"),
         ("", {}, "empty"),
         ("\udcff", {}, "UTF-8"),
         ("x", {"max_tokens": 0}, "max_tokens"),
         ("x", {"temperature": -1}, "temperature"),
     ],
 )
-def test_refusals_come_before_the_first_piece(byte_model, prompt, options, said):
+def test_refusals_come_before_the_first_piece(model, prompt, options, said):
     with pytest.raises(UserError, match=said):
-        generate(byte_model, prompt, **options)
+        generate(model, prompt, **options)
 
 
-def test_no_tokenizer(byte_model, tmp_path):
-    folder = shutil.copytree(byte_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+def test_no_tokenizer(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(UserError, match="tokenizer"):
         generate(folder, "x")

@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+from bad_files import corpus
+from gguf import GGMLQuantizationType
 
 from quern.checkpoint.checkpoint import open_checkpoint
 from quern.checkpoint.safetensors_file import write_safetensors
@@ -40,9 +42,9 @@ def recipe(data) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def mixed(byte_model, tmp_path_factory):
+def mixed(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed") / "artifact"
-    quantize(byte_model, folder, recipe=recipe(MIXED), threads=1)
+    quantize(tiny_model, folder, recipe=recipe(MIXED), threads=1)
     return folder
 
 
@@ -55,41 +57,52 @@ def check_sums(found: Inspection):
     assert len({row.name for row in found.tensors}) == len(found.tensors)
 
 
-def test_unquantized_folder(byte_model):
-    found = inspect(byte_model)
+def test_unquantized_folder(tiny_model):
+    found = inspect(tiny_model)
     check_sums(found)
     assert found.recipe is None
-    assert found.parameters == open_checkpoint(byte_model).parameters
-    assert {(row.codec, row.granularity, row.bits) for row in found.tensors} == {("f32", "-", 32)}
+    assert found.parameters == open_checkpoint(tiny_model).parameters
+    assert {(row.codec, row.granularity, row.bits) for row in found.tensors} == {("bf16", "-", 16)}
 
 
-def test_artifact(byte_model, mixed):
+def test_artifact(tiny_model, mixed):
     found = inspect(mixed)
     check_sums(found)
     rows = {row.name: row for row in found.tensors}
     query, down, embedding = (rows[f"{module}.weight"] for module in (QUERY, DOWN, EMBEDDING))
-    assert (query.shape, query.codec, query.granularity, query.bits) == ((48, 48), "integer", "group 20", 3)
-    # 48 codes of 3 bits take 5 words, along a row as codes and down the rows as zero points; 3 groups, float16 scales.
-    assert query.bytes == 48 * 5 * 4 + 48 * 3 * 2 + 3 * 5 * 4
-    assert (down.shape, down.granularity, down.bits, down.bytes) == ((48, 80), "tensor", 8, 48 * 80 + 2)
-    assert (embedding.shape, embedding.granularity, embedding.bytes) == ((257, 48), "channel", 257 * 48 + 257 * 2)
+    assert (query.shape, query.codec, query.granularity, query.bits) == ((64, 64), "integer", "group 20", 3)
+    # 64 codes of 3 bits take 6 words, along a row as codes and down the rows as zero points; 4 groups, float16 scales.
+    assert query.bytes == 64 * 6 * 4 + 64 * 4 * 2 + 4 * 6 * 4
+    assert (down.shape, down.granularity, down.bits, down.bytes) == ((64, 96), "tensor", 8, 64 * 96 + 2)
+    assert (embedding.shape, embedding.granularity, embedding.bytes) == ((300, 64), "channel", 300 * 64 + 300 * 2)
     assert found.recipe == "mixed"
-    assert found.parameters == open_checkpoint(byte_model).parameters
+    assert found.parameters == open_checkpoint(tiny_model).parameters
 
 
-def test_scales_of_inputs_are_bytes_but_no_parameters(byte_model, tmp_path):
+def test_scales_of_inputs_are_bytes_but_no_parameters(tiny_model, tmp_path):
     (tmp_path / "text.txt").write_text("abcdefgh" * 20)
-    quantize(byte_model, tmp_path / "out", recipe=recipe(STATIC), calibration=[tmp_path / "text.txt"], threads=1)
+    quantize(tiny_model, tmp_path / "out", recipe=recipe(STATIC), calibration=[tmp_path / "text.txt"], threads=1)
     found = inspect(tmp_path / "out")
     check_sums(found)
     scales = [row for row in found.tensors if row.name.endswith("input_scale")]
-    assert len(scales) == 2 * 7
+    assert len(scales) == 3 * 7
     assert {row.bytes for row in scales} == {4}
-    assert found.parameters == open_checkpoint(byte_model).parameters
+    assert found.parameters == open_checkpoint(tiny_model).parameters
 
 
-def test_layers_are_in_the_order_of_numbers(byte_model):
-    names = [row.name for row in inspect(byte_model).tensors]
+def test_gguf(tmp_path):
+    file = corpus.write_gguf(tmp_path / "m.gguf", corpus.weights(), corpus.CONFIG, GGMLQuantizationType.Q8_0)
+    found = inspect(file)
+    assert found.bytes == file.stat().st_size
+    rows = {row.name: row for row in found.tensors}
+    down = rows["model.layers.1.mlp.down_proj.weight"]
+    # A block of 32 weights is 34 bytes.
+    assert (down.codec, down.granularity, down.bits) == ("q8_0", "-", 8.5)
+    assert rows["model.norm.weight"].codec == "f32"
+
+
+def test_layers_are_in_the_order_of_numbers(tiny_model):
+    names = [row.name for row in inspect(tiny_model).tensors]
     assert names[0] == "model.embed_tokens.weight"
     assert names[-1] == "model.norm.weight"
 
@@ -179,8 +192,8 @@ def test_artifacts_that_contradict_themselves(mixed, tmp_path, change, said):
         inspect(folder)
 
 
-def test_another_tools_method_shows_what_is_stored(byte_model, tmp_path):
-    folder = shutil.copytree(byte_model, tmp_path / "model")
+def test_another_tools_method_shows_what_is_stored(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "other"}}
     (folder / "config.json").write_text(json.dumps(config))
-    assert {row.codec for row in inspect(folder).tensors} == {"f32"}
+    assert {row.codec for row in inspect(folder).tensors} == {"bf16"}

@@ -17,9 +17,9 @@ from quern.core.results import Row
 from quern.evaluation.choice import Choice, ChoiceSet
 from quern.evaluation.texts import Text, load_windows
 from quern.pipeline import evaluate as module
-from quern.pipeline.evaluate import contender_of, evaluate, measure_all
+from quern.pipeline.evaluate import evaluate, measure_all
 from quern.pipeline.inputs import HELD_OUT, Settings, prepare_inputs
-from quern.pipeline.rows import Contender, Machine, artifact_bytes, original_of
+from quern.pipeline.rows import Contender, Machine, artifact_bytes, contender_of, original_of
 from quern.pipeline.worker_process import WorkerError
 
 FAKE = (sys.executable, fake_model.__file__)
@@ -239,6 +239,21 @@ class TestTroubles:
         assert row.perplexity > 1
         assert row.choice_accuracy is not None
 
+    def test_a_reference_that_is_another_model(self, models, tmp_path):
+        small = write_model(tmp_path / "small", bigram_table()[:, :20])
+        config = json.loads((small / "config.json").read_text())
+        (small / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
+        with pytest.raises(UserError, match=r"small has a vocabulary of 20 tokens, its reference one of 40"):
+            measure(models, prepare(models, tmp_path), Contender(name="small", path=small, engine="fake"))
+
+    def test_an_artifact_of_another_checkpoint_gets_a_note(self, models, tmp_path):
+        inputs, settings = prepare(models, tmp_path), Settings(**{**vars(SETTINGS), "speed_rounds": 0})
+        origin = open_checkpoint(models / "original").sha256()
+        same, other = (contender(models, "close", original_sha256=sha256) for sha256 in (origin, "other"))
+        rows = measure(models, inputs, same, other, settings=settings)
+        assert rows[0].notes == rows[1].notes == []
+        assert rows[2].notes[0].startswith("quantized from another checkpoint")
+
     def test_a_limit_that_was_not_measured(self):
         assert Machine.of(None, 2) == Machine(None, {})
         assert Machine.of({"measured": None}, 2) == Machine(None, {})
@@ -303,10 +318,10 @@ class TestContenderOf:
     def test_quantized_by_quern(self, tmp_path):
         folder = write_model(tmp_path / "mine", bigram_table(), quantized={"quant_method": "quern"})
         layer = {"linear": "up", "bits_per_weight": 4.5, "relative_error": 0.01}
-        provenance = {"fingerprint": {"recipe": {"name": "balanced"}}, "layers": [layer]}
+        provenance = {"fingerprint": {"recipe": {"name": "balanced"}, "model_sha256": "abc"}, "layers": [layer]}
         (folder / "quern.json").write_text(json.dumps(provenance))
         found = contender_of(open_checkpoint(folder))
-        assert found.recipe == {"name": "balanced"}
+        assert (found.recipe, found.original_sha256) == ({"name": "balanced"}, "abc")
         assert [item.model_dump() for item in found.layers] == [layer]
         (folder / "quern.json").write_text("{}")
         with pytest.raises(BadFileError, match="is not what quern writes"):
@@ -324,11 +339,11 @@ class TestContenderOf:
         assert artifact_bytes(open_checkpoint(original)) == before
 
 
-def test_sizes_of_the_original_from_an_artifacts_config(byte_model, tmp_path):
+def test_sizes_of_the_original_from_an_artifacts_config(tiny_model, tmp_path):
     """Packed codes have other shapes; what they stand for follows from the configuration."""
-    original = open_checkpoint(byte_model)
-    config = json.loads((byte_model / "config.json").read_text())
-    for path in byte_model.iterdir():
+    original = open_checkpoint(tiny_model)
+    config = json.loads((tiny_model / "config.json").read_text())
+    for path in tiny_model.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "quern"}}))
     expected, found = original_of(original), original_of(open_checkpoint(tmp_path))
@@ -338,16 +353,16 @@ def test_sizes_of_the_original_from_an_artifacts_config(byte_model, tmp_path):
     assert found.bf16_bytes == pytest.approx(expected.bf16_bytes, abs=4096)
 
 
-def test_evaluate_one_model_end_to_end(byte_model, tmp_path):
-    """With the real engine and tokenizer: an unquantized float32 model is its own reference."""
+def test_evaluate_one_model_end_to_end(tiny_model, tmp_path):
+    """With the real engine and tokenizer: an unquantized model is its own reference."""
     choices = tmp_path / "items.jsonl"
     choices.write_text(
         '{"sentence_good": "ab", "sentence_bad": "zq"}\n{"prompt": "a", "choices": ["b", "c"], "answer": 1}\n'
     )
     text = tmp_path / "text.txt"
-    text.write_text("Some text that a model of bytes can read, and a little more of it so that it suffices.")
+    text.write_text("Some text that a model can read, and a little more of it so that it suffices." * 3)
     row = evaluate(
-        byte_model,
+        tiny_model,
         texts=[text],
         choices=[choices],
         tokens=80,
@@ -356,12 +371,12 @@ def test_evaluate_one_model_end_to_end(byte_model, tmp_path):
         prompt_tokens=20,
         decode_tokens=4,
     )
-    assert row.name == byte_model.name
+    assert row.name == tiny_model.name
     assert row.recipe is None
-    assert row.kl_mean == row.kl_noise_floor == 0.0
-    assert row.kl_ci95 is None
-    assert row.top1_agreement == 1.0
-    assert row.bits_per_weight == 32.0
+    assert 0 < row.kl_mean == row.kl_noise_floor < 0.05
+    assert row.kl_ci95 is None, "one document"
+    assert row.top1_agreement > 0.8
+    assert (row.bits_per_weight, row.compression) == (16.0, 0.0)
     assert row.perplexity > 1
     assert row.choice_accuracy in (0.0, 0.5, 1.0)
     assert 0 < row.decode_limit_fraction < 1

@@ -81,7 +81,7 @@ def _expected(values: Tensor, original: Tensor, inside: Tensor) -> Tensor:
     ``values`` hold the feedback of all columns before the group. Inside it column i will have moved by m_i = w'_i - w_i,
     which in turn moves the columns after it: m_k = v_k - w_k - sum_{i < k} U_ik m_i.
     """
-    moved = torch.linalg.solve_triangular(inside, values - original, upper=False, unitriangular=True)
+    moved: Tensor = torch.linalg.solve_triangular(inside, values - original, upper=False, unitriangular=True)
     return original + moved
 
 

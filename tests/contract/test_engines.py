@@ -1,0 +1,256 @@
+"""What every engine promises for the artifacts that it says it runs; the reference engine's own arithmetic."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from artifacts import INT8, make_artifact, small_recipe, stored_tensors
+from schemes import gaussian, make_codec
+from torch.nn import functional
+
+from quern.core.errors import UserError
+from quern.core.recipe import WeightScheme, load_recipe, profile_names
+from quern.engines._modules import QuantizedEmbedding, QuantizedLinear, dynamic_scale
+from quern.engines.base import ENGINES
+
+IDS = torch.randint(0, 296, (2, 17), generator=torch.Generator().manual_seed(5))
+RECIPES = {
+    "weights only": {"weights": {"bits": 4, "symmetric": False, "group_size": 32}, "embedding": {**INT8}},
+    "int8 dynamic": {"weights": INT8, "activations": {"mode": "dynamic"}},
+    "int8 static": {"weights": {**INT8, "granularity": "tensor"}, "activations": {"mode": "static"}},
+    "unquantized": None,
+}
+
+
+@pytest.fixture(scope="module")
+def artifacts(tiny_model, tiny_text, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    made = {name: choices and make_artifact(tiny_model, folder / name.replace(" ", "_"), tiny_text, **choices)
+            for name, choices in RECIPES.items()}  # fmt: skip
+    return {name: path or tiny_model for name, path in made.items()}
+
+
+@pytest.fixture(params=ENGINES.names())
+def engine(request):
+    return ENGINES.get(request.param)()
+
+
+@pytest.fixture(params=RECIPES)
+def loaded(request, engine, artifacts):
+    choices = RECIPES[request.param]
+    if reason := engine.supports(choices and small_recipe(**choices)):
+        pytest.skip(f"not supported: {reason}")
+    return engine.load(artifacts[request.param], dtype="float32")
+
+
+def test_supports_answers_none_or_a_reason(engine):
+    for recipe in [None, *map(load_recipe, profile_names())]:
+        answer = engine.supports(recipe)
+        assert answer is None or (isinstance(answer, str) and answer)
+    unknown = small_recipe(weights={"codec": "zap", "group_size": 32})
+    assert "zap" in engine.supports(unknown)
+
+
+def test_the_reference_runs_everything():
+    reference = ENGINES.get("reference")()
+    assert [reference.supports(recipe) for recipe in [None, *map(load_recipe, profile_names())]].count(None) == 1 + len(profile_names())
+
+
+def test_model_says_what_it_is(loaded):
+    assert loaded.vocabulary_size == 300
+    assert loaded.maximum_length == 128
+
+
+def test_logits_are_finite_float32_and_causal(loaded):
+    logits = loaded.logits(IDS)
+    assert logits.shape == (2, 17, 300)
+    assert logits.dtype == torch.float32
+    assert bool(logits.isfinite().all())
+    changed = IDS.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 296
+    assert torch.equal(loaded.logits(changed)[:, :-1], logits[:, :-1])
+
+
+def near(first, second, relative=1e-4):
+    """Equal but for the order of float32 sums: a product of another height takes another path through the library.
+
+    Three blocks of sums of at most 96 terms and softmaxes: a few hundred eps = 6e-8 of the largest logit, times slack for their
+    amplification in a random network.
+    """
+    return bool(((first - second).abs() <= relative * second.abs().max()).all())
+
+
+@pytest.mark.parametrize("steps", [[17], [1] * 17, [9, 1, 1, 6]])
+def test_feeding_piecewise_is_the_whole(loaded, steps):
+    whole = loaded.logits(IDS[:1])[0]
+    session, position = loaded.start(), 0
+    for step in steps:
+        logits = session.feed(IDS[0, position : position + step].tolist())
+        position += step
+        assert logits.shape == (300,)
+        assert logits.dtype == torch.float32
+        # An int8 activation at a tie may round otherwise once its last bit differs: a step of 1/127 of the largest.
+        assert near(logits, whole[position - 1], 1e-4 if not quantizes_activations(loaded) else 5e-2)
+
+
+def quantizes_activations(loaded) -> bool:
+    return any(getattr(module, "activations", "none") != "none" for module in loaded.model.modules())
+
+
+def test_sessions_do_not_know_each_other(loaded):
+    alone = loaded.start().feed(IDS[0].tolist())
+    first, second = loaded.start(), loaded.start()
+    first.feed(IDS[0, :5].tolist())
+    second.feed(IDS[1].tolist())
+    assert near(first.feed(IDS[0, 5:].tolist()), alone, 1e-4 if not quantizes_activations(loaded) else 5e-2)
+
+
+def test_a_context_that_is_full_is_refused(loaded):
+    session = loaded.start()
+    session.feed([1] * 128)
+    with pytest.raises(UserError, match=r"129 tokens do not fit: this model's context is 128"):
+        session.feed([1])
+
+
+def test_bytes_per_token_are_counted_from_the_file(engine, artifacts):
+    """The tied head reads the whole table, so everything in the file is read for every token."""
+    for name, choices in RECIPES.items():
+        if engine.supports(choices and small_recipe(**choices)):
+            continue
+        tensors = stored_tensors(artifacts[name])
+        stored = sum(tensor.nbytes for key, tensor in tensors.items() if not key.endswith("input_scale"))
+        assert engine.load(artifacts[name]).bytes_per_token() == stored
+
+
+@pytest.mark.parametrize("embedding", [{"codec": "none"}, {**INT8}])
+def test_of_an_untied_embedding_a_token_reads_one_row(embedding, engine, tiny_text, tmp_path):
+    from tiny_model import tiny_config, write_model
+
+    model = write_model(tmp_path / "model", tiny_config("llama", tie_word_embeddings=False))
+    choices = {"weights": {"bits": 4, "group_size": 32}, "embedding": embedding}
+    if reason := engine.supports(small_recipe(**choices)):
+        pytest.skip(reason)
+    tensors = stored_tensors(make_artifact(model, tmp_path / "out", tiny_text, **choices))
+    table = sum(tensor.nbytes for name, tensor in tensors.items() if "embed_tokens" in name)
+    rest = sum(tensor.nbytes for name, tensor in tensors.items() if "embed_tokens" not in name)
+    assert engine.load(tmp_path / "out").bytes_per_token() == rest + table // 300
+
+
+def test_dtype_is_that_of_the_activations(engine, artifacts):
+    if engine.supports(small_recipe(**RECIPES["weights only"])):
+        pytest.skip("not supported")
+    exact = engine.load(artifacts["weights only"], dtype="float32").logits(IDS)
+    rough = engine.load(artifacts["weights only"], dtype="bfloat16").logits(IDS)
+    auto = engine.load(artifacts["weights only"]).logits(IDS)
+    assert torch.equal(rough, auto), "the checkpoint is bfloat16"
+    assert not torch.equal(rough, exact)
+    assert float((rough - exact).abs().mean()) < 0.1 * float(exact.abs().mean())
+
+
+# The reference engine's modules
+
+
+def linear(scheme: dict, rows: int, columns: int, activations: str, bias: bool) -> tuple[QuantizedLinear, torch.Tensor]:
+    codec = make_codec(scheme)
+    weight = gaussian(rows, columns)
+    encoder = codec.encoder(weight, weight, refit=False)
+    decoded = encoder.round_all(weight)
+    module = QuantizedLinear(codec.scheme, (rows, columns), bias, torch.float32, activations)
+    for name, part in codec.join([encoder.parts()]).items():
+        getattr(module, name).copy_(part)
+    if bias:
+        module.bias.data = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    return module, decoded
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_only_linear_is_the_product_with_decoded_weights(bias, dtype):
+    module, decoded = linear({"codec": "integer", "bits": 3, "symmetric": False, "granularity": "group", "group_size": 32}, 40, 100, "none", bias)
+    x = torch.randn(3, 5, 100, generator=torch.Generator().manual_seed(2)).to(dtype)
+    module.bias = None if module.bias is None else torch.nn.Parameter(module.bias.to(dtype), requires_grad=False)
+    assert torch.equal(module(x), functional.linear(x, decoded.to(dtype), module.bias))
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 33])
+def test_int8_products_are_exact(mode, granularity, tokens):
+    """The integers against numpy's int64; what follows is three float32 multiplications and an addition, in this order."""
+    columns = 515
+    module, _ = linear({"codec": "integer", "bits": 8, "symmetric": True, "granularity": granularity}, 24, columns, mode, True)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)) * 3
+    x[0] = 0
+    if mode == "static":
+        module.input_scale.copy_(torch.tensor(0.03))
+        scale = np.full((tokens, 1), np.float32(0.03))
+    else:
+        scale = np.maximum(np.abs(x.numpy()).max(1, keepdims=True) / np.float32(127.5), np.finfo(np.float32).tiny)
+        assert np.array_equal(dynamic_scale(x).numpy(), scale)
+    quantized = np.clip(np.rint(x.numpy() / scale), -128, 127).astype(np.int64)
+    integers = quantized @ module.codes.numpy().astype(np.int64).T
+    weight_scale = module.scale.float().numpy().reshape(1, -1)
+    expected = integers.astype(np.float32) * scale * weight_scale + module.bias.numpy()
+    assert np.array_equal(module(x).numpy(), expected)
+
+
+def test_the_largest_integer_product_does_not_overflow():
+    """-128 x -128 over 16384 inputs is 2^28."""
+    module, _ = linear({"codec": "integer", "bits": 8, "symmetric": True, "granularity": "channel"}, 8, 16384, "static", False)
+    module.codes.fill_(-128)
+    module.scale.fill_(1.0)
+    module.input_scale.copy_(torch.tensor(1.0))
+    assert torch.equal(module(torch.full((20, 16384), -200.0)), torch.full((20, 8), 2.0**28))
+
+
+def test_embedding_looks_rows_up():
+    codec = make_codec({"codec": "integer", "bits": 5, "symmetric": False, "granularity": "group", "group_size": 32})
+    weight = gaussian(50, 100)
+    encoder = codec.encoder(weight, weight, refit=False)
+    decoded = encoder.round_all(weight)
+    module = QuantizedEmbedding(codec.scheme, (50, 100), torch.float32)
+    for name, part in codec.join([encoder.parts()]).items():
+        getattr(module, name).copy_(part)
+    ids = torch.tensor([[3, 3, 49], [0, 7, 3]])
+    assert torch.equal(module(ids), decoded[ids])
+
+
+def test_casting_a_module_leaves_what_is_packed():
+    module, _ = linear({"codec": "integer", "bits": 4, "symmetric": False, "granularity": "group", "group_size": 32}, 8, 64, "static", True)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    module.to(torch.float64)
+    assert module.bias.dtype == torch.float64
+    for name, buffer in module.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer.nan_to_num(), before[name].nan_to_num())
+
+
+def test_what_cannot_be_loaded_is_refused(tmp_path, artifacts, tiny_model):
+    engine = ENGINES.get("reference")()
+    for change, match in (
+        ({"quant_method": "awq"}, "quantized by 'awq'; this engine runs quern and compressed-tensors"),
+        ({"format_version": 2}, "has quern format version 2; this quern reads version 1"),
+        ({"modules": {"model.layers.0.mlp.zap": WeightScheme().model_dump()}}, "names a module 'model.layers.0.mlp.zap'"),
+        ({"modules": {"model.norm": WeightScheme().model_dump()}}, "neither a linear nor an embedding"),
+        ({"modules": {"model.layers.0.mlp.up_proj": {"codec": "zap"}}}, "unknown codec 'zap'"),
+        ({"modules": {"model.layers.0.mlp.up_proj": {"bits": 9}}}, "quantization_config is damaged"),
+        ({"modules": None}, "quantization_config is damaged"),
+        ({"recipe": {"name": "x", "zap": 1}}, "zap: unknown key"),
+    ):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for file in artifacts["weights only"].iterdir():
+            (folder / file.name).symlink_to(file)
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] |= change
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=match):
+            engine.load(folder)
+
+
+def test_unknown_engines_are_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="unknown engine 'zap'; known: .*reference"):
+        ENGINES.get("zap")

@@ -1,0 +1,272 @@
+"""What every format promises, and each format read back by whoever else reads it."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from artifacts import INT8, make_artifact, small_recipe, stored_tensors
+from schemes import gaussian
+from tiny_model import tiny_config, write_model
+
+from quern.codecs.base import CODECS
+from quern.core.errors import UserError
+from quern.core.packed import QuantizedWeight
+from quern.core.recipe import WeightScheme
+from quern.engines.base import ENGINES
+from quern.formats.base import FORMATS
+
+IDS = torch.randint(0, 296, (2, 21), generator=torch.Generator().manual_seed(3))
+MODULE = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def untied_model(tmp_path_factory) -> Path:
+    """A head of its own, so that it can be quantized without the embedding."""
+    return write_model(tmp_path_factory.mktemp("untied") / "model", tiny_config("qwen2", tie_word_embeddings=False))
+
+
+def rounded(scheme: WeightScheme, shape=(24, 64)) -> QuantizedWeight:
+    codec, weight = CODECS.get(scheme.codec)(scheme), gaussian(*shape)
+    encoder = codec.encoder(weight, weight, refit=False)
+    encoder.round_all(weight)
+    return QuantizedWeight(scheme, shape, codec.join([encoder.parts()]))
+
+
+RECIPES = {
+    "4-bit groups": {"weights": {"bits": 4, "group_size": 32}},
+    "3-bit channels": {"weights": {"bits": 3, "granularity": "channel"}},
+    "4-bit asymmetric": {"weights": {"bits": 4, "symmetric": False, "group_size": 32}},
+    "8-bit groups": {"weights": {"bits": 8, "group_size": 32}},
+    "int8 dynamic": {"weights": INT8, "activations": {"mode": "dynamic"}},
+    "int8 static": {"weights": INT8, "activations": {"mode": "static"}},
+}
+
+
+@pytest.fixture(params=FORMATS.names())
+def format_name(request):
+    return request.param
+
+
+@pytest.fixture(params=RECIPES)
+def choices(request):
+    return RECIPES[request.param]
+
+
+def test_encoding_keeps_every_byte_and_touches_nothing(format_name, choices):
+    recipe = small_recipe(format=format_name, **choices)
+    format = FORMATS.get(format_name)(recipe)
+    scheme = recipe.weights
+    format.check({MODULE: scheme}, {MODULE: (24, 64)})
+    weight = rounded(scheme)
+    before = {name: part.clone() for name, part in weight.parts.items()}
+    scale = 0.25 if recipe.activations.mode == "static" else None
+    tensors = format.encode(MODULE, weight, scale)
+    assert all(name.startswith(f"{MODULE}.") for name in tensors)
+    for name, part in before.items():
+        assert torch.equal(part, weight.parts[name])
+    stored = {tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values() if tensor.dim()}
+    assert weight.parts["scale"].contiguous().view(torch.uint8).numpy().tobytes() in stored
+    if scheme.symmetric is False:
+        assert weight.parts["zero_point"].view(torch.uint8).numpy().tobytes() in stored
+    assert (f"{MODULE}.input_scale" in tensors) == (scale is not None)
+    assert sum(t.nbytes for t in tensors.values()) <= weight.stored_bytes + 32
+
+
+def test_config_is_plain_json_and_names_every_module(format_name, choices):
+    recipe = small_recipe(format=format_name, **choices)
+    schemes = {f"model.layers.{i}.mlp.down_proj": recipe.weights for i in range(2)}
+    config = FORMATS.get(format_name)(recipe).quantization_config(schemes, ["lm_head"])
+    text = json.dumps(config, allow_nan=False)
+    assert json.loads(text) == config
+    assert config["quant_method"] == format_name
+    assert all(name in text for name in schemes)
+
+
+def test_unknown_formats_are_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="unknown format 'zap'; known: compressed-tensors, quern"):
+        FORMATS.get("zap")
+
+
+# quern's own, read by transformers through the plug-in
+
+
+PACKED = {name: choices for name, choices in RECIPES.items() if "activations" not in choices} | {
+    "everything packed": {
+        "weights": {"bits": 2, "group_size": 48},
+        "overrides": [{"pattern": "*.o_proj", "codec": "none"}, {"pattern": "*.1.mlp.*", "bits": 6, "symmetric": False, "group_size": 96}],
+        "embedding": {"bits": 5, "symmetric": False, "granularity": "group", "group_size": 40},
+        "head": {"bits": 3, "granularity": "tensor"},
+    }
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("tied", [True, False])
+def test_artifact_computes_what_its_decoded_weights_compute(name, tied, tiny_model, untied_model, tiny_text, tmp_path):
+    """A plain model that holds the decoded values (float32, hence exact) gives the same logits, bit for bit."""
+    source = tiny_model if tied else untied_model
+    folder = make_artifact(source, tmp_path / "out", tiny_text, **PACKED[name])
+    engine = ENGINES.get("reference")()
+    plain = engine.load(source, dtype="float32").model
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    tensors = stored_tensors(folder)
+    state = {key: tensor.float() for key, tensor in tensors.items() if key in plain.state_dict()}
+    for module, raw in config["modules"].items():
+        scheme = WeightScheme.model_validate(raw)
+        codec, shape = CODECS.get(scheme.codec)(scheme), tuple(plain.get_submodule(module).weight.shape)
+        state[f"{module}.weight"] = codec.decode(shape, {p: tensors[f"{module}.{p}"] for p in codec.part_shapes(shape)})
+    missing, unexpected = plain.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"} if tied else not missing
+    if tied:
+        plain.tie_weights()
+    loaded = engine.load(folder, dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(loaded.logits(IDS), plain(IDS, use_cache=False).logits)
+
+
+# compressed-tensors, read by transformers and the compressed-tensors package
+
+
+WEIGHT_ONLY = {
+    "W4A16 group": {"bits": 4, "group_size": 32},
+    "W3A16 group": {"bits": 3, "group_size": 32},
+    "W8A16 group": {"bits": 8, "group_size": 32},
+    "W4A16 channel": {"bits": 4, "granularity": "channel"},
+    "W8A16 channel": {"bits": 8, "granularity": "channel"},
+}
+ASYMMETRIC = {
+    "W4A16 group": {"bits": 4, "symmetric": False, "group_size": 32, "scale_dtype": "float32"},
+    "W8A16 channel": {"bits": 8, "symmetric": False, "granularity": "channel", "scale_dtype": "float32"},
+}
+
+
+def both(model, text, folder, **choices):
+    """The reference engine's models of one recipe in both formats."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    paths = [make_artifact(model, folder / name, text, format=name, **choices) for name in ("quern", "compressed-tensors")]
+    return [ENGINES.get("reference")().load(path, dtype="float32") for path in paths]
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_compressed_tensors_weights_give_equal_logits(name, untied_model, tiny_text, tmp_path):
+    ours, _ = both(untied_model, tiny_text, tmp_path, weights=WEIGHT_ONLY[name])
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed-tensors", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(ours.logits(IDS), theirs(IDS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("name", ASYMMETRIC)
+def test_compressed_tensors_zero_points_give_equal_logits(name, untied_model, tiny_text, tmp_path):
+    """Through the reference engine, which asks for decompression while loading: compressed-tensors 0.20 allocates the zero
+    points unpacked and so cannot load packed ones the other way. It decompresses in the scales' dtype, hence float32 here."""
+    ours, theirs = both(untied_model, tiny_text, tmp_path, weights=ASYMMETRIC[name])
+    assert torch.equal(ours.logits(IDS), theirs.logits(IDS))
+
+
+def test_compressed_tensors_takes_mixed_recipes(untied_model, tiny_text, tmp_path):
+    choices = {
+        "weights": {"bits": 4, "group_size": 32},
+        "overrides": [{"pattern": "*.down_proj", "codec": "none"}, {"pattern": "*.o_proj", "bits": 8, "granularity": "channel"}],
+        "head": {"bits": 8, "granularity": "channel"},
+    }  # fmt: skip
+    ours, theirs = both(untied_model, tiny_text, tmp_path, **choices)
+    assert torch.equal(ours.logits(IDS), theirs.logits(IDS))
+    config = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_compressed_tensors_int8_activations_agree_module_by_module(mode, granularity, untied_model, tiny_text, tmp_path):
+    """On identical inputs, because ties of the activation rounding flip over depth.
+
+    Both quantize x to the same int8. Ours multiplies integers exactly and then scales twice; theirs multiplies what they
+    dequantized, with K float32 terms. So they differ by at most (K + 4) eps sum_k |x_k w_k| (Higham 2002, section 3.1).
+    The head is packed 4-bit and its inputs stay as they are: equal.
+    """
+    choices = {
+        "weights": {**INT8, "granularity": granularity},
+        "activations": {"mode": mode},
+        "head": {"bits": 4, "group_size": 32},
+    }
+    ours, theirs = both(untied_model, tiny_text, tmp_path, **choices)
+    theirs.logits(IDS)  # decompresses
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output, name=name: seen.__setitem__(name, (inputs[0], output)))
+        for name, module in ours.model.named_modules()
+        if name.endswith("_proj") or name == "lm_head"
+    ]
+    ours.logits(IDS)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 3 * 7 + 1
+    with torch.no_grad():
+        for name, (inputs, output) in seen.items():
+            their_output = theirs.model.get_submodule(name)(inputs)
+            if name == "lm_head":
+                assert torch.equal(their_output, output)
+                continue
+            module = ours.model.get_submodule(name)
+            sizes = inputs.abs() @ module.decoded(torch.float32).abs().T
+            if module.bias is not None:
+                sizes = sizes + module.bias.abs()
+            bound = (inputs.shape[-1] + 4) * 2.0**-24 * 1.01 * sizes  # rounding makes some |x| larger, by at most 1 % in sum
+            assert bool(((their_output - output).abs() <= bound).all()), name
+
+
+def refused(match: str, shapes=None, **choices):
+    recipe = small_recipe(format="compressed-tensors", **choices)
+    names = [f"model.layers.0.{n}" for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")]
+    schemes = {name: scheme for name in names if (scheme := recipe.scheme_for(name)).quantized}
+    if recipe.embedding.quantized:
+        schemes["model.embed_tokens"] = recipe.embedding
+    if recipe.head.quantized:
+        schemes["lm_head"] = recipe.head
+    with pytest.raises(UserError, match=match):
+        FORMATS.get("compressed-tensors")(recipe).check(schemes, {name: (64, 96) for name in schemes})
+
+
+def test_compressed_tensors_says_what_it_cannot_store():
+    refused("rows have 96 inputs, which is not a multiple of the group size 64", weights={"bits": 4, "group_size": 64})
+    refused("rows have 96 inputs, .* group size 128", weights={"bits": 4, "group_size": 128})
+    refused("no quantized embedding; set embedding: {codec: none}", weights={"group_size": 32}, embedding=INT8)
+    refused("1-bit integers", weights={"bits": 1, "group_size": 32})
+    refused("per tensor is not part of it", weights={"bits": 4, "granularity": "tensor"})
+    refused("per tensor is not part of it", weights=INT8, activations={"mode": "dynamic"},
+            head={"bits": 8, "granularity": "tensor"})  # fmt: skip
+    for override in ({"bits": 8, "granularity": "channel"}, {"codec": "none"}):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            refused(
+                r"q_proj, k_proj, v_proj of model\.layers\.0\.self_attn need one scheme, because vLLM joins them",
+                weights={"bits": 4, "group_size": 32},
+                overrides=[{"pattern": f"*.{name}", **override}],
+            )
+
+
+def test_the_least_loaders_expect_is_there():
+    """Names and shapes as compressed-tensors' own compressor writes them."""
+    format = FORMATS.get("compressed-tensors")
+    packed = format(small_recipe(weights={"bits": 4, "symmetric": False, "group_size": 32})).encode(
+        MODULE, rounded(WeightScheme(bits=4, symmetric=False, group_size=32)), None
+    )
+    assert {n.removeprefix(MODULE + "."): (tuple(t.shape), t.dtype) for n, t in packed.items()} == {
+        "weight_packed": ((24, 8), torch.int32),
+        "weight_scale": ((24, 2), torch.float16),
+        "weight_zero_point": ((3, 2), torch.int32),
+        "weight_shape": ((2,), torch.int64),
+    }
+    assert packed[f"{MODULE}.weight_shape"].tolist() == [24, 64]
+    recipe = small_recipe(weights={**INT8, "granularity": "tensor"}, activations={"mode": "static"})
+    whole = format(recipe).encode(MODULE, rounded(recipe.weights), 0.1)
+    assert {n.removeprefix(MODULE + "."): (tuple(t.shape), t.dtype) for n, t in whole.items()} == {
+        "weight": ((24, 64), torch.int8),
+        "weight_scale": ((1,), torch.float16),
+        "input_scale": ((1,), torch.float32),
+    }
+    assert math.isclose(float(whole[f"{MODULE}.input_scale"]), 0.1, rel_tol=2**-23)
