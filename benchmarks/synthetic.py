@@ -13,6 +13,8 @@ from quern.architectures.base import architecture_of
 from quern.checkpoint.safetensors_file import write_safetensors
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+VOCABULARY = 320
+"""The bytes, and room for the special tokens that tokenizer classes add."""
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -32,7 +34,7 @@ def write_checkpoint(
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         num_hidden_layers=layers,
-        vocab_size=len(BYTES),
+        vocab_size=VOCABULARY,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 import quern
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.files import read_json, write_json
+from quern.checkpoint.files import explain_write_errors, read_json, write_json
 from quern.checkpoint.safetensors_file import read_header
 from quern.checkpoint.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
@@ -115,7 +115,8 @@ def quantize(
         quantize_blocks(job)
         layers = _write_metadata(job, schemes, fingerprint)
         if fresh and output.exists():
-            shutil.rmtree(output)
+            with explain_write_errors(output, 0):
+                os.rename(output, work.path("replaced"))  # one step, and gone with the work folder
         work.publish(work.path("artifact"), output)
     return _report(output, chosen, checkpoint, time.perf_counter() - started, layers, resumed, job.notes)
 
@@ -266,8 +267,8 @@ def _finished(output: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint,
         return None
     try:
         provenance = read_json(output / PROVENANCE)
-        then = provenance["fingerprint"]
-    except (BadFileError, KeyError):
+        then, layers = dict(provenance["fingerprint"]), list(provenance["layers"])
+    except (BadFileError, KeyError, TypeError, ValueError):
         raise UserError(f"{output} exists and is not an artifact of quern. Choose another output folder") from None
     if fresh:
         return None
@@ -278,7 +279,7 @@ def _finished(output: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint,
             "Choose another output folder, or pass --fresh to replace it"
         )
     recipe = Recipe.model_validate(fingerprint["recipe"])
-    return _report(output, recipe, checkpoint, None, provenance["layers"], True, ["was finished already"])
+    return _report(output, recipe, checkpoint, None, layers, True, ["was finished already"])
 
 
 def _report(

@@ -207,6 +207,15 @@ def test_children_end_with_it(tmp_path):
             wait_until_gone(process_id)
 
 
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch):
+    code = "import os, json; input(); print(json.dumps({'ok': True, 'policy': os.environ['OMP_WAIT_POLICY']})); input()"
+    with start(script(code)) as worker:
+        assert worker.ask({"do": "x"})["policy"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    with start(script(code)) as worker:
+        assert worker.ask({"do": "x"})["policy"] == "ACTIVE"
+
+
 def test_killing_frees_whoever_waits(folder):
     with start(script("input(); import time; time.sleep(600)")) as worker:
         worker.send({"do": "x"})
