@@ -38,7 +38,7 @@ def quantize_in_child(**request: Any) -> dict[str, Any]:
 def write_result(theme: str, content: dict[str, Any]) -> Path:
     """``results/<theme>_<cpu>_<date>.json`` with hardware and date."""
     hardware = probe()
-    cpu = "".join(c if c.isalnum() else "-" for c in str(hardware.get("cpu", {}).get("model") or "cpu")).strip("-")
+    cpu = "".join(c if c.isalnum() else "-" for c in str(hardware["cpu_model"] or "cpu")).strip("-")
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     path = RESULTS / f"{theme}_{cpu}_{date}.json"
     RESULTS.mkdir(exist_ok=True)

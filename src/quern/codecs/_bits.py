@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 WORD = 32
+PACKED_ROWS = 64
+"""Rows whose codes are widened to 64 bits at a time."""
 
 
 def words_per_row(columns: int, bits: int) -> int:
@@ -22,20 +24,34 @@ def words_per_row(columns: int, bits: int) -> int:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes ``(rows, columns)`` below 2^bits as int32 ``(rows, words_per_row)``; unused bits are zero."""
+    if 8 % bits == 0:  # no code straddles a byte, and little-endian bytes are little-endian words
+        rows, columns = codes.shape
+        per_byte = 8 // bits
+        padded = codes.new_zeros(rows, words_per_row(columns, bits) * 4 * per_byte)
+        padded[:, :columns] = codes
+        octets = padded[:, ::per_byte].clone()
+        for index in range(1, per_byte):
+            octets |= padded[:, index::per_byte] << (index * bits)
+        return octets.reshape(-1).view(torch.int32).view(rows, -1)
+    return torch.cat([pack_any(part, bits) for part in torch.split(codes, PACKED_ROWS)])
+
+
+def pack_any(codes: Tensor, bits: int) -> Tensor:
+    """``pack`` without short cuts: right for every width, and the judge of the short cuts."""
     rows, columns = codes.shape
     per_period = WORD // gcd(bits, WORD)  # codes until a code starts on a word boundary again
     words_per_period = bits // gcd(bits, WORD)
     periods = -(-columns // per_period)
-    padded = torch.zeros(rows, periods * per_period, dtype=torch.int64)
+    padded = torch.zeros(rows, periods * per_period, dtype=torch.int64, device=codes.device)
     padded[:, :columns] = codes
     padded = padded.view(rows, periods, per_period)
-    words = torch.zeros(rows, periods, words_per_period, dtype=torch.int64)
+    words = torch.zeros(rows, periods, words_per_period, dtype=torch.int64, device=codes.device)
     for index in range(per_period):
         word, shift = divmod(index * bits, WORD)
         words[:, :, word] |= padded[:, :, index] << shift
         if shift + bits > WORD:
             words[:, :, word + 1] |= padded[:, :, index] >> (WORD - shift)
-    words = words.flatten(1)[:, : words_per_row(columns, bits)] & 0xFFFFFFFF
+    words = words.view(rows, -1)[:, : words_per_row(columns, bits)] & 0xFFFFFFFF
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 

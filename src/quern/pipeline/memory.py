@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.errors import OutOfMemoryCapError
 from quern.pipeline.job import Job
 from quern.quantization.calibration.activations import WAVE_TOKENS
@@ -19,11 +20,13 @@ SLAB_COPIES = 8
 """Float32 copies of a slab that rounding one keeps: the slab, its changes, its codes, the observer's candidates."""
 WAVE_COPIES = 4
 """Float32 copies of a wave's widest activations."""
+LIBRARIES = 48 * MIB
+"""What torch's libraries take when they first compute and what the allocator keeps: 20 to 35 MiB were measured."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes at the peak of each stage, the process as it is now included."""
+    """Bytes at the peak of each stage; ``process`` is what it takes already, and its libraries will."""
 
     process: int
     block: int
@@ -59,11 +62,16 @@ def plan(job: Job) -> MemoryPlan:
     packed = weights // itemsize + largest * (itemsize + 1)
     uses_hessian = calibrated and ROUNDINGS.get(job.recipe.rounding.method).needs_hessian
     table = job.architecture.config.vocab_size * job.architecture.config.hidden_size
-    outer = table * (2 * 4 + 2) if job.recipe.embedding.quantized or job.recipe.head.quantized else table * 4
+    # Of embedding or head: the weight, its rounded slabs and these joined; the codes, in slabs and joined.
+    stored = DTYPES[job.checkpoint.info(f"{job.architecture.embedding}.weight").dtype].itemsize
+    outer = table * stored
+    if job.recipe.embedding.quantized or job.recipe.head.quantized:
+        hidden = job.architecture.config.hidden_size
+        outer = table * (3 * stored + 2) + job.workers.threads * SLAB_COPIES * 4 * SLAB * hidden
     fisher = uses_hessian and job.recipe.calibration.token_weight == "fisher"
     logits = job.workers.threads * 5 * 4 * LOGIT_TOKENS * job.architecture.config.vocab_size
     return MemoryPlan(
-        process=psutil.Process().memory_info().rss,
+        process=psutil.Process().memory_info().rss + LIBRARIES,
         block=weights + packed + max((hessians if uses_hessian else 0) + slabs, wave) + (wave if uses_hessian else 0),
         outer=outer,
         sensitivity=max(table * (4 + itemsize) + logits, weights + 3 * wave) if fisher else 0,
