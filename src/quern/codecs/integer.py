@@ -69,9 +69,9 @@ class IntegerEncoder(Encoder):
         self.group = codec.group_width(columns)
         groups = -(-columns // self.group)
         # Transposed, so that one column of the weight is one contiguous row.
-        self.codes = torch.zeros(columns, rows, dtype=torch.uint8)
-        self.scale = torch.zeros(groups, rows)
-        self.zero = torch.zeros(groups, rows)
+        self.codes = weight.new_zeros(columns, rows, dtype=torch.uint8)
+        self.scale = weight.new_zeros(groups, rows)
+        self.zero = weight.new_zeros(groups, rows)
         if codec.scheme.granularity == "tensor":
             scale, zero = self._observe(_flat(whole))
             self.scale[:], self.zero[:] = scale.item(), zero.item()

@@ -43,4 +43,4 @@ class ActivationFile:
         sequences, time, width = self.shape
         with atomic_output(self.path, sequences * time * width * self.dtype.itemsize) as file:
             for start, stop in self.waves():
-                file.write(wave(start, stop).to(self.dtype).contiguous().view(torch.uint8).numpy().data)
+                file.write(wave(start, stop).to(self.dtype).cpu().contiguous().view(torch.uint8).numpy().data)

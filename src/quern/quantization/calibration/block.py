@@ -31,9 +31,10 @@ class Block:
         self.module.load_state_dict(weights, assign=True)
         self.module.requires_grad_(False)
         self.dtype = dtype
-        positions = torch.arange(time)[None]
-        probe = torch.empty(1, dtype=dtype)
-        self._rotary = architecture.build_rotary()(probe, positions)
+        self.device = next(iter(weights.values())).device
+        positions = torch.arange(time, device=self.device)[None]
+        probe = torch.empty(1, dtype=dtype, device=self.device)
+        self._rotary = architecture.build_rotary().to(self.device)(probe, positions)
         self._positions = positions
         self._recorded = threading.local()  # sequences run in several threads through the same modules
 
@@ -57,7 +58,7 @@ class Block:
 
     def _no_grad(self, sequence: Tensor) -> Tensor:
         with torch.no_grad():  # the setting is per thread
-            return self.run(sequence)
+            return self.run(sequence.to(self.device))
 
     def capture(self, linear: str, hidden: Tensor, workers: Workers) -> Tensor:
         """What ``linear`` reads when the block reads ``hidden``: ``(sequences * time, inputs)``."""
@@ -96,5 +97,5 @@ class Block:
     def run_recorded(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``run``, and the outputs of the recorded linears in the order in which they were named."""
         self._recorded.outputs = {}
-        result = self.run(hidden)
+        result = self.run(hidden.to(self.device))
         return result, [self._recorded.outputs.pop(module) for module in self._order]

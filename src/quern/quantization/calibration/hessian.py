@@ -18,7 +18,7 @@ def add_to_hessian(hessian: Tensor, inputs: Tensor, weights: Tensor | None, work
     """
     rows = inputs.float()
     if weights is not None:
-        rows = rows * weights.clamp(min=0).sqrt()[:, None]
+        rows = rows * weights.to(rows.device).clamp(min=0).sqrt()[:, None]
 
     def tile(columns: tuple[int, int]) -> None:
         start, stop = columns

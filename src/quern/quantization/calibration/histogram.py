@@ -21,7 +21,7 @@ class InputHistogram:
 
     def add(self, inputs: Tensor) -> None:
         """Count the values of ``inputs``, any shape."""
-        sizes = inputs.float().abs().reshape(-1)
+        sizes = inputs.float().abs().reshape(-1).cpu()
         top = float(sizes.max())
         if self.limit == 0.0:
             self.limit = top

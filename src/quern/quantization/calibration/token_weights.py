@@ -30,18 +30,18 @@ def output_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, seed: int) ->
     model's prediction at that place, seeded by ``seed``.
     """
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(hidden.shape[0], 1, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(hidden.shape[0], 1, generator=generator).to(head.device)
     gradients = []
     for start, stop in pieces(hidden.shape[0], LOGIT_TOKENS):
-        part = hidden[start:stop].detach().requires_grad_()
+        part = hidden[start:stop].to(head.device).detach().requires_grad_()
         with torch.enable_grad():
             final = norm(part)
         # The gradient of the cross entropy by the logits is (prediction - label), so the logits need no graph.
         prediction = functional.linear(final.detach(), head).float().softmax(-1)
         cumulative = prediction.cumsum(-1)
-        labels = torch.searchsorted(cumulative, uniform[start:stop].float() * cumulative[:, -1:])
+        labels = torch.searchsorted(cumulative, uniform[start:stop] * cumulative[:, -1:])
         labels.clamp_(max=head.shape[0] - 1)
-        prediction.scatter_add_(1, labels, torch.full(labels.shape, -1.0))
+        prediction.scatter_add_(1, labels, torch.full_like(cumulative[:, :1], -1.0))
         (gradient,) = torch.autograd.grad(final, part, prediction.to(head.dtype) @ head)
         gradients.append(gradient.float())
     return torch.cat(gradients)
@@ -53,10 +53,10 @@ def block_gradients(block: Block, hidden: Tensor, gradient: Tensor) -> tuple[Ten
     ``hidden`` and ``gradient`` ``(time, width)`` are the block's inputs and dL/d(outputs). Returns |dL/dy_t|^2 as float32
     ``(recorded linears, time)``, and dL/d(inputs) ``(time, width)``.
     """
-    inputs = hidden[None].detach().requires_grad_()
+    inputs = hidden[None].to(block.device).detach().requires_grad_()
     with torch.enable_grad():
         result, outputs = block.run_recorded(inputs)
-        gradients = torch.autograd.grad(result, [inputs, *outputs], gradient[None].to(result.dtype))
+        gradients = torch.autograd.grad(result, [inputs, *outputs], gradient[None].to(result))
     squares = torch.stack([g[0].float().square().sum(-1) for g in gradients[1:]])
     return squares, gradients[0][0]
 

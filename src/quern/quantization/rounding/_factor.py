@@ -79,7 +79,9 @@ def _cholesky_corner(corner: Tensor) -> Tensor:
     """Upper R with R R^T = corner: the ordinary (lower) factor of the matrix with rows and columns reversed."""
     full = (corner.triu() + corner.triu(1).T).double().flip(0, 1)
     for shift in SHIFTS:
-        lower, failed = torch.linalg.cholesky_ex(full + shift * torch.eye(len(full), dtype=torch.float64))
+        lower, failed = torch.linalg.cholesky_ex(
+            full + shift * torch.eye(len(full), dtype=full.dtype, device=full.device)
+        )
         if not failed:
             upper: Tensor = lower.flip(0, 1).to(torch.float32)
             return upper

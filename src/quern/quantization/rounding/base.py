@@ -52,7 +52,11 @@ class Rounding(ABC):
         for (start, stop), slab in zip(pieces(weight.shape[0], SLAB), slabs, strict=True):
             decoded[start:stop] = slab[1]
         rows, columns = weight.shape
-        packed = QuantizedWeight(codec.scheme, (rows, columns), codec.join([slab[0] for slab in slabs]))
+        packed = QuantizedWeight(
+            codec.scheme,
+            (rows, columns),
+            codec.join([{name: part.cpu() for name, part in slab[0].items()} for slab in slabs]),
+        )
         size = sum(slab[3] for slab in slabs)
         return Rounded(packed, decoded, sum(slab[2] for slab in slabs) / size if size else 0.0)
 

@@ -53,8 +53,8 @@ class Gptq(Rounding):
             stop = min(start + block, columns)
             target = torch.addmm(weight[:, start:stop], change[:, :start], factor.upper[:start, start:stop])
             target = target.T.contiguous()  # one column of the weight = one contiguous row
-            done = torch.zeros(stop - start, rows)  # rows of (W - Q)^T inside this block
-            rounded = torch.empty(stop - start, rows)
+            done = weight.new_zeros(stop - start, rows)  # rows of (W - Q)^T inside this block
+            rounded = weight.new_empty(stop - start, rows)
             original = weight[:, start:stop].T.contiguous()
             inside = factor.upper[start:stop, start:stop].T.contiguous()
             for k in range(stop - start):
