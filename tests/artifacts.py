@@ -19,7 +19,9 @@ def small_recipe(name: str = "test", **choices: Any) -> Recipe:
     return parse_recipe({"name": name, "calibration": calibration, **choices}, name)
 
 
-def make_artifact(model: Path, output: Path, text: Path, *, format: str = "quern", threads: int = 1, **choices: Any) -> Path:
+def make_artifact(
+    model: Path, output: Path, text: Path, *, format: str = "quern", threads: int = 1, **choices: Any
+) -> Path:
     """Quantize ``model`` by ``small_recipe(**choices)``; the artifact's folder."""
     from quern.pipeline.quantize import quantize
 

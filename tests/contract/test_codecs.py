@@ -216,12 +216,16 @@ def test_values_half_way_go_to_the_even_code():
     weight = torch.tensor([[-8.0, -7.5, -6.5, -1.5, -0.5, 0.5, 1.5, 6.5, 7.5]])
     encoder = codec.encoder(weight, weight, refit=False)
     encoder.scale[:] = 1.0
-    assert encoder.round_all(weight).tolist() == [[-8, -8, -6, -2, 0, 0, 2, 6, 7]]  # 7.5 would be 8, which is off the grid
+    assert encoder.round_all(weight).tolist() == [
+        [-8, -8, -6, -2, 0, 0, 2, 6, 7]
+    ]  # 7.5 would be 8, which is off the grid
 
 
 def test_scales_that_overflow_are_refused_with_the_way_out():
     codec = make_codec({"codec": "integer", "bits": 4, "symmetric": True, "granularity": "channel"})
-    with pytest.raises(UserError, match=r"1e\+30 are too large for scales in scale_dtype float16. .* bfloat16 and float32"):
+    with pytest.raises(
+        UserError, match=r"1e\+30 are too large for scales in scale_dtype float16. .* bfloat16 and float32"
+    ):
         codec.encoder(torch.full((1, 4), 1e30), torch.full((1, 4), 1e30), refit=False)
 
 

@@ -55,7 +55,9 @@ def test_supports_answers_none_or_a_reason(engine):
 
 def test_the_reference_runs_everything():
     reference = ENGINES.get("reference")()
-    assert [reference.supports(recipe) for recipe in [None, *map(load_recipe, profile_names())]].count(None) == 1 + len(profile_names())
+    assert [reference.supports(recipe) for recipe in [None, *map(load_recipe, profile_names())]].count(None) == 1 + len(
+        profile_names()
+    )
 
 
 def test_model_says_what_it_is(loaded):
@@ -168,7 +170,13 @@ def linear(scheme: dict, rows: int, columns: int, activations: str, bias: bool) 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_only_linear_is_the_product_with_decoded_weights(bias, dtype):
-    module, decoded = linear({"codec": "integer", "bits": 3, "symmetric": False, "granularity": "group", "group_size": 32}, 40, 100, "none", bias)
+    module, decoded = linear(
+        {"codec": "integer", "bits": 3, "symmetric": False, "granularity": "group", "group_size": 32},
+        40,
+        100,
+        "none",
+        bias,
+    )
     x = torch.randn(3, 5, 100, generator=torch.Generator().manual_seed(2)).to(dtype)
     module.bias = None if module.bias is None else torch.nn.Parameter(module.bias.to(dtype), requires_grad=False)
     assert torch.equal(module(x), functional.linear(x, decoded.to(dtype), module.bias))
@@ -180,7 +188,9 @@ def test_weight_only_linear_is_the_product_with_decoded_weights(bias, dtype):
 def test_int8_products_are_exact(mode, granularity, tokens):
     """The integers against numpy's int64; what follows is three float32 multiplications and an addition, in this order."""
     columns = 515
-    module, _ = linear({"codec": "integer", "bits": 8, "symmetric": True, "granularity": granularity}, 24, columns, mode, True)
+    module, _ = linear(
+        {"codec": "integer", "bits": 8, "symmetric": True, "granularity": granularity}, 24, columns, mode, True
+    )
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)) * 3
     x[0] = 0
     if mode == "static":
@@ -198,7 +208,9 @@ def test_int8_products_are_exact(mode, granularity, tokens):
 
 def test_the_largest_integer_product_does_not_overflow():
     """-128 x -128 over 16384 inputs is 2^28."""
-    module, _ = linear({"codec": "integer", "bits": 8, "symmetric": True, "granularity": "channel"}, 8, 16384, "static", False)
+    module, _ = linear(
+        {"codec": "integer", "bits": 8, "symmetric": True, "granularity": "channel"}, 8, 16384, "static", False
+    )
     module.codes.fill_(-128)
     module.scale.fill_(1.0)
     module.input_scale.copy_(torch.tensor(1.0))
@@ -218,7 +230,13 @@ def test_embedding_looks_rows_up():
 
 
 def test_casting_a_module_leaves_what_is_packed():
-    module, _ = linear({"codec": "integer", "bits": 4, "symmetric": False, "granularity": "group", "group_size": 32}, 8, 64, "static", True)
+    module, _ = linear(
+        {"codec": "integer", "bits": 4, "symmetric": False, "granularity": "group", "group_size": 32},
+        8,
+        64,
+        "static",
+        True,
+    )
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.to(torch.float64)
     assert module.bias.dtype == torch.float64
@@ -232,7 +250,10 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, artifacts, tiny_model):
     for change, match in (
         ({"quant_method": "awq"}, "quantized by 'awq'; this engine runs quern and compressed-tensors"),
         ({"format_version": 2}, "has quern format version 2; this quern reads version 1"),
-        ({"modules": {"model.layers.0.mlp.zap": WeightScheme().model_dump()}}, "names a module 'model.layers.0.mlp.zap'"),
+        (
+            {"modules": {"model.layers.0.mlp.zap": WeightScheme().model_dump()}},
+            "names a module 'model.layers.0.mlp.zap'",
+        ),
         ({"modules": {"model.norm": WeightScheme().model_dump()}}, "neither a linear nor an embedding"),
         ({"modules": {"model.layers.0.mlp.up_proj": {"codec": "zap"}}}, "unknown codec 'zap'"),
         ({"modules": {"model.layers.0.mlp.up_proj": {"bits": 9}}}, "quantization_config is damaged"),

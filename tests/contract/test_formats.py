@@ -146,7 +146,9 @@ ASYMMETRIC = {
 def both(model, text, folder, **choices):
     """The reference engine's models of one recipe in both formats."""
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    paths = [make_artifact(model, folder / name, text, format=name, **choices) for name in ("quern", "compressed-tensors")]
+    paths = [
+        make_artifact(model, folder / name, text, format=name, **choices) for name in ("quern", "compressed-tensors")
+    ]
     return [ENGINES.get("reference")().load(path, dtype="float32") for path in paths]
 
 
@@ -182,7 +184,9 @@ def test_compressed_tensors_takes_mixed_recipes(untied_model, tiny_text, tmp_pat
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_compressed_tensors_int8_activations_agree_module_by_module(mode, granularity, untied_model, tiny_text, tmp_path):
+def test_compressed_tensors_int8_activations_agree_module_by_module(
+    mode, granularity, untied_model, tiny_text, tmp_path
+):
     """On identical inputs, because ties of the activation rounding flip over depth.
 
     Both quantize x to the same int8. Ours multiplies integers exactly and then scales twice; theirs multiplies what they
@@ -216,13 +220,17 @@ def test_compressed_tensors_int8_activations_agree_module_by_module(mode, granul
             sizes = inputs.abs() @ module.decoded(torch.float32).abs().T
             if module.bias is not None:
                 sizes = sizes + module.bias.abs()
-            bound = (inputs.shape[-1] + 4) * 2.0**-24 * 1.01 * sizes  # rounding makes some |x| larger, by at most 1 % in sum
+            bound = (
+                (inputs.shape[-1] + 4) * 2.0**-24 * 1.01 * sizes
+            )  # rounding makes some |x| larger, by at most 1 % in sum
             assert bool(((their_output - output).abs() <= bound).all()), name
 
 
 def refused(match: str, shapes=None, **choices):
     recipe = small_recipe(format="compressed-tensors", **choices)
-    names = [f"model.layers.0.{n}" for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")]
+    names = [
+        f"model.layers.0.{n}" for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+    ]
     schemes = {name: scheme for name in names if (scheme := recipe.scheme_for(name)).quantized}
     if recipe.embedding.quantized:
         schemes["model.embed_tokens"] = recipe.embedding

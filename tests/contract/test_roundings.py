@@ -202,7 +202,9 @@ def test_activation_order_is_the_algorithm_on_sorted_columns(name, workers):
         error = (work[:, k] - expected[:, column]) / upper[k, k]
         work[:, k + 1 :] -= torch.outer(error, upper[k, k + 1 :])
     assert float((rounded.decoded == expected).float().mean()) >= 0.99
-    assert quadratic(weight - rounded.decoded, hessian) == pytest.approx(quadratic(weight - expected, hessian), rel=1e-2)
+    assert quadratic(weight - rounded.decoded, hessian) == pytest.approx(
+        quadratic(weight - expected, hessian), rel=1e-2
+    )
 
 
 def test_blocks_are_for_speed_only(workers):

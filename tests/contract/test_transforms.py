@@ -11,7 +11,14 @@ from quern.core.parallel import Workers
 from quern.core.recipe import Transform as Settings
 from quern.quantization.calibration.block import Block
 from quern.quantization.transforms.awq import STEPS, Awq
-from quern.quantization.transforms.base import LARGEST_EXPONENT, TRANSFORMS, ChannelStatistics, Repeat, fold, power_of_two
+from quern.quantization.transforms.base import (
+    LARGEST_EXPONENT,
+    TRANSFORMS,
+    ChannelStatistics,
+    Repeat,
+    fold,
+    power_of_two,
+)
 from quern.quantization.transforms.smoothquant import SmoothQuant
 
 TIME = 12

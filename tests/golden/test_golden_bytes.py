@@ -17,7 +17,11 @@ from quern.formats.base import FORMATS
 
 FOLDER = Path(__file__).parent
 PARTS = json.loads((FOLDER / "integer_parts.json").read_text("utf-8"))
-GRANULARITIES = {"tensor": {"granularity": "tensor"}, "channel": {"granularity": "channel"}, "group4": {"group_size": 4}}
+GRANULARITIES = {
+    "tensor": {"granularity": "tensor"},
+    "channel": {"granularity": "channel"},
+    "group4": {"group_size": 4},
+}
 
 
 def matrix() -> torch.Tensor:

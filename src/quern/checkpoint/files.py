@@ -220,9 +220,10 @@ def write_json(path: Path, data: object) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes or a folder's entries are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Wait until a file's bytes or a folder's entries are on the disk. Raises ``UserError`` when they do not fit."""
+    with explain_write_errors(path, 0):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -20,8 +20,8 @@ SLAB_COPIES = 8
 """Float32 copies of a slab that rounding one keeps: the slab, its changes, its codes, the observer's candidates."""
 WAVE_COPIES = 4
 """Float32 copies of a wave's widest activations."""
-LIBRARIES = 48 * MIB
-"""What torch's libraries take when they first compute and what the allocator keeps: 20 to 35 MiB were measured."""
+LIBRARIES = 64 * MIB
+"""What torch's libraries take when they first compute and what the allocator keeps: 20 to 50 MiB were measured."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from quern.checkpoint.tokenizer import check_tokenizer, copy_tokenizer, load_tok
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.codecs.base import CODECS
 from quern.core.artifact import PROVENANCE
-from quern.core.errors import BadFileError, UserError
+from quern.core.errors import BadFileError, OutOfMemoryCapError, UserError
 from quern.core.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, WeightScheme, load_recipe
@@ -82,7 +82,7 @@ def quantize(
     checkpoint, chosen = open_checkpoint(model, progress=progress), _recipe(recipe, format)
     architecture = architecture_of(checkpoint.config)
     checkpoint.validate(architecture.expected_shapes())
-    schemes = _check(chosen, architecture)
+    schemes, where = _check(chosen, architecture), _device(device)
     documents = calibration_documents(calibration) if chosen.needs_calibration else []
     fingerprint = _fingerprint(checkpoint, chosen, documents, seed, device, progress)
     folder = output.with_name(output.name + ".quern-work")
@@ -103,9 +103,14 @@ def quantize(
             work,
             workers,
             progress,
-            _device(device),
+            where,
         )
-        memory_plan.check(job, memory)
+        try:
+            memory_plan.check(job, memory)
+        except OutOfMemoryCapError:
+            if not resumed:
+                work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
+            raise
         earlier = (work.done("started") or {}).get("seconds", 0.0)
         work.finish("started", [], {"seconds": earlier})
         _quantize_outer(job)

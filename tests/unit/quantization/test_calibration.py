@@ -36,7 +36,10 @@ def test_hessian_is_the_weighted_sum_of_outer_products(columns, dtype, weighted,
     """Against float64. A float32 sum of n products is off by at most n eps sum |x y| (Higham 2002, section 3.1); each factor
     carries two roundings of sqrt(weight) more."""
     hessian = torch.zeros(columns, columns)
-    expected, sizes = torch.zeros(columns, columns, dtype=torch.float64), torch.zeros(columns, columns, dtype=torch.float64)
+    expected, sizes = (
+        torch.zeros(columns, columns, dtype=torch.float64),
+        torch.zeros(columns, columns, dtype=torch.float64),
+    )
     for wave in range(2):
         x = tokens(70, columns, wave).to(dtype)
         weights = torch.rand(70, generator=torch.Generator().manual_seed(wave)) * 3 if weighted else None
@@ -61,7 +64,12 @@ def test_hessian_does_not_depend_on_threads(dtype):
     for threads in (1, 2, 3):
         pool = Workers(threads)
         hessian = torch.zeros(2 * TILE + 50, 2 * TILE + 50)
-        add_to_hessian(hessian, tokens(64, len(hessian)).to(dtype), torch.rand(64, generator=torch.Generator().manual_seed(1)), pool)
+        add_to_hessian(
+            hessian,
+            tokens(64, len(hessian)).to(dtype),
+            torch.rand(64, generator=torch.Generator().manual_seed(1)),
+            pool,
+        )
         results.append(hessian)
         pool.close()
     assert torch.equal(results[0].triu(), results[1].triu())
