@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py MODEL --calibration C4 --text WIKITEXT --choice BLIMP.jsonl ... [-o FOLDER]
 
 Round to nearest, GPTQ with and without Fisher token weights at 4 and 3 bits, and the shipped profiles; 16,384 tokens of
-calibration. Prints the KL ratios that the project sets itself as targets and writes the whole results.json.
+calibration. Prints the KL ratios that the project watches, then scores the shipped profiles on the choices.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.console import Console
 
 import quern
 from quern.cli.progress import RichProgress
+from quern.core.results import Results
 
 HERE = Path(__file__).parent
 SHIPPED = ["fast", "balanced", "compact"]
@@ -34,7 +35,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("-o", "--output", default="build/accuracy")
     options = parser.parse_args()
-    recipes = [str(path) for path in sorted((HERE / "recipes").glob("*-g64*.yaml"))] + SHIPPED
+    measured = [str(path) for path in sorted((HERE / "recipes").glob("*-g64*.yaml"))]
+    kl = {row.name: row.kl_mean for row in _compare(options, "divergence", measured + SHIPPED, []).rows}
+    for gptq, nearest in PAIRS:
+        mine, theirs = kl[gptq], kl[nearest]
+        if mine is not None and theirs is not None:
+            print(f"KL of {gptq} / {nearest} = {mine:.4f} / {theirs:.4f} = {mine / theirs:.3f}")
+    _compare(options, "choices", SHIPPED, options.choice)
+
+
+def _compare(options: argparse.Namespace, theme: str, recipes: list[str], choices: list[str]) -> Results:
     with RichProgress(Console(stderr=True)) as progress:
         results = quern.compare(
             options.model,
@@ -42,21 +52,18 @@ def main() -> None:
             recipes=recipes,
             calibration=options.calibration,
             texts=options.text,
-            choices=options.choice,
+            choices=choices,
             tokens=options.tokens,
+            speed_rounds=0,
             progress=progress,
         )
-    kl = {row.name: row.kl_mean for row in results.rows}
     for row in results.rows:
         print(row.name, json.dumps(row.model_dump(exclude={"recipe", "layers", "artifact_sha256"}, mode="json")))
-    for gptq, nearest in PAIRS:
-        mine, theirs = kl[gptq], kl[nearest]
-        if mine is not None and theirs is not None:
-            print(f"KL of {gptq} / {nearest} = {mine:.4f} / {theirs:.4f} = {mine / theirs:.3f}")
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    target = HERE / "results" / f"accuracy_{Path(options.model).name}_{date}.json"
+    target = HERE / "results" / f"{theme}_{Path(options.model).name}_{date}.json"
     shutil.copyfile(Path(options.output, "results.json"), target)
-    print(target)
+    print(target, flush=True)
+    return results
 
 
 if __name__ == "__main__":

@@ -172,18 +172,27 @@ class IntegerCodec(Codec):
             shapes["zero_point"] = ((_bits.words_per_row(scale_rows, bits), groups), torch.int32)
         return shapes
 
-    def _integers(self, codes: Tensor, zero: Tensor | None, columns: int) -> Tensor:
-        """Codes minus zero point, int16 ``(rows, columns)``, of the stored ``codes`` of some rows and their zero points."""
-        if self._bytes:
-            return codes.to(torch.int16)
-        integers = _bits.unpack(codes, self.scheme.bits, columns).to(torch.int16)
-        return integers - (self.grid.middle if zero is None else self.spread(zero, columns))
+    def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None, columns: int) -> Tensor:
+        """(code - zero point) x scale, float32 ``(rows, columns)``, of the stored ``codes`` of some rows."""
+        # Signed bytes are codes minus the middle already.
+        values = codes.float() if self._bytes else _bits.unpack(codes, self.scheme.bits, columns).float()
+        width = self.group_width(columns)
+        whole = columns // width * width
+        for start, stop, size in ((0, whole, width), (whole, columns, columns - whole)):
+            if size == 0:
+                continue
+            groups = slice(start // width, -(-stop // width))
+            part = values[:, start:stop].view(len(values), -1, size)
+            if not self._bytes:
+                part.sub_(self.grid.middle if zero is None else zero[:, groups, None])
+            part.mul_(scale[:, groups, None].float())
+        return values
 
     def _zero(self, parts: Parts) -> Tensor | None:
-        """Zero points int16 ``(scale rows, groups)`` of an asymmetric grid."""
+        """Zero points uint8 ``(scale rows, groups)`` of an asymmetric grid."""
         if self.scheme.symmetric:
             return None
-        return _bits.unpack(parts["zero_point"].T, self.scheme.bits, parts["scale"].shape[0]).T.to(torch.int16)
+        return _bits.unpack(parts["zero_point"].T, self.scheme.bits, parts["scale"].shape[0]).T
 
     def spread(self, values: Tensor, columns: int) -> Tensor:
         """Per-group values ``(rows, groups)`` repeated for every column: ``(rows, columns)``, or broadcastable to it."""
@@ -192,16 +201,14 @@ class IntegerCodec(Codec):
         return values.repeat_interleave(self.group_width(columns), dim=1)[:, :columns]
 
     def decode(self, shape: tuple[int, int], parts: Parts) -> Tensor:
-        integers = self._integers(parts["codes"], self._zero(parts), shape[1]).to(torch.float32)
-        return integers.mul_(self.spread(parts["scale"].to(torch.float32), shape[1]))
+        return self._values(parts["codes"], parts["scale"], self._zero(parts), shape[1])
 
     def decode_rows(self, shape: tuple[int, int], parts: Parts, rows: Tensor) -> Tensor:
         scale, zero = parts["scale"], self._zero(parts)
         if self.scheme.granularity != "tensor":
             scale = scale[rows]
             zero = None if zero is None else zero[rows]
-        integers = self._integers(parts["codes"][rows], zero, shape[1]).to(torch.float32)
-        return integers.mul_(self.spread(scale.to(torch.float32), shape[1]))
+        return self._values(parts["codes"][rows], scale, zero, shape[1])
 
 
 def _flat(whole: Tensor) -> Tensor:

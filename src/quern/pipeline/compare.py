@@ -41,6 +41,7 @@ def compare(
     choices: Sequence[str | Path | ChoiceSet] = (),
     tokens: int = 4096,
     window: int = 1024,
+    speed_rounds: int = 3,
     memory: int | None = None,
     threads: int | None = None,
     seed: int = 0,
@@ -51,12 +52,13 @@ def compare(
     """Quantize ``model`` by every recipe and measure the results beside the unquantized model.
 
     Writes ``results.json``, ``report.html`` and ``artifacts/<recipe>`` into the folder ``output``. Artifacts that are
-    there already are kept, an interrupted one continues; ``fresh`` makes all of them again. Raises ``UserError``.
+    there already are kept, an interrupted one continues; ``fresh`` makes all of them again. ``speed_rounds`` 0 leaves
+    speed out. Raises ``UserError``.
     """
     progress, folder = progress or Silent(), Path(output)
     chosen = _distinct([recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes])
     checkpoint = open_checkpoint(model, progress=progress)
-    settings = Settings(tokens=tokens, window=window, threads=threads, seed=seed)
+    settings = Settings(tokens=tokens, window=window, threads=threads, seed=seed, speed_rounds=speed_rounds)
     inputs = prepare_inputs(checkpoint, folder / "cache", texts=texts, choices=choices, settings=settings)
     hardware = probe(threads=threads or available_threads())
     sha256 = checkpoint.sha256(progress)
