@@ -1,4 +1,4 @@
-"""A process of its own that quantizes and tells its peak memory: ``python memory_probe.py MODEL OUT RECIPE.json TEXT SLACK``.
+"""A process of its own that quantizes and tells its peak memory: ``python memory_probe.py MODEL OUT RECIPE.json TEXT THREADS SLACK``.
 
 With SLACK (bytes, or ``none``) the cap is the plan's own figure plus so much. Prints one line of JSON.
 """
@@ -15,11 +15,11 @@ from quern.pipeline.memory import peak_rss
 from quern.pipeline.quantize import quantize
 
 
-def main(model: str, output: str, recipe: str, text: str, slack: str) -> None:
+def main(model: str, output: str, recipe: str, text: str, threads: str, slack: str) -> None:
     chosen = parse_recipe(json.loads(Path(recipe).read_text()), recipe)
 
     def run(cap: int | None) -> None:
-        quantize(model, output, recipe=chosen, calibration=[text], memory=cap, threads=2)
+        quantize(model, output, recipe=chosen, calibration=[text], memory=cap, threads=int(threads))
 
     cap = None
     if slack != "none":

@@ -237,7 +237,7 @@ def refused(match: str, shapes=None, **choices):
     if recipe.head.quantized:
         schemes["lm_head"] = recipe.head
     with pytest.raises(UserError, match=match):
-        FORMATS.get("compressed-tensors")(recipe).check(schemes, {name: (64, 96) for name in schemes})
+        FORMATS.get("compressed-tensors")(recipe).check(schemes, dict.fromkeys(schemes, (64, 96)))
 
 
 def test_compressed_tensors_says_what_it_cannot_store():

@@ -182,7 +182,7 @@ class IntegerCodec(Codec):
             if size == 0:
                 continue
             groups = slice(start // width, -(-stop // width))
-            part = values[:, start:stop].view(len(values), -1, size)
+            part = values[:, start:stop].view(len(values), (stop - start) // size, size)
             if not self._bytes:
                 part.sub_(self.grid.middle if zero is None else zero[:, groups, None])
             part.mul_(scale[:, groups, None].float())

@@ -28,7 +28,9 @@ def reader() -> dict:
 def table(heading: str) -> dict[str, list[str]]:
     """Rows of the first table below ``heading``, by the code in their first cell."""
     text = PAGE.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")
+    ]
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
@@ -65,7 +67,13 @@ RECIPES = {
         "weights": {"bits": bits, "symmetric": bits % 2 == 0, "group_size": 40, "scale_dtype": "bfloat16"},
         "overrides": [
             {"pattern": "*.gate_proj", "bits": bits, "symmetric": False, "granularity": "tensor"},
-            {"pattern": "*.o_proj", "bits": bits, "symmetric": True, "granularity": "channel", "scale_dtype": "float32"},
+            {
+                "pattern": "*.o_proj",
+                "bits": bits,
+                "symmetric": True,
+                "granularity": "channel",
+                "scale_dtype": "float32",
+            },
             {"pattern": "*.down_proj", "bits": bits, "symmetric": False, "granularity": "channel"},
             {"pattern": "*.0.self_attn.v_proj", "codec": "none"},
         ],
@@ -92,7 +100,9 @@ def test_the_pages_reader_reads_what_the_package_writes(name, reader, tiny_text,
         codec, shape = CODECS.get(scheme.codec)(scheme), weights[module].shape
         parts = {part: tensors[f"{module}.{part}"] for part in codec.part_shapes(shape)}
         assert torch.equal(codec.decode(shape, parts), torch.from_numpy(weights[module])), module
-        assert {name: (size, dtype) for name, (size, dtype) in codec.part_shapes(shape).items()} == expected_parts(scheme, shape)
+        assert {name: (size, dtype) for name, (size, dtype) in codec.part_shapes(shape).items()} == expected_parts(
+            scheme, shape
+        )
 
 
 def expected_parts(scheme: WeightScheme, shape: tuple[int, int]) -> dict:
@@ -103,14 +113,22 @@ def expected_parts(scheme: WeightScheme, shape: tuple[int, int]) -> dict:
         "rows": rows, "columns": columns, "groups": -(-columns // width),
         "scale_rows": 1 if scheme.granularity == "tensor" else rows, "words": lambda n: -(-n * scheme.bits // 32),
     }  # fmt: skip
-    holds = {"`bits` is 8 and `symmetric`": scheme.bits == 8 and scheme.symmetric, "always": True, "not `symmetric`": not scheme.symmetric}
+    holds = {
+        "`bits` is 8 and `symmetric`": scheme.bits == 8 and scheme.symmetric,
+        "always": True,
+        "not `symmetric`": not scheme.symmetric,
+    }
     holds["otherwise"] = not holds["`bits` is 8 and `symmetric`"]
     section = PAGE.split("## Tensors of a module", 1)[1].split("### Bits", 1)[0]
     found = {}
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| `<module>.") and holds.get(cells[3]):
-            dtype = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[scheme.scale_dtype] if "F16" in cells[1] else cells[1].strip("`")
+            dtype = (
+                {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[scheme.scale_dtype]
+                if "F16" in cells[1]
+                else cells[1].strip("`")
+            )
             found[cells[0].strip("`").removeprefix("<module>.")] = (eval(cells[2].strip("`"), {}, words), DTYPES[dtype])
     return found
 
@@ -119,6 +137,8 @@ def test_the_pages_reader_refuses_what_it_does_not_know(reader, tiny_model, tiny
     folder = make_artifact(tiny_model, tmp_path / "out", tiny_text, weights={"bits": 4, "group_size": 32})
     config = json.loads((folder / "config.json").read_text())
     for change in ({"format_version": 2}, {"quant_method": "zap"}):
-        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {**config["quantization_config"], **change}}))
+        (folder / "config.json").write_text(
+            json.dumps({**config, "quantization_config": {**config["quantization_config"], **change}})
+        )
         with pytest.raises(ValueError, match="not the quern format, version 1"):
             reader["read_weights"](folder)

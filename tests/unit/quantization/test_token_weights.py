@@ -24,7 +24,7 @@ SEED, SEQUENCES, TIME = 7, 40, 64
 
 def drawn_labels(logits: torch.Tensor, seed: int) -> torch.Tensor:
     """One token for each row from its own prediction, by inverting the distribution function in float64."""
-    uniform = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    uniform = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed)).double()
     cumulative = logits.double().softmax(-1).cumsum(-1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:])[:, 0]
 
