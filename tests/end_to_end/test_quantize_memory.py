@@ -48,17 +48,17 @@ def test_the_peak_stays_under_a_cap_that_barely_suffices(name, tmp_path):
 
 
 def test_the_peak_does_not_grow_with_the_number_of_layers(tmp_path):
-    """Four and nine layers of one width, within 5 %; the weights of five layers, if they stayed, would be more than 8 %.
+    """Three and eight layers of one width, within 5 %; the weights of five layers, if they stayed, would be more than 8 %.
 
-    (The allocator's fragments reach their full size within four layers.)
+    With one thread: with several, how the allocator's arenas fill depends on who comes first.
     """
     peaks, width, inner = {}, 512, 1536
     choices = {**RECIPES["gptq"], "weights": {**FOUR_BITS, "observer": "min_max"}}
-    for layers in (4, 9):
+    for layers in (3, 8):
         config = tiny_config(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers)
         peaks[layers] = probe(tmp_path / str(layers), config, None, tokens=512, threads=1, **choices)["peak"]
-    assert 5 * 4 * 3 * width * inner > 0.08 * peaks[4]
-    assert abs(peaks[9] / peaks[4] - 1) <= 0.05, peaks
+    assert 5 * 4 * 3 * width * inner > 0.08 * peaks[3]
+    assert abs(peaks[8] / peaks[3] - 1) <= 0.05, peaks
 
 
 def test_a_cap_that_is_too_small_says_the_least_that_would_do(tiny_model, tiny_text, tmp_path):
