@@ -119,7 +119,7 @@ def _make(
         progress=progress,
     )
     sha256 = open_checkpoint(artifact).sha256()
-    if report.seconds is not None:
+    if report.seconds is not None and not report.resumed:
         write_json(timing, {"artifact_sha256": sha256, "quantize_seconds": report.seconds})
     known = read_json(timing) if timing.is_file() else {}
     seconds = known["quantize_seconds"] if known.get("artifact_sha256") == sha256 else None

@@ -44,7 +44,7 @@ class QuantizeReport:
     path: Path
     recipe: Recipe
     seconds: float | None
-    """Wall-clock time of all runs that it took; null for an artifact that was finished already."""
+    """Wall-clock time of this run; None for an artifact that was finished already."""
     bytes: int
     """All files of the artifact."""
     bits_per_weight: float
@@ -111,8 +111,7 @@ def quantize(
             if not resumed:
                 work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
             raise
-        earlier = (work.done("started") or {}).get("seconds", 0.0)
-        work.finish("started", [], {"seconds": earlier})
+        work.finish("started", [], {})
         _quantize_outer(job)
         if sensitivity.needed(job):
             sensitivity.run(job)

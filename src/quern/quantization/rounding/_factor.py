@@ -35,8 +35,8 @@ class Factor:
 def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: Workers) -> Factor:
     """Factorize float32 ``hessian`` ``(columns, columns)``, of which only the upper triangle is read; it is overwritten.
 
-    ``damping`` times the mean of the diagonal is added to the diagonal. Inputs that never fire get a diagonal of 1, which
-    makes them round to nearest.
+    ``damping`` times the mean of the diagonal is added to the diagonal. Inputs that never fire keep the
+    damping alone, which makes them round to nearest.
     """
     order = None
     if activation_order:
