@@ -68,7 +68,7 @@ def test_kills_at_random_moments_lose_nothing(processes, expected, tmp_path):
     moments = random.Random(20)
     work, out = tmp_path / "out.work", tmp_path / "out"
     kills = 0
-    for _ in range(20):
+    for attempt in range(20):
         process = processes.Process(target=run_job, args=(work, out, 0.02))
         process.start()
         time.sleep(moments.uniform(0.0, 0.15))
@@ -77,7 +77,7 @@ def test_kills_at_random_moments_lose_nothing(processes, expected, tmp_path):
         kills += process.exitcode == KILLED
         if out.exists():
             assert hashes(out) == expected
-            work, out = tmp_path / f"out{kills}.work", tmp_path / f"out{kills}"
+            work, out = tmp_path / f"{attempt}.work", tmp_path / str(attempt)
     run_job(work, out)
     assert hashes(out) == expected
     assert kills >= 5
