@@ -7,11 +7,10 @@ thread inside each piece, and spreads the pieces over Python threads (torch rele
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -42,25 +41,11 @@ class Workers:
             self._pool.shutdown()
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory up to 32 MiB a piece instead of returning it to the kernel at once.
-
-    Calibration frees and takes the same sizes over and over, and each time the kernel would clear every page anew: a
-    third of the time of a small model. Larger pieces still go back. Does nothing with another C library.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_threshold, 32 << 20)
-        mallopt(m_trim_threshold, 512 << 20)
-
-
 @contextmanager
 def deterministic_workers(threads: int | None = None) -> Iterator[Workers]:
     """Workers, with torch itself held to one thread until the block ends."""
     import torch
 
-    _keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     workers = Workers(threads)
