@@ -111,6 +111,10 @@ class Override(WeightScheme):
 
     pattern: str
 
+    def matches(self, linear: str) -> bool:
+        """Whether this means the linear called ``linear`` (full dotted name)."""
+        return fnmatch.fnmatchcase(linear, self.pattern)
+
 
 class Recipe(_Strict):
     """The whole of what is done to a model."""
@@ -153,7 +157,7 @@ class Recipe(_Strict):
         """The scheme of the decoder linear called ``linear`` (full dotted name)."""
         scheme = self.weights
         for override in self.overrides:
-            if fnmatch.fnmatchcase(linear, override.pattern):
+            if override.matches(linear):
                 scheme = WeightScheme(**override.model_dump(exclude={"pattern"}))
         return scheme
 

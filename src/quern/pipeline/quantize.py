@@ -140,7 +140,7 @@ def _check(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme
     for settings in recipe.transforms:
         TRANSFORMS.get(settings.method)(settings)
     linears = decoder_linears(architecture)
-    unused = [o.pattern for o in recipe.overrides if not any(recipe_matches(o.pattern, name) for name in linears)]
+    unused = [o.pattern for o in recipe.overrides if not any(o.matches(name) for name in linears)]
     if unused:
         raise UserError(
             f"recipe {recipe.name!r}: no linear matches the pattern {unused[0]!r}; names look like "
@@ -149,13 +149,6 @@ def _check(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme
     shapes = {name.removesuffix(".weight"): shape for name, shape in architecture.expected_shapes().items()}
     FORMATS.get(recipe.format)(recipe).check(schemes, {name: shapes[name] for name in schemes})
     return schemes
-
-
-def recipe_matches(pattern: str, name: str) -> bool:
-    """Whether an override's pattern means the linear called ``name``."""
-    import fnmatch
-
-    return fnmatch.fnmatchcase(name, pattern)
 
 
 def _fingerprint(

@@ -12,6 +12,7 @@ from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
 from quern.core import metrics
+from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError
 from quern.core.results import LayerError, Row
 from quern.evaluation.accuracy import Accuracy
@@ -45,7 +46,7 @@ def contender_of(checkpoint: Checkpoint) -> Contender:
     if not isinstance(quantization, dict):
         return Contender(name=name, path=checkpoint.path)
     recipe, layers, made_from = quantization, [], None
-    provenance = checkpoint.path / "quern.json"
+    provenance = checkpoint.path / PROVENANCE
     if provenance.is_file():
         try:
             found = read_json(provenance)
