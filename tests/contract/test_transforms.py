@@ -17,6 +17,7 @@ from quern.quantization.transforms.base import (
     ChannelStatistics,
     Repeat,
     fold,
+    foldable,
     power_of_two,
 )
 from quern.quantization.transforms.smoothquant import SmoothQuant
@@ -104,6 +105,47 @@ def test_scales_are_positive_powers_of_two_within_bounds():
     given = torch.tensor([1.0, 1.41, 1.42, 0.71, 0.70, 3e-9, 1e9, 0.0, -2.0, torch.nan, torch.inf, -torch.inf])
     expected = [1.0, 1.0, 2.0, 1.0, 0.5, 2.0**-LARGEST_EXPONENT, 2.0**LARGEST_EXPONENT, 1, 1, 1, 1, 1]
     assert power_of_two(given).tolist() == expected
+
+
+def folded(kind: str, stored: torch.dtype, rounded: set[str], family: str = "qwen2"):
+    """Scales that are no powers of two, made foldable; the block before and after, float32."""
+    block = block_of(family, torch.float32)
+    architecture = architecture_of(tiny_config(family))
+    rescaling = next(rescaling for rescaling in architecture.rescalings if rescaling.kind == kind)
+    repeat, source = repeat_of(rescaling, architecture.config), block.module.get_submodule(rescaling.source)
+    source.weight.data = (1 + torch.rand(source.weight.shape, generator=torch.Generator().manual_seed(2))).to(stored).float()
+    width = block.linear(rescaling.targets[0]).in_features // repeat.times
+    wanted = torch.linspace(0.3, 3, width)
+    scales = foldable(rescaling, source, wanted, rounded, stored)
+    return block, rescaling, repeat, wanted, scales
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_norm_takes_the_nearest_scales_that_its_dtype_can_store(stored, workers):
+    names = set(block_of("qwen2", torch.float32).module.state_dict())
+    block, rescaling, repeat, wanted, scales = folded("norm", stored, {name.removesuffix(".weight") for name in names})
+    assert bool(((scales / wanted - 1).abs() <= torch.finfo(stored).eps).all()), "half a unit of the norm's weight"
+    x = hidden()
+    before = block.capture(rescaling.targets[0], x, workers)
+    fold(rescaling, block.module.get_submodule, scales, repeat)
+    norm = block.module.get_submodule(rescaling.source)
+    assert torch.allclose(norm.weight, norm.weight.to(stored).float(), rtol=2**-22, atol=0)
+    norm.weight.data = norm.weight.to(stored).float()  # what the artifact keeps
+    after = block.capture(rescaling.targets[0], x, workers) * repeat(scales)
+    # Four float32 roundings of half an ulp each; storing w / s itself would cost a bfloat16 or float16 one.
+    assert torch.allclose(after, before, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["norm", "linear", "value"])
+def test_what_is_stored_unrounded_gets_powers_of_two(kind):
+    everything = set(architecture_of(tiny_config("qwen2")).linears())
+    *_, rescaling, _, _, scales = folded(kind, torch.bfloat16, set())
+    assert torch.equal(scales, power_of_two(scales))
+    *_, wanted, scales = folded(kind, torch.bfloat16, everything)
+    if kind == "value":  # its bias is stored as it is
+        assert torch.equal(scales, power_of_two(scales))
+    else:
+        assert bool(((scales / wanted - 1).abs() <= 2**-7).all())
 
 
 def test_dead_channels_get_no_scale(method, workers):

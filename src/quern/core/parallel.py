@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from quern.core.heap import use_one_heap
+
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
@@ -46,6 +48,7 @@ def deterministic_workers(threads: int | None = None) -> Iterator[Workers]:
     """Workers, with torch itself held to one thread until the block ends."""
     import torch
 
+    use_one_heap()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     workers = Workers(threads)

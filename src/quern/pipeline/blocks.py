@@ -16,6 +16,7 @@ from torch import Tensor
 from quern.architectures.base import LinearGroup, Rescaling
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import CODECS, Codec
+from quern.core.heap import release_freed
 from quern.observers.base import OBSERVERS
 from quern.pipeline import sensitivity
 from quern.pipeline.job import Job
@@ -25,7 +26,7 @@ from quern.quantization.calibration.hessian import add_to_hessian, norm_weights
 from quern.quantization.calibration.histogram import InputHistogram
 from quern.quantization.rounding._factor import Factor, factorize
 from quern.quantization.rounding.base import ROUNDINGS, Rounded
-from quern.quantization.transforms.base import TRANSFORMS, ChannelStatistics, Repeat, fold, power_of_two
+from quern.quantization.transforms.base import TRANSFORMS, ChannelStatistics, Repeat, fold, foldable
 
 CHAIN = "chain"
 SAMPLED_TOKENS = 256
@@ -48,8 +49,10 @@ def quantize_block(job: Job, index: int) -> None:
     started = time.perf_counter()
     work = _BlockWork(job, index)
     work.transform()
+    release_freed()
     for group in job.architecture.groups:
         work.quantize_group(group)
+        release_freed()
     tensors = work.tensors | work.unquantized()
     shard = job.work.write_tensors(f"artifact/{job.shard(index + 1).removesuffix('.safetensors')}", tensors)
     if work.source is not None and index + 1 < job.architecture.layers:
@@ -90,7 +93,14 @@ class _BlockWork:
                 repeat = self._repeat(rescaling)
                 targets = [self.block.linear(name).weight.data for name in codecs]
                 scales = transform.scales(targets, list(codecs.values()), statistics, repeat, self.job.workers)
-                fold(rescaling, self.block.module.get_submodule, power_of_two(scales), repeat)
+                source = self.block.module.get_submodule(rescaling.source)
+                stored = self._stored_dtype(f"{rescaling.source}.weight")
+                fold(
+                    rescaling,
+                    self.block.module.get_submodule,
+                    foldable(rescaling, source, scales, self.codecs, stored),
+                    repeat,
+                )
 
     def quantize_group(self, group: LinearGroup) -> None:
         """Round the linears of one group; their rounded weights replace the block's own."""
@@ -115,9 +125,12 @@ class _BlockWork:
         tensors = {}
         for name, parameter in self.block.module.named_parameters():
             if name.removesuffix(".weight") not in self.codecs:
-                dtype = DTYPES[self.job.checkpoint.info(self.prefix + name).dtype]
-                tensors[self.prefix + name] = parameter.data.to(dtype)
+                tensors[self.prefix + name] = parameter.data.to(self._stored_dtype(name))
         return tensors
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        """The checkpoint's own dtype of the block's tensor ``name``."""
+        return DTYPES[self.job.checkpoint.info(self.prefix + name).dtype]
 
     def write_outputs(self, following: ActivationFile, source: ActivationFile) -> None:
         """What the rounded block makes of its inputs: the inputs of the next one."""

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quern.core.heap import release_freed
 from quern.core.progress import Task
 from quern.pipeline.job import Job
 from quern.quantization.calibration.activations import ActivationFile
@@ -44,6 +45,7 @@ def run(job: Job) -> None:
     for index in reversed(range(layers)):
         if job.work.done(f"weights {index}") is None:
             _backward(job, index)
+            release_freed()
         # Only now: a run that is stopped in block ``index`` needs these gradients again.
         job.activations(GRADIENTS, index + 1).path.unlink(missing_ok=True)
         task.advance()
@@ -69,6 +71,7 @@ def _forward(job: Job, task: Task) -> None:
             block = _block(job, index)
             following.write(partial(_run_wave, job, block, source))
             job.work.finish(f"inputs {index + 1}", [following.path], {})
+            release_freed()
         task.advance()
 
 

@@ -1,14 +1,14 @@
 """Transforms: exact rewritings of a block before quantization.
 
 Both transforms here divide the channels between two layers by s and multiply the next layer's columns by s, along the
-rescalings that an architecture declares. s is rounded to powers of two: multiplying by them is exact in floating point,
-so a rewritten block computes bit for bit what it did before, in bfloat16 as well (barring overflow).
+rescalings that an architecture declares. What the artifact stores unrounded (norms, biases, linears that the recipe
+keeps) must not lose a bit by that: ``foldable`` sees to it, by powers of two where nothing finer is exact.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ class Transform(ABC):
         repeat: Repeat,
         workers: Workers,
     ) -> Tensor:
-        """Scales float32 ``(source channels,)``, any positive numbers; the caller rounds them to powers of two.
+        """Scales float32 ``(source channels,)``, any positive numbers; the caller makes them ``foldable``.
 
         ``targets`` are the weights ``(outputs, channels)`` of the linears that read the channels. ``repeat`` spreads
         source channels over target channels and ``repeat.reduce`` averages target channels for each source channel.
@@ -86,8 +86,29 @@ def power_of_two(scales: Tensor) -> Tensor:
     return torch.exp2(exponent)
 
 
+def foldable(
+    rescaling: Rescaling, source: nn.Module, scales: Tensor, rounded: Collection[str], stored: torch.dtype
+) -> Tensor:
+    """The scales nearest to ``scales`` by which ``rescaling`` loses nothing that rounding to codes will not lose anyway.
+
+    ``rounded`` are the linears that become codes and take any scale. A norm keeps the dtype ``stored``: its scales are
+    the ratios of its weights to the weights it can store. All else (biases, linears kept as they are) gets powers of two.
+    """
+    if set(rescaling.targets) <= set(rounded):
+        weight = source.weight
+        assert isinstance(weight, Tensor)
+        usable = torch.where(torch.isfinite(scales) & (scales > 0), scales, 1.0)
+        usable = usable.clamp(2.0**-LARGEST_EXPONENT, 2.0**LARGEST_EXPONENT)
+        if rescaling.kind == "norm":
+            divided = (weight.float() / usable).to(stored).float()
+            return torch.where(divided.isfinite() & (divided != 0), weight.float() / divided, 1.0)
+        if rescaling.source in rounded and getattr(source, "bias", None) is None:
+            return usable
+    return power_of_two(scales)
+
+
 def fold(rescaling: Rescaling, module: Callable[[str], nn.Module], scales: Tensor, repeat: Repeat) -> None:
-    """Divide the source's outputs by ``scales`` (powers of two) and multiply the targets' columns by them, in place."""
+    """Divide the source's outputs by ``scales`` and multiply the targets' columns by them, in place."""
     source = module(rescaling.source)
     for parameter in (source.weight, getattr(source, "bias", None)):
         if parameter is not None:
