@@ -23,9 +23,9 @@ help:  ## This list
 install: $(VENV)/.installed  ## Make .venv and install the package into it
 
 # torch comes first and by its exact version; whatever is installed after it then leaves it alone.
-$(VENV)/.installed: pyproject.toml constraints.txt tools/create_venv.sh
+$(VENV)/.installed: pyproject.toml constraints.txt tools/create_venv.sh CMakeLists.txt $(wildcard csrc/*/*)
 	@tools/create_venv.sh $(VENV)
-	@echo "Installing torch and the package into $(VENV) (a few minutes the first time) ..."
+	@echo "Installing torch, compiling the kernels and installing the package into $(VENV) (a few minutes the first time) ..."
 	@$(PIP) --requirement constraints.txt
 	@$(PIP) --constraint constraints.txt --editable .
 	@touch $@

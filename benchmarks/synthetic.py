@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -11,6 +12,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.safetensors_file import write_safetensors
+from quern.codecs.base import CODECS
+from quern.core.recipe import Recipe
+from quern.formats.base import FORMATS
+from quern.pipeline.job import quantized_modules
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCABULARY = 320
@@ -61,3 +66,49 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     for rows in result.split(1024):
         rows.copy_(torch.randn(rows.shape, generator=generator) / shape[1] ** 0.5)
     return result
+
+
+def write_random_artifact(folder: Path, config: dict[str, Any], recipe: Recipe, seed: int = 0) -> Path:
+    """An artifact of ``recipe`` with random codes: what the CPU engine reads has its size and layout, but no meaning.
+
+    ``config`` is a config.json. Nothing is quantized, so a 7B shape takes seconds; for timing only.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    architecture = architecture_of(config)
+    schemes = quantized_modules(recipe, architecture)
+    rotated = any(transform.method == "hadamard" for transform in recipe.transforms)
+    generator = torch.Generator().manual_seed(seed)
+    weight_map: dict[str, str] = {}
+    shapes = architecture.expected_shapes()
+    for shard in range(architecture.layers + 1):
+        inside = f".layers.{shard}."
+        names = [n for n in shapes if (inside in n if shard < architecture.layers else ".layers." not in n)]
+        tensors: dict[str, torch.Tensor] = {}
+        for name in names:
+            module = name.removesuffix(".weight")
+            if module not in schemes:
+                tensors[name] = _random(shapes[name], generator)
+                continue
+            rows, columns = shapes[name]
+            codec = CODECS.get(schemes[module].codec)(schemes[module])
+            for part, (size, dtype) in codec.part_shapes((rows, columns)).items():
+                tensors[f"{module}.{part}"] = _random_part(part, size, dtype, columns, generator)
+            if rotated and ".layers." in name:
+                tensors[f"{module}.input_signs"] = torch.zeros(-(-columns // 8), dtype=torch.uint8)
+        file = f"model-{shard}.safetensors"
+        write_safetensors(folder / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    quantization = FORMATS.get(recipe.format)(recipe).quantization_config(schemes, [])
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}), "utf-8")
+    return folder
+
+
+def _random_part(
+    part: str, size: tuple[int, ...], dtype: torch.dtype, columns: int, generator: torch.Generator
+) -> torch.Tensor:
+    if part == "scale":
+        return torch.full(size, 0.01 / columns**0.5, dtype=dtype)
+    flat = torch.empty(size, dtype=dtype).view(-1).view(torch.uint8)
+    return flat.random_(0, 256, generator=generator).view(dtype).view(size).clone()

@@ -22,17 +22,32 @@ GRANULARITIES: dict[str, dict[str, Any]] = {
 
 def scheme_id(scheme: dict[str, Any]) -> str:
     sign = "symmetric" if scheme["symmetric"] else "asymmetric"
-    return f"{scheme['codec']}-{scheme['bits']}-{sign}-{scheme['granularity']}{scheme.get('group_size') or ''}"
+    variant = "".join(f"-{scheme[key]}" for key in ("window", "tables") if key in scheme)
+    return f"{scheme['codec']}-{scheme['bits']}-{sign}-{scheme['granularity']}{scheme.get('group_size') or ''}{variant}"
 
 
-ALL: list[dict[str, Any]] = [
+def storable(scheme: dict[str, Any]) -> bool:
+    """Whether the scheme's codec takes it; a trellis takes few."""
+    try:
+        CODECS.get(scheme["codec"])(WeightScheme.model_validate(scheme))
+    except UserError:
+        return False
+    return True
+
+
+EVERY: list[dict[str, Any]] = [
     {"codec": codec, "bits": bits, "symmetric": symmetric, **granularity}
     for codec in CODECS.names()
     for bits in range(1, 9)
     for symmetric in (True, False)
     for granularity in GRANULARITIES.values()
+] + [
+    {"codec": "trellis", "bits": bits, "symmetric": True, "granularity": "channel", "window": window, "tables": 1}
+    for bits in (2, 3, 4)
+    for window in (6, 7)
 ]
-"""Every codec with every width, sign and granularity; what a codec refuses is skipped by ``make_codec``."""
+ALL = [scheme for scheme in EVERY if storable(scheme)]
+"""Every codec with every width, sign and granularity that it stores."""
 
 
 def make_codec(scheme: dict[str, Any], **changes: Any) -> Codec:

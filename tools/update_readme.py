@@ -29,8 +29,8 @@ LANGUAGES = (
     Language(
         "README.md",
         tuple(heading(column) for column in COLUMNS),
-        "Measured by `make demo` on {cpu}, {cores} cores, with quern {version}. Speeds are those of the plain "
-        "reference engine on that machine; compare them with each other only.",
+        "Measured by `make demo` on {cpu}, {cores} cores, with quern {version}. Quantized models ran on "
+        "the cpu engine, `unquantized` in transformers; compare speeds with each other only.",
         "Recommended for the scenario *{scenario}*: **{choice}**. {reasons}",
     ),
     Language(
@@ -39,7 +39,8 @@ LANGUAGES = (
             *("名称", "体积", "缩小", "比特/权重", "KL 散度", "95 % 区间", "困惑度"),
             *("首选一致", "选择题", "预填充 词元/秒", "解码 词元/秒", "峰值内存"),
         ),
-        "由 `make demo` 在 {cpu}（{cores} 核）上用 quern {version} 测得。速度来自朴素的参考引擎，只宜互相比较。",
+        "由 `make demo` 在 {cpu}（{cores} 核）上用 quern {version} 测得。"
+        "量化模型由 cpu 引擎运行，`unquantized` 由 transformers 运行；速度只宜互相比较。",
         "场景 *{scenario}* 的推荐：**{choice}**。",
     ),
 )

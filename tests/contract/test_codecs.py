@@ -76,16 +76,18 @@ def test_stored_values_round_to_themselves(scheme):
 @every_scheme
 def test_slabs_join_to_the_whole(scheme):
     codec = make_codec(scheme)
-    weight = gaussian(70, 100)
+    height = codec.slab_rows
+    rows = 2 * height + 6
+    weight = gaussian(rows, 100)
     whole = codec.encoder(weight, weight, refit=False)
     rounded = whole.round_all(weight)
     slabs, decoded = [], []
-    for start, stop in ((0, 32), (32, 64), (64, 70)):
+    for start, stop in ((0, height), (height, 2 * height), (2 * height, rows)):
         encoder = codec.encoder(weight[start:stop], weight, refit=False)
         decoded.append(encoder.round_all(weight[start:stop]))
         slabs.append(encoder.parts())
     joined = codec.join(slabs)
-    assert_announced(codec, (70, 100), joined)
+    assert_announced(codec, (rows, 100), joined)
     assert_same_parts(joined, whole.parts())
     assert torch.equal(torch.cat(decoded), rounded)
 
@@ -141,13 +143,25 @@ def test_extreme_values_stay_finite_or_are_refused(scheme):
 
 @every_scheme
 def test_size_is_what_the_bits_say(scheme):
-    """Codes of a row take bits x columns, rounded up to whole words; scales and zero points come on top."""
+    """Codes of a row take bits x columns, rounded up to whole words; scales, zero points and tables come on top.
+
+    A trellis is stored by tiles: a multiple of 128 rows and 4 columns takes not a bit more, and other matrices take what the
+    next multiples of 64 rows at 2 or 4 bits, or of 128 at 3, and of 4 columns would.
+    """
     codec = make_codec(scheme)
-    rows, columns = 33, 100
+    rows, columns = (384, 100) if scheme["codec"] == "trellis" else (33, 100)
     parts = codec.part_shapes((rows, columns))
     stored = {name: math.prod(size) * dtype.itemsize for name, (size, dtype) in parts.items()}
-    assert rows * columns * scheme["bits"] / 8 <= stored["codes"] <= rows * (columns * scheme["bits"] / 8 + 4)
+    spare = 0 if scheme["codec"] == "trellis" else 4
+    assert rows * columns * scheme["bits"] / 8 <= stored["codes"] <= rows * (columns * scheme["bits"] / 8 + spare)
+    table = stored.pop("table", 0)
+    assert table <= 256
     assert sum(stored.values()) - stored["codes"] <= rows * 4 * 8
+    if scheme["codec"] == "trellis":
+        step = 128 if scheme["bits"] == 3 else 64
+        for ragged in ((1, 1), (65, 3), (200, 97), (300, 5)):
+            filled = tuple(-(-size // whole) * whole for size, whole in zip(ragged, (step, 4), strict=True))
+            assert codec.part_shapes(ragged)["codes"][0][0] <= filled[0] * filled[1] * scheme["bits"] / 8
 
 
 def assert_same_parts(first, second):

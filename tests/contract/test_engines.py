@@ -98,7 +98,9 @@ def test_feeding_piecewise_is_the_whole(loaded, steps):
 
 
 def quantizes_activations(loaded) -> bool:
-    return any(getattr(module, "activations", "none") != "none" for module in loaded.model.modules())
+    """In torch; native products of int8 are exact, so that no tie can fall otherwise."""
+    model = getattr(loaded, "model", None)
+    return model is not None and any(getattr(module, "activations", "none") != "none" for module in model.modules())
 
 
 def test_sessions_do_not_know_each_other(loaded):
@@ -107,6 +109,18 @@ def test_sessions_do_not_know_each_other(loaded):
     first.feed(IDS[0, :5].tolist())
     second.feed(IDS[1].tolist())
     assert near(first.feed(IDS[0, 5:].tolist()), alone, 1e-4 if not quantizes_activations(loaded) else 5e-2)
+
+
+@pytest.mark.parametrize("length", [0, 1, 6])
+def test_a_rewound_session_forgets(loaded, length):
+    session = loaded.start()
+    session.feed(IDS[1, :6].tolist())
+    session.rewind(length)
+    assert session.length == length
+    fresh = loaded.start()
+    fresh.feed(IDS[1, :length].tolist()) if length else None
+    tolerance = 1e-4 if not quantizes_activations(loaded) else 5e-2
+    assert near(session.feed(IDS[0].tolist()), fresh.feed(IDS[0].tolist()), tolerance)
 
 
 def test_a_context_that_is_full_is_refused(loaded):
@@ -140,9 +154,8 @@ def test_of_an_untied_embedding_a_token_reads_one_row(embedding, engine, tiny_te
     assert engine.load(tmp_path / "out").bytes_per_token() == rest + table // 300
 
 
-def test_dtype_is_that_of_the_activations(engine, artifacts):
-    if engine.supports(small_recipe(**RECIPES["weights only"])):
-        pytest.skip("not supported")
+def test_dtype_is_that_of_the_reference_engines_activations(artifacts):
+    engine = ENGINES.get("reference")()
     exact = engine.load(artifacts["weights only"], dtype="float32").logits(IDS)
     rough = engine.load(artifacts["weights only"], dtype="bfloat16").logits(IDS)
     auto = engine.load(artifacts["weights only"]).logits(IDS)
@@ -249,7 +262,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, artifacts, tiny_model):
     engine = ENGINES.get("reference")()
     for change, match in (
         ({"quant_method": "awq"}, "quantized by 'awq'; this engine runs quern and compressed-tensors"),
-        ({"format_version": 2}, "has quern format version 2; this quern reads version 1"),
+        ({"format_version": 3}, "has quern format version 3; this quern reads versions 1 and 2"),
         (
             {"modules": {"model.layers.0.mlp.zap": WeightScheme().model_dump()}},
             "names a module 'model.layers.0.mlp.zap'",

@@ -6,6 +6,7 @@ from schemes import make_codec
 from tiny_model import random_weights, tiny_config
 
 from quern.architectures.base import ARCHITECTURES, architecture_of
+from quern.codecs._rotation import unpack_signs
 from quern.core.errors import UserError
 from quern.core.parallel import Workers
 from quern.core.recipe import Transform as Settings
@@ -14,7 +15,9 @@ from quern.quantization.transforms.awq import STEPS, Awq
 from quern.quantization.transforms.base import (
     LARGEST_EXPONENT,
     TRANSFORMS,
+    ChannelScaling,
     ChannelStatistics,
+    InputRotation,
     Repeat,
     fold,
     foldable,
@@ -55,7 +58,7 @@ def repeat_of(rescaling, config) -> Repeat:
     return Repeat(heads, config.num_attention_heads // heads) if rescaling.kind == "value" else Repeat(1, 1)
 
 
-@pytest.fixture(params=TRANSFORMS.names())
+@pytest.fixture(params=[name for name in TRANSFORMS.names() if issubclass(TRANSFORMS.get(name), ChannelScaling)])
 def method(request):
     return request.param
 
@@ -113,7 +116,9 @@ def folded(kind: str, stored: torch.dtype, rounded: set[str], family: str = "qwe
     architecture = architecture_of(tiny_config(family))
     rescaling = next(rescaling for rescaling in architecture.rescalings if rescaling.kind == kind)
     repeat, source = repeat_of(rescaling, architecture.config), block.module.get_submodule(rescaling.source)
-    source.weight.data = (1 + torch.rand(source.weight.shape, generator=torch.Generator().manual_seed(2))).to(stored).float()
+    source.weight.data = (
+        (1 + torch.rand(source.weight.shape, generator=torch.Generator().manual_seed(2))).to(stored).float()
+    )
     width = block.linear(rescaling.targets[0]).in_features // repeat.times
     wanted = torch.linspace(0.3, 3, width)
     scales = foldable(rescaling, source, wanted, rounded, stored)
@@ -139,7 +144,7 @@ def test_a_norm_takes_the_nearest_scales_that_its_dtype_can_store(stored, worker
 @pytest.mark.parametrize("kind", ["norm", "linear", "value"])
 def test_what_is_stored_unrounded_gets_powers_of_two(kind):
     everything = set(architecture_of(tiny_config("qwen2")).linears())
-    *_, rescaling, _, _, scales = folded(kind, torch.bfloat16, set())
+    *_, scales = folded(kind, torch.bfloat16, set())
     assert torch.equal(scales, power_of_two(scales))
     *_, wanted, scales = folded(kind, torch.bfloat16, everything)
     if kind == "value":  # its bias is stored as it is
@@ -237,5 +242,35 @@ def test_awq_takes_no_strength():
 
 
 def test_unknown_transform_lists_the_known_ones():
-    with pytest.raises(UserError, match="unknown transform 'zap'; known: awq, smoothquant"):
+    with pytest.raises(UserError, match="unknown transform 'zap'; known: awq, hadamard, smoothquant"):
         TRANSFORMS.get("zap")
+
+
+# Rotations
+
+
+@pytest.fixture(params=[name for name in TRANSFORMS.names() if issubclass(TRANSFORMS.get(name), InputRotation)])
+def rotation(request):
+    return TRANSFORMS.get(request.param)(Settings(method=request.param))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 64, 96, 100])
+def test_signs_are_packed_bits_of_the_seed_and_the_place(rotation, columns):
+    first = rotation.signs(columns, 0, 3, "mlp input")
+    assert (first.shape, first.dtype) == ((-(-columns // 8),), torch.uint8)
+    assert torch.equal(rotation.signs(columns, 0, 3, "mlp input"), first)
+    if columns > 32:
+        for other in ((1, 3, "mlp input"), (0, 4, "mlp input"), (0, 3, "mlp output")):
+            assert not torch.equal(rotation.signs(columns, *other), first)
+
+
+def test_signs_turn_about_half_of_the_columns(rotation):
+    """4096 fair coins: five standard deviations are 160."""
+    factors = unpack_signs(rotation.signs(4096, 0, 0, "attention input"), 4096)
+    assert set(factors.tolist()) == {1.0, -1.0}
+    assert abs(int(factors.sum())) <= 2 * 160
+
+
+def test_a_rotation_takes_no_strength():
+    with pytest.raises(UserError, match="hadamard rotates all the way and takes no strength"):
+        TRANSFORMS.get("hadamard")(Settings(method="hadamard", strength=0.5))

@@ -21,6 +21,7 @@ def evaluate(
     choice: options.Choices = None,
     tokens: options.Tokens = 4096,
     threads: options.Threads = None,
+    engine: options.EngineName = "auto",
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
@@ -39,6 +40,7 @@ def evaluate(
             choices=choice or (),
             tokens=tokens,
             threads=threads,
+            engine=engine,
             seed=seed,
             progress=progress,
         )

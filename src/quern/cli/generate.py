@@ -23,6 +23,8 @@ def generate(
     ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
     threads: options.Threads = None,
+    engine: options.EngineName = "auto",
+    cache: options.CacheName = None,
     json: options.Json = False,
 ) -> None:
     """Continue --prompt with the model at PATH; the text streams to stdout."""
@@ -38,6 +40,8 @@ def generate(
             top_p=top_p,
             seed=seed,
             threads=threads,
+            engine=engine,
+            cache=cache,
         )
         text = "".join(pieces) if json else None
     if json:

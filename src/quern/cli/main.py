@@ -11,6 +11,7 @@ import typer
 
 import quern
 from quern.cli import options
+from quern.cli.chat import chat
 from quern.cli.compare import compare
 from quern.cli.evaluate import evaluate
 from quern.cli.generate import generate
@@ -30,6 +31,7 @@ VERBS: tuple[Callable[..., Any], ...] = (
     recommend,
     inspect,
     generate,
+    chat,
     probe,
     recipes,
 )

@@ -55,6 +55,14 @@ Memory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Cap on resident memory, such as 16GiB.", show_default="none"),
 ]
+EngineName = Annotated[
+    str,
+    typer.Option("--engine", metavar="NAME", help="What runs it: cpu, reference, or auto for the fastest that can."),
+]
+CacheName = Annotated[
+    str | None,
+    typer.Option("--cache", metavar="DTYPE", help="Keys and values: float16, int8 or float32.", show_default="float16"),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")]
 Fresh = Annotated[

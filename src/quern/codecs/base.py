@@ -7,6 +7,7 @@ column" and feeds the error forward, whatever the codec is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,12 +53,15 @@ class Encoder(ABC):
 class Codec(ABC):
     """A way to store weight matrices under one ``WeightScheme``. Raises ``UserError`` for schemes that it cannot store."""
 
+    slab_rows: ClassVar[int] = 32
+    """Rows of a slab are a multiple of this, unless it is the last."""
+
     def __init__(self, scheme: WeightScheme) -> None:
         self.scheme = scheme
 
     @abstractmethod
     def encoder(self, weight: Tensor, whole: Tensor, refit: bool) -> Encoder:
-        """An encoder for the slab ``weight`` float32 ``(rows, columns)``, a multiple of 32 rows unless it is the last.
+        """An encoder for the slab ``weight`` float32 ``(rows, columns)``; see ``slab_rows``.
 
         ``whole`` is the whole matrix (any float dtype) for parameters that all rows share. ``refit`` allows parameters
         to be fitted during rounding.

@@ -9,18 +9,29 @@ from quern.core.recipe import WeightScheme
 
 METHOD = "quern"
 """``quant_method`` of quern's own format."""
-VERSION = 1
-"""``format_version``; docs/format.md describes it byte for byte."""
+VERSION = 2
+"""``format_version`` that is written; docs/format.md describes it byte for byte."""
+READ_VERSIONS = (1, 2)
+"""Versions that are read: 1 had neither trellis codes nor rotations."""
 PROVENANCE = "quern.json"
 """File with what the artifact was made from and what rounding cost."""
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """``quantization_config`` of a config.json, None where there is none. Raises ``UserError`` if it is no object."""
+    found = config.get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise UserError(f"config.json: quantization_config is {str(found)[:40]!r}; it must be an object")
+    return found
 
 
 def module_schemes(config: dict[str, Any]) -> dict[str, WeightScheme]:
     """Every quantized module's scheme from a ``quantization_config``. Raises ``UserError`` for another version."""
     version = config.get("format_version")
-    if version != VERSION:
+    if version not in READ_VERSIONS:
+        known = " and ".join(map(str, READ_VERSIONS))
         raise UserError(
-            f"the artifact has quern format version {version!r}; this quern reads version {VERSION}. "
+            f"the artifact has quern format version {version!r}; this quern reads versions {known}. "
             "Install the quern that wrote it, or quantize the checkpoint again"
         )
     try:

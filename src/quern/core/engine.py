@@ -11,6 +11,15 @@ if TYPE_CHECKING:
 class Session(Protocol):
     """One sequence with its key/value cache."""
 
+    @property
+    def length(self) -> int:
+        """Tokens fed so far."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        ...
+
     def feed(self, ids: list[int]) -> torch.Tensor:
         """Append tokens (a whole prompt or one token) and return the last position's logits, float32 ``(vocabulary,)``."""
         ...

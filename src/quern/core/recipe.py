@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from quern.core.errors import UserError
 
 RECIPE_PACKAGE = "quern.recipes"
+ROTATION = "hadamard"
+"""The transform that the model repeats on its inputs when it runs."""
 
 
 class _Strict(BaseModel):
@@ -39,11 +41,19 @@ class WeightScheme(_Strict):
     """Name of the observer that picks the range that the scale covers."""
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """How scales are stored."""
+    window: Annotated[int, Field(ge=1)] | None = None
+    """Codec ``trellis``: bits of the stream that pick an entry of a table (default 7); otherwise null."""
+    tables: Annotated[int, Field(ge=1)] | None = None
+    """Codec ``trellis``: tables whose entries are added (default 2); otherwise null."""
 
     @model_validator(mode="before")
     @classmethod
-    def _group_size_follows_granularity(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("granularity", "group") != "group":
+    def _fill_dependent_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("codec") == "trellis":
+            values = {"granularity": "channel", "window": 7, "tables": 2, **values}
+        if values.get("granularity", "group") != "group":
             values = {"group_size": None, **values}
         return values
 
@@ -51,6 +61,8 @@ class WeightScheme(_Strict):
     def _check(self) -> WeightScheme:
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError("group_size goes with granularity: group, and only with it")
+        if self.codec != "trellis" and (self.window, self.tables) != (None, None):
+            raise ValueError(f"window and tables go with codec trellis, not with {self.codec}")
         return self
 
     @property
@@ -79,9 +91,9 @@ class Transform(_Strict):
     """An exact rewriting of the weights before quantization."""
 
     method: str
-    """Name of a registered transform: ``awq`` or ``smoothquant``."""
+    """Name of a registered transform: ``awq``, ``hadamard`` or ``smoothquant``."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
-    """SmoothQuant's alpha (default 0.5). AWQ searches its own exponent and takes none."""
+    """SmoothQuant's alpha (default 0.5). The others take none."""
 
 
 class Activations(_Strict):
@@ -138,6 +150,9 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        methods = [transform.method for transform in self.transforms]
+        if methods.count(ROTATION) > 1:
+            raise ValueError(f"transform {ROTATION} is named twice; once is enough")
         if self.activations.mode != "none":
             schemes = {"weights": self.weights, **{o.pattern: o for o in self.overrides}}
             for where, scheme in schemes.items():
@@ -151,7 +166,13 @@ class Recipe(_Strict):
     @property
     def needs_calibration(self) -> bool:
         """Whether statistics of activations are used at all."""
-        return self.rounding.method != "nearest" or bool(self.transforms) or self.activations.mode == "static"
+        scaled = any(transform.method != ROTATION for transform in self.transforms)
+        return self.rounding.method != "nearest" or scaled or self.activations.mode == "static"
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the inputs of the quantized linears in the decoder blocks are rotated at run time."""
+        return any(transform.method == ROTATION for transform in self.transforms)
 
     def scheme_for(self, linear: str) -> WeightScheme:
         """The scheme of the decoder linear called ``linear`` (full dotted name)."""

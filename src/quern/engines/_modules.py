@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quern.codecs._rotation import rotate
 from quern.codecs.base import CODECS, Codec
 from quern.core.recipe import WeightScheme
 
@@ -32,7 +33,7 @@ class PackedWeight(nn.Module):
         return {name: getattr(self, name) for name in self._part_names}
 
     def stored_bytes(self) -> int:
-        """Bytes of the packed weight."""
+        """Bytes of the packed weight and of what goes with it."""
         return sum(part.nbytes for part in self.parts().values())
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
@@ -51,10 +52,16 @@ class PackedWeight(nn.Module):
 
 
 class QuantizedLinear(PackedWeight):
-    """``inputs (..., columns) -> (..., rows)`` with packed weights and, where asked, int8 activations."""
+    """``inputs (..., columns) -> (..., rows)`` with packed weights and, where asked, rotated inputs and int8 activations."""
 
     def __init__(
-        self, scheme: WeightScheme, shape: tuple[int, int], bias: bool, dtype: torch.dtype, activations: ActivationMode
+        self,
+        scheme: WeightScheme,
+        shape: tuple[int, int],
+        bias: bool,
+        dtype: torch.dtype,
+        activations: ActivationMode,
+        rotated: bool = False,
     ) -> None:
         super().__init__(scheme, shape)
         self.out_features, self.in_features = shape
@@ -63,8 +70,17 @@ class QuantizedLinear(PackedWeight):
         if activations == "static":
             self.input_scale: Tensor
             self.register_buffer("input_scale", torch.empty((), dtype=torch.float32))
+        self.rotated = rotated
+        if rotated:
+            self.input_signs: Tensor
+            self.register_buffer("input_signs", torch.empty(-(-shape[1] // 8), dtype=torch.uint8))
+
+    def stored_bytes(self) -> int:
+        return super().stored_bytes() + (self.input_signs.nbytes if self.rotated else 0)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.rotated:
+            inputs = rotate(inputs, self.input_signs).to(inputs.dtype)
         if self.activations == "none":
             return functional.linear(inputs, self.decoded(inputs.dtype), self.bias)
         rows = inputs.reshape(-1, self.in_features)

@@ -57,9 +57,12 @@ class QuernQuantizer(HfQuantizer):  # type: ignore[misc]
                 if isinstance(module, nn.Embedding):
                     replacement = QuantizedEmbedding(scheme, (module.num_embeddings, module.embedding_dim), dtype)
                 elif isinstance(module, nn.Linear):
-                    mode = recipe.activations.mode if ".layers." in name else "none"
+                    in_block = ".layers." in name
+                    mode = recipe.activations.mode if in_block else "none"
                     shape = (module.out_features, module.in_features)
-                    replacement = QuantizedLinear(scheme, shape, module.bias is not None, dtype, mode)
+                    replacement = QuantizedLinear(
+                        scheme, shape, module.bias is not None, dtype, mode, in_block and recipe.rotated
+                    )
                 else:
                     raise UserError(f"the artifact quantizes {name!r}, which is neither a linear nor an embedding")
             model.set_submodule(name, replacement)

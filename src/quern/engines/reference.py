@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quern.checkpoint.checkpoint import open_checkpoint
+from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.codecs.base import CODECS
+from quern.core.artifact import METHOD, quantization_of
 from quern.core.errors import UserError
 from quern.core.recipe import Recipe
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
@@ -29,6 +30,20 @@ class ReferenceSession:
         self._model = model
         self._cache: Any = None
         self._length = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens fed so far."""
+        return self._length
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        assert 0 <= length <= self._length
+        if length == 0:
+            self._cache = None
+        elif length < self._length:
+            self._cache.crop(length - self._length)
+        self._length = length
 
     def feed(self, ids: list[int]) -> Tensor:
         """Append ``ids``; float32 logits ``(vocabulary,)`` of the last position. Raises ``UserError`` past the maximum."""
@@ -86,9 +101,13 @@ class ReferenceEngine(Engine):
         unknown -= set(CODECS.names())
         return f"no codec called {', '.join(sorted(unknown))} is installed" if unknown else None
 
+    def runs(self, checkpoint: Checkpoint) -> str | None:
+        config = quantization_of(checkpoint.config) or {}
+        return super().runs(checkpoint) if config.get("quant_method") == METHOD else None  # load() says what is missing
+
     def load(self, path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> ReferenceModel:
         checkpoint = open_checkpoint(path)
-        config = checkpoint.config.get("quantization_config") or {}
+        config = quantization_of(checkpoint.config) or {}
         method = config.get("quant_method")
         if method == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
             raise UserError(

@@ -30,8 +30,11 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def encode(self, module: str, weight: QuantizedWeight, input_scale: float | None) -> dict[str, Tensor]:
-        """The tensors, by full name, that store ``module``'s weight and the scale of its static activations."""
+    def encode(
+        self, module: str, weight: QuantizedWeight, input_scale: float | None, input_signs: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors, by full name, that store ``module``'s weight, the scale of its static activations, and the packed
+        signs of the rotation that its inputs want."""
 
     @abstractmethod
     def parts(

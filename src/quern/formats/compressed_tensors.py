@@ -47,7 +47,9 @@ class CompressedTensors(Format):
                         "them into one matrix. Change the recipe's overrides, or use --format quern"
                     )
 
-    def encode(self, module: str, weight: QuantizedWeight, input_scale: float | None) -> dict[str, Tensor]:
+    def encode(
+        self, module: str, weight: QuantizedWeight, input_scale: float | None, input_signs: Tensor | None = None
+    ) -> dict[str, Tensor]:
         scheme, parts = weight.scheme, weight.parts
         tensors = {"weight_scale": parts["scale"]}
         if scheme.granularity == "tensor":
@@ -102,6 +104,8 @@ def _activation_mode(module: str, recipe: Recipe) -> str:
 def _problem(module: str, scheme: WeightScheme, shape: tuple[int, ...], recipe: Recipe) -> str | None:
     if scheme.codec != "integer":
         return f"it stores integers, not codec {scheme.codec!r}"
+    if recipe.rotated:
+        return "it stores no Hadamard rotation that the loaders would all apply; leave out transform hadamard"
     if module.endswith("embed_tokens"):
         return "vLLM reads no quantized embedding; set embedding: {codec: none}"
     if scheme.group_size is not None and shape[1] % scheme.group_size:

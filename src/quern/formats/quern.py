@@ -1,4 +1,4 @@
-"""Quern's own format, version 1: the codec's parts as they are, and every module's scheme spelled out in config.json.
+"""Quern's own format: the codec's parts as they are, and every module's scheme spelled out in config.json.
 
 Described byte for byte in docs/format.md.
 """
@@ -18,19 +18,25 @@ from quern.core.recipe import WeightScheme
 from quern.formats.base import FORMATS, Format
 
 INPUT_SCALE = "input_scale"
+INPUT_SIGNS = "input_signs"
 
 
 @FORMATS.add("quern")
 class QuernFormat(Format):
-    """``<module>.<part>`` for every part, ``<module>.input_scale`` float32 ``()`` for static activations."""
+    """``<module>.<part>`` for every part, ``<module>.input_scale`` float32 ``()`` for static activations, and
+    ``<module>.input_signs`` uint8 ``(ceil(columns / 8),)`` for rotated inputs."""
 
     def check(self, schemes: dict[str, WeightScheme], shapes: dict[str, tuple[int, ...]]) -> None:
         pass
 
-    def encode(self, module: str, weight: QuantizedWeight, input_scale: float | None) -> dict[str, Tensor]:
+    def encode(
+        self, module: str, weight: QuantizedWeight, input_scale: float | None, input_signs: Tensor | None = None
+    ) -> dict[str, Tensor]:
         tensors = {f"{module}.{name}": part for name, part in weight.parts.items()}
         if input_scale is not None:
             tensors[f"{module}.{INPUT_SCALE}"] = torch.tensor(input_scale, dtype=torch.float32)
+        if input_signs is not None:
+            tensors[f"{module}.{INPUT_SIGNS}"] = input_signs
         return tensors
 
     def parts(

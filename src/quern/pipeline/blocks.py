@@ -8,6 +8,7 @@ is one block, the Hessians of one group and one wave of tokens, however many lay
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from quern.architectures.base import LinearGroup, Rescaling
 from quern.checkpoint.safetensors_file import DTYPES
+from quern.codecs._rotation import rotate, rotate_back
 from quern.codecs.base import CODECS, Codec
 from quern.core.heap import release_freed
+from quern.core.parallel import pieces
 from quern.observers.base import OBSERVERS
 from quern.pipeline import sensitivity
 from quern.pipeline.job import Job
@@ -25,12 +28,22 @@ from quern.quantization.calibration.block import Block
 from quern.quantization.calibration.hessian import add_to_hessian, norm_weights
 from quern.quantization.calibration.histogram import InputHistogram
 from quern.quantization.rounding._factor import Factor, factorize
-from quern.quantization.rounding.base import ROUNDINGS, Rounded
-from quern.quantization.transforms.base import TRANSFORMS, ChannelStatistics, Repeat, fold, foldable
+from quern.quantization.rounding.base import ROUNDINGS, SLAB, Rounded
+from quern.quantization.transforms.base import (
+    TRANSFORMS,
+    ChannelScaling,
+    ChannelStatistics,
+    InputRotation,
+    Repeat,
+    fold,
+    foldable,
+)
 
 CHAIN = "chain"
 SAMPLED_TOKENS = 256
 """Tokens that the search of AWQ looks at, at most."""
+ROTATED_TOKENS = 512
+"""Tokens that a worker rotates at a time."""
 
 
 def quantize_blocks(job: Job) -> None:
@@ -78,13 +91,15 @@ class _BlockWork:
             scheme = job.recipe.scheme_for(self.prefix + name)
             if scheme.quantized:
                 self.codecs[name] = CODECS.get(scheme.codec)(scheme)
+        transforms = [TRANSFORMS.get(settings.method)(settings) for settings in job.recipe.transforms]
+        self.scalings = [transform for transform in transforms if isinstance(transform, ChannelScaling)]
+        self.rotation = next((transform for transform in transforms if isinstance(transform, InputRotation)), None)
         self.tensors: dict[str, Tensor] = {}
         self.errors: list[dict[str, Any]] = []
 
     def transform(self) -> None:
-        """Rewrite the block: every transform of the recipe along every rescaling of the architecture, in order."""
-        for settings in self.job.recipe.transforms:
-            transform = TRANSFORMS.get(settings.method)(settings)
+        """Rewrite the block: every scaling of the recipe along every rescaling of the architecture, in order."""
+        for scaling in self.scalings:
             for rescaling in self.job.architecture.rescalings:
                 codecs = {name: self.codecs[name] for name in rescaling.targets if name in self.codecs}
                 if not codecs:
@@ -92,7 +107,7 @@ class _BlockWork:
                 statistics = self._channels(rescaling.targets[0])
                 repeat = self._repeat(rescaling)
                 targets = [self.block.linear(name).weight.data for name in codecs]
-                scales = transform.scales(targets, list(codecs.values()), statistics, repeat, self.job.workers)
+                scales = scaling.scales(targets, list(codecs.values()), statistics, repeat, self.job.workers)
                 source = self.block.module.get_submodule(rescaling.source)
                 stored = self._stored_dtype(f"{rescaling.source}.weight")
                 fold(
@@ -108,17 +123,33 @@ class _BlockWork:
         if not linears:
             return
         rounding = ROUNDINGS.get(self.job.recipe.rounding.method)(self.job.recipe.rounding)
-        hessians, input_scale = self._statistics(linears)
+        signs = None
+        if self.rotation is not None:
+            columns = self.block.linear(linears[0]).in_features
+            signs = self.rotation.signs(columns, self.job.seed, self.index, group.name)
+        hessians, input_scale = self._statistics(linears, signs)
         factor: Factor | None = None
         for name in linears:
             if name in hessians:
                 settings = self.job.recipe.rounding
                 factor = factorize(hessians.pop(name), settings.damping, settings.activation_order, self.job.workers)
             linear = self.block.linear(name)
+            self._turn(linear.weight.data, signs, rotate)
             rounded = rounding.round(linear.weight.data, self.codecs[name], factor, self.job.workers)
             linear.weight.data = rounded.decoded
-            self.tensors |= self.job.format.encode(self.prefix + name, rounded.weight, input_scale)
+            self._turn(linear.weight.data, signs, rotate_back)
+            self.tensors |= self.job.format.encode(self.prefix + name, rounded.weight, input_scale, signs)
             self.errors.append(layer_error(self.prefix + name, rounded))
+
+    def _turn(self, weight: Tensor, signs: Tensor | None, turn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Rotate the rows of ``weight`` in place, if they are rotated at all."""
+        if signs is None:
+            return
+
+        def piece(rows: tuple[int, int]) -> None:
+            weight[rows[0] : rows[1]] = turn(weight[rows[0] : rows[1]], signs)
+
+        self.job.workers.map(piece, pieces(len(weight), SLAB))
 
     def unquantized(self) -> dict[str, Tensor]:
         """The block's other tensors, transforms included, in the checkpoint's own dtypes."""
@@ -137,8 +168,8 @@ class _BlockWork:
         following.write(lambda start, stop: self.block.run_each(source.read(start, stop), self.job.workers))
         self.job.work.finish(f"{CHAIN} {self.index + 1}", [following.path], {})
 
-    def _statistics(self, linears: list[str]) -> tuple[dict[str, Tensor], float | None]:
-        """Hessians, and the scale of static activations.
+    def _statistics(self, linears: list[str], signs: Tensor | None) -> tuple[dict[str, Tensor], float | None]:
+        """Hessians, and the scale of static activations, of inputs that are rotated where there are ``signs``.
 
         One Hessian for each linear where every linear has token weights of its own; otherwise one for all, under the
         first one's name.
@@ -153,6 +184,10 @@ class _BlockWork:
         histogram = InputHistogram()
         for start, stop in self.source.waves():
             inputs = self.block.capture(linears[0], self.source.read(start, stop), self.job.workers)
+            if signs is not None:
+                inputs = torch.cat(
+                    self.job.workers.map(lambda part: rotate(part, signs), torch.split(inputs, ROTATED_TOKENS))
+                )
             tokens = slice(start * self.source.shape[1], stop * self.source.shape[1])
             if static:
                 histogram.add(inputs)

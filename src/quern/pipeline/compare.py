@@ -19,6 +19,7 @@ from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, load_recipe
 from quern.core.results import METRICS_VERSION, Model, Results, Scenario
+from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.evaluation.texts import Text
 from quern.pipeline.evaluate import measure_all
@@ -47,13 +48,15 @@ def compare(
     seed: int = 0,
     fresh: bool = False,
     scenario: Scenario = "balanced",
+    engine: str = AUTO,
     progress: Progress | None = None,
 ) -> Results:
     """Quantize ``model`` by every recipe and measure the results beside the unquantized model.
 
     Writes ``results.json``, ``report.html`` and ``artifacts/<recipe>`` into the folder ``output``. Artifacts that are
     there already are kept, an interrupted one continues; ``fresh`` makes all of them again. ``speed_rounds`` 0 leaves
-    speed out. Raises ``UserError``.
+    speed out. ``engine`` runs the results (``auto``: the fastest that can; the unquantized model is measured in the
+    reference engine, and in that one too where it can). Raises ``UserError``.
     """
     progress, folder = progress or Silent(), Path(output)
     chosen = _distinct([recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes])
@@ -63,9 +66,12 @@ def compare(
     hardware = probe(threads=threads or available_threads())
     sha256 = checkpoint.sha256(progress)
     contenders = [
-        _make(checkpoint, folder, recipe, calibration, memory, threads, seed, fresh, progress) for recipe in chosen
+        _make(checkpoint, folder, recipe, calibration, memory, threads, seed, fresh, engine, progress)
+        for recipe in chosen
     ]
     reference = Contender(name="unquantized", path=checkpoint.path, sha256=sha256)
+    if (fast := engine_for(checkpoint, engine)) != reference.engine:
+        contenders.insert(0, Contender(name=f"unquantized ({fast})", path=checkpoint.path, engine=fast, sha256=sha256))
     rows = measure_all(contenders, reference, inputs, settings=settings, hardware=hardware, progress=progress)
     results = Results(
         metrics_version=METRICS_VERSION,
@@ -102,6 +108,7 @@ def _make(
     threads: int | None,
     seed: int,
     fresh: bool,
+    engine: str,
     progress: Progress,
 ) -> Contender:
     """Quantize by one recipe, or find that it was done; how long it took is kept beside the artifact."""
@@ -118,7 +125,8 @@ def _make(
         threads=threads,
         progress=progress,
     )
-    sha256 = open_checkpoint(artifact).sha256()
+    made = open_checkpoint(artifact)
+    sha256 = made.sha256()
     if report.seconds is not None and not report.resumed:
         write_json(timing, {"artifact_sha256": sha256, "quantize_seconds": report.seconds})
     known = read_json(timing) if timing.is_file() else {}
@@ -129,6 +137,7 @@ def _make(
         recipe=recipe.to_json(),
         quantize_seconds=seconds,
         layers=tuple(report.layers),
+        engine=engine_for(made, engine),
         sha256=sha256,
     )
 

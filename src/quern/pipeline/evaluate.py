@@ -23,6 +23,7 @@ from quern.core.metrics import NonFiniteError
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import Row
+from quern.engines.base import AUTO, engine_for
 from quern.evaluation.accuracy import Accuracy, DocumentScore, summarize_scores
 from quern.evaluation.choice import ChoiceSet
 from quern.evaluation.reference_cache import ReferenceKey, has_reference
@@ -43,6 +44,8 @@ from quern.pipeline.worker_process import COMMAND, Worker
 
 _Scores = tuple[Accuracy | None, list[bool] | None, tuple[str, ...]]
 
+JUDGE = "reference"
+"""The engine of the reference logits, whatever engine is measured."""
 WARM_UP_TOKENS = 4
 """Decoded in the round that is not timed."""
 LOADED_BYTES = 1 << 30
@@ -63,13 +66,15 @@ def evaluate(
     speed_rounds: int = 3,
     prompt_tokens: int = 256,
     decode_tokens: int = 32,
+    engine: str = AUTO,
     progress: Progress | None = None,
 ) -> Row:
     """Measure the model at ``model`` (artifact, folder, Hub id or GGUF file), against ``reference`` if it is given.
 
     ``texts`` are files to score (see ``evaluation/texts.py``; default: held-out files of the running Python),
     ``choices`` JSONL files (see ``evaluation/choice.py``). An unquantized model without a reference is its own: its
-    divergence is then the noise floor. A quantized one without a reference has no divergence. Raises ``UserError``.
+    divergence is then the noise floor. ``engine`` runs the model (``auto``: the fastest that can); reference logits are
+    always the reference engine's. A quantized one without a reference has no divergence. Raises ``UserError``.
     """
     settings = Settings(
         tokens=tokens,
@@ -83,7 +88,7 @@ def evaluate(
     )
     progress = progress or Silent()
     checkpoint = open_checkpoint(model, progress=progress)
-    contender = contender_of(checkpoint)
+    contender = contender_of(checkpoint, engine_for(checkpoint, engine))
     if reference is not None:
         original: Contender | None = Contender(name="reference", path=reference, timed=False)
     else:
@@ -120,7 +125,7 @@ def measure_all(
     if reference is not None:
         _check_vocabularies(everyone, opened)
     original = original_of(opened[0])
-    key = None if reference is None else reference_key(reference.engine, hashes[0], inputs, settings)
+    key = None if reference is None else reference_key(JUDGE, hashes[0], inputs, settings)
     run = _Run(inputs, key, settings, progress, command)
     measured = _measure(run, everyone, opened, original)
     if reference is not None:
@@ -188,7 +193,7 @@ def _measure(
     together = _fit_in_memory(opened, original)
     missing = run.key is not None and not has_reference(run.inputs.folder, run.key)
     if missing and not together:
-        _compute_reference(run, *pairs[0])
+        _compute_reference(run, pairs[0][1])
     measured: list[Measured] = []
     for group in [pairs] if together else [[pair] for pair in pairs]:
         with ExitStack() as stack:
@@ -196,7 +201,7 @@ def _measure(
             for worker, (contender, path) in zip(workers, group):
                 run.load(worker, contender.engine, path, run.settings.dtype)
             if missing and together:  # while the contenders load
-                _compute_reference(run, *pairs[0])
+                _compute_reference(run, pairs[0][1])
             measured += _measure_loaded(run, [contender for contender, _ in group], workers)
     note = () if together else ("measured alone: all contenders together do not fit in memory",)
     return [replace(found, notes=(*found.notes, *note)) for found in measured]
@@ -208,10 +213,10 @@ def _fit_in_memory(opened: Sequence[Checkpoint], original: Original) -> bool:
     return needed + (len(opened) + 1) * LOADED_BYTES <= psutil.virtual_memory().available
 
 
-def _compute_reference(run: _Run, reference: Contender, path: Path) -> None:
+def _compute_reference(run: _Run, path: Path) -> None:
     task = run.progress.task("reference logits", run.inputs.scored_tokens)
     with Worker("reference in float32", run.command) as worker:
-        run.load(worker, reference.engine, path, "float32")
+        run.load(worker, JUDGE, path, "float32")
         worker.receive()
         worker.ask({"do": "reference", "windows": str(run.inputs.windows), **run.cache()}, task.advance)
     task.done()

@@ -6,18 +6,21 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.files import read_json
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import BadFileError, UserError
-from quern.engines.reference import load
+from quern.engines.base import AUTO, ENGINES, engine_for
+from quern.engines.cpu import CachePrecision, CpuEngine
 from quern.pipeline.detokenize import Detokenizer
 from quern.pipeline.sampling import Sampler, SamplingOptions
 
 if TYPE_CHECKING:
-    from quern.core.engine import LoadedModel
+    from quern.core.engine import LoadedModel, Session
+
+CACHES: tuple[str, ...] = get_args(CachePrecision)
 
 
 def generate(
@@ -30,11 +33,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     threads: int | None = None,
+    engine: str = AUTO,
+    cache: str | None = None,
 ) -> Iterator[str]:
     """Load the model at ``path`` (artifact, folder, Hub id) and return its continuation of ``prompt``, piece by piece.
 
     Ends at an end-of-sequence token, after ``max_tokens`` tokens, or when the model's context is full. The pieces hold
-    whole characters and join to the text. The same seed gives the same text. Raises ``UserError`` for options out of
+    whole characters and join to the text. The same seed gives the same text. ``cache``: how the cpu engine keeps keys
+    and values, ``float16`` (None), ``int8`` or ``float32``. Raises ``UserError`` for options out of
     range and for a prompt that is empty or does not fit the context; all of it before the first piece.
     """
     if max_tokens < 1:
@@ -43,7 +49,7 @@ def generate(
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.path)
     ids = _encode(tokenizer, prompt)
-    model = load(checkpoint.path, dtype="auto", threads=threads)
+    model = load_model(checkpoint, engine, threads, cache)
     room = model.maximum_length - len(ids)
     if room < 1:
         raise UserError(
@@ -51,21 +57,38 @@ def generate(
             "continue; give a shorter prompt"
         )
     decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return _stream(model, ids, min(max_tokens, room), sampler, Detokenizer(decode, ids), end_tokens(checkpoint))
+    tokens = continuation(model.start(), ids, min(max_tokens, room), sampler, end_tokens(checkpoint))
+    return pieces(tokens, Detokenizer(decode, ids))
 
 
-def _stream(
-    model: LoadedModel, ids: list[int], count: int, sampler: Sampler, detokenizer: Detokenizer, end: frozenset[int]
-) -> Iterator[str]:
-    session = model.start()
+def load_model(checkpoint: Checkpoint, engine: str, threads: int | None, cache: str | None) -> LoadedModel:
+    """The model in the engine called ``engine``, or in the fastest that runs it. Raises ``UserError``."""
+    chosen = engine_for(checkpoint, engine)
+    if cache is None:
+        return ENGINES.get(chosen)().load(checkpoint.path, threads=threads)
+    if chosen != "cpu":
+        raise UserError(f"--cache {cache} is for the cpu engine; this model runs on the {chosen} engine. Leave it out")
+    if cache not in CACHES:
+        raise UserError(f"--cache {cache!r} is not known; give one of {', '.join(CACHES)}")
+    return CpuEngine().load(checkpoint.path, threads=threads, cache=cast(CachePrecision, cache))
+
+
+def continuation(session: Session, ids: list[int], count: int, sampler: Sampler, end: frozenset[int]) -> Iterator[int]:
+    """Up to ``count`` tokens after ``ids``, which are fed to ``session``; a token of ``end`` ends them and is left out."""
     given = ids
     for _ in range(count):
         token = sampler.choose(session.feed(given).numpy())
         if token in end:
-            break
+            return
+        yield token
+        given = [token]
+
+
+def pieces(tokens: Iterator[int], detokenizer: Detokenizer) -> Iterator[str]:
+    """The text of ``tokens`` as it grows."""
+    for token in tokens:
         if piece := detokenizer.push(token):
             yield piece
-        given = [token]
     if rest := detokenizer.finish():
         yield rest
 

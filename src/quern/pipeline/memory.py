@@ -56,7 +56,8 @@ def plan(job: Job) -> MemoryPlan:
         for group in job.architecture.groups
     )
     calibrated = job.sequences is not None
-    wave = WAVE_COPIES * 4 * WAVE_TOKENS * widest if calibrated else 0
+    # A rotated copy of the activations comes on top.
+    wave = (WAVE_COPIES + job.recipe.rotated) * 4 * WAVE_TOKENS * widest if calibrated else 0
     slabs = job.workers.threads * SLAB_COPIES * 4 * SLAB * widest
     # Codes of the linears done so far, and the rounded copy of the one in hand.
     packed = weights // itemsize + largest * (itemsize + 1)

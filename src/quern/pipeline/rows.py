@@ -39,12 +39,12 @@ class Contender:
     """Whether its speed is measured too."""
 
 
-def contender_of(checkpoint: Checkpoint) -> Contender:
+def contender_of(checkpoint: Checkpoint, engine: str = "reference") -> Contender:
     """The contender that lies in a folder; recipe and layer errors as quern wrote them beside the weights."""
     quantization = checkpoint.config.get("quantization_config")
     name = checkpoint.path.name
     if not isinstance(quantization, dict):
-        return Contender(name=name, path=checkpoint.path)
+        return Contender(name=name, path=checkpoint.path, engine=engine)
     recipe, layers, made_from = quantization, [], None
     provenance = checkpoint.path / PROVENANCE
     if provenance.is_file():
@@ -54,7 +54,9 @@ def contender_of(checkpoint: Checkpoint) -> Contender:
             layers = [LayerError.model_validate(layer) for layer in found["layers"]]
         except (KeyError, TypeError, ValueError) as error:
             raise BadFileError(provenance, f"is not what quern writes: {error}", "Quantize the model again") from None
-    return Contender(name=name, path=checkpoint.path, recipe=recipe, layers=tuple(layers), original_sha256=made_from)
+    return Contender(
+        name=name, path=checkpoint.path, recipe=recipe, layers=tuple(layers), engine=engine, original_sha256=made_from
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quern import _native
 from quern.core.errors import QuernError, UserError
 from quern.core.seeds import generator
 
@@ -47,14 +48,25 @@ class Sampler:
 
     def choose(self, logits: NDArray[np.floating]) -> int:
         """A token for ``logits`` ``(vocabulary,)``. Raises ``QuernError`` for logits that hold NaN or +infinity."""
-        if np.isnan(logits).any() or np.isposinf(logits).any():
+        values, options = np.ascontiguousarray(logits, np.float32), self.options
+        if options.temperature == 0:
+            token = _native.likeliest(values)
+        else:
+            # One uniform number a token, whatever the options are, read off the cumulative distribution.
+            place = self._generator.random()
+            token = _native.sample(values, options.temperature, options.top_k, options.top_p, place)
+        if token < 0:
             raise QuernError("the model's output holds NaN or infinite values, so its weights or its engine are broken")
-        if self.options.temperature == 0:
-            return int(np.argmax(logits))
-        tokens, probabilities = candidates(logits, self.options)
-        # One uniform number a token, whatever the options are, read off the cumulative distribution.
-        place = np.searchsorted(np.cumsum(probabilities), self._generator.random(), side="right")
-        return int(tokens[min(int(place), len(tokens) - 1)])
+        return token
+
+
+def choose_plainly(logits: NDArray[np.floating], options: SamplingOptions, place: float) -> int:
+    """What the native sampler must choose for the uniform number ``place``: the whole distribution, written out."""
+    if options.temperature == 0:
+        return int(np.argmax(logits))
+    tokens, probabilities = candidates(logits, options)
+    found = np.searchsorted(np.cumsum(probabilities), place, side="right")
+    return int(tokens[min(int(found), len(tokens) - 1)])
 
 
 def candidates(logits: NDArray[np.floating], options: SamplingOptions) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -14,16 +14,23 @@ SURFACE = {
         *("MODEL", "--output", "-o", "--profile", "--recipe", "--calibration", "--memory", "--device", "--seed"),
         *("--fresh", "--threads", "--format", "--json"),
     },
-    "evaluate": {"MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--seed", "--json"},
+    "evaluate": {
+        *("MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--engine", "--seed", "--json"),
+    },
     "compare": {
         *("MODEL", "--output", "-o", "--recipes", "--calibration", "--text", "--choice", "--tokens", "--scenario"),
-        *("--memory", "--threads", "--seed", "--fresh", "--json"),
+        *("--memory", "--threads", "--engine", "--seed", "--fresh", "--json"),
     },
     "report": {"RESULTS.json", "--output", "-o", "--json"},
     "recommend": {"RESULTS.json", "--scenario", "--max-size", "--max-loss", "--min-speed", "--json"},
     "inspect": {"PATH", "--json"},
     "generate": {
         *("PATH", "--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
+        *("--engine", "--cache"),
+    },
+    "chat": {
+        *("PATH", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
+        *("--engine", "--cache"),
     },
     "probe": {"--json"},
     "recipes": {"--json"},

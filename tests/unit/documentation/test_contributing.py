@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import other_copy
 import pytest
 from tiny_model import tiny_config, write_model
 
@@ -30,6 +31,7 @@ def copy(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", *(path.name for path in (ROOT / "tests").glob("*.py"))):
         source = ROOT / name if (ROOT / name).is_file() else ROOT / "tests" / name
         shutil.copy(source, folder / source.relative_to(ROOT))
+    other_copy.prefer(folder / "src")
     write_model(folder / "models" / "python-7m", tiny_config(max_position_embeddings=1024))
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

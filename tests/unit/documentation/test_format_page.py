@@ -105,6 +105,27 @@ def test_the_pages_reader_reads_what_the_package_writes(name, reader, tiny_text,
         )
 
 
+@pytest.mark.parametrize("variant", [(2, 6, 1), (2, 7, 2), (3, 7, 1), (3, 7, 2), (4, 7, 1), (4, 7, 2)], ids=str)
+def test_the_pages_reader_reads_trellis_codes(variant, reader, tiny_text, tmp_path):
+    """Matrices of 64, 96 and 128 rows and one of 300, so that there are tiles of every kind."""
+    scheme = dict(zip(("bits", "window", "tables"), variant, strict=True), codec="trellis")
+    model = write_model(tmp_path / "model", tiny_config("llama", num_hidden_layers=1, tie_word_embeddings=False))
+    folder = make_artifact(
+        model, tmp_path / "out", tiny_text, weights=scheme, head=scheme, transforms=[{"method": "hadamard"}]
+    )
+    weights = reader["read_weights"](folder)
+    tensors = reader["read_tensors"](folder)
+    assert len(weights) == 8
+    for module, found in weights.items():
+        codec = CODECS.get("trellis")(WeightScheme.model_validate(scheme))
+        parts = {part: torch.from_numpy(tensors[f"{module}.{part}"].copy()) for part in codec.part_shapes(found.shape)}
+        assert {part: (tuple(t.shape), t.dtype) for part, t in parts.items()} == codec.part_shapes(found.shape)
+        assert torch.equal(codec.decode(found.shape, parts), torch.from_numpy(found)), module
+        signs = tensors.get(f"{module}.input_signs")
+        assert (signs is None) == (module == "lm_head")
+        assert signs is None or signs.shape == (-(-found.shape[1] // 8),)
+
+
 def expected_parts(scheme: WeightScheme, shape: tuple[int, int]) -> dict:
     """The page's table, evaluated: every cell of it is an expression in the words that it defines."""
     rows, columns = shape
@@ -119,7 +140,7 @@ def expected_parts(scheme: WeightScheme, shape: tuple[int, int]) -> dict:
         "not `symmetric`": not scheme.symmetric,
     }
     holds["otherwise"] = not holds["`bits` is 8 and `symmetric`"]
-    section = PAGE.split("## Tensors of a module", 1)[1].split("### Bits", 1)[0]
+    section = PAGE.split("## Tensors of a module: codec `integer`", 1)[1].split("### Bits", 1)[0]
     found = {}
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -136,9 +157,9 @@ def expected_parts(scheme: WeightScheme, shape: tuple[int, int]) -> dict:
 def test_the_pages_reader_refuses_what_it_does_not_know(reader, tiny_model, tiny_text, tmp_path):
     folder = make_artifact(tiny_model, tmp_path / "out", tiny_text, weights={"bits": 4, "group_size": 32})
     config = json.loads((folder / "config.json").read_text())
-    for change in ({"format_version": 2}, {"quant_method": "zap"}):
+    for change in ({"format_version": 3}, {"quant_method": "zap"}):
         (folder / "config.json").write_text(
             json.dumps({**config, "quantization_config": {**config["quantization_config"], **change}})
         )
-        with pytest.raises(ValueError, match="not the quern format, version 1"):
+        with pytest.raises(ValueError, match="not the quern format, version 1 or 2"):
             reader["read_weights"](folder)

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from quern import _native
 from quern.core.errors import QuernError, UserError
-from quern.pipeline.sampling import Sampler, SamplingOptions, candidates
+from quern.pipeline.sampling import Sampler, SamplingOptions, candidates, choose_plainly
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], dtype=np.float32))
 
@@ -111,3 +112,32 @@ def test_broken_logits_are_refused(bad, temperature):
 def test_options_out_of_range_are_refused_by_name(options):
     with pytest.raises(UserError, match=next(iter(options))):
         SamplingOptions(**options)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"top_k": 1}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.01}, {"top_k": 300, "top_p": 0.5}, {"top_k": 5000},
+])  # fmt: skip
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 30.0])
+def test_the_native_sampler_is_the_plain_one(options, temperature):
+    """Places well inside a token's share: at a border, sums in another order may fall on the other side."""
+    generator = np.random.default_rng(7)
+    for size in (1, 2, 300, 3000):
+        logits = generator.normal(0, 4, size).astype(np.float32)
+        logits[generator.integers(0, size, size // 3)] = logits[0]  # ties
+        chosen = SamplingOptions(temperature=temperature, **options)
+        probabilities = candidates(logits, chosen)[1]
+        borders = np.cumsum(probabilities)
+        for place in generator.random(30):
+            if np.abs(borders - place).min() > 1e-9:
+                found = _native.sample(logits, temperature, chosen.top_k, chosen.top_p, place)
+                assert found == choose_plainly(logits, chosen, place)
+        assert _native.likeliest(logits) == choose_plainly(logits, SamplingOptions(), 0.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_native_sampler_refuses_what_is_no_number(bad):
+    logits = np.array([0.0, bad, 1.0], np.float32)
+    assert _native.likeliest(logits) == -1
+    assert _native.sample(logits, 1.0, 0, 1.0, 0.5) == -1
+    with pytest.raises(QuernError, match="NaN or infinite"):
+        Sampler(SamplingOptions(), 0).choose(logits)

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import other_copy
 import pytest
 
 import quern
@@ -101,6 +102,7 @@ def test_layers_hold():
 def test_a_breach_is_found(tmp_path, module, line):
     """The check itself: a copy of the package with one import upwards, sideways or of a forbidden library."""
     shutil.copytree(ROOT / "src" / "quern", tmp_path / "quern", ignore=shutil.ignore_patterns("__pycache__"))
+    other_copy.prefer(tmp_path)
     with (tmp_path / "quern" / module).open("a", encoding="utf-8") as file:
         file.write(f"\n\n{line}\n")
     ended = contracts(tmp_path)
@@ -110,6 +112,7 @@ def test_a_breach_is_found(tmp_path, module, line):
 
 def test_a_new_package_needs_a_layer(tmp_path):
     shutil.copytree(ROOT / "src" / "quern", tmp_path / "quern", ignore=shutil.ignore_patterns("__pycache__"))
+    other_copy.prefer(tmp_path)
     (tmp_path / "quern" / "novelty").mkdir()
     (tmp_path / "quern" / "novelty" / "__init__.py").touch()
     assert contracts(tmp_path).returncode == 1

@@ -1,8 +1,10 @@
 """Transforms: exact rewritings of a block before quantization.
 
-Both transforms here divide the channels between two layers by s and multiply the next layer's columns by s, along the
+A ``ChannelScaling`` divides the channels between two layers by s and multiplies the next layer's columns by s, along the
 rescalings that an architecture declares. What the artifact stores unrounded (norms, biases, linears that the recipe
 keeps) must not lose a bit by that: ``foldable`` sees to it, by powers of two where nothing finer is exact.
+
+An ``InputRotation`` turns what linears read, when the model runs, and the rows of their weights before they are rounded.
 """
 
 from __future__ import annotations
@@ -36,11 +38,23 @@ class ChannelStatistics:
     """Evenly spaced tokens, float32 ``(sampled, channels)``."""
 
 
-class Transform(ABC):
-    """A way to choose the channel scales of one rescaling."""
+class Transform(ABC):  # noqa: B024 - what a transform is asked for is up to its kind
+    """Something that ``transforms`` in a recipe may name; one of the kinds below."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+
+
+class InputRotation(Transform):
+    """A rotation (``codecs/_rotation.py``) of what each group of linears reads."""
+
+    @abstractmethod
+    def signs(self, columns: int, seed: int, *place: object) -> Tensor:
+        """Packed signs uint8 ``(ceil(columns / 8),)`` for the group of linears that ``place`` names."""
+
+
+class ChannelScaling(Transform):
+    """A way to choose the channel scales of one rescaling."""
 
     @abstractmethod
     def scales(

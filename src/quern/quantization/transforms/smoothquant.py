@@ -9,14 +9,14 @@ from torch import Tensor
 
 from quern.codecs.base import Codec
 from quern.core.parallel import Workers
-from quern.quantization.transforms.base import TRANSFORMS, ChannelStatistics, Repeat, Transform
+from quern.quantization.transforms.base import TRANSFORMS, ChannelScaling, ChannelStatistics, Repeat
 
 DEFAULT_STRENGTH = 0.5
 TINY = 1e-5
 
 
 @TRANSFORMS.add("smoothquant")
-class SmoothQuant(Transform):
+class SmoothQuant(ChannelScaling):
     """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for input channel j; alpha is the recipe's ``strength``."""
 
     def scales(

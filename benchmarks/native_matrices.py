@@ -1,0 +1,109 @@
+"""Random packed matrices for timing kernels, many copies of each, and what else the machine did meanwhile."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quern import _native
+
+POOL_BYTES = 1 << 30
+"""Memory that copies of a matrix lie in: more than the last-level cache, so that each copy comes from memory."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A way to store a matrix: bits of a code and keywords of ``_native.Matrix``."""
+
+    name: str
+    kind: str
+    bits: int
+    group: int | None = None
+    zeros: bool = False
+    window: int = 0
+    tables: int = 1
+    lag: int = 0
+
+    def code_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the codes alone."""
+        if self.kind != "trellis":
+            return rows * columns * self.bits // 8
+        full, rest = divmod(rows, 256)
+        return 64 * -(-columns // 4) * (full * 2 * self.bits + -(-self.bits * -(-rest // 16) // 8))
+
+    def matrix(self, rows: int, columns: int, codes: np.ndarray) -> _native.Matrix:
+        """The matrix of ``codes`` (uint8) with scales of one."""
+        groups = -(-columns // (self.group or columns))
+        keywords: dict[str, Any] = {"scale": np.ones(rows * groups, np.float16).view(np.uint8), "group": self.group}
+        if self.zeros:
+            keywords["zeros"] = np.full(-(-rows // 8) * groups, 0x77777777, np.int32).view(np.uint8)
+        if self.kind == "trellis":
+            table = np.random.default_rng(0).integers(-63, 63, self.tables << self.window).astype(np.int8)
+            keywords |= {
+                "table": table,
+                "bits": self.bits,
+                "window": self.window,
+                "tables": self.tables,
+                "lag": self.lag,
+            }
+        if self.kind == "codebook4":
+            keywords["table"] = np.linspace(-127, 127, 16).astype(np.int8)
+        return _native.Matrix(self.kind, rows, columns, codes, **keywords)
+
+
+class Pool:
+    """Random bytes, of which matrices are views."""
+
+    def __init__(self, bytes_: int = POOL_BYTES) -> None:
+        self.bytes = np.random.default_rng(1).integers(0, 256, bytes_, dtype=np.uint8)
+
+    def parts(self, size: int) -> list[np.ndarray]:
+        """As many pieces of ``size`` bytes as there are, but two at least."""
+        count = max(2, len(self.bytes) // size)
+        return [self.bytes[i * size : (i + 1) * size] for i in range(min(count, len(self.bytes) // size))]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, and the middle half of ``values``."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
+
+
+class ForeignLoad:
+    """Processors that other processes kept busy while this one measured (from /proc/stat)."""
+
+    def __init__(self) -> None:
+        self.start, self.before, self.own = time.monotonic(), self._busy(), self._own()
+
+    @staticmethod
+    def _busy() -> float:
+        with open("/proc/stat") as stat:
+            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _own() -> float:
+        times = os.times()
+        return times.user + times.system + times.children_user + times.children_system
+
+    def processors(self) -> float:
+        """Mean since this was made."""
+        busy = self._busy() - self.before - (self._own() - self.own)
+        return max(0.0, busy / (time.monotonic() - self.start))
+
+
+def rounds_of(count: int, contenders: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Seconds of each contender in each of ``count`` rounds, in which they take turns. One round before warms up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(count + 1):
+        for name, run in contenders.items():
+            seconds = run()
+            if number > 0:
+                times[name].append(seconds)
+    return times

@@ -1,0 +1,83 @@
+// A decoder-only transformer of the Llama family (grouped-query attention, gated MLP, RMSNorm, rotary positions) on packed
+// weights. The residual stream and everything between the products is float32.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "engine/cache.h"
+#include "engine/operations.h"
+#include "kernels/matmul.h"
+
+namespace quern {
+
+struct DecoderShape {
+  int32_t hidden, intermediate, layers, heads, key_value_heads, head_dim, vocabulary;
+  float epsilon;            // of the norms
+  int32_t window;           // positions that attention sees back, itself included; 0: all
+  float rotary_factor;      // cosines and sines are multiplied by it (1 but for some scaling variants)
+  std::vector<float> frequencies;  // (head_dim / 2,): angle of a position = position * frequency
+};
+
+// A linear: packed weight, bias (rows,) or null, and the signs of its inputs' rotation (see `rotate`) or null. The arrays
+// are the caller's and must outlive the decoder.
+struct Linear {
+  Weight weight;
+  const float* bias = nullptr;
+  const uint8_t* signs = nullptr;
+};
+
+struct DecoderBlock {
+  const float* input_norm;
+  const float* output_norm;           // before the MLP
+  const float* query_norm = nullptr;  // (head_dim,) or null
+  const float* key_norm = nullptr;
+  Linear query, key, value, output, gate, up, down;
+};
+
+// One token at the next position of a sequence.
+struct Row {
+  KeyValueCache* cache;
+  int32_t position;
+  int32_t token;
+};
+
+class Decoder {
+ public:
+  Decoder(DecoderShape shape, std::vector<DecoderBlock> blocks, Weight embedding, const float* final_norm, Linear head,
+          int threads);
+
+  const DecoderShape& shape() const { return shape_; }
+  ThreadPool& pool() { return pool_; }
+
+  // Feed some tokens, of one sequence or of several; those of one sequence follow each other at rising positions, and
+  // their caches have room for them. Leaves the hidden states (rows, hidden) in `hidden` after the final norm.
+  void forward(const std::vector<Row>& rows, std::vector<float>& hidden);
+
+  // Logits (rows, vocabulary) of hidden states.
+  void logits(const float* hidden, int32_t rows, float* out);
+
+ private:
+  void attention(const DecoderBlock& block, int32_t layer, const std::vector<Row>& rows);
+  void project(const float* inputs, const std::vector<const Linear*>& linears, const std::vector<float*>& outputs,
+               int32_t tokens);
+  void normalize(const float* weight, const std::vector<float>& from, int32_t tokens, std::vector<float>& to);
+  void extend_tables(int32_t positions);
+  void rotate_heads(float* states, int32_t heads, int32_t position, float scale) const;
+
+  DecoderShape shape_;
+  std::vector<DecoderBlock> blocks_;
+  Weight embedding_;
+  const float* final_norm_;
+  Linear head_;
+  ThreadPool pool_;
+  const Operations* operations_;
+  // Rotation by position: (positions / BLOCK, head_dim / 2, BLOCK), as attention reads them for int8 keys.
+  std::vector<float> cosines_, sines_;
+  Activations activations_;
+  std::vector<float> rotated_, normed_, queries_, keys_, values_, attended_, gate_, up_, branch_;
+  std::vector<float> scratch_;
+};
+
+}  // namespace quern

@@ -1,0 +1,65 @@
+// Elementwise and attention arithmetic of a decoder in float32, one table of functions for each instruction set. All of
+// them add in the same order, so that the results are the same bit for bit.
+#pragma once
+
+#include <cstdint>
+
+namespace quern {
+
+// Positions of a key block. Keys of 16 positions lie side by side, so that 16 scores are computed at once.
+constexpr int32_t BLOCK = 16;
+
+// How keys and values are kept; the number is the bytes of one.
+enum class CachePrecision : int32_t { int8 = 1, float16 = 2, float32 = 4 };
+
+// What attention reads of one key/value head of one sequence.
+struct HeadCache {
+  int32_t head_dim;      // a multiple of 2
+  CachePrecision precision;
+  // (blocks, head_dim, BLOCK). Floats: rotated keys. int8: keys before bias and rotation, see cache.h.
+  const void* keys;
+  const void* values;    // (positions, head_dim)
+  const float* key_scale;    // int8 only: (positions,)
+  const float* value_scale;  // int8 only: (positions,)
+  const float* key_bias;     // int8 only: (head_dim,), or null
+  const float* cosines;      // int8 only: (blocks, head_dim / 2, BLOCK)
+  const float* sines;
+};
+
+// Queries that share a key/value head: row r sees the positions first[r] ... last[r].
+struct Attend {
+  HeadCache cache;
+  const float* queries;  // (rows, head_dim), rotated and scaled by 1 / sqrt(head_dim)
+  const int32_t* first;
+  const int32_t* last;
+  int32_t rows;
+  float* outputs;        // (rows, head_dim)
+  float* scratch;        // attend_scratch(rows, head_dim) floats
+};
+
+inline int64_t attend_scratch(int32_t rows, int32_t head_dim) {
+  constexpr int64_t positions = 4 * BLOCK;
+  return 2 * positions * (head_dim + BLOCK) + rows * (positions + 2);
+}
+
+struct Operations {
+  // out = x / sqrt(mean(x^2) + epsilon) * weight
+  void (*rms_norm)(const float* x, const float* weight, int32_t count, float epsilon, float* out);
+  // gate = silu(gate) * up
+  void (*silu_product)(float* gate, const float* up, int32_t count);
+  // x += y
+  void (*add)(float* x, const float* y, int64_t count);
+  // Softmax attention of some rows (online: Milakov and Gimelshein 2018, arXiv 1805.02867).
+  void (*attend)(const Attend& arguments);
+  void (*to_float16)(const float* x, uint16_t* out, int32_t count);
+  void (*from_float16)(const uint16_t* x, float* out, int32_t count);
+};
+
+// Of the instruction set in use (kernels/dispatch.h).
+const Operations& operations();
+
+extern const Operations operations_scalar;
+extern const Operations operations_avx2;
+extern const Operations operations_avx512;
+
+}  // namespace quern

@@ -1,0 +1,18 @@
+// Which instruction sets this machine has, and which of them the kernels use: chosen once, at a coarse entry.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace quern {
+
+// Instruction sets that can run here, best first; "scalar" is always the last.
+std::vector<std::string> available_isas();
+
+// The one in use: the environment variable QUERN_ISA where it is set, otherwise the best.
+std::string active_isa();
+
+// Use another one from now on. Throws std::invalid_argument, naming what can run here, for anything else.
+void use_isa(const std::string& name);
+
+}  // namespace quern

@@ -1,0 +1,260 @@
+#include "kernels/matmul.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/products.h"
+#include "kernels/scratch.h"
+
+namespace quern {
+namespace {
+
+constexpr int64_t PIECE_BYTES = 128 << 10;  // codes that a thread takes at once: long enough for the prefetchers
+constexpr int64_t PIECES_A_THREAD = 8;      // where there are so many, so that no thread waits long for another
+constexpr int32_t PANEL_BLOCKS = 32;        // registers of 16 rows decoded at once for few tokens: 32 KiB, the L1 cache
+constexpr int64_t SERIAL = 1 << 15;         // elements for which waking threads costs more than it gains
+
+// Row kernels over ranges of rows: every kind but the trellis, for few tokens; and what has no panels, for many.
+class RowJob : public Job {
+ public:
+  RowJob(const Product& product, const Activations& activations, int threads)
+      : weight_(*product.weight), activations_(activations), outputs_(product.outputs) {
+    const int64_t balanced = ceil_divide(weight_.rows, threads * PIECES_A_THREAD);
+    const int64_t rows = std::min(balanced, std::max<int64_t>(PIECE_BYTES / weight_.row_bytes, 1));
+    rows_ = static_cast<int32_t>(ceil_divide(rows, 8) * 8);
+  }
+
+  int64_t pieces() const override { return ceil_divide(weight_.rows, rows_); }
+
+  void compute(int64_t piece) override {
+    const int32_t first = static_cast<int32_t>(piece) * rows_, last = std::min(first + rows_, weight_.rows);
+    for (int32_t t = 0; t < activations_.tokens; t += MANY_TOKENS) {
+      const Inputs inputs = view(weight_, activations_, t, std::min(MANY_TOKENS, activations_.tokens - t));
+      multiply_rows(weight_, inputs, first, last, outputs_ + static_cast<int64_t>(t) * weight_.rows);
+    }
+  }
+
+ private:
+  const Weight& weight_;
+  const Activations& activations_;
+  float* outputs_;
+  int32_t rows_;
+};
+
+// A trellis and few tokens. A piece is a tile, or where there are few tiles a part of its columns; whoever is last with a
+// tile adds the parts' sums (integers, so the order does not matter) and scales them.
+class TrellisJob : public Job {
+ public:
+  TrellisJob(const Product& product, const Activations& activations, int threads, Scratch& memory)
+      : weight_(*product.weight), summands_(summands(weight_)), activations_(activations), outputs_(product.outputs) {
+    tiles_ = static_cast<int32_t>(ceil_divide(weight_.rows, TILE_ROWS));
+    blocks_ = (weight_.columns + 3) / 4;
+    const int64_t wanted = ceil_divide(threads == 1 ? 1 : threads * PIECES_A_THREAD, tiles_);
+    const int64_t possible = ceil_divide(blocks_, 8 * PANEL_BLOCKS);
+    part_blocks_ = static_cast<int32_t>(ceil_divide(ceil_divide(blocks_, std::min(wanted, possible)), 16) * 16);
+    parts_ = static_cast<int32_t>(ceil_divide(blocks_, part_blocks_));
+    tile_sums_ = static_cast<int64_t>(TILE_ROWS) * activations_.tokens;
+    sums_ = memory.get<int32_t>(pieces() * tile_sums_);
+    left_.reset(new std::atomic<int32_t>[tiles_]);
+    for (int32_t tile = 0; tile < tiles_; ++tile) left_[tile].store(shares(), std::memory_order_relaxed);
+  }
+
+  int64_t pieces() const override { return static_cast<int64_t>(tiles_) * shares(); }
+
+  void compute(int64_t piece) override {
+    const int32_t tile = static_cast<int32_t>(piece / shares()), share = static_cast<int32_t>(piece % shares());
+    const int32_t first = share / summands_.count * part_blocks_, last = std::min(first + part_blocks_, blocks_);
+    const Weight& summand = summands_.weights[share % summands_.count];
+    int32_t* sums = sums_ + piece * tile_sums_;
+    if (activations_.tokens == 1) {
+      kernels().trellis(summand, tile, first, last, activations_.values.data(), sums);
+    } else {
+      add_panels(summand, tile, first, last, sums);
+    }
+    if (left_[tile].fetch_sub(1) == 1) finish(tile);
+  }
+
+ private:
+  int32_t shares() const { return parts_ * summands_.count; }
+  int32_t height(int32_t tile) const { return std::min(weight_.rows - tile * TILE_ROWS, TILE_ROWS); }
+
+  void add_panels(const Weight& summand, int32_t tile, int32_t first, int32_t last, int32_t* sums) const {
+    const Kernels& k = kernels();
+    const int32_t row_groups = (height(tile) + 15) / 16;
+    alignas(64) int8_t panel[TILE_ROWS * 4 * PANEL_BLOCKS];
+    memset(sums, 0, sizeof(int32_t) * tile_sums_);
+    for (int32_t block = first; block < last; block += PANEL_BLOCKS) {
+      const int32_t count = std::min(PANEL_BLOCKS, last - block);
+      k.decode_trellis(summand, {tile * TILE_ROWS, height(tile), 4 * block, 4 * count, count}, k.flip, panel);
+      k.panel(panel, row_groups, count, activations_.values.data() + 4 * block, activations_.stride, activations_.tokens,
+              sums);
+    }
+  }
+
+  void finish(int32_t tile) {
+    const Kernels& k = kernels();
+    const int32_t tokens = activations_.tokens, rows = height(tile), row_groups = (rows + 15) / 16;
+    int32_t* total = sums_ + static_cast<int64_t>(tile) * shares() * tile_sums_;
+    for (int32_t share = 1; share < shares(); ++share) {
+      const int32_t* more = total + share * tile_sums_;
+      for (int64_t i = 0; i < static_cast<int64_t>(row_groups) * 16 * tokens; ++i)
+        total[i] = static_cast<int32_t>(static_cast<uint32_t>(total[i]) + static_cast<uint32_t>(more[i]));
+    }
+    float ws[TILE_ROWS] = {};
+    float outputs[TILE_ROWS * MANY_TOKENS] = {};
+    if (weight_.scale_stride == 1) {  // one after the other, as if they were a row's
+      k.scales(weight_, tile * TILE_ROWS, 0, rows, ws);
+    } else {
+      for (int32_t row = 0; row < rows; ++row) k.scales(weight_, tile * TILE_ROWS + row, 0, 1, ws + row);
+    }
+    const int32_t flips = tokens == 1 ? 0 : k.flip * summands_.count;  // every summand was decoded with its bytes flipped
+    k.flush(total, row_groups, tokens, ws, activations_.scale.data(), activations_.sums.data(), 1, flips, outputs);
+    for (int32_t t = 0; t < tokens; ++t)
+      for (int32_t row = 0; row < rows; row += 16)
+        memcpy(outputs_ + static_cast<int64_t>(t) * weight_.rows + tile * TILE_ROWS + row, outputs + (row * tokens + t * 16),
+               sizeof(float) * std::min(16, rows - row));
+  }
+
+  const Weight& weight_;
+  const Summands summands_;
+  const Activations& activations_;
+  float* outputs_;
+  int32_t tiles_, blocks_, part_blocks_, parts_;
+  int64_t tile_sums_;
+  int32_t* sums_;
+  std::unique_ptr<std::atomic<int32_t>[]> left_;
+};
+
+void check(const Weight& weight, const Activations& activations) {
+  const bool fits = weight.columns == activations.columns && activation_group(weight) == activations.group;
+  if (!fits || weight.columns > MAX_COLUMNS)
+    throw std::invalid_argument("a matrix of " + std::to_string(weight.columns) + " columns in groups of " +
+                                std::to_string(activation_group(weight)) + " cannot take inputs of " +
+                                std::to_string(activations.columns) + " columns in groups of " +
+                                std::to_string(activations.group) + "; the limit is " + std::to_string(MAX_COLUMNS));
+  if (is_plain(weight) && activations.exact == nullptr)
+    throw std::invalid_argument("a plain matrix needs its inputs as they were, not quantized");
+}
+
+}  // namespace
+
+int64_t code_bytes(const Weight& weight) {
+  if (weight.kind != Kind::trellis) return static_cast<int64_t>(weight.rows) * weight.row_bytes;
+  const int64_t blocks = ceil_divide(weight.columns, 4), tiles = weight.rows / TILE_ROWS;
+  const int64_t rest = ceil_divide(weight.rows % TILE_ROWS, 16);
+  return LANES * blocks * (tiles * weight.bits * 2 + ceil_divide(weight.bits * rest, 8));
+}
+
+int32_t activation_group(const Weight& weight) {
+  return weight.kind == Kind::trellis || is_plain(weight) ? weight.columns : weight.group;
+}
+
+Summands summands(const Weight& weight) {
+  Summands found{1, {weight, weight}};
+  if (weight.tables != 2) return found;
+  const int32_t size = 1 << weight.window;
+  const auto first = std::minmax_element(weight.table, weight.table + size);
+  const auto second = std::minmax_element(weight.table + size, weight.table + 2 * size);
+  if (*first.first + *second.first >= -128 && *first.second + *second.second <= 127) return found;
+  found.count = 2;
+  for (Weight& w : found.weights) w.tables = 1;
+  found.weights[0].lag = 0;
+  found.weights[1].table = weight.table + size;
+  return found;
+}
+
+Inputs view(const Weight& weight, const Activations& a, int32_t first_token, int32_t tokens) {
+  const int32_t groups = groups_of(weight);
+  const int64_t t = first_token;
+  return {tokens, a.columns, weight.group, groups, a.values.data() + t * a.stride, a.stride, a.halves.data() + 2 * t * a.half,
+          a.half, a.scale.data() + t * groups, a.sums.data() + t * groups, a.exact ? a.exact + t * a.columns : nullptr,
+          weight.rows};
+}
+
+void multiply_rows(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs) {
+  // 4-bit groups that do not begin on a byte are rare enough for the scalar version.
+  const bool bytes = inputs.groups == 1 || inputs.group % 2 == 0;
+  const Kernels& k = bytes ? kernels() : scalar_kernels();
+  switch (weight.kind) {
+    case Kind::integer4: return k.integer4(weight, inputs, first, last, outputs);
+    case Kind::codebook4: return k.codebook4(weight, inputs, first, last, outputs);
+    case Kind::integer8: return k.integer8(weight, inputs, first, last, outputs);
+    default: return k.plain(weight, inputs, first, last, outputs);
+  }
+}
+
+void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t columns, int32_t group, Activations& out) {
+  const int64_t groups = ceil_divide(columns, group);
+  out.tokens = tokens;
+  out.columns = columns;
+  out.group = group;
+  out.exact = inputs;
+  out.half = ceil_divide(columns, 128) * 64;
+  out.stride = 2 * out.half + 64;
+  out.values.resize(tokens * out.stride);
+  out.scale.resize(tokens * groups);
+  out.sums.resize(tokens * groups);
+  const bool rows = tokens <= MANY_TOKENS || (group % 4 != 0 && groups > 1);
+  out.halves.resize(rows ? tokens * 2 * out.half : 0);
+  const Kernels& k = kernels();
+  const auto one = [&](int64_t t) {
+    int8_t* values = out.values.data() + t * out.stride;
+    k.quantize(inputs + t * columns, columns, group, values, out.scale.data() + t * groups, out.sums.data() + t * groups);
+    memset(values + columns, 0, out.stride - columns);
+    int8_t* even = out.halves.data() + 2 * t * out.half;
+    if (rows) k.split(values, 2 * out.half, even, even + out.half);
+  };
+  if (static_cast<int64_t>(tokens) * columns <= SERIAL) {
+    for (int64_t t = 0; t < tokens; ++t) one(t);
+  } else {
+    pool.each(tokens, one);
+  }
+}
+
+void multiply(ThreadPool& pool, const std::vector<Product>& products, const Activations& activations) {
+  struct Range {
+    int64_t first;
+    std::unique_ptr<Job> job;
+  };
+  for (const Product& product : products) check(*product.weight, activations);
+  if (activations.tokens <= 0) return;
+  static thread_local std::deque<Scratch> memory;  // one a product
+  while (memory.size() < products.size()) memory.emplace_back();
+  std::vector<Range> ranges;
+  int64_t pieces = 0;
+  for (const Product& product : products) {
+    const bool many = activations.tokens > MANY_TOKENS && has_panels(*product.weight);
+    std::unique_ptr<Job> job;
+    if (many) {
+      job.reset(panel_job(product, activations, pool.threads()));
+    } else if (product.weight->kind == Kind::trellis) {
+      job = std::make_unique<TrellisJob>(product, activations, pool.threads(), memory[ranges.size()]);
+    } else {
+      job = std::make_unique<RowJob>(product, activations, pool.threads());
+    }
+    ranges.push_back({pieces, std::move(job)});
+    pieces += ranges.back().job->pieces();
+  }
+  pool.each(pieces, [&](int64_t piece) {
+    size_t at = ranges.size() - 1;
+    while (ranges[at].first > piece) --at;
+    ranges[at].job->compute(piece - ranges[at].first);
+  });
+}
+
+void rotate(ThreadPool& pool, float* values, int32_t tokens, int32_t columns, const uint8_t* signs) {
+  const int32_t block = columns & -columns;
+  const auto one = [&](int64_t t) { kernels().rotate(values + t * columns, columns, block, signs); };
+  if (static_cast<int64_t>(tokens) * columns <= SERIAL) {
+    for (int64_t t = 0; t < tokens; ++t) one(t);
+  } else {
+    pool.each(tokens, one);
+  }
+}
+
+}  // namespace quern

@@ -1,0 +1,47 @@
+// Products of packed weights and activations; what the engine calls.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/threads.h"
+#include "kernels/weight.h"
+
+namespace quern {
+
+// Inputs of some tokens, quantized to int8 with one scale for each token and group of columns:
+// x = values * scale. The plain kinds (bfloat16, float32) read `exact` instead.
+struct Activations {
+  int32_t tokens = 0, columns = 0, group = 0;
+  int64_t stride = 0;              // bytes from one token to the next: columns and at least a register of zeros; an odd
+                                   // number of registers, so that tokens do not compete for the same lines of the cache
+  std::vector<int8_t> values;      // (tokens, stride)
+  int64_t half = 0;                // bytes of `halves` for one token and parity
+  std::vector<int8_t> halves;      // (tokens, 2, half): values of even columns, then of odd ones; where rows want it
+  std::vector<float> scale;        // (tokens, groups)
+  std::vector<int32_t> sums;       // (tokens, groups): sum of the values of each group
+  const float* exact = nullptr;    // (tokens, columns), the caller's; must outlive this
+};
+
+// What `weight` wants of its activations' groups: its own where it has any, else the whole row.
+int32_t activation_group(const Weight& weight);
+
+// Quantize float32 `inputs` (tokens, columns), ties to even; the greatest |x| of a group becomes 127 (dynamic scales).
+void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t columns, int32_t group, Activations& out);
+
+// Greatest `columns` of a weight: beyond it sums of products might not fit 32 bits.
+constexpr int32_t MAX_COLUMNS = 65536;
+
+// outputs (tokens, rows) float32 of one matrix, or of several that read the same activations (and want the same groups).
+struct Product {
+  const Weight* weight;
+  float* outputs;
+};
+// Throws std::invalid_argument where a weight does not fit the activations.
+void multiply(ThreadPool& pool, const std::vector<Product>& products, const Activations& activations);
+
+// In-place orthonormal block Hadamard transform of the rows of `values` (tokens, columns), each first multiplied by its
+// column's sign (bit c % 8 of signs[c / 8] set: -1). Blocks are the largest power of two that divides `columns`.
+void rotate(ThreadPool& pool, float* values, int32_t tokens, int32_t columns, const uint8_t* signs);
+
+}  // namespace quern

@@ -1,0 +1,33 @@
+// Working memory of one thread, kept between calls: fresh memory would cost a page fault every 4 KiB.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace quern {
+
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+
+  // Room for `count` of T, aligned to a cache line. The contents of the last call are lost when it grows.
+  template <typename T>
+  T* get(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      std::free(data_);
+      data_ = std::aligned_alloc(64, bytes);
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace quern

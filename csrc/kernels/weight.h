@@ -1,0 +1,51 @@
+// Weight matrices as the kernels see them: views on the tensors of an artifact, in the very bytes that lie on the disk, so
+// that a memory-mapped artifact needs no load time and is shared between processes.
+#pragma once
+
+#include <cstdint>
+
+namespace quern {
+
+enum class Kind : int32_t {
+  integer4 = 1,   // 4-bit codes, two a byte along the row, low nibble first: value = (code - zero) * scale[row][group]
+  integer8 = 2,   // int8 codes:                                              value = code * scale[row][group]
+  codebook4 = 3,  // 4-bit codes as above:                                    value = table[code] * scale[row][group]
+  trellis = 4,    // see below:                                               value = sum of table entries * scale[row]
+  bfloat16 = 5,   // plain numbers
+  float32 = 6,
+};
+
+enum class Float : int32_t { float16 = 1, bfloat16 = 2, float32 = 3 };
+
+// outputs[token][row] = sum over columns of value(row, column) * inputs[token][column].
+//
+// Trellis layout. Rows are cut into tiles of 256 (the last one may have fewer), columns into blocks of 4 (the last one is
+// filled up with zero inputs). A tile of `height` rows has `steps` = ceil(height / 16) steps; a block of it is
+// ceil(bits * steps / 8) registers of 64 bytes. Byte `lane` = (row % 16) * 4 + column % 4 of register j is byte j of that
+// lane's code stream, which runs down the rows row % 16 + 16 * step of one column. Step t owns the bits
+// [bits * t, bits * (t + 1)) of the stream, bit i being bit i % 8 of byte i / 8. The window of step t is the `window` bits
+// that end with them, the newest highest, read around the end of the whole bytes. With one table the value is
+// table[window(t)]; with two it is table[0][window(t)] + table[1][window(t - lag)].
+// Order in memory: tiles, in them blocks of columns, in them registers.
+struct Weight {
+  Kind kind;
+  int32_t rows, columns;
+  int32_t group;           // columns that share a scale; == columns where a row has only one
+  Float scale_type;
+  const void* codes;
+  int64_t row_bytes;       // bytes of a row of codes; integer and plain kinds
+  const void* scale;       // (rows, ceil(columns / group))
+  int64_t scale_stride;    // scales from one row to the next: 0 where all rows share one (granularity tensor)
+  const int32_t* zeros;    // integer4: zero points, packed down the rows like codes along them, (ceil(rows / 8), groups);
+                           // null: 8 for every group
+  const int8_t* table;     // codebook4: 16 entries; trellis: tables x 2^window
+  int32_t bits;            // trellis: bits of a weight, 2, 3 or 4
+  int32_t window;          // trellis: bits of an index, 6 or 7
+  int32_t tables;          // trellis: 1 or 2
+  int32_t lag;             // trellis: steps by which the second table's window is older
+};
+
+// Bytes that `codes` must have.
+int64_t code_bytes(const Weight& weight);
+
+}  // namespace quern

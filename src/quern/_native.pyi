@@ -1,0 +1,125 @@
+"""The native part: kernels, trellis encoder and CPU engine. Sources: csrc/."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Engine (csrc/bind/bind_engine.cc)
+
+class Matrix:
+    """A packed weight: the artifact's own bytes, checked. Raises ``ValueError`` where an array has the wrong size."""
+
+    def __init__(
+        self,
+        kind: str,
+        rows: int,
+        columns: int,
+        codes: NDArray[np.uint8],
+        scale: NDArray[np.uint8] | None = None,
+        scale_type: str = "float16",
+        group: int | None = None,
+        one_scale: bool = False,
+        zeros: NDArray[np.uint8] | None = None,
+        table: NDArray[np.int8] | None = None,
+        bits: int = 0,
+        window: int = 0,
+        tables: int = 1,
+        lag: int = 0,
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+
+class Linear:
+    """A matrix with its bias ``(rows,)`` and the sign bits of its inputs' rotation ``(ceil(columns / 8),)``."""
+
+    def __init__(
+        self, matrix: Matrix, bias: NDArray[np.float32] | None = None, signs: NDArray[np.uint8] | None = None
+    ) -> None: ...
+
+class Block:
+    """A decoder block; ``linears`` are query, key, value, output, gate, up, down."""
+
+    def __init__(
+        self,
+        input_norm: NDArray[np.float32],
+        output_norm: NDArray[np.float32],
+        query_norm: NDArray[np.float32] | None,
+        key_norm: NDArray[np.float32] | None,
+        linears: Sequence[Linear],
+    ) -> None: ...
+
+class Cache:
+    """Keys and values of one sequence. ``length`` can be cut back."""
+
+    length: int
+    @property
+    def capacity(self) -> int: ...
+
+class Decoder:
+    """A whole decoder. Raises ``ValueError`` where shapes disagree."""
+
+    def __init__(
+        self,
+        shape: Mapping[str, Any],
+        blocks: Sequence[Block],
+        embedding: Matrix,
+        final_norm: NDArray[np.float32],
+        head: Linear,
+        threads: int = 0,
+    ) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    def bytes_per_position(self, precision: str) -> int: ...
+    def cache(self, capacity: int, precision: str) -> Cache: ...
+    def feed(
+        self, caches: Sequence[Cache], counts: Sequence[int], tokens: NDArray[np.int32], all: bool
+    ) -> NDArray[np.float32]: ...
+
+def likeliest(logits: NDArray[np.float32]) -> int: ...
+def sample(logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, place: float) -> int: ...
+
+# Kernels (csrc/bind/bind_kernels.cc)
+
+def isas() -> list[str]:
+    """Instruction sets that can run here, best first; the last one is "scalar"."""
+
+def isa() -> str:
+    """The one in use: that of the environment variable QUERN_ISA, or the best."""
+
+def use_isa(name: str) -> None:
+    """Use another one from now on. Raises ``ValueError`` with the list of those that can run here."""
+
+def multiply(matrix: Matrix, inputs: NDArray[np.float32], threads: int = 0) -> NDArray[np.float32]:
+    """``inputs`` ``(tokens, columns)`` times the matrix: ``(tokens, rows)``. 0 threads: one for each usable processor."""
+
+def rotate(values: NDArray[np.float32], signs: NDArray[np.uint8], threads: int = 0) -> NDArray[np.float32]:
+    """Signs (bit c % 8 of byte c / 8 set: -1) and orthonormal block Hadamard transform of each row."""
+
+def quantize(
+    inputs: NDArray[np.float32], group: int, threads: int = 0
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]:
+    """int8 values ``(tokens, columns)``; their scales and sums ``(tokens, ceil(columns / group))``."""
+
+def time_multiply(matrices: Sequence[Matrix], inputs: NDArray[np.float32], threads: int, repeats: int) -> list[float]:
+    """Seconds of each product; the matrices, all of one shape, take turns. Quantizing the inputs is included."""
+
+def time_read(buffers: Sequence[NDArray[np.uint8]], threads: int, repeats: int) -> list[float]:
+    """Seconds of each reading of a buffer; the buffers take turns."""
+
+# Trellis encoder (csrc/bind/bind_trellis.cc)
+
+class TrellisEncoder:
+    """Rounds the columns of a matrix to the points of a trellis code, each once and in any order; keeps their codes.
+
+    ``table`` is ``(tables, 2^window)``; ``scales`` ``(rows,)``. ``isa`` names an instruction set of this machine, empty for
+    the one in use. Raises ``ValueError`` for a code that there is none of and for arrays of another shape.
+    """
+
+    def __init__(
+        self, bits: int, lag: int, table: NDArray[np.int8], scales: NDArray[np.float32], columns: int, isa: str = ""
+    ) -> None: ...
+    def round(self, column: int, values: NDArray[np.float32], decoded: NDArray[np.float32]) -> None: ...
+    def round_all(self, weight: NDArray[np.float32], decoded: NDArray[np.float32]) -> None: ...
+    def codes(self) -> NDArray[np.uint8]: ...

@@ -1,0 +1,79 @@
+"""``quern chat``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from quern.cli import options
+from quern.cli.outcome import say, show, verb, working
+
+
+@verb("quern chat quantized --system 'Answer in one sentence.'")
+def chat(
+    path: options.ArtifactPath,
+    system: Annotated[str | None, typer.Option(help="Instruction before the conversation.", show_default=False)] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says.")
+    ] = 0.7,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens only; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Choose among the likeliest tokens that make up this probability.")
+    ] = 0.9,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same answers.")] = 0,
+    threads: options.Threads = None,
+    engine: options.EngineName = "auto",
+    cache: options.CacheName = None,
+    json: options.Json = False,
+) -> None:
+    """Talk to the model at PATH: one line of stdin is one message; an empty line or the end of input ends."""
+    from quern.pipeline.chat import Chat
+
+    with working():
+        conversation = Chat(
+            path,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            threads=threads,
+            engine=engine,
+            cache=cache,
+        )
+    turns = []
+    for message in _messages():
+        pieces = conversation.reply(message)
+        if json:
+            turns.append({"user": message, "assistant": "".join(pieces)})
+        else:
+            _stream(pieces)
+    if json:
+        show(turns, True, Text)
+
+
+def _messages() -> Iterator[str]:
+    """Lines of stdin, with a prompt in front where a person types them."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True, file=sys.stderr)
+        line = sys.stdin.readline()
+        if not line.strip():
+            return
+        yield line.rstrip("\n")
+
+
+def _stream(pieces: Iterator[str]) -> None:
+    """Print an answer as it comes; Ctrl-C ends the answer, not the conversation."""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        say("[stopped]", stderr=True)
+    print(flush=True)

@@ -1,0 +1,188 @@
+"""Trellis codes of 2 to 4 bits: value = row's scale x the sum of one or two table entries (docs/trellis.md).
+
+Weights share bits: the window that picks a weight's entry reaches back over the codes of the weights before it, so that a
+table of 2^7 entries does at 2 bits a weight what four levels cannot (trellis-coded quantization, Marcellin and Fischer
+1990, doi:10.1109/26.46532; in bit-shift form with small tables, Tseng et al. 2024 (QTIP), arXiv 2406.11235). The streams run
+down the columns, so that rounding with error feedback can code one column after the other. Parts:
+
+- ``codes``: uint8, flat; tiles of 256 rows, in them blocks of 4 columns, in them registers of 64 bytes, one for each lane.
+- ``scale``: ``scale_dtype`` ``(rows, 1)``.
+- ``table``: int8 ``(tables, 2^window)``, entries in -127 ... 127.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from quern import _native
+from quern.codecs.base import CODECS, Codec, Encoder, Parts
+from quern.core.errors import UserError
+from quern.core.recipe import WeightScheme
+
+TABLES = "trellis_tables.json"
+TILE, LANE_ROWS, BLOCK, LANES = 256, 16, 4, 64
+TINY = 2.0**-24
+"""Least scale of a row that is not zero: the smallest float16 above zero."""
+
+
+@dataclass(frozen=True)
+class TrellisTable:
+    """A trained table, as ``tools/train_trellis_tables.py`` writes it."""
+
+    entries: Tensor
+    """int8 ``(tables, 2^window)``."""
+    unit: float
+    """What the integer 1 stands for where the weights have unit variance."""
+    distortion: float
+    """Mean squared error on a unit Gaussian, tiles of 256 rows."""
+
+
+@cache
+def trained_tables() -> dict[tuple[int, int, int], TrellisTable]:
+    """The shipped tables by (bits, window, tables)."""
+    stored = json.loads((resources.files("quern.codecs") / TABLES).read_text("utf-8"))
+    return {
+        (entry["bits"], entry["window"], len(entry["table"])): TrellisTable(
+            torch.tensor(entry["table"], dtype=torch.int8), entry["unit"], entry["distortion"]
+        )
+        for entry in stored
+    }
+
+
+def lag(bits: int, window: int, tables: int) -> int:
+    """Steps by which the second table's window is older: one. Older ones gain nothing within tiles of 16 steps."""
+    return 1 if tables == 2 else 0
+
+
+def stream_bytes(height: int, bits: int) -> int:
+    """Bytes of one lane in a tile of ``height`` rows."""
+    return -(-bits * -(-height // LANE_ROWS) // 8)
+
+
+def windows(streams: Tensor, steps: int, bits: int, window: int, lag: int = 0) -> Tensor:
+    """uint8 ``(..., steps, lanes)``: for each step the ``window`` bits that end with the step ``lag`` before it.
+
+    ``streams`` are uint8 ``(..., bytes, lanes)``, read around their end; bit i is bit i % 8 of byte i // 8.
+    """
+    count = streams.shape[-2]
+    found = []
+    for step in range(steps):
+        first = (bits * (step - lag + 1) - window) % (8 * count)
+        low, shift = divmod(first, 8)
+        pair = streams[..., low, :].to(torch.int16) | streams[..., (low + 1) % count, :].to(torch.int16) << 8
+        found.append((pair >> shift & (1 << window) - 1).to(torch.uint8))
+    return torch.stack(found, dim=-2)
+
+
+class TrellisEncoder(Encoder):
+    """Rounds columns by the native encoder (``csrc/trellis``)."""
+
+    def __init__(self, codec: TrellisCodec, weight: Tensor) -> None:
+        self.codec = codec
+        self.scale = codec.row_scales(weight)
+        entries, columns = codec.table.entries.numpy(), weight.shape[1]
+        self._native = _native.TrellisEncoder(codec.scheme.bits, codec.lag, entries, self.scale.numpy(), columns)
+
+    def round(self, column: int, values: Tensor) -> Tensor:
+        decoded = torch.empty(values.shape, dtype=torch.float32)
+        self._native.round(column, values.detach().cpu().contiguous().numpy(), decoded.numpy())
+        return decoded.to(values.device)
+
+    def round_all(self, weight: Tensor) -> Tensor:
+        decoded = torch.empty(weight.shape, dtype=torch.float32)
+        self._native.round_all(weight.detach().cpu().contiguous().numpy(), decoded.numpy())
+        return decoded.to(weight.device)
+
+    def parts(self) -> Parts:
+        return {
+            "codes": torch.from_numpy(self._native.codes()),
+            "scale": self.scale.unsqueeze(1).to(self.codec.scale_dtype),
+            "table": self.codec.table.entries.clone(),
+        }
+
+
+@CODECS.add("trellis")
+class TrellisCodec(Codec):
+    """Trellis codes; see the module's page for what is stored."""
+
+    slab_rows = TILE
+
+    def __init__(self, scheme: WeightScheme) -> None:
+        super().__init__(scheme)
+        key = (scheme.bits, scheme.window or 0, scheme.tables or 0)
+        if scheme.granularity != "channel" or not scheme.symmetric or key not in trained_tables():
+            raise UserError(
+                f"codec trellis stores 2, 3 or 4 bits, symmetric, with granularity channel, window 6 with one table or "
+                f"7 with one or two; the recipe asks for {scheme.bits} bits, symmetric: {scheme.symmetric}, granularity "
+                f"{scheme.granularity}, window: {scheme.window}, tables: {scheme.tables}. Change these keys"
+            )
+        self.table = trained_tables()[key]
+        self.window, self.tables, self.lag = key[1], key[2], lag(*key)
+        self.scale_dtype: torch.dtype = getattr(torch, scheme.scale_dtype)
+
+    def row_scales(self, weight: Tensor) -> Tensor:
+        """Scales as they will be stored, float32 ``(rows,)``: the table's unit for weights of each row's variance."""
+        largest = weight.detach().cpu().abs().amax(dim=1)
+        relative = (
+            weight.detach().cpu() / torch.where(largest > 0, largest, 1.0)[:, None]
+        )  # its squares cannot overflow
+        scale = largest * relative.square().mean(dim=1).sqrt() * self.table.unit
+        stored = torch.where(largest > 0, scale.clamp(min=TINY), 0.0).to(self.scale_dtype).float()
+        if not bool((stored * (2 * 127)).isfinite().all()):
+            raise UserError(
+                f"weights up to {float(largest.max()):.3g} are too large for scales in scale_dtype "
+                f"{self.scheme.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"
+            )
+        return stored
+
+    def encoder(self, weight: Tensor, whole: Tensor, refit: bool) -> TrellisEncoder:
+        return TrellisEncoder(self, weight)
+
+    def join(self, slabs: list[Parts]) -> Parts:
+        return super().join(slabs) | {"table": slabs[0]["table"]}
+
+    def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        rows, columns = shape
+        a_block = sum(stream_bytes(min(TILE, rows - first), self.scheme.bits) for first in range(0, rows, TILE))
+        return {
+            "codes": ((a_block * -(-columns // BLOCK) * LANES,), torch.uint8),
+            "scale": ((rows, 1), self.scale_dtype),
+            "table": ((self.tables, 1 << self.window), torch.int8),
+        }
+
+    def decode(self, shape: tuple[int, int], parts: Parts) -> Tensor:
+        return self.integers(shape, parts).float().mul_(parts["scale"].float())
+
+    def integers(self, shape: tuple[int, int], parts: Parts) -> Tensor:
+        """The sums of table entries, int16 ``(rows, columns)``."""
+        rows, columns = shape
+        table = parts["table"].to(torch.int16)
+        values = table.new_empty(rows, columns)
+        whole = rows // TILE * TILE
+        done = 0
+        for first, last in ((0, whole), (whole, rows)):
+            if first == last:
+                continue
+            height = min(TILE, last - first)
+            tiles, blocks = (last - first) // height, -(-columns // BLOCK)
+            size = tiles * blocks * stream_bytes(height, self.scheme.bits) * LANES
+            streams = parts["codes"][done : done + size].view(tiles, blocks, -1, LANES)
+            done += size
+            sums = self._sums(streams, -(-height // LANE_ROWS), table)
+            # (tile, block, step, row, column) to (tile, step, row, block, column)
+            lanes = sums.view(tiles, blocks, -1, LANE_ROWS, BLOCK)
+            spread = lanes.permute(0, 2, 3, 1, 4).reshape(tiles, -1, blocks * BLOCK)
+            values[first:last] = spread[:, :height, :columns].reshape(last - first, columns)
+        return values
+
+    def _sums(self, streams: Tensor, steps: int, table: Tensor) -> Tensor:
+        sums = table[0][windows(streams, steps, self.scheme.bits, self.window).int()]
+        if self.tables == 2:
+            sums = sums + table[1][windows(streams, steps, self.scheme.bits, self.window, self.lag).int()]
+        return sums

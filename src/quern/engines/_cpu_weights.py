@@ -1,0 +1,138 @@
+"""An artifact's tensors as the native kernels read them: views on the memory-mapped files, nothing repacked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quern import _native
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.safetensors_file import DTYPES
+from quern.codecs.base import CODECS
+from quern.codecs.integer import IntegerCodec
+from quern.codecs.trellis import TrellisCodec
+from quern.core.errors import BadFileError
+from quern.core.recipe import UNQUANTIZED, WeightScheme
+
+SIGNS = "input_signs"
+NATIVE_BITS = 4
+"""Integer codes of this width are read as they are stored, and so are symmetric bytes."""
+
+
+def unsupported(scheme: WeightScheme) -> str | None:
+    """Why the native kernels cannot read weights of ``scheme``; None if they can."""
+    if not scheme.quantized or scheme.codec == "trellis":
+        return None
+    if scheme.codec != "integer":
+        return f"it has no kernel for the codec {scheme.codec}"
+    if scheme.bits == 8 and not scheme.symmetric:
+        return "it has no kernel for asymmetric 8-bit weights"
+    return None
+
+
+class MappedWeights:
+    """The weights of one folder, file by file in one read-only mapping."""
+
+    def __init__(self, checkpoint: Checkpoint, schemes: dict[str, WeightScheme]) -> None:
+        self._checkpoint, self._schemes = checkpoint, schemes
+        self._files: dict[Path, NDArray[np.uint8]] = {}
+        self.read_bytes = 0
+        """Bytes of all linears and vectors handed out so far."""
+
+    def linear(self, name: str, shape: tuple[int, int]) -> _native.Linear:
+        """The linear called ``name``, ``(rows, columns)``, with bias and rotation signs where the artifact has them."""
+        matrix = self.matrix(name, shape)
+        self.read_bytes += matrix.bytes
+        bias, signs = f"{name}.bias", f"{name}.{SIGNS}"
+        return _native.Linear(
+            matrix,
+            self.vector(bias) if self._has(bias) else None,
+            self._mapped(signs, ((shape[1] + 7) // 8,), torch.uint8) if self._has(signs) else None,
+        )
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> _native.Matrix:
+        """The packed weight of module ``name``. Raises ``BadFileError`` where a part has not the shape it must have."""
+        scheme = self._schemes.get(name, UNQUANTIZED)
+        if not scheme.quantized:
+            return self._plain(f"{name}.weight", shape)
+        codec = CODECS.get(scheme.codec)(scheme)
+        parts = {
+            part: self._mapped(f"{name}.{part}", size, dtype)
+            for part, (size, dtype) in codec.part_shapes(shape).items()
+        }
+        if isinstance(codec, TrellisCodec):
+            return _trellis(codec, shape, parts)
+        assert isinstance(codec, IntegerCodec)
+        return self._integer(name, codec, shape, parts)
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A small tensor as float32."""
+        self.read_bytes += self._checkpoint.info(name).stored_bytes
+        return self._checkpoint.read(name, finite=True).float().numpy()
+
+    def optional_vector(self, name: str) -> NDArray[np.float32] | None:
+        """The same, or None where the checkpoint has none of that name."""
+        return self.vector(name) if self._has(name) else None
+
+    def _has(self, name: str) -> bool:
+        return name in self._checkpoint.source.infos
+
+    def _mapped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> NDArray[np.uint8]:
+        """The stored bytes of a tensor that must have ``shape`` and ``dtype``."""
+        info, place = self._checkpoint.info(name), self._checkpoint.source.place(name)
+        if info.shape != shape or DTYPES[info.dtype] != dtype:
+            raise BadFileError(
+                place, f"tensor {name!r} is {info.dtype} {info.shape}; the model calls for {dtype} {shape}",
+                "The artifact is damaged or belongs to another config.json; quantize again",
+            )  # fmt: skip
+        if place not in self._files:
+            self._files[place] = np.memmap(place, np.uint8, mode="r")
+        if len(self._files[place]) < info.end:
+            raise BadFileError(place, f"is shorter than its header says ({name!r} is cut off)", "Copy the file again")
+        return self._files[place][info.begin : info.end]
+
+    def _plain(self, name: str, shape: tuple[int, int]) -> _native.Matrix:
+        stored = DTYPES[self._checkpoint.info(name).dtype]
+        if stored in (torch.bfloat16, torch.float32):
+            codes = self._mapped(name, shape, stored)
+            return _native.Matrix(str(stored).removeprefix("torch."), *shape, codes)
+        self._mapped(name, shape, stored)
+        values = self._checkpoint.read(name, finite=True).float().numpy()
+        return _native.Matrix("float32", *shape, values.reshape(-1).view(np.uint8))
+
+    def _integer(self, name: str, codec: IntegerCodec, shape: tuple[int, int], parts: dict[str, Any]) -> _native.Matrix:
+        scheme = codec.scheme
+        scaling = {
+            "scale": parts["scale"],
+            "scale_type": scheme.scale_dtype,
+            "group": codec.group_width(shape[1]),
+            "one_scale": scheme.granularity == "tensor",
+        }
+        if scheme.bits == NATIVE_BITS:
+            return _native.Matrix("integer4", *shape, parts["codes"], zeros=parts.get("zero_point"), **scaling)
+        if scheme.bits == 8:
+            return _native.Matrix("integer8", *shape, parts["codes"], **scaling)
+        # Other widths have no kernel of their own: code - zero point fits a byte up to seven bits.
+        stored = {part: self._checkpoint.read(f"{name}.{part}") for part in parts}
+        stored["scale"] = torch.ones_like(stored["scale"])
+        differences = codec.decode(shape, stored).to(torch.int8).numpy()
+        return _native.Matrix("integer8", *shape, differences.reshape(-1).view(np.uint8), **scaling)
+
+
+def _trellis(codec: TrellisCodec, shape: tuple[int, int], parts: dict[str, Any]) -> _native.Matrix:
+    return _native.Matrix(
+        "trellis",
+        *shape,
+        parts["codes"],
+        scale=parts["scale"],
+        scale_type=codec.scheme.scale_dtype,
+        table=parts["table"].view(np.int8),
+        bits=codec.scheme.bits,
+        window=codec.window,
+        tables=codec.tables,
+        lag=codec.lag,
+    )

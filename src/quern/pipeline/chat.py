@@ -1,0 +1,96 @@
+"""A conversation with a model: its chat template, one growing key/value cache, answers that stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from quern.checkpoint.checkpoint import open_checkpoint
+from quern.checkpoint.tokenizer import load_tokenizer
+from quern.core.errors import UserError
+from quern.engines.base import AUTO
+from quern.pipeline.detokenize import Detokenizer
+from quern.pipeline.generate import continuation, end_tokens, load_model, pieces
+from quern.pipeline.sampling import Sampler, SamplingOptions
+
+
+class Chat:
+    """One conversation; ``reply`` answers and remembers.
+
+    Options are those of ``generate``. Raises ``UserError`` for a model whose tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        system: str | None = None,
+        max_tokens: int = 512,
+        temperature: float = 0.7,
+        top_k: int = 0,
+        top_p: float = 0.9,
+        seed: int = 0,
+        threads: int | None = None,
+        engine: str = AUTO,
+        cache: str | None = None,
+    ) -> None:
+        if max_tokens < 1:
+            raise UserError(f"max_tokens is {max_tokens}; give how many tokens an answer may have, 1 or more")
+        self._sampler = Sampler(SamplingOptions(temperature, top_k, top_p), seed)
+        checkpoint = open_checkpoint(path)
+        self._tokenizer = load_tokenizer(checkpoint.path)
+        if not self._tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer of {path} has no chat template, so it is not a model for conversations; "
+                "continue a text with `quern generate` instead"
+            )
+        self._max_tokens, self._end = max_tokens, end_tokens(checkpoint)
+        self._model = load_model(checkpoint, engine, threads, cache)
+        self._messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        self._session, self._fed = self._model.start(), list[int]()
+
+    def reply(self, text: str) -> Iterator[str]:
+        """The answer to ``text``, piece by piece. Raises ``UserError`` when the conversation outgrows the context."""
+        messages = [*self._messages, {"role": "user", "content": text}]
+        ids = self._encode(messages)
+        room = self._model.maximum_length - len(ids)
+        if room < 1:
+            raise UserError(
+                f"the conversation has {len(ids)} tokens and the model's context {self._model.maximum_length}; "
+                "start a new one"
+            )
+        return self._answer(messages, ids, min(self._max_tokens, room))
+
+    def _answer(self, messages: list[dict[str, str]], ids: list[int], count: int) -> Iterator[str]:
+        # What was fed before is kept as far as it is the same: text may read back as other tokens than were spoken, and
+        # some templates rewrite earlier turns.
+        kept = 0
+        while kept < min(len(ids) - 1, len(self._fed)) and ids[kept] == self._fed[kept]:
+            kept += 1
+        self._session.rewind(kept)
+        given, spoken, said = ids[kept:], list[int](), list[str]()
+        decode = partial(self._tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokens = continuation(self._session, given, count, self._sampler, self._end)
+        try:
+            for piece in pieces(_remembered(tokens, spoken), Detokenizer(decode, ids)):
+                said.append(piece)
+                yield piece
+        finally:
+            self._fed = (ids + spoken)[: self._session.length]
+            self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        try:
+            found: Any = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # a template is a program of its author's, and fails as it likes
+            raise UserError(f"the model's chat template refuses this conversation: {error}") from None
+        ids: list[int] = list(found["input_ids"])
+        return ids
+
+
+def _remembered(tokens: Iterator[int], kept: list[int]) -> Iterator[int]:
+    for token in tokens:
+        kept.append(token)
+        yield token
