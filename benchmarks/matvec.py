@@ -23,10 +23,10 @@ SHAPES = ((29568, 8192), (8192, 29568))
 
 PACKINGS = [
     *(Packing(f"trellis{b}-w{w}", "trellis", b, window=w) for b in (2, 3, 4) for w in (6, 7)),
-    Packing("trellis2-w6+6", "trellis", 2, window=6, tables=2, lag=3),
-    Packing("trellis2-w7+7", "trellis", 2, window=7, tables=2, lag=3),
-    Packing("trellis3-w6+6", "trellis", 3, window=6, tables=2, lag=2),
-    Packing("trellis3-w7+7", "trellis", 3, window=7, tables=2, lag=2),
+    Packing("trellis2-w6+6", "trellis", 2, window=6, tables=2, lag=1),
+    Packing("trellis2-w7+7", "trellis", 2, window=7, tables=2, lag=1),
+    Packing("trellis3-w6+6", "trellis", 3, window=6, tables=2, lag=1),
+    Packing("trellis3-w7+7", "trellis", 3, window=7, tables=2, lag=1),
     Packing("trellis4-w6+6", "trellis", 4, window=6, tables=2, lag=1),
     Packing("trellis4-w7+7", "trellis", 4, window=7, tables=2, lag=1),
     Packing("int4-g128", "integer4", 4, group=128),
