@@ -117,6 +117,8 @@ def test_compare(folder):
     options = ("--text", "text.txt", "--choice", "choice.jsonl", "--tokens", "300", "--threads", "1")
     found = run_json(folder, "compare", "model", "--recipes", "quick.yaml", "-o", "comparison", *options)
     results = Results.model_validate(found)
-    assert [row.recipe and row.recipe["name"] for row in results.rows] == [None, "quick"]
+    assert [(row.name, row.engine) for row in results.rows] == [
+        ("unquantized", "reference"), ("unquantized (cpu)", "cpu"), ("quick", "cpu"),
+    ]  # fmt: skip
     assert Results.model_validate_json((folder / "comparison" / "results.json").read_text("utf-8")) == results
     assert (folder / "comparison" / "report.html").is_file()

@@ -154,7 +154,7 @@ REFUSED = {
     "unknown codec": ({"weights": {"codec": "zap"}}, "unknown codec 'zap'; known: .*integer"),
     "unknown observer": ({"weights": {"observer": "zap"}}, "unknown observer 'zap'; known: mean_squared_error"),
     "unknown rounding": ({"rounding": {"method": "zap"}}, "unknown rounding 'zap'; known: gptq, nearest"),
-    "unknown transform": ({"transforms": [{"method": "zap"}]}, "unknown transform 'zap'; known: awq, smoothquant"),
+    "unknown transform": ({"transforms": [{"method": "zap"}]}, "unknown transform 'zap'; known: awq, hadamard, smoothquant"),
     "awq with a strength": ({"transforms": [{"method": "awq", "strength": 0.5}]}, "awq searches its exponent and takes no strength"),
     "unknown format": ({"format": "zap"}, "unknown format 'zap'; known: compressed-tensors, quern"),
     "int8 activations with 4 bits": ({"activations": {"mode": "static"}}, "int8 activations need 8-bit symmetric weights"),

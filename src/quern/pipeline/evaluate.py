@@ -44,8 +44,6 @@ from quern.pipeline.worker_process import COMMAND, Worker
 
 _Scores = tuple[Accuracy | None, list[bool] | None, tuple[str, ...]]
 
-JUDGE = "reference"
-"""The engine of the reference logits, whatever engine is measured."""
 WARM_UP_TOKENS = 4
 """Decoded in the round that is not timed."""
 LOADED_BYTES = 1 << 30
@@ -93,6 +91,8 @@ def evaluate(
         original: Contender | None = Contender(name="reference", path=reference, timed=False)
     else:
         original = contender if contender.recipe is None else None
+        if original is not None and original.engine != "reference":  # which is what reference logits come from
+            original = Contender(name="reference", path=checkpoint.path, timed=False)
     with tempfile.TemporaryDirectory(prefix="quern-evaluate-") as folder:
         source = checkpoint if reference is None else open_checkpoint(reference, progress=progress)
         inputs = prepare_inputs(source, Path(folder), texts=texts, choices=choices, settings=settings)
@@ -125,7 +125,7 @@ def measure_all(
     if reference is not None:
         _check_vocabularies(everyone, opened)
     original = original_of(opened[0])
-    key = None if reference is None else reference_key(JUDGE, hashes[0], inputs, settings)
+    key = None if reference is None else reference_key(reference.engine, hashes[0], inputs, settings)
     run = _Run(inputs, key, settings, progress, command)
     measured = _measure(run, everyone, opened, original)
     if reference is not None:
@@ -193,7 +193,7 @@ def _measure(
     together = _fit_in_memory(opened, original)
     missing = run.key is not None and not has_reference(run.inputs.folder, run.key)
     if missing and not together:
-        _compute_reference(run, pairs[0][1])
+        _compute_reference(run, *pairs[0])
     measured: list[Measured] = []
     for group in [pairs] if together else [[pair] for pair in pairs]:
         with ExitStack() as stack:
@@ -201,7 +201,7 @@ def _measure(
             for worker, (contender, path) in zip(workers, group):
                 run.load(worker, contender.engine, path, run.settings.dtype)
             if missing and together:  # while the contenders load
-                _compute_reference(run, pairs[0][1])
+                _compute_reference(run, *pairs[0])
             measured += _measure_loaded(run, [contender for contender, _ in group], workers)
     note = () if together else ("measured alone: all contenders together do not fit in memory",)
     return [replace(found, notes=(*found.notes, *note)) for found in measured]
@@ -213,10 +213,10 @@ def _fit_in_memory(opened: Sequence[Checkpoint], original: Original) -> bool:
     return needed + (len(opened) + 1) * LOADED_BYTES <= psutil.virtual_memory().available
 
 
-def _compute_reference(run: _Run, path: Path) -> None:
+def _compute_reference(run: _Run, reference: Contender, path: Path) -> None:
     task = run.progress.task("reference logits", run.inputs.scored_tokens)
     with Worker("reference in float32", run.command) as worker:
-        run.load(worker, JUDGE, path, "float32")
+        run.load(worker, reference.engine, path, "float32")
         worker.receive()
         worker.ask({"do": "reference", "windows": str(run.inputs.windows), **run.cache()}, task.advance)
     task.done()

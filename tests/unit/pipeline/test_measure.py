@@ -361,16 +361,25 @@ def test_evaluate_one_model_end_to_end(tiny_model, tmp_path):
     )
     text = tmp_path / "text.txt"
     text.write_text("Some text that a model can read, and a little more of it so that it suffices." * 3)
-    row = evaluate(
-        tiny_model,
-        texts=[text],
-        choices=[choices],
-        tokens=80,
-        threads=1,
-        speed_rounds=1,
-        prompt_tokens=20,
-        decode_tokens=4,
-    )
+    rows = {
+        engine: evaluate(
+            tiny_model,
+            texts=[text],
+            choices=[choices],
+            tokens=80,
+            threads=1,
+            speed_rounds=1,
+            prompt_tokens=20,
+            decode_tokens=4,
+            engine=engine,
+        )
+        for engine in ("reference", "auto")
+    }
+    row = rows["reference"]
+    assert rows["auto"].engine == "cpu"
+    assert rows["auto"].kl_noise_floor == row.kl_noise_floor
+    assert 0 < rows["auto"].kl_mean < row.kl_noise_floor, "float32 on the same weights is nearer than bfloat16"
+    assert rows["auto"].decode_tokens_per_s > 0
     assert row.name == tiny_model.name
     assert row.recipe is None
     assert 0 < row.kl_mean == row.kl_noise_floor < 0.05
