@@ -196,6 +196,30 @@ INLINE void add_batch(const Code& code, const Weight& weight, const Inputs& in, 
     outputs[t] = accumulate<Code>(weight, in, zeros, row, t, group, BATCH, add_lanes<LANES_A_GROUP, Code::SHIFT == 0>(v[t]), outputs[t]);
 }
 
+// The last groups of a row, fewer than 16, the very last of them perhaps shorter. `end` is the row's end in bytes.
+template <typename Code, int TOKENS, int LANES_A_GROUP>
+INLINE void add_rest(const Code& code, const Weight& weight, const Inputs& in, const Zeros& zeros, int32_t row, int32_t group,
+                     int64_t end, float* outputs) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(weight.codes) + row * weight.row_bytes;
+  __m512i v[TOKENS][LANES_A_GROUP];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES_A_GROUP; ++i) {
+    const int64_t at = static_cast<int64_t>(group) * LANES_A_GROUP * 4 + 64 * i;
+    __m512i sums[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_si512();
+    if (at + 64 <= end) {
+      fetch_ahead(bytes + at);
+      add<Code, TOKENS>(code, in, _mm512_loadu_si512(bytes + at), at, sums);
+    } else if (at < end) {
+      add_some<Code, TOKENS>(code, in, bytes, at, end - at, sums);
+    }
+    for (int t = 0; t < TOKENS; ++t) v[t][i] = sums[t];
+  }
+  for (int t = 0; t < TOKENS; ++t)
+    outputs[t] = accumulate<Code>(weight, in, zeros, row, t, group, in.groups - group,
+                                  add_lanes<LANES_A_GROUP, Code::SHIFT == 0>(v[t]), outputs[t]);
+}
+
 // ROWS rows side by side, so that their chains of float additions overlap. LANES_A_GROUP 0: groups of any size.
 template <typename Code, int TOKENS, int LANES_A_GROUP, int ROWS>
 INLINE void multiply_block(const Code& code, const Weight& weight, const Inputs& in, int32_t row, float* outputs) {
@@ -208,6 +232,12 @@ INLINE void multiply_block(const Code& code, const Weight& weight, const Inputs&
     for (; group + BATCH <= whole; group += BATCH)
       for (int r = 0; r < ROWS; ++r)
         add_batch<Code, TOKENS, LANES_A_GROUP>(code, weight, in, zeros[r], row + r, group, out[r]);
+    const int64_t end = (in.columns + Code::PER_BYTE - 1) / Code::PER_BYTE;
+    if (group < in.groups) {
+      for (int r = 0; r < ROWS; ++r)
+        add_rest<Code, TOKENS, LANES_A_GROUP>(code, weight, in, zeros[r], row + r, group, end, out[r]);
+      group = in.groups;
+    }
   }
   for (int r = 0; r < ROWS; ++r) {
     const uint8_t* bytes = static_cast<const uint8_t*>(weight.codes) + (row + r) * weight.row_bytes;
