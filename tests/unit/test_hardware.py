@@ -151,3 +151,9 @@ class TestGpus:
         (gpu,) = gpus("no-such-tool")
         assert (gpu["name"], gpu["memory_bytes"], gpu["memory_free_bytes"]) == ("Some GPU", 8 << 30, 7 << 30)
         assert gpu["compute_capability"] == "8.6"
+
+
+def test_kernels_are_listed_best_first():
+    found = probe(measure=False)
+    assert found["kernels_in_use"] in found["kernels"]
+    assert found["kernels"][-1] == "scalar"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
+from quern import _native
 from quern.core.parallel import available_threads
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ _NVIDIA_FIELDS = ("name", "memory.total", "memory.free", "driver_version", "comp
 def probe(measure: bool = True, threads: int | None = None) -> dict[str, Any]:
     """Describe the machine, in plain data; at most about 6 s with ``measure``.
 
-    ``cpu_model``, ``architecture``, ``instruction_sets``, ``physical_cores``, ``logical_cores``, ``usable_cores`` (by
-    affinity), ``ram_bytes`` (what a container may use, where it is limited), ``ram_free_bytes``,
+    ``cpu_model``, ``architecture``, ``instruction_sets``, ``kernels`` (that can run here, best first),
+    ``kernels_in_use``, ``physical_cores``, ``logical_cores``, ``usable_cores`` (by affinity),
+    ``ram_bytes`` (what a container may use, where it is limited), ``ram_free_bytes``,
     ``last_level_cache_bytes``, ``os``, ``gpus``, ``load_average`` (1, 5, 15 minutes), and ``measured``, null without
     ``measure``: ``foreign_load`` (processors busy just before), ``read_bandwidth_gb_s`` (10^9 bytes/s) and
     ``gemm_gop_s`` (10^9 operations/s, a multiplication and an addition being two) of ``float32``, ``bfloat16`` and
@@ -61,6 +63,8 @@ def probe(measure: bool = True, threads: int | None = None) -> dict[str, Any]:
         "cpu_model": _cpu_model(),
         "architecture": platform.machine(),
         "instruction_sets": instruction_sets(),
+        "kernels": _native.isas(),
+        "kernels_in_use": _native.isa(),
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "usable_cores": available_threads(),
