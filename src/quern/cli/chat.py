@@ -18,13 +18,9 @@ def chat(
     path: options.ArtifactPath,
     system: Annotated[str | None, typer.Option(help="Instruction before the conversation.", show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says.")
-    ] = 0.7,
-    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens only; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Choose among the likeliest tokens that make up this probability.")
-    ] = 0.9,
+    temperature: options.Temperature = 0.7,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 0.9,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same answers.")] = 0,
     threads: options.Threads = None,
     engine: options.EngineName = "auto",

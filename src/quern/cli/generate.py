@@ -16,11 +16,9 @@ def generate(
     path: options.ArtifactPath,
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says.")] = 0,
-    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens only; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Choose among the likeliest tokens that make up this probability.")
-    ] = 1,
+    temperature: options.Temperature = 0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
     threads: options.Threads = None,
     engine: options.EngineName = "auto",

@@ -63,6 +63,11 @@ CacheName = Annotated[
     str | None,
     typer.Option("--cache", metavar="DTYPE", help="Keys and values: float16, int8 or float32.", show_default="float16"),
 ]
+TopK = Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens only; 0: all.")]
+TopP = Annotated[
+    float, typer.Option(min=0, max=1, help="Choose among the likeliest tokens that make up this probability.")
+]
+Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")]
 Fresh = Annotated[
