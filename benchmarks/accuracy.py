@@ -22,8 +22,8 @@ from quern.core.results import Results
 
 HERE = Path(__file__).parent
 SHIPPED = ["fast", "balanced", "compact"]
-PAIRS = [("balanced", "nearest4-g64"), ("gptq4-g64-plain", "nearest4-g64"), ("gptq3-g64", "nearest3-g64")]
-"""Pairs of the same bytes whose ratio of KL the project watches; ``balanced`` is 4 bits, group 64."""
+PAIRS = [("gptq4-g64", "nearest4-g64"), ("gptq4-g64-plain", "nearest4-g64"), ("gptq3-g64", "nearest3-g64")]
+"""Pairs of the same bytes whose ratio of KL the project watches."""
 
 
 def main() -> None:

@@ -84,13 +84,14 @@ void rms_norm(const float* x, const float* weight, int32_t count, float epsilon,
   for (; i < count; ++i) out[i] = x[i] * factor * weight[i];
 }
 
+QUERN_INLINE Lanes silu(Lanes gate, Lanes up) { return gate / (exponential(-gate) + 1.0f) * up; }
+
 void silu_product(float* gate, const float* up, int32_t count) {
-  for (int32_t i = 0; i < count; i += LANES) {
-    const int32_t here = count - i < LANES ? count - i : LANES;
-    const Lanes x = load_some(gate + i, here);
-    const Lanes y = x / (exponential(-x) + 1.0f) * load_some(up + i, here);
-    memcpy(gate + i, &y, sizeof(float) * here);
-  }
+  int32_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(gate + i, silu(load(gate + i), load(up + i)));
+  if (i == count) return;
+  const Lanes last = silu(load_some(gate + i, count - i), load_some(up + i, count - i));
+  memcpy(gate + i, &last, sizeof(float) * (count - i));
 }
 
 void add(float* x, const float* y, int64_t count) {

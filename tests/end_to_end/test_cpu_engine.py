@@ -13,6 +13,7 @@ from quern.architectures.base import ARCHITECTURES
 from quern.checkpoint.checkpoint import open_checkpoint
 from quern.core.errors import BadFileError, UserError
 from quern.engines._modules import QuantizedEmbedding, QuantizedLinear
+from quern.engines._cpu_weights import INPUT_GROUP
 from quern.engines.base import engine_for
 from quern.engines.cpu import CpuEngine
 from quern.engines.reference import load as load_reference
@@ -104,7 +105,7 @@ def test_integer_weights_and_int8_inputs(name, tmp_path, tiny_text):
     ours = load(artifact, cache="float32").logits(IDS)
     plain = load_reference(artifact, dtype="float32")
     exact = plain.logits(IDS)
-    judge = with_quantized_inputs(plain, lambda m: scheme.get("group_size") or m.in_features)
+    judge = with_quantized_inputs(plain, lambda m: scheme.get("group_size") or INPUT_GROUP)
     # The tied head is an embedding there: its inputs stay exact, so the comparison is of what enters it.
     embedding = judge.model.get_input_embeddings()
     assert isinstance(embedding, QuantizedEmbedding)
@@ -115,6 +116,24 @@ def test_integer_weights_and_int8_inputs(name, tmp_path, tiny_text):
     assert float((ours - theirs).norm() / theirs.norm()) < 0.02
     assert noise < 0.2
     assert engine_for(open_checkpoint(artifact)) == "cpu"
+
+
+def test_one_large_input_does_not_drown_the_others_of_the_head(tmp_path):
+    """Only a final norm that makes one channel a thousand times larger; the head reads the norm's outputs."""
+    from safetensors.torch import load_file, save_file
+
+    source = write_model(tmp_path / "model", tiny_config(torch_dtype="float32", hidden_size=256, tie_word_embeddings=False))
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][70] = 1000.0
+    weights["lm_head.weight"][:, 70] = 0.0
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    unquantized = {"codec": "none"}
+    recipe = small_recipe(weights=unquantized, embedding=unquantized, head=INT8, rounding={"method": "nearest"})
+    artifact = quantize(source, tmp_path / "out", recipe=recipe, threads=1).path
+    ours, theirs = load(artifact, cache="float32").logits(IDS), load_reference(artifact, dtype="float32").logits(IDS)
+    # A quarter of the inputs share the large one's scale and round to zero, which leaves an error of the square root of
+    # a quarter; with one scale for all nothing but error would be left.
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.6
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,9 @@ from quern.core.recipe import UNQUANTIZED, WeightScheme
 SIGNS = "input_signs"
 NATIVE_BITS = 4
 """Integer codes of this width are read as they are stored, and so are symmetric bytes."""
+INPUT_GROUP = 64
+"""Inputs that share a scale in front of weights with one scale a row. A single scale a token would let the few largest
+inputs of a token decide how coarsely all others are rounded."""
 
 
 def unsupported(scheme: WeightScheme) -> str | None:
@@ -43,19 +46,25 @@ class MappedWeights:
         self.read_bytes = 0
         """Bytes of all linears and vectors handed out so far."""
 
-    def linear(self, name: str, shape: tuple[int, int]) -> _native.Linear:
-        """The linear called ``name``, ``(rows, columns)``, with bias and rotation signs where the artifact has them."""
-        matrix = self.matrix(name, shape)
-        self.read_bytes += matrix.bytes
+    def linear(self, name: str, shape: tuple[int, int], *, scale_per_token: bool) -> _native.Linear:
+        """The linear called ``name``, ``(rows, columns)``, with bias and rotation signs where the artifact has them.
+
+        ``scale_per_token``: whether the artifact was made for int8 inputs with one scale a token.
+        """
         bias, signs = f"{name}.bias", f"{name}.{SIGNS}"
+        matrix = self.matrix(name, shape, None if scale_per_token or self._has(signs) else INPUT_GROUP)
+        self.read_bytes += matrix.bytes
         return _native.Linear(
             matrix,
-            self.vector(bias) if self._has(bias) else None,
+            self.vector(bias, shape[0]) if self._has(bias) else None,
             self._mapped(signs, ((shape[1] + 7) // 8,), torch.uint8) if self._has(signs) else None,
         )
 
-    def matrix(self, name: str, shape: tuple[int, int]) -> _native.Matrix:
-        """The packed weight of module ``name``. Raises ``BadFileError`` where a part has not the shape it must have."""
+    def matrix(self, name: str, shape: tuple[int, int], input_group: int | None = None) -> _native.Matrix:
+        """The packed weight of module ``name``; integers with one scale a row repeat it for every ``input_group`` columns.
+
+        Raises ``BadFileError`` where a part has not the shape it must have.
+        """
         scheme = self._schemes.get(name, UNQUANTIZED)
         if not scheme.quantized:
             return self._plain(f"{name}.weight", shape)
@@ -67,16 +76,22 @@ class MappedWeights:
         if isinstance(codec, TrellisCodec):
             return _trellis(codec, shape, parts)
         assert isinstance(codec, IntegerCodec)
-        return self._integer(name, codec, shape, parts)
+        return self._integer(name, codec, shape, parts, input_group)
 
-    def vector(self, name: str) -> NDArray[np.float32]:
-        """A small tensor as float32."""
-        self.read_bytes += self._checkpoint.info(name).stored_bytes
+    def vector(self, name: str, length: int) -> NDArray[np.float32]:
+        """A small tensor of ``length`` numbers as float32. Raises ``BadFileError`` where it has another shape."""
+        info = self._checkpoint.info(name)
+        if info.shape != (length,):
+            raise BadFileError(
+                self._checkpoint.source.place(name), f"tensor {name!r} has shape {info.shape}; the model calls for "
+                f"{(length,)}", "The artifact is damaged or belongs to another config.json; quantize again",
+            )  # fmt: skip
+        self.read_bytes += info.stored_bytes
         return self._checkpoint.read(name, finite=True).float().numpy()
 
-    def optional_vector(self, name: str) -> NDArray[np.float32] | None:
+    def optional_vector(self, name: str, length: int) -> NDArray[np.float32] | None:
         """The same, or None where the checkpoint has none of that name."""
-        return self.vector(name) if self._has(name) else None
+        return self.vector(name, length) if self._has(name) else None
 
     def _has(self, name: str) -> bool:
         return name in self._checkpoint.source.infos
@@ -104,12 +119,19 @@ class MappedWeights:
         values = self._checkpoint.read(name, finite=True).float().numpy()
         return _native.Matrix("float32", *shape, values.reshape(-1).view(np.uint8))
 
-    def _integer(self, name: str, codec: IntegerCodec, shape: tuple[int, int], parts: dict[str, Any]) -> _native.Matrix:
-        scheme = codec.scheme
+    def _integer(
+        self, name: str, codec: IntegerCodec, shape: tuple[int, int], parts: dict[str, Any], input_group: int | None
+    ) -> _native.Matrix:
+        scheme, group = codec.scheme, codec.group_width(shape[1])
+        if input_group is not None and input_group < shape[1] == group:
+            group, repeats = input_group, -(-shape[1] // input_group)
+            for part, size in {"scale": getattr(torch, scheme.scale_dtype).itemsize, "zero_point": 4}.items():
+                if part in parts:
+                    parts[part] = parts[part].reshape(-1, 1, size).repeat(repeats, axis=1).reshape(-1)
         scaling = {
             "scale": parts["scale"],
             "scale_type": scheme.scale_dtype,
-            "group": codec.group_width(shape[1]),
+            "group": group,
             "one_scale": scheme.granularity == "tensor",
         }
         if scheme.bits == NATIVE_BITS:

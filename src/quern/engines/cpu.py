@@ -21,7 +21,7 @@ from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.core.artifact import METHOD, module_schemes, quantization_of
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import available_threads
-from quern.core.recipe import Recipe
+from quern.core.recipe import Recipe, parse_recipe
 from quern.engines._cpu_weights import MappedWeights, unsupported
 from quern.engines.base import ENGINES, DtypeName, Engine
 
@@ -163,7 +163,9 @@ class CpuEngine(Engine):
         assert isinstance(architecture, GatedDecoder)
         weights = MappedWeights(checkpoint, schemes)
         try:
-            decoder, bytes_per_token = _decoder(architecture, weights, threads or available_threads())
+            decoder, bytes_per_token = _decoder(
+                architecture, weights, _scale_per_token(config), threads or available_threads()
+            )
         except QuernError:
             raise
         except ValueError as error:
@@ -171,7 +173,16 @@ class CpuEngine(Engine):
         return CpuModel(decoder, architecture.config, bytes_per_token, cache)
 
 
-def _decoder(architecture: GatedDecoder, weights: MappedWeights, threads: int) -> tuple[_native.Decoder, int]:
+def _scale_per_token(config: dict[str, Any] | None) -> bool:
+    """Whether the blocks were made for int8 activations with one scale a token."""
+    if config is None:
+        return False
+    return parse_recipe(config.get("recipe"), "of the artifact").activations.mode == "dynamic"
+
+
+def _decoder(
+    architecture: GatedDecoder, weights: MappedWeights, scale_per_token: bool, threads: int
+) -> tuple[_native.Decoder, int]:
     """The native decoder and the bytes of weights that a token reads."""
     config = architecture.config
     shape = _shape(architecture)
@@ -192,17 +203,21 @@ def _decoder(architecture: GatedDecoder, weights: MappedWeights, threads: int) -
         prefix = architecture.block_prefix(index)
         blocks.append(
             _native.Block(
-                weights.vector(prefix + "input_layernorm.weight"),
-                weights.vector(prefix + "post_attention_layernorm.weight"),
-                weights.optional_vector(prefix + "self_attn.q_norm.weight"),
-                weights.optional_vector(prefix + "self_attn.k_norm.weight"),
-                [weights.linear(prefix + by_role[role], size) for role, size in sizes.items()],
+                weights.vector(prefix + "input_layernorm.weight", hidden),
+                weights.vector(prefix + "post_attention_layernorm.weight", hidden),
+                weights.optional_vector(prefix + "self_attn.q_norm.weight", shape["head_dim"]),
+                weights.optional_vector(prefix + "self_attn.k_norm.weight", shape["head_dim"]),
+                [
+                    weights.linear(prefix + by_role[role], size, scale_per_token=scale_per_token)
+                    for role, size in sizes.items()
+                ],
             )
         )
     table = (config.vocab_size, hidden)
     embedding = weights.matrix(architecture.embedding, table)
-    head = weights.linear(architecture.embedding if architecture.tied else architecture.head, table)
-    norm = weights.vector(f"{architecture.final_norm}.weight")
+    head_name = architecture.embedding if architecture.tied else architecture.head
+    head = weights.linear(head_name, table, scale_per_token=False)
+    norm = weights.vector(f"{architecture.final_norm}.weight", hidden)
     bytes_per_token = weights.read_bytes + (0 if architecture.tied else embedding.bytes // config.vocab_size)
     return _native.Decoder(shape, blocks, embedding, norm, head, threads), bytes_per_token
 

@@ -139,7 +139,7 @@ class _BlockWork:
             linear.weight.data = rounded.decoded
             self._turn(linear.weight.data, signs, rotate_back)
             self.tensors |= self.job.format.encode(self.prefix + name, rounded.weight, input_scale, signs)
-            self.errors.append(layer_error(self.prefix + name, rounded))
+            self.errors.append(layer_error(self.prefix + name, rounded, signs))
 
     def _turn(self, weight: Tensor, signs: Tensor | None, turn: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Rotate the rows of ``weight`` in place, if they are rotated at all."""
@@ -224,8 +224,8 @@ def _uses_hessian(job: Job) -> bool:
     return ROUNDINGS.get(job.recipe.rounding.method).needs_hessian
 
 
-def layer_error(name: str, rounded: Rounded) -> dict[str, Any]:
+def layer_error(name: str, rounded: Rounded, signs: Tensor | None = None) -> dict[str, Any]:
     """The entry of one linear in the artifact's provenance; see ``core.results.LayerError``."""
     rows, columns = rounded.weight.shape
-    bits = 8 * rounded.weight.stored_bytes / (rows * columns)
-    return {"linear": name, "bits_per_weight": bits, "relative_error": rounded.relative_error}
+    stored = rounded.weight.stored_bytes + (0 if signs is None else signs.nbytes)
+    return {"linear": name, "bits_per_weight": 8 * stored / (rows * columns), "relative_error": rounded.relative_error}
