@@ -1,169 +1,264 @@
-"""Feed damaged artifacts to the CPU engine: each must run or be refused with a message, and none may crash the process.
+"""Feed damaged artifacts to the engines: each must run or be refused with a message, and none may crash the process.
 
-    python tools/fuzz_artifacts.py ARTIFACT [--inputs 100000] [--seed 0] [--workers 2]
+    python tools/fuzz_artifacts.py ARTIFACT... [--inputs 100000] [--seed 0] [--workers 2]
 
-ARTIFACT is a small artifact in quern's own format. Every input is a copy of it with some damage: bytes of a shard's
-header or data, numbers and words of config.json, a shard cut short. What loads is fed a few tokens. A worker that dies
-leaves the first seed of its batch, which reproduces it. Prints counts as JSON; exit code 1 if anything crashed or raised
+ARTIFACTs are small artifacts. The input of a seed is a copy of one with some damage (tools/fuzz_damage.py): bytes,
+numbers and words of shards, index, config.json, quantization_config and quern.json, files cut short, missing or swapped.
+The CPU engine loads it if it knows the format, and what loads is fed a few tokens under some instruction set; some inputs
+go to the reference engine and to ``quern inspect``. One input in eight is a native matrix with hostile sizes and buffers
+instead. A single input: ``--seed SEED --inputs 1``. Prints counts as JSON; exit code 1 if anything crashed, hung or raised
 another error.
+
+Everything is imported once and the workers are forks of that process, each with a folder in memory of which only the
+damaged files are written anew. They note in shared memory where they are, so that a crash names its seed and costs no
+other input.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import mmap
+import os
 import random
 import shutil
-import subprocess
+import signal
+import struct
 import sys
 import tempfile
+import time
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from quern.core.errors import QuernError
+from fuzz_damage import PROVENANCE, Files, damage, hostile_matrix
 
-BATCH = 500
-"""Inputs of one process."""
+BATCH = 2000
+"""Inputs of one process, so that a leak stays small."""
+PATIENCE = 60
+"""Seconds after which an input counts as hung."""
+NATIVE, REFERENCE, INSPECTED = 0.125, 0.01, 0.1
+"""Shares of the inputs."""
+OUTCOMES = ("ran", "refused", "matrix multiplied", "matrix refused", "other error", "crashed", "hung")
+RAN, REFUSED, MULTIPLIED, DECLINED, OTHER, CRASHED, HUNG = range(len(OUTCOMES))
+MEMORY = Path("/dev/shm")
+"""A file system in memory, where there is one."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """An artifact as it was and the engine that it is for."""
+
+    files: Files
+    engine: str
+
+
+@dataclass
+class Worker:
+    """A range of seeds and the process that works on it."""
+
+    first: int
+    stop: int
+    board: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 8 * (1 + len(OUTCOMES))))
+    """The seed in work, then the count of each outcome."""
+    pid: int = 0
+    seen: tuple[int, float] = (-1, 0.0)
+
+    def read(self) -> tuple[int, list[int]]:
+        seed, *counts = struct.unpack(f"{1 + len(OUTCOMES)}q", self.board[:])
+        return seed, list(counts)
+
+    def note(self, seed: int, outcome: int | None = None) -> None:
+        counts = self.read()[1]
+        if outcome is not None:
+            counts[outcome] += 1
+        self.board[:] = struct.pack(f"{1 + len(OUTCOMES)}q", seed, *counts)
 
 
 def main() -> int:
     """Run all inputs in worker processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--batch", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.batch:
-        print(json.dumps(run_batch(options.artifact, *options.batch)))
-        return 0
-    total: Counter[str] = Counter()
+    begin = time.monotonic()
+    originals = prepare(options.artifacts)
     firsts = list(range(options.seed, options.seed + options.inputs, BATCH))
-    while firsts:
-        now, firsts = firsts[: options.workers], firsts[options.workers :]
-        stop = options.seed + options.inputs
-        running = [(first, _start(options.artifact, first, min(BATCH, stop - first))) for first in now]
-        for first, process in running:
-            out, errors = process.communicate()
-            told = "\n".join(line for line in errors.splitlines() if not line.startswith("[transformers]"))
-            if told:
-                print(f"\nbatch of seed {first}, exit code {process.returncode}:\n{told[-4000:]}", file=sys.stderr)
-            if process.returncode:
-                total["crashed"] += 1
-            else:
-                total.update(json.loads(out.splitlines()[-1]))
-        done = sum(total.values())
-        print(f"\r{done} of {options.inputs} inputs", end="", file=sys.stderr, flush=True)
+    waiting = [Worker(first, min(first + BATCH, options.seed + options.inputs)) for first in firsts]
+    running: list[Worker] = []
+    totals = [0] * len(OUTCOMES)
+    with tempfile.TemporaryDirectory(prefix="quern-fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        while waiting or running:
+            while waiting and len(running) < options.workers:
+                running.append(_forked(waiting.pop(0), originals, Path(folder)))
+            time.sleep(0.02)
+            for worker in [worker for worker in running if _ended(worker)]:
+                running.remove(worker)
+                seed, counts = worker.read()
+                if seed < worker.stop:  # it died in the middle; the rest goes on without that input
+                    worker.first = seed + 1
+                    worker.note(seed + 1)
+                    waiting.insert(0, worker)
+                else:
+                    totals = [total + count for total, count in zip(totals, counts)]
+                    print(f"\r{sum(totals)} of {options.inputs} inputs", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    print(json.dumps({"inputs": options.inputs, "seed": options.seed, **total}))
-    return 1 if total["crashed"] or total["other error"] else 0
+    tally = {"inputs": options.inputs, "seed": options.seed, "seconds": round(time.monotonic() - begin, 1)}
+    print(json.dumps(tally | dict(zip(OUTCOMES, totals))))
+    return 1 if sum(totals[OTHER:]) else 0
 
 
-def _start(artifact: Path, first: int, count: int) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, str(artifact), "--batch", str(first), str(count)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def prepare(artifacts: list[Path]) -> list[Original]:
+    """Import what the workers need, and read the artifacts, each of which must run."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    originals = []
+    for artifact in artifacts:
+        engines = [name for name in ("cpu", "reference") if run(artifact, random.Random(0), name) == RAN]
+        if not engines:
+            raise SystemExit(f"{artifact} runs on no engine; give artifacts that run")
+        names = sorted(path.name for path in artifact.iterdir() if "tokenizer" not in path.name)
+        originals.append(Original({name: (artifact / name).read_bytes() for name in names}, engines[0]))
+    return originals
 
 
-def run_batch(artifact: Path, first: int, count: int) -> dict[str, int]:
-    """Outcomes of the inputs of the seeds ``first ...``; what is no ``QuernError`` is printed with its seed."""
-    outcome: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(prefix="quern-fuzz-") as temporary:
-        for seed in range(first, first + count):
-            folder = Path(temporary, "artifact")
-            shutil.copytree(artifact, folder)
-            damage(folder, random.Random(seed))
-            try:
-                outcome[load_and_feed(folder)] += 1
-            except Exception:
-                outcome["other error"] += 1
-                print(f"seed {seed}:\n{traceback.format_exc()}", file=sys.stderr)
-            shutil.rmtree(folder)
-    return dict(outcome)
+def _forked(worker: Worker, originals: list[Original], folder: Path) -> Worker:
+    worker.seen = (worker.first, time.monotonic())
+    worker.pid = os.fork()
+    if worker.pid:
+        return worker
+    own = folder / str(worker.first)
+    try:
+        _work(worker, originals, own)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
-def load_and_feed(folder: Path) -> str:
-    """``ran`` or ``refused``."""
+def _ended(worker: Worker) -> bool:
+    pid, status = os.waitpid(worker.pid, os.WNOHANG)
+    seed = worker.read()[0]
+    if pid:
+        if status:
+            print(f"\nseed {seed} crashed: status {os.waitstatus_to_exitcode(status)}", file=sys.stderr)
+            worker.note(seed, CRASHED)
+        return True
+    if seed != worker.seen[0]:
+        worker.seen = (seed, time.monotonic())
+    if time.monotonic() - worker.seen[1] > PATIENCE:
+        print(f"\nseed {seed} hung", file=sys.stderr)
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitpid(worker.pid, 0)
+        worker.note(seed, HUNG)
+        return True
+    return False
+
+
+def _work(worker: Worker, originals: list[Original], folder: Path) -> None:
+    places = [folder / str(index) for index in range(len(originals))]
+    for place, original in zip(places, originals):
+        place.mkdir(parents=True)
+        _write(place, original.files)
+    for seed in range(worker.first, worker.stop):
+        worker.note(seed)
+        generator = random.Random(seed)
+        try:
+            if generator.random() < NATIVE:
+                outcome = run_matrix(generator)
+            else:
+                which = generator.randrange(len(originals))
+                outcome = _run_damaged(places[which], originals[which], generator)
+        except Exception:
+            outcome = OTHER
+            print(f"\nseed {seed}:\n{traceback.format_exc()}", file=sys.stderr)
+        worker.note(seed + 1, outcome)
+
+
+def _run_damaged(place: Path, original: Original, generator: random.Random) -> int:
+    files = dict(original.files)
+    damage(files, generator)
+    changed = [name for name in files if files[name] != original.files[name]]
+    _write(place, {name: files[name] for name in changed})
+    engine = "reference" if generator.random() < REFERENCE else original.engine
+    try:
+        if PROVENANCE in changed or generator.random() < INSPECTED:
+            look(place)
+        return run(place, generator, engine)
+    finally:
+        _write(place, {name: original.files[name] for name in changed})
+
+
+def _write(place: Path, files: Files) -> None:
+    for name, content in files.items():
+        (place / name).unlink(missing_ok=True)  # a new file: an earlier model may still map the old one
+        if content is not None:
+            (place / name).write_bytes(content)
+
+
+def run(folder: Path, generator: random.Random, engine: str) -> int:
+    """Load an artifact and feed what loads a prompt and a token."""
+    from quern import _native
+    from quern.core.errors import QuernError
     from quern.engines.cpu import CpuEngine
+    from quern.engines.reference import ReferenceEngine
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = CpuEngine().load(folder, threads=1)
-            model.start().feed([1, 2, 3])
+        if engine == "cpu":
+            _native.use_isa(generator.choice(_native.isas()))
+            model = CpuEngine().load(folder, threads=1, cache=generator.choice(("float32", "float16", "int8")))
+        else:
+            model = ReferenceEngine().load(folder, threads=1)
+        session = model.start()
+        session.feed([1, 2, 3])
+        session.feed([4])
     except QuernError:
-        return "refused"
-    return "ran"
+        return REFUSED
+    return RAN
 
 
-def damage(folder: Path, generator: random.Random) -> None:
-    """One to three kinds of damage."""
-    for _ in range(generator.randint(1, 3)):
-        generator.choice(DAMAGES)(folder, generator)
+def look(folder: Path) -> None:
+    """What reads an artifact without running it."""
+    from quern.checkpoint.checkpoint import open_checkpoint
+    from quern.core.errors import QuernError
+    from quern.pipeline.inspect import inspect
+    from quern.pipeline.rows import contender_of
+
+    for reader in (inspect, lambda path: contender_of(open_checkpoint(path))):
+        with contextlib.suppress(QuernError):
+            reader(folder)
 
 
-def _shard(folder: Path, generator: random.Random) -> Path:
-    return generator.choice(sorted(folder.glob("*.safetensors")))
+def run_matrix(generator: random.Random) -> int:
+    """Build a native matrix and a linear of it, and multiply."""
+    import numpy as np
 
+    from quern import _native
 
-def _header_bytes(folder: Path, generator: random.Random) -> None:
-    path = _shard(folder, generator)
-    data = bytearray(path.read_bytes())
-    end = min(len(data), 8 + int.from_bytes(data[:8], "little"))
-    for _ in range(generator.randint(1, 4)):
-        if end:
-            data[generator.randrange(end)] = generator.choice(b'0123456789,:[]{}"-IFUBx')
-    path.write_bytes(data)
-
-
-def _data_bytes(folder: Path, generator: random.Random) -> None:
-    path = _shard(folder, generator)
-    data = bytearray(path.read_bytes())
-    begin = min(len(data), 8 + int.from_bytes(data[:8], "little"))
-    for _ in range(generator.randint(1, 64)):
-        if begin < len(data):
-            data[generator.randrange(begin, len(data))] = generator.randrange(256)
-    path.write_bytes(data)
-
-
-def _cut(folder: Path, generator: random.Random) -> None:
-    path = _shard(folder, generator)
-    with path.open("r+b") as file:
-        file.truncate(generator.randrange(path.stat().st_size + 1))
-
-
-def _config_value(folder: Path, generator: random.Random) -> None:
-    """Replace one value somewhere in config.json."""
-    path = folder / "config.json"
+    keywords, columns = hostile_matrix(generator)
+    _native.use_isa(generator.choice(_native.isas()))
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return
-    place, key = config, generator.choice(sorted(config))
-    while isinstance(place[key], dict) and place[key] and generator.random() < 0.8:
-        place = place[key]
-        key = generator.choice(sorted(place))
-    old = place[key]
-    numbers = [0, 1, -1, 2, 3, 5, 7, 8, 15, 16, 17, 63, 255, 300, 2**31 - 1, 2**31, 2**63, 0.5, -0.0]
-    words = ["", "integer", "trellis", "none", "group", "channel", "tensor", "float32", "bfloat16", "qwen2", "llama"]
-    options = [None, True, False, [], {}, *numbers, *words]
-    if type(old) is int:
-        options += [old + 1, old - 1, old * 2, old // 2]
-    place[key] = generator.choice(options)
-    path.write_text(json.dumps(config), "utf-8")
+        matrix = _native.Matrix(**keywords)
+        if generator.random() < 0.1:
+            _native.Linear(matrix, None, np.zeros(generator.randrange(40), np.uint8))
+        if columns is not None:
+            width = columns if generator.random() < 0.9 else generator.choice((columns + 1, columns - 1, 0))
+            inputs = np.full((generator.choice((1, 2, 9)), width), generator.choice((0.5, np.inf, np.nan)), np.float32)
+            _native.multiply(matrix, inputs)
+    except (ValueError, TypeError):
+        return DECLINED
+    return MULTIPLIED
 
-
-DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (
-    _header_bytes,
-    _data_bytes,
-    _cut,
-    _config_value,
-    _config_value,
-    _config_value,
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from schemes import ALL, gaussian, make_codec, round_by_column, scheme_id
+from schemes import ALL, EVERY, gaussian, make_codec, promised, round_by_column, scheme_id
 
 from quern.codecs.base import CODECS, decode
 from quern.core.errors import UserError
@@ -28,6 +28,16 @@ def assert_announced(codec, shape, parts):
     assert set(parts) == set(announced)
     for name, (size, dtype) in announced.items():
         assert (tuple(parts[name].shape), parts[name].dtype) == (size, dtype), name
+
+
+@pytest.mark.parametrize("name", CODECS.names())
+def test_every_codec_stores_something_and_what_is_promised(name):
+    """The other tests run over what a codec stores; one that refuses all of it must not pass for that."""
+    own = [scheme for scheme in EVERY if scheme["codec"] == name]
+    stored = [scheme for scheme in ALL if scheme["codec"] == name]
+    assert stored
+    if promised(own[0]) is not None:
+        assert stored == [scheme for scheme in own if promised(scheme)]
 
 
 @every_scheme

@@ -285,6 +285,25 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, artifacts, tiny_model):
             engine.load(folder)
 
 
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.scale", "model.norm.weight"])
+def test_what_is_missing_is_not_made_up(tensor, tmp_path, artifacts):
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for file in artifacts["weights only"].iterdir():
+        if file.suffix == ".safetensors":
+            tensors |= load_file(file)
+        elif "index" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    for change, match in ((None, "missing or has another shape"), (tensors[tensor].flatten()[1:], tensor)):
+        left = {name: value for name, value in tensors.items() if name != tensor}
+        save_file(
+            left if change is None else {**left, tensor: change}, tmp_path / "model.safetensors", {"format": "pt"}
+        )
+        with pytest.raises(UserError, match=match):
+            ENGINES.get("reference")().load(tmp_path)
+
+
 def test_unknown_engines_are_refused_with_the_known_ones():
     with pytest.raises(UserError, match="unknown engine 'zap'; known: .*reference"):
         ENGINES.get("zap")

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from artifacts import INT8, make_artifact, small_recipe, stored_tensors
 from schemes import gaussian
 from tiny_model import tiny_config, write_model
 
+from quern.codecs._rotation import rotate
 from quern.codecs.base import CODECS
 from quern.core.errors import UserError
 from quern.core.packed import QuantizedWeight
@@ -77,7 +80,9 @@ def test_encoding_keeps_every_byte_and_touches_nothing(format_name, choices):
 def test_config_is_plain_json_and_names_every_module(format_name, choices):
     recipe = small_recipe(format=format_name, **choices)
     schemes = {f"model.layers.{i}.mlp.down_proj": recipe.weights for i in range(2)}
-    config = FORMATS.get(format_name)(recipe).quantization_config(schemes, ["lm_head"])
+    config = FORMATS.get(format_name)(recipe).quantization_config(
+        schemes, ["lm_head"], dict.fromkeys(schemes, (24, 64))
+    )
     text = json.dumps(config, allow_nan=False)
     assert json.loads(text) == config
     assert config["quant_method"] == format_name
@@ -224,6 +229,94 @@ def test_compressed_tensors_int8_activations_agree_module_by_module(
                 (inputs.shape[-1] + 4) * 2.0**-24 * 1.01 * sizes
             )  # rounding makes some |x| larger, by at most 1 % in sum
             assert bool(((their_output - output).abs() <= bound).all()), name
+
+
+ROTATION = [{"method": "hadamard", "random_signs": False}]
+ROTATED = {
+    "W4A16 group": {"weights": {"bits": 4, "group_size": 32}},
+    "W4A16 asymmetric": {"weights": {**ASYMMETRIC["W4A16 group"]}},
+    "W8A8": {"weights": INT8, "activations": {"mode": "dynamic"}},
+    "mixed": {
+        "weights": {"bits": 4, "group_size": 32},
+        "overrides": [{"pattern": "*.0.mlp.down_proj", "codec": "none"}],
+        "head": {"bits": 8, "granularity": "channel"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_compressed_tensors_rotations_agree_module_by_module(name, untied_model, tiny_text, tmp_path):
+    """On identical inputs. Columns are 64 and 96, so the blocks of the rotations have 64 and 32.
+
+    Ours adds and subtracts in log2(B) steps, theirs sums B products: errors of each rotated value are at most (B + 3) eps
+    and (log2 B + 2) eps times sum |x| / sqrt(B) over the block, hence (2 B) eps of it in all. Then K products are summed.
+    """
+    choices = ROTATED[name]
+    ours, theirs = both(untied_model, tiny_text, tmp_path, transforms=ROTATION, **choices)
+    theirs.logits(IDS)  # decompresses
+    seen = {}
+    linears = {n: m for n, m in ours.model.named_modules() if getattr(m, "rotated", False)}
+    assert len(linears) == 3 * 7 - ("overrides" in choices)
+    for module_name, module in linears.items():
+        module.register_forward_hook(lambda _, i, o, module_name=module_name: seen.__setitem__(module_name, (i[0], o)))
+    ours.logits(IDS)
+    int8 = "activations" in choices
+    with torch.no_grad():
+        for module_name, (inputs, output) in seen.items():
+            module, their_output = linears[module_name], theirs.model.get_submodule(module_name)(inputs)
+            columns = inputs.shape[-1]
+            block = columns & -columns
+            spread = inputs.abs().unflatten(-1, (-1, block)).sum(-1, keepdim=True).expand(*inputs.shape[:-1], -1, block)
+            spread = spread.flatten(-2) / block**0.5
+            weight = module.decoded(torch.float32).abs()
+            bound = (2 * block + columns + 4) * 2.0**-24 * (spread @ weight.T)
+            if int8:  # a value on the edge of two codes may round to either: one step of the token's scale
+                rotated = rotate(inputs, module.input_signs)
+                flips = ((rotated / (scale := rotated.abs().amax(-1, keepdim=True) / 127.5)) % 1 - 0.5).abs() < 1e-2
+                bound = 2 * bound + (flips * scale) @ weight.T
+            assert bool(((their_output - output).abs() <= bound).all()), module_name
+            if not int8:  # the comparison can fail
+                module.input_signs[0] = 1
+                assert not bool(((module(inputs) - output).abs() <= bound).all())
+
+
+def test_compressed_tensors_rotations_are_what_its_own_package_applies(untied_model, tiny_text, tmp_path):
+    """By the example of docs/compressed-tensors.md for transformers, which reads no transform_config."""
+    ours, theirs = both(untied_model, tiny_text, tmp_path, transforms=ROTATION, weights=WEIGHT_ONLY["W4A16 group"])
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "compressed-tensors"
+    page = (Path(__file__).resolve().parents[2] / "docs" / "compressed-tensors.md").read_text("utf-8")
+    example = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    names: dict[str, Any] = {}
+    exec(example.replace('"quantized"', repr(str(folder))).replace("(folder)", "(folder, dtype='float32')"), names)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = ours.logits(IDS)
+    bound = 1e-4 * expected.abs().max()  # float32 rounding of a rotation, amplified by three blocks
+    with torch.no_grad():
+        found = names["model"](IDS, use_cache=False).logits
+        assert not bool(((plain(IDS, use_cache=False).logits - expected).abs() <= bound).all())
+    assert torch.equal(found, theirs.logits(IDS))
+    assert bool(((found - expected).abs() <= bound).all())
+    groups = names["config"]["transform_config"]["config_groups"]
+    assert {name: group["head_dim"] for name, group in groups.items()} == {"rotation_32": 32, "rotation_64": 64}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"type": "random-hadamard"}, "random-hadamard, randomize: False"), ({"randomize": True}, "hadamard, randomize: True"),
+     ({"head_dim": 48}, "unusable transform_config: 48 must divide 64"), ({"zap": 1}, "unusable transform_config"),
+     ({"type": "zap"}, "transformed \\(zap")],
+)  # fmt: skip
+def test_other_transforms_of_compressed_tensors_are_refused(change, match, untied_model, tiny_text, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    choices = {"weights": WEIGHT_ONLY["W4A16 group"], "transforms": ROTATION}
+    folder = make_artifact(untied_model, tmp_path / "out", tiny_text, format="compressed-tensors", **choices)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["transform_config"]["config_groups"]["rotation_64"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=match):
+        ENGINES.get("reference")().load(folder)
 
 
 def refused(match: str, shapes=None, **choices):

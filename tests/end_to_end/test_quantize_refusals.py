@@ -156,6 +156,8 @@ REFUSED = {
     "unknown rounding": ({"rounding": {"method": "zap"}}, "unknown rounding 'zap'; known: gptq, nearest"),
     "unknown transform": ({"transforms": [{"method": "zap"}]}, "unknown transform 'zap'; known: awq, hadamard, smoothquant"),
     "awq with a strength": ({"transforms": [{"method": "awq", "strength": 0.5}]}, "awq searches its exponent and takes no strength"),
+    "signs of another transform": (
+        {"transforms": [{"method": "awq", "random_signs": False}]}, "random_signs goes with transform hadamard, not with awq"),
     "unknown format": ({"format": "zap"}, "unknown format 'zap'; known: compressed-tensors, quern"),
     "int8 activations with 4 bits": ({"activations": {"mode": "static"}}, "int8 activations need 8-bit symmetric weights"),
     "unknown activation observer": (

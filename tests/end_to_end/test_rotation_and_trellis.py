@@ -88,6 +88,18 @@ def test_the_seed_changes_the_signs(tiny_model, tiny_text, tmp_path):
     assert not torch.equal(*found)
 
 
+def test_signs_may_be_left_out(tiny_model, tiny_text, tmp_path):
+    choices = {**CHOICES["integers"], "transforms": [{"method": "hadamard", "random_signs": False}]}
+    tensors = stored_tensors(make_artifact(tiny_model, tmp_path / "out", tiny_text, **choices))
+    signs = [tensor for name, tensor in tensors.items() if name.endswith(".input_signs")]
+    assert len(signs) == 3 * 7
+    assert not any(bool(tensor.any()) for tensor in signs)
+    assert small_recipe(**choices).rotated
+    assert not small_recipe(**choices).random_signs
+    assert small_recipe(**CHOICES["integers"]).random_signs
+    assert not small_recipe().random_signs
+
+
 def test_a_rotation_alone_needs_no_calibration():
     assert not small_recipe(**CHOICES["trellis"]).needs_calibration
     assert small_recipe(**CHOICES["two tables, scaled first"]).needs_calibration
@@ -101,6 +113,9 @@ def test_a_rotation_is_named_once():
 
 
 def test_other_formats_refuse_what_they_cannot_say(tiny_model, tiny_text, tmp_path):
-    for name, match in (("integers", "leave out transform hadamard"), ("trellis", "it stores integers, not codec")):
+    for name, match in (
+        ("integers", "set random_signs: false in transform hadamard"),
+        ("trellis", "it stores integers, not codec"),
+    ):
         with pytest.raises(UserError, match=match):
             make_artifact(tiny_model, tmp_path / "out", tiny_text, format="compressed-tensors", **CHOICES[name])

@@ -108,5 +108,6 @@ def test_quantization_config(name):
     recipe = small_recipe("golden", **RECIPE)
     linears = [f"model.layers.{i}.mlp.{linear}_proj" for i in range(2) for linear in ("up", "down")]
     schemes = {linear: recipe.scheme_for(linear) for linear in linears} | {"lm_head": recipe.head}
-    config = FORMATS.get(name)(recipe).quantization_config(schemes, ["model.layers.0.mlp.gate_proj"])
+    shapes = dict.fromkeys(schemes, (128, 192))
+    config = FORMATS.get(name)(recipe).quantization_config(schemes, ["model.layers.0.mlp.gate_proj"], shapes)
     assert config == json.loads((FOLDER / f"quantization_config_{name}.json").read_text("utf-8"))

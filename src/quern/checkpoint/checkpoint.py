@@ -26,6 +26,11 @@ from quern.core.progress import Progress, Silent
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 _WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
+_LARGEST = {
+    "hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": 2**16, "num_attention_heads": 2**16,
+    "head_dim": 2**16, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1,
+}  # fmt: skip
+"""Far beyond every model; what is larger would have model classes loop, or allocate, for ever."""
 _SHOWN = 5
 _CHUNK = 1 << 22
 _ALLOWED = (
@@ -200,14 +205,33 @@ def open_checkpoint(model: str | Path, *, progress: Progress | None = None) -> C
     if not text.strip():
         raise UserError(f"MODEL is empty. {_ALLOWED}")
     path = Path(model)
-    if path.is_dir():
-        return Checkpoint(path, *open_folder(path))
     if path.is_file():
-        return _open_file(path)
-    if is_hub_id(text):
+        return _checked(_open_file(path))
+    if not path.is_dir():
+        if not is_hub_id(text):
+            raise UserError(f"MODEL {text!r} does not exist. {_ALLOWED}")
         path = download(text, progress or Silent())
-        return Checkpoint(path, *open_folder(path))
-    raise UserError(f"MODEL {text!r} does not exist. {_ALLOWED}")
+    return _checked(Checkpoint(path, *open_folder(path)))
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, unless its configuration counts what no model has."""
+    config, tensors = checkpoint.config, len(checkpoint.source.infos)
+    for key, largest in _LARGEST.items():
+        count = config.get(key)
+        if key == "head_dim" and count is None:  # then it follows from the others
+            continue
+        if key in config and (type(count) is not int or not 0 < count <= largest):
+            raise BadFileError(
+                checkpoint.path, f"its configuration has {key} {str(count)[:40]}; it must be an integer from 1 to {largest}",
+                "Check that config.json belongs to these weights",
+            )  # fmt: skip
+    if config.get("num_hidden_layers", 1) > tensors:
+        raise BadFileError(
+            checkpoint.path, f"its configuration has {config['num_hidden_layers']} layers, its weights {tensors} tensors",
+            "Check that config.json belongs to these weights",
+        )  # fmt: skip
+    return checkpoint
 
 
 def _open_file(path: Path) -> Checkpoint:

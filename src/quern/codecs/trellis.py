@@ -149,7 +149,8 @@ class TrellisCodec(Codec):
 
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, columns = shape
-        a_block = sum(stream_bytes(min(TILE, rows - first), self.scheme.bits) for first in range(0, rows, TILE))
+        whole, rest = divmod(rows, TILE)
+        a_block = whole * stream_bytes(TILE, self.scheme.bits) + stream_bytes(rest, self.scheme.bits)
         return {
             "codes": ((a_block * -(-columns // BLOCK) * LANES,), torch.uint8),
             "scale": ((rows, 1), self.scale_dtype),

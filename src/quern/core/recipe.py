@@ -94,6 +94,14 @@ class Transform(_Strict):
     """Name of a registered transform: ``awq``, ``hadamard`` or ``smoothquant``."""
     strength: Annotated[float, Field(ge=0, le=1)] | None = None
     """SmoothQuant's alpha (default 0.5). The others take none."""
+    random_signs: bool | None = None
+    """Whether ``hadamard`` turns the signs of random columns first (default true). The others take none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Transform:
+        if self.random_signs is not None and self.method != ROTATION:
+            raise ValueError(f"random_signs goes with transform {ROTATION}, not with {self.method}")
+        return self
 
 
 class Activations(_Strict):
@@ -173,6 +181,11 @@ class Recipe(_Strict):
     def rotated(self) -> bool:
         """Whether the inputs of the quantized linears in the decoder blocks are rotated at run time."""
         return any(transform.method == ROTATION for transform in self.transforms)
+
+    @property
+    def random_signs(self) -> bool:
+        """Whether the rotation turns the signs of random columns."""
+        return any(t.method == ROTATION and t.random_signs is not False for t in self.transforms)
 
     def scheme_for(self, linear: str) -> WeightScheme:
         """The scheme of the decoder linear called ``linear`` (full dotted name)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.codecs.base import CODECS
 from quern.core.artifact import METHOD, quantization_of
-from quern.core.errors import UserError
+from quern.core.errors import QuernError, UserError
 from quern.core.recipe import Recipe
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
 from quern.engines.base import ENGINES, DtypeName, Engine
@@ -119,13 +119,20 @@ class ReferenceEngine(Engine):
             )
         if threads is not None:
             torch.set_num_threads(threads)
-        return ReferenceModel(_from_pretrained(Path(checkpoint.path), dtype, _has_zero_points(config)))
+        model = _from_pretrained(Path(checkpoint.path), dtype, _has_zero_points(config))
+        if method == "compressed-tensors":
+            _decompress(model, checkpoint.path)
+            if config.get("transform_config"):
+                _add_transforms(model, config["transform_config"], checkpoint.path)
+        return ReferenceModel(model)
 
 
 def _has_zero_points(config: dict[str, Any]) -> bool:
     """Whether a compressed-tensors configuration stores packed zero points."""
-    groups = (config.get("config_groups") or {}).values()
-    return any(not (group.get("weights") or {}).get("symmetric", True) for group in groups)
+    groups = config.get("config_groups")
+    known = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    weights = [group["weights"] for group in known if isinstance(group.get("weights"), dict)]
+    return any(not found.get("symmetric", True) for found in weights)
 
 
 def _from_pretrained(folder: Path, dtype: DtypeName, decompress: bool) -> Any:
@@ -140,12 +147,52 @@ def _from_pretrained(folder: Path, dtype: DtypeName, decompress: bool) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the configuration above overrides the artifact's
-            return _load_either(transformers.AutoModelForCausalLM, folder, options)
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} cannot be loaded: {error}") from None
+            model, found = _load_either(transformers.AutoModelForCausalLM, folder, options)
+            lost = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
+            if lost:  # transformers would make them up
+                raise UserError(
+                    f"{folder} cannot be loaded: {lost[0]} (and {len(lost) - 1} more) is missing or has another shape. "
+                    "Get its files again, or quantize the checkpoint again"
+                )
+            return model
+    except QuernError:
+        raise
+    except Exception as error:  # transformers' classes raise many kinds for values that make no sense
+        raise UserError(f"{folder} cannot be loaded: {error}") from error
+
+
+def _decompress(model: Any, path: Path) -> None:
+    """Run a token: compressed-tensors decompresses at the first one, and sees only then that a tensor has another shape."""
+    try:
+        with torch.inference_mode():
+            model(torch.tensor([[0]]), use_cache=False)
+    except Exception as error:  # whatever torch says of shapes that do not fit
+        raise UserError(f"{path} cannot be run: {error}. Get its files again, or quantize again") from error
+
+
+def _add_transforms(model: Any, config: Any, path: Path) -> None:
+    """The transforms of activations in a compressed-tensors configuration; transformers 5.23 reads none of it."""
+    from compressed_tensors.transform import TransformConfig, TransformFactory
+
+    try:
+        schemes = TransformConfig.model_validate(config).config_groups
+        for name, scheme in schemes.items():
+            scheme.apply = [place for place in scheme.apply if place.is_online()]  # the others are in the weights
+            if scheme.apply and (scheme.type != "hadamard" or scheme.randomize):
+                kind = f"{scheme.type}, randomize: {scheme.randomize}"
+                raise UserError(
+                    f"{path} wants inputs transformed ({kind}); this engine knows type hadamard, not randomized"
+                )
+            TransformFactory.from_scheme(scheme, name=name).apply_to_model(model, use_tqdm=False)
+    except QuernError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{path} has an unusable transform_config: {error}") from None
 
 
 def _load_either(auto_class: Any, folder: Path, options: dict[str, Any]) -> Any:
+    """The model and what transformers noticed while it loaded."""
+    options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if folder.is_file():
         return auto_class.from_pretrained(folder.parent, gguf_file=folder.name, **options)
     return auto_class.from_pretrained(folder, local_files_only=True, **options)

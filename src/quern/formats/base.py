@@ -43,8 +43,11 @@ class Format(ABC):
         """The codec's parts of ``module`` again, from the tensors that ``encode`` made."""
 
     @abstractmethod
-    def quantization_config(self, schemes: dict[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
-        """What goes into config.json. ``unquantized``: the linears, by full name, that keep the checkpoint's weights."""
+    def quantization_config(
+        self, schemes: dict[str, WeightScheme], unquantized: Sequence[str], shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
+        """What goes into config.json. ``unquantized``: the linears, by full name, that keep the checkpoint's weights;
+        ``shapes`` as in ``check``."""
 
 
 FORMATS: Registry[type[Format]] = Registry("format", "quern.formats")

@@ -3,6 +3,10 @@
 Field names and layouts follow compressed-tensors 0.20. Its packed integers are quern's ``integer`` codes as they are: the
 signed value plus 2^(bits-1), dense in 32-bit words along the row, zero points down the rows. Scales keep the recipe's
 ``scale_dtype``, which vLLM's kernels want to be the model's own dtype.
+
+A Hadamard rotation of inputs becomes a ``transform_config`` of type ``hadamard`` (Sylvester's matrix, as ours), a scheme for
+each block size. Random signs have no place in it: type ``random-hadamard`` stores one dense matrix for all linears of a
+width, where each of our groups has signs of its own, and its readers multiply by that matrix instead of n log n additions.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quern.codecs._bits import pack
+from quern.codecs._rotation import block_size
 from quern.core.errors import UserError
 from quern.core.packed import QuantizedWeight
 from quern.core.recipe import Recipe, WeightScheme
@@ -50,6 +55,7 @@ class CompressedTensors(Format):
     def encode(
         self, module: str, weight: QuantizedWeight, input_scale: float | None, input_signs: Tensor | None = None
     ) -> dict[str, Tensor]:
+        assert input_signs is None or not bool(input_signs.any())  # check() refuses random signs
         scheme, parts = weight.scheme, weight.parts
         tensors = {"weight_scale": parts["scale"]}
         if scheme.granularity == "tensor":
@@ -70,7 +76,9 @@ class CompressedTensors(Format):
     ) -> dict[str, Tensor]:
         raise UserError(f"format compressed-tensors stores no quantized embedding, and {module} is one")
 
-    def quantization_config(self, schemes: dict[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, schemes: dict[str, WeightScheme], unquantized: Sequence[str], shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
         alike: dict[tuple[WeightScheme, str], list[str]] = {}
         for module, scheme in sorted(schemes.items()):
             alike.setdefault((scheme, _activation_mode(module, self.recipe)), []).append(module)
@@ -85,7 +93,7 @@ class CompressedTensors(Format):
                 "output_activations": None,
                 "format": name,
             }
-        return {
+        config = {
             "quant_method": METHOD,
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
@@ -94,18 +102,48 @@ class CompressedTensors(Format):
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+        if self.recipe.rotated:
+            widths = {module: shapes[module][1] for module in sorted(schemes) if _in_block(module)}
+            config["transform_config"] = {"config_groups": _rotations(widths)}
+        return config
 
 
 def _activation_mode(module: str, recipe: Recipe) -> str:
     """What the inputs of ``module`` become: the recipe's choice inside the decoder blocks, nothing before the head."""
-    return recipe.activations.mode if ".layers." in module else "none"
+    return recipe.activations.mode if _in_block(module) else "none"
+
+
+def _in_block(module: str) -> bool:
+    return ".layers." in module
+
+
+def _rotations(widths: dict[str, int]) -> dict[str, Any]:
+    """The transform schemes that rotate the inputs of modules, which have so many columns.
+
+    Weights are stored rotated, so there is only the part that runs: no ``weight_input``, which a loader would apply again.
+    """
+    alike: dict[int, list[str]] = {}
+    for module, columns in widths.items():
+        alike.setdefault(block_size(columns), []).append(module)
+    return {
+        f"rotation_{size}": {
+            "type": "hadamard",
+            "apply": [{"targets": modules, "location": "input", "inverse": False, "ignore": []}],
+            "randomize": False,
+            "requires_grad": False,
+            "head_dim": size,
+            "precision": "torch.float32",
+        }
+        for size, modules in sorted(alike.items())
+        if size > 1  # a rotation of single columns changes nothing
+    }
 
 
 def _problem(module: str, scheme: WeightScheme, shape: tuple[int, ...], recipe: Recipe) -> str | None:
     if scheme.codec != "integer":
         return f"it stores integers, not codec {scheme.codec!r}"
-    if recipe.rotated:
-        return "it stores no Hadamard rotation that the loaders would all apply; leave out transform hadamard"
+    if recipe.random_signs:
+        return "its Hadamard rotation has no random signs; set random_signs: false in transform hadamard"
     if module.endswith("embed_tokens"):
         return "vLLM reads no quantized embedding; set embedding: {codec: none}"
     if scheme.group_size is not None and shape[1] % scheme.group_size:

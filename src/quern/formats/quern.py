@@ -45,7 +45,9 @@ class QuernFormat(Format):
         names = CODECS.get(scheme.codec)(scheme).part_shapes(shape)
         return {name: tensors[f"{module}.{name}"] for name in names}
 
-    def quantization_config(self, schemes: dict[str, WeightScheme], unquantized: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, schemes: dict[str, WeightScheme], unquantized: Sequence[str], shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
         return {
             "quant_method": METHOD,
             "format_version": VERSION,

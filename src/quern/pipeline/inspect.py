@@ -16,7 +16,7 @@ from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.gguf_file import GgufSource
 from quern.codecs.base import CODECS
 from quern.core.artifact import METHOD, module_schemes
-from quern.core.errors import BadFileError
+from quern.core.errors import BadFileError, QuernError
 from quern.core.metrics import bits_per_weight
 from quern.pipeline.rows import artifact_bytes, weight_bytes
 
@@ -79,7 +79,12 @@ def inspect(path: str | Path) -> Inspection:
     if method == METHOD:
         weights = dict(_quern_weights(checkpoint, config))
     elif method == "compressed-tensors":
-        weights = dict(_compressed_weights(checkpoint, config))
+        try:
+            weights = dict(_compressed_weights(checkpoint, config))
+        except QuernError:
+            raise
+        except (TypeError, ValueError, AttributeError, re.error) as error:  # of values that are not what they should be
+            raise _unusable(checkpoint, f"the quantization_config is damaged: {error}") from None
     else:
         weights = {}
     tensors = [_quantized_row(checkpoint, module, weight) for module, weight in weights.items()]
@@ -118,7 +123,7 @@ def _compressed_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> Itera
         packed = f"{module}.weight_packed" in checkpoint.source.infos
         values = f"{module}.weight_packed" if packed else f"{module}.weight"
         if f"{module}.weight_shape" in checkpoint.source.infos:
-            shape = tuple(int(size) for size in checkpoint.read(f"{module}.weight_shape").tolist())
+            shape = tuple(int(size) for size in checkpoint.read(f"{module}.weight_shape").reshape(-1).tolist())
         else:
             shape = checkpoint.info(values).shape
         small = [f"{module}.{part}" for part in _SMALL_PARTS if f"{module}.{part}" in checkpoint.source.infos]

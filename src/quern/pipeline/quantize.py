@@ -251,7 +251,9 @@ def _write_metadata(job: Job, schemes: dict[str, WeightScheme], fingerprint: dic
     config = {**job.checkpoint.config}
     if schemes:
         kept = [name for name in (*decoder_linears(job.architecture), job.architecture.head) if name not in schemes]
-        config["quantization_config"] = job.format.quantization_config(schemes, kept)
+        stored = job.architecture.expected_shapes()
+        shapes = {name: stored[f"{name}.weight"] for name in schemes}
+        config["quantization_config"] = job.format.quantization_config(schemes, kept, shapes)
     write_json(job.artifact_path("config.json"), config)
     write_json(job.artifact_path(PROVENANCE), {"fingerprint": fingerprint, "layers": errors})
     copy_tokenizer(job.checkpoint.path, job.artifact_path())

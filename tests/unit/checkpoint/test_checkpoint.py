@@ -164,6 +164,26 @@ def test_a_tensor_that_is_not_there_is_named(single):
             use("other.weight")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("num_hidden_layers", 2**31 - 1, "num_hidden_layers 2147483647; it must be an integer from 1 to 65536"),
+        ("num_hidden_layers", 1000, r"has 1000 layers, its weights \d+ tensors"),
+        ("head_dim", 2**31, "head_dim 2147483648"),
+        ("hidden_size", 0, "hidden_size 0"),
+        ("vocab_size", "300", "vocab_size 300"),
+        ("vocab_size", True, "vocab_size True"),
+        ("intermediate_size", None, "intermediate_size None"),
+        ("max_position_embeddings", -1, "max_position_embeddings -1"),
+    ],
+)
+def test_counts_that_no_model_has_are_refused_before_anything_loops_over_them(key, value, match, single):
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(BadFileError, match=match):
+        open_checkpoint(single)
+
+
 def test_links_to_shards_are_followed(sharded, tmp_path):
     """The Hub's cache is a folder of links."""
     (tmp_path / "blobs").mkdir()

@@ -6,6 +6,7 @@ runs, in n log n additions. Embedding, norms and head stay as they are.
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 
 from quern.codecs._rotation import pack_signs
@@ -18,7 +19,7 @@ from quern.quantization.transforms.base import TRANSFORMS, InputRotation
 
 @TRANSFORMS.add(ROTATION)
 class Hadamard(InputRotation):
-    """Signs are drawn from the run's seed, for each block and group of linears anew."""
+    """Signs are drawn from the run's seed, for each block and group of linears anew, or are all positive."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -26,5 +27,7 @@ class Hadamard(InputRotation):
             raise UserError(f"transform {ROTATION} rotates all the way and takes no strength; remove the key")
 
     def signs(self, columns: int, seed: int, *place: object) -> Tensor:
+        if self.settings.random_signs is False:
+            return pack_signs(np.zeros(columns, bool))
         negative = generator(seed, "input signs", *place).integers(0, 2, columns, dtype="uint8")
         return pack_signs(negative.astype(bool))
