@@ -49,7 +49,10 @@ def trained_tables() -> dict[tuple[int, int, int], TrellisTable]:
     stored = json.loads((resources.files("quern.codecs") / TABLES).read_text("utf-8"))
     return {
         (entry["bits"], entry["window"], len(entry["table"])): TrellisTable(
-            torch.tensor(entry["table"], dtype=torch.int8), entry["unit"], entry["distortion"]
+            # The device is said because the first to ask may be building modules on the meta device.
+            torch.tensor(entry["table"], dtype=torch.int8, device="cpu"),
+            entry["unit"],
+            entry["distortion"],
         )
         for entry in stored
     }

@@ -265,3 +265,11 @@ def test_the_encoder_checks_what_it_is_given():
             wrong()
     with pytest.raises(TypeError):
         made.round(0, column.astype(np.float64), column)
+
+
+def test_tables_are_real_even_if_a_model_without_memory_asks_first():
+    trained_tables.cache_clear()
+    with torch.device("meta"):
+        codec_of(VARIANTS[0])
+    weight = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    assert codec_of(VARIANTS[0]).encoder(weight, weight, refit=False).round_all(weight).shape == (16, 4)
