@@ -36,6 +36,13 @@ INLINE __m256i products(__m256i values, __m256i inputs) {
   return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
+// See common_avx512.h.
+INLINE void fetch_ahead(const void* p) {
+  const char* bytes = static_cast<const char*>(p);
+  _mm_prefetch(bytes + 3584, _MM_HINT_T1);
+  _mm_prefetch(bytes + 512, _MM_HINT_T0);
+}
+
 INLINE float number(const void* data, Float type, int64_t index) {
   const char* bytes = static_cast<const char*>(data);
   uint32_t bits = 0;

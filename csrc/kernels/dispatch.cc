@@ -104,7 +104,7 @@ const std::vector<Kernels>& tables() {
       for (const Kernels* part : parts) table = completed(*part, table);
       found.push_back(table);
     };
-    if (can_avx2()) add({&vectors_avx2, &rows_avx2, &panels_avx2});
+    if (can_avx2()) add({&vectors_avx2, &rows_avx2, &trellis_avx2, &panels_avx2});
     if (can_avx512()) add({&vectors_avx512, &rows_avx512, &trellis_avx512, &panels_avx512});
     if (can_amx()) add({&panels_amx});
 #endif

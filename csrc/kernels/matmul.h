@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/scratch.h"
 #include "kernels/threads.h"
 #include "kernels/weight.h"
 
@@ -15,11 +16,11 @@ struct Activations {
   int32_t tokens = 0, columns = 0, group = 0;
   int64_t stride = 0;              // bytes from one token to the next: columns and at least a register of zeros; an odd
                                    // number of registers, so that tokens do not compete for the same lines of the cache
-  std::vector<int8_t> values;      // (tokens, stride)
+  Lines<int8_t> values;            // (tokens, stride)
   int64_t half = 0;                // bytes of `halves` for one token and parity
-  std::vector<int8_t> halves;      // (tokens, 2, half): values of even columns, then of odd ones; where rows want it
-  std::vector<float> scale;        // (tokens, groups)
-  std::vector<int32_t> sums;       // (tokens, groups): sum of the values of each group
+  Lines<int8_t> halves;            // (tokens, 2, half): values of even columns, then of odd ones; where rows want it
+  Lines<float> scale;              // (tokens, groups)
+  Lines<int32_t> sums;             // (tokens, groups): sum of the values of each group
   const float* exact = nullptr;    // (tokens, columns), the caller's; must outlive this
 };
 

@@ -4,7 +4,8 @@
 //
 // Sums of a whole row: 2 x 2 tiles of sums, so that each tile that is loaded is used twice. Groups with their own scales:
 // four groups of one tile are multiplied while the four before them are converted and added to 16 registers of floats. A
-// tile that has just been stored cannot be loaded before the store has left the core; hence so many.
+// tile that has just been stored cannot be loaded before the store has left the core; hence so many. Groups of 128 are long
+// enough for 2 x 2 tiles of sums of one group, whose outputs then no longer fit registers.
 #include "kernels/common_avx512.h"
 #include "kernels/tables.h"
 
@@ -244,6 +245,82 @@ void add_tokens(const Groups& in, int32_t row_groups, int32_t groups, int32_t fi
   scale_unit(in, before, M, sums[turn ^ 1]);
 }
 
+constexpr int QUAD_STEPS = 2;  // tiles of a group of 128
+
+// 2 x 2 tiles of sums of one group: two row groups, two times 16 tokens.
+struct Quad {
+  int32_t row_group, token, group;
+};
+
+// Sums of one tile of a quad, scaled, are added to the outputs.
+INLINE void scale_tile(const Groups& in, const Quad& quad, int which, const int32_t* sums) {
+  const int32_t row_group = quad.row_group + which % 2, token = quad.token + which / 2 * M;
+  float* out = in.out + (static_cast<int64_t>(row_group) * in.tokens + token) * 16;
+  const __m512 ws = _mm512_loadu_ps(in.ws + static_cast<int64_t>(quad.group) * TILE_ROWS + 16 * row_group);
+  const float* xs = in.xs + token * in.token_stride + quad.group;
+  sums += which * TILE;
+#pragma GCC unroll 16
+  for (int t = 0; t < M; ++t) {
+    const __m512 scale = _mm512_mul_ps(ws, _mm512_set1_ps(xs[t * in.token_stride]));
+    const __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 16 * t));
+    _mm512_storeu_ps(out + 16 * t, _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(out + 16 * t)));
+  }
+}
+
+// Multiply the group of `next` while scaling that of `last`, a tile of it after every other product.
+template <bool FIRST>
+INLINE void add_quad(const Groups& in, const Quad& next, int32_t* next_sums, const Quad& last, const int32_t* last_sums) {
+  const int64_t first = static_cast<int64_t>(next.group) * QUAD_STEPS * STEP;
+  const int64_t row_group = static_cast<int64_t>(in.blocks) * LANES;
+  const int8_t* w = in.panel + next.row_group * row_group + first * LANES;
+  const int8_t* x = in.x + next.token * in.stride + 4 * first;
+  const auto scale = [&](int product) {
+    if (!FIRST && product % QUAD_STEPS == 0) scale_tile(in, last, product / QUAD_STEPS, last_sums);
+  };
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+#pragma GCC unroll 2
+  for (int k = 0; k < QUAD_STEPS; ++k) {
+    _tile_loadd(4, x + 64 * k, in.stride);
+    _tile_loadd(6, w + 64 * STEP * k, 64);
+    _tile_dpbssd(0, 4, 6);
+    scale(4 * k);
+    _tile_loadd(7, w + row_group + 64 * STEP * k, 64);
+    _tile_dpbssd(1, 4, 7);
+    scale(4 * k + 1);
+    _tile_loadd(5, x + M * in.stride + 64 * k, in.stride);
+    _tile_dpbssd(2, 5, 6);
+    scale(4 * k + 2);
+    _tile_dpbssd(3, 5, 7);
+    scale(4 * k + 3);
+  }
+  _tile_stored(0, next_sums, 64);
+  _tile_stored(1, next_sums + TILE, 64);
+  _tile_stored(2, next_sums + 2 * TILE, 64);
+  _tile_stored(3, next_sums + 3 * TILE, 64);
+}
+
+// 2 * M tokens from `token` on and pairs of row groups.
+void add_quads(const Groups& in, int32_t row_groups, int32_t groups, int32_t token) {
+  configure(M, M, STEP);
+  alignas(64) int32_t sums[2][4 * TILE];
+  Quad last{};
+  int turn = 0;
+  for (int32_t r = 0; r + 2 <= row_groups; r += 2)
+    for (int32_t g = 0; g < groups; ++g, turn ^= 1) {
+      const Quad next{r, token, g};
+      if (r == 0 && g == 0) {
+        add_quad<true>(in, next, sums[turn], last, nullptr);
+      } else {
+        add_quad<false>(in, next, sums[turn], last, sums[turn ^ 1]);
+      }
+      last = next;
+    }
+  for (int which = 0; which < 4; ++which) scale_tile(in, last, which, sums[turn ^ 1]);
+}
+
 void grouped(const int8_t* panel, int32_t row_groups, int32_t blocks, int32_t group, int32_t groups, const int8_t* x,
              int64_t stride, int32_t tokens, const float* ws, const float* xs, const int32_t*, int64_t token_stride,
              float* out) {
@@ -252,8 +329,12 @@ void grouped(const int8_t* panel, int32_t row_groups, int32_t blocks, int32_t gr
   // Inputs of some tokens stay in the L1 cache while rows go by, and 16 rows while these tokens do.
   for (int32_t block = 0; block < tokens; block += TOGETHER) {
     const int32_t end = least(tokens, block + TOGETHER), whole = end - (end - block) % M;
-    add_tokens(in, row_groups, groups, block, whole);
-    add_tokens(in, row_groups, groups, whole, end);
+    if (end - block == 2 * M && row_groups % 2 == 0 && group == 64 * QUAD_STEPS) {
+      add_quads(in, row_groups, groups, block);
+    } else {
+      add_tokens(in, row_groups, groups, block, whole);
+      add_tokens(in, row_groups, groups, whole, end);
+    }
   }
   _tile_release();
 }

@@ -1,53 +1,50 @@
 // Products of rows and few tokens for codes that lie along the rows; see rows_avx512.cc. vpmaddubsw adds two products in 16
 // bits: 4-bit integers stay far below their limit, so eight of its results are added before they are widened; values of
 // more bits are widened at once.
+//
+// Groups of 16, 32 and 64 bytes of codes are added eight groups at a time, by exchanging lanes between their registers; all
+// other sizes, and a row's last groups, one at a time.
 #include "kernels/common_avx2.h"
 #include "kernels/tables.h"
 
 namespace quern {
 namespace {
 
-constexpr int64_t AHEAD = 2048;  // bytes of codes fetched in advance
-constexpr int NARROW = 4;        // registers of nibbles whose sums fit 16 bits: 4 * 2 * 2 * 15 * 127 = 30480
+constexpr int32_t BATCH = 8;  // groups that are added together
 
+// How codes become values. `add` adds the products of one register of them with the inputs from byte `at` of a row on; NARROW:
+// in lanes of 16 bits, which hold those of four registers: 4 * 2 * 2 * 15 * 127 = 30480.
 struct Nibbles {
-  static constexpr int PER_BYTE = 2, BATCH = NARROW;
+  static constexpr int PER_BYTE = 2;
+  static constexpr bool NARROW = true;
   INLINE Nibbles make(const Weight&) { return {}; }
 
-  // sums += products of `count` registers at `bytes` with the inputs at even and odd.
   template <int TOKENS>
-  INLINE void add(const Nibbles&, const __m256i* bytes, int count, const Inputs& in, int64_t at, __m256i* sums) {
+  INLINE void add(const Nibbles&, __m256i bytes, const Inputs& in, int64_t at, __m256i* sums) {
     const __m256i mask = _mm256_set1_epi8(15);
-    __m256i narrow[TOKENS];
-    for (__m256i& v : narrow) v = _mm256_setzero_si256();
-#pragma GCC unroll 4
-    for (int i = 0; i < count; ++i) {
-      const __m256i low = _mm256_and_si256(bytes[i], mask), high = _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), mask);
+    const __m256i low = _mm256_and_si256(bytes, mask), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
 #pragma GCC unroll 8
-      for (int t = 0; t < TOKENS; ++t) {
-        const int8_t* even = in.halves + 2 * t * in.half + at + 32 * i;
-        const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, load(even)), _mm256_maddubs_epi16(high, load(even + in.half)));
-        narrow[t] = _mm256_add_epi16(narrow[t], both);
-      }
+    for (int t = 0; t < TOKENS; ++t) {
+      const int8_t* even = in.halves + 2 * t * in.half + at;
+      const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, load(even)), _mm256_maddubs_epi16(high, load(even + in.half)));
+      sums[t] = _mm256_add_epi16(sums[t], both);
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; ++t)
-      sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(narrow[t], _mm256_set1_epi16(1)));
   }
 };
 
 struct Codebook {
-  static constexpr int PER_BYTE = 2, BATCH = 1;
+  static constexpr int PER_BYTE = 2;
+  static constexpr bool NARROW = false;
   __m256i table;
   INLINE Codebook make(const Weight& weight) {
     return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.table)))};
   }
 
   template <int TOKENS>
-  INLINE void add(const Codebook& self, const __m256i* bytes, int, const Inputs& in, int64_t at, __m256i* sums) {
+  INLINE void add(const Codebook& self, __m256i bytes, const Inputs& in, int64_t at, __m256i* sums) {
     const __m256i mask = _mm256_set1_epi8(15);
-    const __m256i low = _mm256_shuffle_epi8(self.table, _mm256_and_si256(*bytes, mask));
-    const __m256i high = _mm256_shuffle_epi8(self.table, _mm256_and_si256(_mm256_srli_epi16(*bytes, 4), mask));
+    const __m256i low = _mm256_shuffle_epi8(self.table, _mm256_and_si256(bytes, mask));
+    const __m256i high = _mm256_shuffle_epi8(self.table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask));
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t) {
       const int8_t* even = in.halves + 2 * t * in.half + at;
@@ -57,22 +54,35 @@ struct Codebook {
 };
 
 struct Bytes {
-  static constexpr int PER_BYTE = 1, BATCH = 1;
+  static constexpr int PER_BYTE = 1;
+  static constexpr bool NARROW = false;
   INLINE Bytes make(const Weight&) { return {}; }
 
   template <int TOKENS>
-  INLINE void add(const Bytes&, const __m256i* bytes, int, const Inputs& in, int64_t at, __m256i* sums) {
+  INLINE void add(const Bytes&, __m256i bytes, const Inputs& in, int64_t at, __m256i* sums) {
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t)
-      sums[t] = _mm256_add_epi32(sums[t], products(*bytes, load(in.values + t * in.stride + at)));
+      sums[t] = _mm256_add_epi32(sums[t], products(bytes, load(in.values + t * in.stride + at)));
   }
 };
+
+// sums, of 32 bits, += products of `COUNT` registers, at most four.
+template <typename Code, int TOKENS, int COUNT>
+INLINE void add_registers(const Code& code, const uint8_t* row, const Inputs& in, int64_t at, __m256i* sums) {
+  __m256i some[TOKENS];
+  for (int t = 0; t < TOKENS; ++t) some[t] = Code::NARROW ? _mm256_setzero_si256() : sums[t];
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i) Code::template add<TOKENS>(code, load(row + at + 32 * i), in, at + 32 * i, some);
+  for (int t = 0; t < TOKENS; ++t)
+    sums[t] = Code::NARROW ? _mm256_add_epi32(sums[t], _mm256_madd_epi16(some[t], _mm256_set1_epi16(1))) : some[t];
+}
 
 // Inputs past the end of a group belong to the next one, so codes there must be worth nothing: zero for nibbles and bytes;
 // for a table, whose entry 0 may be anything, the inputs are copied and filled up instead.
 template <typename Code, int TOKENS>
 INLINE void add_some(const Code& code, const uint8_t* row, const Inputs& in, int64_t at, int64_t count, __m256i* sums) {
-  const __m256i bytes = load_some(row + at, count);
+  alignas(32) uint8_t bytes[32];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), load_some(row + at, count));
   alignas(32) int8_t copies[TOKENS][2][32];
   Inputs few = in;
   for (int t = 0; t < TOKENS; ++t)
@@ -83,26 +93,18 @@ INLINE void add_some(const Code& code, const uint8_t* row, const Inputs& in, int
   few.halves = few.values = copies[0][0];
   few.half = 32;
   few.stride = 64;
-  Code::template add<TOKENS>(code, &bytes, 1, few, 0, sums);
+  add_registers<Code, TOKENS, 1>(code, bytes, few, 0, sums);
 }
 
 // Sums of the bytes [at, end) of a row.
 template <typename Code, int TOKENS>
 INLINE void add_range(const Code& code, const uint8_t* row, const Inputs& in, int64_t at, int64_t end, __m256i* sums) {
-  constexpr int BATCH = Code::BATCH;
-  for (; at + 32 * BATCH <= end; at += 32 * BATCH) {
-    __m256i bytes[BATCH];
-#pragma GCC unroll 4
-    for (int i = 0; i < BATCH; ++i) {
-      _mm_prefetch(reinterpret_cast<const char*>(row + at + 32 * i + AHEAD), _MM_HINT_T0);
-      bytes[i] = load(row + at + 32 * i);
-    }
-    Code::template add<TOKENS>(code, bytes, BATCH, in, at, sums);
+  for (; at + 128 <= end; at += 128) {
+    fetch_ahead(row + at);
+    fetch_ahead(row + at + 64);
+    add_registers<Code, TOKENS, 4>(code, row, in, at, sums);
   }
-  for (; at + 32 <= end; at += 32) {
-    const __m256i bytes = load(row + at);
-    Code::template add<TOKENS>(code, &bytes, 1, in, at, sums);
-  }
+  for (; at + 32 <= end; at += 32) add_registers<Code, TOKENS, 1>(code, row, in, at, sums);
   if (at < end) add_some<Code, TOKENS>(code, row, in, at, end - at, sums);
 }
 
@@ -113,13 +115,96 @@ INLINE int32_t zero_of(const Weight& weight, const Inputs& in, int32_t row, int3
   return weight.zeros[static_cast<int64_t>(at / 8) * in.groups + group] >> 4 * (at % 8) & 15;
 }
 
-template <typename Code, int TOKENS>
+// Four registers to one: 128-bit lane l of the result has the sums of lane l of a, b, c and d.
+template <bool NARROW>
+INLINE __m256i add_four(__m256i a, __m256i b, __m256i c, __m256i d) {
+  __m256i ab, cd;
+  if constexpr (NARROW) {
+    const __m256i one = _mm256_set1_epi16(1);
+    ab = _mm256_madd_epi16(_mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)), one);
+    cd = _mm256_madd_epi16(_mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d)), one);
+  } else {
+    ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  }
+  return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+
+// Eight numbers from index `first` on.
+INLINE __m256 load_numbers(const void* data, Float type, int64_t first) {
+  const char* bytes = static_cast<const char*>(data);
+  if (type == Float::float32) return _mm256_castsi256_ps(load(bytes + 4 * first));
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 2 * first));
+  if (type == Float::float16) return _mm256_cvtph_ps(halves);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+// outputs += sums of the eight groups from `group` on, in order. Lanes are groups.
+template <typename Code>
+INLINE float accumulate(const Weight& weight, const Inputs& in, int32_t row, int32_t token, int32_t group, __m256i sums,
+                        float out) {
+  const int64_t at = static_cast<int64_t>(token) * in.groups + group;
+  if constexpr (Code::NARROW) {
+    __m256i zeros = _mm256_set1_epi32(8);
+    if (weight.zeros != nullptr) {
+      const int32_t from = weight.scale_stride == 0 ? 0 : row;
+      const __m256i words = load(weight.zeros + static_cast<int64_t>(from / 8) * in.groups + group);
+      zeros = _mm256_and_si256(_mm256_srl_epi32(words, _mm_cvtsi32_si128(4 * (from % 8))), _mm256_set1_epi32(15));
+    }
+    sums = _mm256_sub_epi32(sums, _mm256_mullo_epi32(zeros, load(in.sums + at)));
+  }
+  const __m256 ws = load_numbers(weight.scale, weight.scale_type, row * weight.scale_stride + group);
+  alignas(32) float value[BATCH], scale[BATCH];
+  _mm256_store_ps(value, _mm256_cvtepi32_ps(sums));
+  _mm256_store_ps(scale, _mm256_mul_ps(ws, _mm256_loadu_ps(in.scale + at)));
+#pragma GCC unroll 8
+  for (int i = 0; i < BATCH; ++i) out = __builtin_fmaf(value[i], scale[i], out);
+  return out;
+}
+
+// Eight groups of a row at once. Of 16 bytes: two groups to a register.
+template <typename Code, int TOKENS, int BYTES>
+INLINE void add_batch(const Code& code, const Weight& weight, const Inputs& in, int32_t row, int32_t group, float* outputs) {
+  constexpr int COUNT = BYTES == 16 ? 4 : 8, EACH = BYTES == 64 ? 2 : 1;
+  const uint8_t* bytes = static_cast<const uint8_t*>(weight.codes) + row * weight.row_bytes;
+  const int64_t first = static_cast<int64_t>(group) * BYTES;
+  __m256i v[TOKENS][8];
+#pragma GCC unroll 8
+  for (int i = 0; i < COUNT; ++i) {
+    const int64_t at = first + 32 * EACH * i;
+    if (EACH == 2 || i % 2 == 0) fetch_ahead(bytes + at);
+    __m256i sums[TOKENS];
+    for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+#pragma GCC unroll 2
+    for (int j = 0; j < EACH; ++j) Code::template add<TOKENS>(code, load(bytes + at + 32 * j), in, at + 32 * j, sums);
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) v[t][i] = sums[t];
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < TOKENS; ++t) {
+    const __m256i a = add_four<Code::NARROW>(v[t][0], v[t][1], v[t][2], v[t][3]);
+    __m256i sums;
+    if constexpr (COUNT == 4) {
+      sums = _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    } else {
+      const __m256i b = add_four<Code::NARROW>(v[t][4], v[t][5], v[t][6], v[t][7]);
+      sums = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+    }
+    outputs[t] = accumulate<Code>(weight, in, row, t, group, sums, outputs[t]);
+  }
+}
+
+// BYTES 0: groups of any size.
+template <typename Code, int TOKENS, int BYTES>
 void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
   const Code code = Code::make(weight);
   for (int32_t row = first; row < last; ++row) {
     const uint8_t* bytes = static_cast<const uint8_t*>(weight.codes) + row * weight.row_bytes;
     float out[TOKENS] = {};
-    for (int32_t g = 0; g < in.groups; ++g) {
+    int32_t g = 0;
+    if constexpr (BYTES != 0)
+      for (; g + BATCH <= in.columns / in.group; g += BATCH) add_batch<Code, TOKENS, BYTES>(code, weight, in, row, g, out);
+    for (; g < in.groups; ++g) {
       const int32_t end = least((g + 1) * in.group, in.columns);
       __m256i sums[TOKENS];
       for (__m256i& v : sums) v = _mm256_setzero_si256();
@@ -135,17 +220,27 @@ void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_
   }
 }
 
+template <typename Code, int TOKENS>
+INLINE void by_group(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
+  switch (in.group % Code::PER_BYTE == 0 ? in.group / Code::PER_BYTE : 0) {
+    case 16: return multiply_rows<Code, TOKENS, 16>(weight, in, first, last, outputs);
+    case 32: return multiply_rows<Code, TOKENS, 32>(weight, in, first, last, outputs);
+    case 64: return multiply_rows<Code, TOKENS, 64>(weight, in, first, last, outputs);
+    default: return multiply_rows<Code, TOKENS, 0>(weight, in, first, last, outputs);
+  }
+}
+
 template <typename Code>
 void multiply(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
   switch (in.tokens) {
-    case 1: return multiply_rows<Code, 1>(weight, in, first, last, outputs);
-    case 2: return multiply_rows<Code, 2>(weight, in, first, last, outputs);
-    case 3: return multiply_rows<Code, 3>(weight, in, first, last, outputs);
-    case 4: return multiply_rows<Code, 4>(weight, in, first, last, outputs);
-    case 5: return multiply_rows<Code, 5>(weight, in, first, last, outputs);
-    case 6: return multiply_rows<Code, 6>(weight, in, first, last, outputs);
-    case 7: return multiply_rows<Code, 7>(weight, in, first, last, outputs);
-    default: return multiply_rows<Code, 8>(weight, in, first, last, outputs);
+    case 1: return by_group<Code, 1>(weight, in, first, last, outputs);
+    case 2: return by_group<Code, 2>(weight, in, first, last, outputs);
+    case 3: return by_group<Code, 3>(weight, in, first, last, outputs);
+    case 4: return by_group<Code, 4>(weight, in, first, last, outputs);
+    case 5: return by_group<Code, 5>(weight, in, first, last, outputs);
+    case 6: return by_group<Code, 6>(weight, in, first, last, outputs);
+    case 7: return by_group<Code, 7>(weight, in, first, last, outputs);
+    default: return by_group<Code, 8>(weight, in, first, last, outputs);
   }
 }
 

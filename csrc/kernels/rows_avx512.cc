@@ -13,7 +13,8 @@
 namespace quern {
 namespace {
 
-constexpr int32_t BATCH = 16;      // groups that are added together
+constexpr int32_t BATCH = 16;  // groups that are added together
+constexpr int FAR = 4096;      // of fetch_ahead
 
 INLINE int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
 
@@ -90,8 +91,8 @@ INLINE void add_range(const Code& code, const Inputs& in, const uint8_t* row, in
   for (; at + 64 * CHAINS <= end; at += 64 * CHAINS)
 #pragma GCC unroll 4
     for (int i = 0; i < CHAINS; ++i) {
-      fetch_ahead(row + at + 64 * i);
-      add<Code, TOKENS>(code, in, _mm512_loadu_si512(row + at + 64 * i), at + 64 * i, more[i]);
+      add<Code, TOKENS>(code, in, load_once(row + at + 64 * i), at + 64 * i, more[i]);
+      fetch_ahead<FAR>(row + at + 64 * i);
     }
   for (; at + 64 <= end; at += 64) add<Code, TOKENS>(code, in, _mm512_loadu_si512(row + at), at, more[0]);
   if (at < end) add_some<Code, TOKENS>(code, in, row, at, end - at, more[0]);
@@ -110,6 +111,14 @@ INLINE Zeros zeros_of(const Weight& weight, const Inputs& in, int32_t row) {
   const int32_t at = weight.scale_stride == 0 ? 0 : row;
   if (weight.zeros == nullptr) return {nullptr, 0};
   return {weight.zeros + static_cast<int64_t>(at / 8) * in.groups, 4 * (at % 8)};
+}
+
+// Scales and zero points are short streams of their own, which the processor's prefetchers take too late. A batch fetches
+// the scales that are wanted eight batches later, and the zero points of the next eight rows.
+INLINE void fetch_scales(const Weight& weight, const Inputs& in, const Zeros& zeros, int32_t row, int32_t group) {
+  const int64_t size = weight.scale_type == Float::float32 ? 4 : 2;
+  _mm_prefetch(static_cast<const char*>(weight.scale) + (row * weight.scale_stride + group + 8 * BATCH) * size, _MM_HINT_T0);
+  if (zeros.words != nullptr) _mm_prefetch(reinterpret_cast<const char*>(zeros.words + group + in.groups), _MM_HINT_T0);
 }
 
 // What codes were shifted by, for the groups from `group` on.
@@ -180,14 +189,15 @@ INLINE void add_batch(const Code& code, const Weight& weight, const Inputs& in, 
                       int32_t group, float* outputs) {
   const uint8_t* bytes = static_cast<const uint8_t*>(weight.codes) + row * weight.row_bytes;
   const int64_t at = static_cast<int64_t>(group) * LANES_A_GROUP * 4;
+  fetch_scales(weight, in, zeros, row, group);
   __m512i v[TOKENS][LANES_A_GROUP];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES_A_GROUP; ++i) {
     __m512i sums[TOKENS];
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_si512();
-    fetch_ahead(bytes + at + 64 * i);
-    add<Code, TOKENS>(code, in, _mm512_loadu_si512(bytes + at + 64 * i), at + 64 * i, sums);
+    add<Code, TOKENS>(code, in, load_once(bytes + at + 64 * i), at + 64 * i, sums);
+    fetch_ahead<FAR>(bytes + at + 64 * i);
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t) v[t][i] = sums[t];
   }
@@ -208,7 +218,7 @@ INLINE void add_rest(const Code& code, const Weight& weight, const Inputs& in, c
     __m512i sums[TOKENS];
     for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_si512();
     if (at + 64 <= end) {
-      fetch_ahead(bytes + at);
+      fetch_ahead<FAR>(bytes + at);
       add<Code, TOKENS>(code, in, _mm512_loadu_si512(bytes + at), at, sums);
     } else if (at < end) {
       add_some<Code, TOKENS>(code, in, bytes, at, end - at, sums);

@@ -235,7 +235,7 @@ uint64_t read(const void* data, int64_t bytes) {
   for (; i + 512 <= bytes; i += 512)
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      fetch_ahead(p + i + 64 * j);
+      fetch_ahead<2048>(p + i + 64 * j);
       sum[j] = _mm512_add_epi64(sum[j], _mm512_loadu_si512(p + i + 64 * j));
     }
   for (; i < bytes; i += 64) sum[0] = _mm512_add_epi64(sum[0], _mm512_maskz_loadu_epi8(first_bytes(bytes - i), p + i));

@@ -57,6 +57,7 @@ def check(packed: Packed, tokens=(*FEW, *MANY), threads=1) -> None:
 
 SHAPES = [(1, 1), (1, 130), (3, 15), (15, 16), (16, 17), (17, 31), (5, 200), (33, 257), (40, 1029)]
 GROUPED = [(9, 64, 32), (17, 1000, 128), (4, 2048, 128), (7, 2176, 64), (20, 550, 32), (3, 700, 96), (6, 800, 256)]
+GROUPED += [(5, 300, 16), (9, 1290, 16)]
 ODD_GROUPS = [(3, 50, 7), (5, 66, 33), (2, 100, 6), (3, 300, 20), (1, 9, 4)]
 
 
@@ -108,7 +109,7 @@ VARIANTS = [(bits, window, 1, 0) for bits in (1, 2, 3, 4) for window in (6, 7)] 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trellis_variants(isa, variant):
-    check(Maker(9).trellis(256 + 128, 37, *variant), tokens=(1, 2, 9))
+    check(Maker(9).trellis(256 + 128, 69, *variant), tokens=(1, 2, 9))
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 40, 128, 255, 256, 257, 300, 512])
