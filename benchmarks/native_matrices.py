@@ -57,11 +57,16 @@ class Packing:
         return _native.Matrix(self.kind, rows, columns, codes, **keywords)
 
 
+LINE = 64
+
+
 class Pool:
     """Random bytes, of which matrices are views."""
 
     def __init__(self, bytes_: int = POOL_BYTES) -> None:
-        self.bytes = np.random.default_rng(1).integers(0, 256, bytes_, dtype=np.uint8)
+        random = np.random.default_rng(1).integers(0, 256, bytes_ + LINE, dtype=np.uint8)
+        first = -random.ctypes.data % LINE  # as tensors lie in an artifact
+        self.bytes = random[first : first + bytes_]
 
     def parts(self, size: int) -> list[np.ndarray]:
         """As many pieces of ``size`` bytes as there are, but two at least."""

@@ -122,7 +122,9 @@ def test_one_large_input_does_not_drown_the_others_of_the_head(tmp_path):
     """Only a final norm that makes one channel a thousand times larger; the head reads the norm's outputs."""
     from safetensors.torch import load_file, save_file
 
-    source = write_model(tmp_path / "model", tiny_config(torch_dtype="float32", hidden_size=256, tie_word_embeddings=False))
+    source = write_model(
+        tmp_path / "model", tiny_config(torch_dtype="float32", hidden_size=256, tie_word_embeddings=False)
+    )
     weights = load_file(source / "model.safetensors")
     weights["model.norm.weight"][70] = 1000.0
     weights["lm_head.weight"][:, 70] = 0.0

@@ -31,6 +31,9 @@ from quern.core.errors import BadFileError, UserError
 
 HEADER_LIMIT = 100_000_000
 """Most bytes of a header; the limit of the safetensors package too."""
+ALIGNMENT = 64
+"""Where tensors begin in a file that is written: a line of the cache, so that a register's worth of a memory-mapped
+tensor is one line and not parts of two."""
 _MOST_DIMENSIONS = 64
 _LARGEST = 2**63 - 1
 _AGAIN = "Download the file again, or save it again with the safetensors package"
@@ -183,11 +186,17 @@ def write_safetensors(
 ) -> None:
     """Write ``tensors`` (any shape and device, dtypes of ``DTYPES``) to ``path``, whole or not at all.
 
-    The bytes depend on names, values and metadata only, not on the order of the arguments: tensors lie in the order of
-    the safetensors package (larger dtypes first, then by name), metadata is sorted, the header is padded with spaces to
-    a multiple of eight. Raises ``UserError`` for a full disk or a folder that may not be written.
+    The bytes depend on names, values and metadata only, not on the order of the arguments. Tensors whose size is a
+    multiple of ``ALIGNMENT`` come first, then the others; among them larger dtypes first, as the safetensors package
+    orders them, then by name. Metadata is sorted, and the header is padded with spaces so that tensors begin on a multiple
+    of ``ALIGNMENT`` in the file. Raises ``UserError`` for a full disk or a folder that may not be written.
     """
-    order = sorted(tensors, key=lambda name: (-_RANK[_NAMES[tensors[name].dtype]], name.encode()))
+
+    def place(name: str) -> tuple[bool, int, bytes]:
+        tensor = tensors[name]
+        return _stored_bytes(tensor) % ALIGNMENT != 0, -_RANK[_NAMES[tensor.dtype]], name.encode()
+
+    order = sorted(tensors, key=place)
     header = _header_bytes(tensors, order, metadata or {})
     needed = 8 + len(header) + sum(_stored_bytes(tensor) for tensor in tensors.values())
     with atomic_output(Path(path), needed) as file:
@@ -209,7 +218,7 @@ def _header_bytes(tensors: dict[str, torch.Tensor], order: list[str], metadata: 
         header[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [position, end]}
         position = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return raw + b" " * (-len(raw) % 8)
+    return raw + b" " * (-(8 + len(raw)) % ALIGNMENT)
 
 
 def _stored_bytes(tensor: torch.Tensor) -> int:

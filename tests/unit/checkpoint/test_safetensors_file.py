@@ -33,16 +33,21 @@ def read_all(path) -> dict[str, torch.Tensor]:
     return {name: read_tensor(path, info) for name, info in read_header(path).items()}
 
 
-def test_bytes_are_those_of_the_safetensors_package(tmp_path):
-    tensors = one_of_each()
-    write_safetensors(tmp_path / "ours", tensors, {"format": "pt"})
-    save_file(tensors, tmp_path / "theirs", {"format": "pt"})
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+def test_tensors_of_whole_lines_begin_on_a_line(tmp_path):
+    tensors = {f"{name}{size}": torch.zeros(size, dtype=torch.uint8) for name in "abc" for size in (64, 3, 320, 65)}
+    tensors["odd"] = torch.zeros(3)
+    write_safetensors(tmp_path / "file", tensors, {"format": "pt"})
+    header = read_header(tmp_path / "file")
+    lines = {name for name, info in header.items() if info.begin % 64 == 0}
+    assert lines >= {f"{name}{size}" for name in "abc" for size in (64, 320)}
+    assert header["odd"].begin % 4 == 0
 
 
 def test_bytes_are_golden(tmp_path):
-    """Fixed for ever: the header's text, its padding, and the order (I32 before BF16 before U8, then by name)."""
+    """Fixed for ever: the header's text, its padding, and the order (whole lines first, I32 before BF16 before U8, then
+    by name)."""
     tensors = {
+        "y": torch.full((64,), 5, dtype=torch.uint8),
         "b": torch.tensor([1, 2], dtype=torch.uint8),
         "z": torch.tensor([1.0], dtype=torch.bfloat16),
         "a": torch.tensor([[3]], dtype=torch.int32),
@@ -51,12 +56,12 @@ def test_bytes_are_golden(tmp_path):
     write_safetensors(tmp_path / "file", tensors, {"v": "1", "format": "pt"})
     raw = (tmp_path / "file").read_bytes()
     header = (
-        b'{"__metadata__":{"format":"pt","v":"1"},"a":{"dtype":"I32","shape":[1,1],"data_offsets":[0,4]},'
-        b'"c":{"dtype":"I32","shape":[1],"data_offsets":[4,8]},"z":{"dtype":"BF16","shape":[1],"data_offsets":[8,10]},'
-        b'"b":{"dtype":"U8","shape":[2],"data_offsets":[10,12]}}'
+        b'{"__metadata__":{"format":"pt","v":"1"},"y":{"dtype":"U8","shape":[64],"data_offsets":[0,64]},'
+        b'"a":{"dtype":"I32","shape":[1,1],"data_offsets":[64,68]},"c":{"dtype":"I32","shape":[1],"data_offsets":[68,72]},'
+        b'"z":{"dtype":"BF16","shape":[1],"data_offsets":[72,74]},"b":{"dtype":"U8","shape":[2],"data_offsets":[74,76]}}'
     )
-    header += b" " * (-len(header) % 8)
-    assert raw == len(header).to_bytes(8, "little") + header + b"\3\0\0\0\4\0\0\0\x80\x3f\1\2"
+    header += b" " * (-(8 + len(header)) % 64)
+    assert raw == len(header).to_bytes(8, "little") + header + b"\5" * 64 + b"\3\0\0\0\4\0\0\0\x80\x3f\1\2"
 
 
 def test_order_of_the_arguments_changes_nothing(tmp_path):
