@@ -12,8 +12,8 @@ from quern import _native
 from quern.architectures.base import ARCHITECTURES
 from quern.checkpoint.checkpoint import open_checkpoint
 from quern.core.errors import BadFileError, UserError
-from quern.engines._modules import QuantizedEmbedding, QuantizedLinear
 from quern.engines._cpu_weights import INPUT_GROUP
+from quern.engines._modules import QuantizedEmbedding, QuantizedLinear
 from quern.engines.base import engine_for
 from quern.engines.cpu import CpuEngine
 from quern.engines.reference import load as load_reference
