@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py MODEL --calibration C4 --text WIKITEXT --choice BLIMP.jsonl ... [-o FOLDER]
 
-Round to nearest, GPTQ with and without Fisher token weights at 4 and 3 bits, and the shipped profiles; 16,384 tokens of
-calibration. Prints the KL ratios that the project watches, then scores the shipped profiles on the choices.
+Round to nearest, GPTQ with and without Fisher token weights at 4 and 3 bits, trellis codes, and the shipped profiles;
+16,384 tokens of calibration. Prints the KL ratios that the project watches, then scores the shipped profiles on the choices.
 """
 
 from __future__ import annotations
@@ -32,16 +32,24 @@ def main() -> None:
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--choice", nargs="*", default=[])
+    parser.add_argument("--recipes", nargs="*", help="Names in recipes/ and shipped ones; default: all.")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("-o", "--output", default="build/accuracy")
     options = parser.parse_args()
-    measured = [str(path) for path in sorted((HERE / "recipes").glob("*-g64*.yaml"))]
-    kl = {row.name: row.kl_mean for row in _compare(options, "divergence", measured + SHIPPED, []).rows}
+    ours = {path.stem: str(path) for path in sorted((HERE / "recipes").glob("*.yaml")) if _meant(path.stem)}
+    chosen = [ours.get(name, name) for name in options.recipes or [*ours, *SHIPPED]]
+    kl = {row.name: row.kl_mean for row in _compare(options, "divergence", chosen, []).rows}
     for gptq, nearest in PAIRS:
-        mine, theirs = kl[gptq], kl[nearest]
+        mine, theirs = kl.get(gptq), kl.get(nearest)
         if mine is not None and theirs is not None:
             print(f"KL of {gptq} / {nearest} = {mine:.4f} / {theirs:.4f} = {mine / theirs:.3f}")
-    _compare(options, "choices", SHIPPED, options.choice)
+    if options.choice:
+        _compare(options, "choices", SHIPPED, options.choice)
+
+
+def _meant(recipe: str) -> bool:
+    """Whether a recipe is there for its accuracy."""
+    return not recipe.startswith("speed-") and "g128" not in recipe
 
 
 def _compare(options: argparse.Namespace, theme: str, recipes: list[str], choices: list[str]) -> Results:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config
 from quern.architectures.base import architecture_of
 from quern.checkpoint.safetensors_file import write_safetensors
 from quern.codecs.base import CODECS
+from quern.codecs.trellis import TrellisCodec
 from quern.core.recipe import Recipe
 from quern.formats.base import FORMATS
 from quern.pipeline.job import quantized_modules
@@ -93,6 +94,8 @@ def write_random_artifact(folder: Path, config: dict[str, Any], recipe: Recipe, 
             codec = CODECS.get(schemes[module].codec)(schemes[module])
             for part, (size, dtype) in codec.part_shapes((rows, columns)).items():
                 tensors[f"{module}.{part}"] = _random_part(part, size, dtype, columns, generator)
+            if isinstance(codec, TrellisCodec):  # sums of random entries would not fit the bytes that kernels add in
+                tensors[f"{module}.table"] = codec.table.entries.clone()
             if rotated and ".layers." in name:
                 tensors[f"{module}.input_signs"] = torch.zeros(-(-columns // 8), dtype=torch.uint8)
         file = f"model-{shard}.safetensors"
@@ -100,7 +103,8 @@ def write_random_artifact(folder: Path, config: dict[str, Any], recipe: Recipe, 
         weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
-    quantization = FORMATS.get(recipe.format)(recipe).quantization_config(schemes, [])
+    stored = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
+    quantization = FORMATS.get(recipe.format)(recipe).quantization_config(schemes, [], stored)
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}), "utf-8")
     return folder
 
