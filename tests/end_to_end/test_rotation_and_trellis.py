@@ -119,3 +119,11 @@ def test_other_formats_refuse_what_they_cannot_say(tiny_model, tiny_text, tmp_pa
     ):
         with pytest.raises(UserError, match=match):
             make_artifact(tiny_model, tmp_path / "out", tiny_text, format="compressed-tensors", **CHOICES[name])
+
+
+def test_a_note_says_who_does_not_rotate(tiny_model, tiny_text, tmp_path):
+    unsigned = [{"method": "hadamard", "random_signs": False}]
+    for transforms, told in (unsigned, True), ([], False):
+        recipe = small_recipe(weights={"bits": 4, "group_size": 32}, transforms=transforms, format="compressed-tensors")
+        report = quantize(tiny_model, tmp_path / str(told), recipe=recipe, calibration=[tiny_text], threads=1)
+        assert any("transformers does not rotate" in note for note in report.notes) == told

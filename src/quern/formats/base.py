@@ -49,5 +49,9 @@ class Format(ABC):
         """What goes into config.json. ``unquantized``: the linears, by full name, that keep the checkpoint's weights;
         ``shapes`` as in ``check``."""
 
+    def notes(self) -> list[str]:
+        """What whoever quantizes should know of the artifact's readers."""
+        return []
+
 
 FORMATS: Registry[type[Format]] = Registry("format", "quern.formats")

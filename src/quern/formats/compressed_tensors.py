@@ -107,6 +107,11 @@ class CompressedTensors(Format):
             config["transform_config"] = {"config_groups": _rotations(widths)}
         return config
 
+    def notes(self) -> list[str]:
+        if not self.recipe.rotated:
+            return []
+        return ["transformers does not rotate inputs by itself; docs/compressed-tensors.md has the lines that make it"]
+
 
 def _activation_mode(module: str, recipe: Recipe) -> str:
     """What the inputs of ``module`` become: the recipe's choice inside the decoder blocks, nothing before the head."""

@@ -122,7 +122,8 @@ def quantize(
             with explain_write_errors(output, 0):
                 os.rename(output, work.path("replaced"))  # one step, and gone with the work folder
         work.publish(work.path("artifact"), output)
-    return _report(output, chosen, checkpoint, time.perf_counter() - started, layers, resumed, job.notes)
+    notes = [*job.notes, *job.format.notes()]
+    return _report(output, chosen, checkpoint, time.perf_counter() - started, layers, resumed, notes)
 
 
 def _recipe(recipe: str | Path | Recipe, format: str | None) -> Recipe:
