@@ -12,7 +12,7 @@ from sample_results import SCENARIOS, make_reference, make_row, sample_results, 
 from quern.advisor.recommend import pareto_front, recommend
 from quern.advisor.scoring import SCALING_EXPONENT, WEIGHTS, Yardstick
 from quern.core.errors import UserError
-from quern.core.results import Row, Spread
+from quern.core.results import Row, Spread, unquantized_row
 
 
 def by_name(rows: list[Row], name: str) -> Row:
@@ -303,3 +303,12 @@ def test_no_rows_and_unknown_scenarios_are_refused():
     with pytest.raises(UserError, match="known ones: storage, speed, balanced"):
         recommend(sample_rows(), "cheapest")  # type: ignore[arg-type]
     assert pareto_front([]) == set()
+
+
+def test_speed_is_compared_with_the_unquantized_model_in_its_fastest_engine():
+    slow = make_reference()
+    fast = slow.model_copy(update={"name": "unquantized (cpu)", "decode_tokens_per_s": 8 * slow.decode_tokens_per_s})
+    for rows in ([slow, fast], [fast, slow]):
+        assert unquantized_row([*rows, make_row("half", bytes=250)]) is fast
+        assert Yardstick.of(rows).decode == fast.decode_tokens_per_s
+    assert unquantized_row([make_row("half", bytes=250)]) is None

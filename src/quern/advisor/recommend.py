@@ -7,8 +7,8 @@ Scenarios:
 - ``balanced``: all three alike. Score = 1/3 size gain + 1/3 speed gain - 1/3 loss.
 
 Size gain is in halvings of bytes against the bf16 checkpoint; speed gain is the mean of the doublings of decode speed
-and of 1 / time to first token against the unquantized model; loss is in halvings of an unquantized model that would
-lose as much (``quern.advisor.scoring`` says how). The unquantized model scores 0.
+and of 1 / time to first token against the unquantized model in the engine that decodes it fastest; loss is in halvings of
+an unquantized model that would lose as much (``quern.advisor.scoring`` says how). That unquantized model scores 0.
 
 Before rows are scored, those are excluded that miss a constraint; that, unless a largest loss is given, lose more than
 an unquantized model of their size would (the default ceiling: what is small but broken cannot win); that lack a number

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quern.core.results import Row, Scenario
+from quern.core.results import Row, Scenario, unquantized_row
 
 SCALING_EXPONENT = 0.076
 """Exponent of the number of parameters in the scaling law of the cross entropy (Kaplan et al. 2020, equation 1.1)."""
@@ -71,7 +71,7 @@ class Yardstick:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Yardstick:
         """The yardstick of ``rows`` (at least one)."""
-        reference = next((row for row in rows if row.recipe is None), None)
+        reference = unquantized_row(rows)
         anchor = reference or rows[0]
         perplexity = _from_reference(reference, rows, lambda row: row.perplexity, min)
         decode = _from_reference(reference, rows, lambda row: row.decode_tokens_per_s, min)

@@ -5,6 +5,7 @@ Documented in ``docs/results.md``. Every number is measured; what was not measur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,6 +135,12 @@ class Results(_Strict):
     seed: int
     rows: list[Row]
     recommendation: Recommendation
+
+
+def unquantized_row(rows: Sequence[Row]) -> Row | None:
+    """What speeds are compared with: the unquantized model, in the engine that decodes it fastest; None without one."""
+    found = [row for row in rows if row.recipe is None]
+    return max(found, key=lambda row: row.decode_tokens_per_s or 0.0, default=None)
 
 
 def load_results(path: str | Path) -> Results:

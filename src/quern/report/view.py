@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from quern.advisor.figures import bytes_text, percent_text, significant
 from quern.advisor.recommend import pareto_front, recommend
-from quern.core.results import LayerError, Recommendation, Results, Row, Scenario
+from quern.core.results import LayerError, Recommendation, Results, Row, Scenario, unquantized_row
 from quern.report.columns import COLUMNS, Column
 from quern.report.provenance import flatten, machine_line, model_line, model_name, recipe_view, run_facts
 
@@ -86,7 +86,7 @@ def verdict(chosen: Row | None, results: Results) -> tuple[str, str, str]:
     gains = []
     if chosen.compression > 0:
         gains.append(f"{percent_text(chosen.compression)} smaller than bf16")
-    reference = next((row for row in results.rows if row.recipe is None), None)
+    reference = unquantized_row(results.rows)
     if reference and reference.decode_tokens_per_s and chosen.decode_tokens_per_s:
         gains.append(f"{chosen.decode_tokens_per_s / reference.decode_tokens_per_s:.2f} times the decode speed")
     if chosen.kl_mean is not None:
@@ -96,7 +96,7 @@ def verdict(chosen: Row | None, results: Results) -> tuple[str, str, str]:
 
 def _tiles(chosen: Row, rows: Sequence[Row]) -> list[dict[str, str]]:
     """The choice's headline numbers, each with what it is to be compared with."""
-    reference = next((row for row in rows if row.recipe is None and row is not chosen), None)
+    reference = unquantized_row([row for row in rows if row is not chosen])
     floor = _noise_floor(rows)
     notes = {
         "size": f"bf16: {bytes_text(chosen.bytes / (1 - chosen.compression))}",
