@@ -2,8 +2,8 @@
 
     python benchmarks/memory_by_layers.py
 
-Qwen2-shaped random checkpoints of 4 and 16 layers and equal width, with the shipped recipe ``balanced`` (Fisher token
-weights, so that all stages run). With one thread every block allocates the same in the same order; with several the peak
+Qwen2-shaped random checkpoints of 4 and 16 layers and equal width, quantized by ``gptq4-g64`` (Fisher token weights,
+so that all stages run). With one thread every block allocates the same in the same order; with several the peak
 also depends on which of their large steps happen to meet, and more layers mean more chances. Target: within 5 %.
 """
 
@@ -17,6 +17,8 @@ from synthetic import write_checkpoint
 
 from quern.core.parallel import available_threads
 
+RECIPE = Path(__file__).parent / "recipes" / "gptq4-g64.yaml"
+
 
 def main() -> None:
     rows, ratios = [], {}
@@ -26,7 +28,7 @@ def main() -> None:
             peaks = []
             for layers, model in models.items():
                 output = str(Path(folder, f"artifact-{layers}-{threads}"))
-                found = quantize_in_child(model=str(model), output=output, recipe="balanced", threads=threads)
+                found = quantize_in_child(model=str(model), output=output, recipe=str(RECIPE), threads=threads)
                 rows.append({"layers": layers, "threads": threads, **found})
                 peaks.append(found["peak_rss_bytes"])
                 print(

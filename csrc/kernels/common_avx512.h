@@ -43,8 +43,8 @@ INLINE __m512i load_once(const void* p) {
 
 // Weights come from memory once. Few lines can be on their way to the L1 cache at a time, and one from memory holds its place
 // for long; so a line is first fetched into the L2 cache, which has room for many, and from there shortly before its use.
-// Code that does much with a line keeps fewer of them on their way and has to look further ahead. Measured on a Xeon (Granite
-// Rapids), fraction of the speed of reading, one thread: 2-bit trellis .84 with FAR at 2048, .88 at 3072, .85 at 3584; 4-bit
+// Code that does much with a line keeps fewer of them on their way and has to look further ahead. Measured on a Xeon with
+// AMX, fraction of the speed of reading, one thread: 2-bit trellis .84 with FAR at 2048, .88 at 3072, .85 at 3584; 4-bit
 // rows .84 at 2048, .90 at 4096, .78 at 6144.
 template <int FAR = 3072>
 INLINE void fetch_ahead(const void* p) {
