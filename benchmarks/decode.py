@@ -65,33 +65,36 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="Keeps the random models for another run.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="quern-decode-") as temporary:
-        rows = [row for name in options.shapes for row in _shape(name, options, options.folder or Path(temporary))]
-    print(write_result("decode", {"prompt": PROMPT, "new_tokens": NEW, "rows": rows}))
+        rows: list[dict[str, Any]] = []
+        for name in options.shapes:
+            models = _models(name, options, options.folder or Path(temporary))
+            for threads in options.threads:
+                rows += _measure(name, models, threads, options)
+                content = {"prompt": PROMPT, "new_tokens": NEW, "rows": rows}
+                print(write_result(f"decode_{'_'.join(options.shapes)}", content), flush=True)
 
 
-def _shape(name: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    models = _models(name, options, folder)
+def _measure(name: str, models: dict[str, Path], threads: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for threads in options.threads:
-        rounds: dict[str, list[dict[str, float]]] = {contender: [] for contender in models}
-        loads = []
-        for _ in range(options.rounds):
-            loads.append(os.getloadavg()[0])
-            for contender, path in models.items():
-                run = _llama if path.suffix == ".gguf" else _ours
-                rounds[contender].append(run(path, threads, options))
-        for contender, found in rounds.items():
-            row: dict[str, Any] = {"shape": name, "threads": threads, "contender": contender, "loads": loads}
-            row["bytes"] = _bytes(models[contender])
-            for kind in ("decode", "prefill"):
-                values = sorted(value[kind] for value in found)
-                row[kind] = {"median": statistics.median(values), "least": values[0], "most": values[-1]}
-            rows.append(row)
-            told = "  ".join(
-                f"{kind} {row[kind]['median']:7.1f} ({row[kind]['least']:.1f}-{row[kind]['most']:.1f})"
-                for kind in ("decode", "prefill")
-            )
-            print(f"{name} {threads} threads {contender:16} {row['bytes'] / 1e6:7.0f} MB  {told} tokens/s", flush=True)
+    rounds: dict[str, list[dict[str, float]]] = {contender: [] for contender in models}
+    loads = []
+    for _ in range(options.rounds):
+        loads.append(os.getloadavg()[0])
+        for contender, path in models.items():
+            run = _llama if path.suffix == ".gguf" else _ours
+            rounds[contender].append(run(path, threads, options))
+    for contender, found in rounds.items():
+        row: dict[str, Any] = {"shape": name, "threads": threads, "contender": contender, "loads": loads}
+        row["bytes"] = _bytes(models[contender])
+        for kind in ("decode", "prefill"):
+            values = sorted(value[kind] for value in found)
+            row[kind] = {"median": statistics.median(values), "least": values[0], "most": values[-1]}
+        rows.append(row)
+        told = "  ".join(
+            f"{kind} {row[kind]['median']:7.1f} ({row[kind]['least']:.1f}-{row[kind]['most']:.1f})"
+            for kind in ("decode", "prefill")
+        )
+        print(f"{name} {threads} threads {contender:16} {row['bytes'] / 1e6:7.0f} MB  {told} tokens/s", flush=True)
     return rows
 
 

@@ -42,6 +42,11 @@ def write_result(theme: str, content: dict[str, Any]) -> Path:
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     path = RESULTS / f"{theme}_{cpu}_{date}.json"
     RESULTS.mkdir(exist_ok=True)
-    record = {"command": " ".join(["python", *sys.argv]), "date": date, "load": os.getloadavg(), "hardware": hardware}
+    record = {"command": _command(), "date": date, "load": os.getloadavg(), "hardware": hardware}
     path.write_text(json.dumps({**record, **content}, indent=2) + "\n", "utf-8")
     return path
+
+
+def _command() -> str:
+    """The command line; of folders on this machine only their names."""
+    return " ".join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)])
