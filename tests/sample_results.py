@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from typing import Any, get_args
+from typing import Any
 
 from quern.advisor.recommend import recommend
+from quern.advisor.scoring import WEIGHTS
 from quern.core.recipe import Recipe, Rounding, WeightScheme
 from quern.core.results import (
     METRICS_VERSION,
+    Failure,
     LayerError,
     Model,
+    Protocol,
     Recommendation,
     Results,
     Row,
     Scenario,
     Spread,
     TextSource,
+    Tool,
 )
 
 LAYERS = 8
@@ -32,7 +36,8 @@ LINEARS = (
     "mlp.down_proj",
 )
 BF16_BYTES = 14_166_528
-SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+SCENARIOS: tuple[Scenario, ...] = tuple(WEIGHTS)
+"""Those that bring their own weights."""
 
 
 def sha256(text: str) -> str:
@@ -212,3 +217,74 @@ def sample_with(rows: list[Row], recommendation: Recommendation) -> Results:
         rows=rows,
         recommendation=recommendation,
     )  # fmt: skip
+
+
+def _tool(name: str, version: str, licence: str, runtime: str, *targets: str) -> Tool:
+    return Tool(name=name, version=version, licence=licence, runtime=runtime, targets=list(targets),
+                homepage=f"https://example.org/{name.lower()}")  # fmt: skip
+
+
+LLAMA = _tool("llama.cpp", "0.3.36", "MIT", "llama.cpp", "llama.cpp")
+GPTQMODEL = _tool(
+    "GPTQModel", "7.6.0", "Apache-2.0", "transformers with GPTQModel's torch kernels", "transformers", "vllm"
+)
+AUTO_ROUND = _tool("AutoRound", "0.16.1", "Apache-2.0", "transformers with AutoRound's kernels", "transformers", "vllm")
+HQQ = _tool("HQQ", "0.2.8", "Apache-2.0", "transformers with HQQ's torch kernels", "transformers", "vllm")
+ONNX = _tool("ONNX Runtime", "1.31.1", "MIT", "onnxruntime", "onnxruntime")
+OPENVINO = _tool("NNCF", "3.4.0", "Apache-2.0", "OpenVINO 2026.4.1", "openvino")
+BITS = _tool("bitsandbytes", "0.50.2", "MIT", "transformers with bitsandbytes", "transformers", "vllm")
+NOTE = "the embedding stayed in bf16"
+
+
+def _other(
+    name: str, tool: Tool, nominal: float, bits: float, kl: float, decode: float, seconds: float, **changes: Any
+) -> Row:
+    """A row of another tool, its lesser figures made up from these."""
+    row = _measured(
+        name, None, bits=bits, size=round(BF16_BYTES * bits / 16), kl=kl, perplexity=9.41 * math.exp(kl),
+        top1=max(0.3, 1 - 0.35 * math.sqrt(kl)), choice=0.846 - 0.2 * kl, decode=decode, prefill=24 * decode,
+        seconds=seconds,
+    )  # fmt: skip
+    variant = name.split("-", 1)[1]
+    settings = {"bits": nominal, "group_size": 64}
+    recipe = {"peer": tool.name.lower(), "name": variant, "bits": nominal, "settings": settings, "calibrated": False}
+    update = {"recipe": recipe, "artifact_sha256": sha256(name), "tool": tool, "engine": "peer", "notes": [NOTE],
+              "quantize_peak_rss_bytes": 900_000_000, "foreign_load": 0.03}  # fmt: skip
+    return row.model_copy(update=update | changes)
+
+
+def sample_tool_rows() -> list[Row]:
+    """Twenty-one rows: those of the sample comparison and fourteen of seven other tools."""
+    return [
+        *sample_rows(),
+        _other("llama.cpp-q8_0", LLAMA, 8, 8.5, 0.0011, 300.0, 2.1),
+        _other("llama.cpp-q4_k_m", LLAMA, 4, 5.3, 0.031, 340.0, 14.0),
+        _other("llama.cpp-iq3_s", LLAMA, 3, 4.1, 0.12, 190.0, 31.0),
+        _other("gptqmodel-int4-g64-damp-0.05-descending-activation-order", GPTQMODEL, 4, 5.8, 0.041, 90.0, 95.0),
+        _other("gptqmodel-int3-g64", GPTQMODEL, 3, 4.9, 0.19, 85.0, 96.0, foreign_load=0.62,
+               notes=[NOTE, "timed while other programs kept 0.62 processors busy"]),
+        _other("auto-round-int4-g64", AUTO_ROUND, 4, 5.8, 0.033, 110.0, 410.0),
+        _other("auto-round-int2-g64", AUTO_ROUND, 2, 3.9, 0.62, 112.0, 420.0),
+        _other("hqq-int4-g64", HQQ, 4, 5.9, 0.068, 75.0, 1.2),
+        _other("hqq-int2-g64", HQQ, 2, 3.8, 2.9, 71.0, 1.3),
+        _other("onnxruntime-int4-g32", ONNX, 4, 6.1, 0.077, 405.0, 3.4),
+        _other("onnxruntime-int8", ONNX, 8, 9.4, 0.0019, 372.0, 3.1),
+        _other("openvino-int8", OPENVINO, 8, 8.2, 0.0022, 365.0, 6.6),
+        _other("openvino-int4-g64", OPENVINO, 4, 5.2, 0.058, 398.0, 8.8, prefill_tokens_per_s=None,
+               decode_tokens_per_s=None, time_to_first_token_s=None, speed_spread=None, peak_rss_bytes=None),
+        _other("bitsandbytes-nf4", BITS, 4, 5.9, 0.062, 21.0, 0.8),
+    ]  # fmt: skip
+
+
+def sample_tool_results(scenario: Scenario = "balanced", *, quick: bool = False, **constraints: Any) -> Results:
+    """A comparison with other tools, two of which failed."""
+    rows = sample_tool_rows()
+    protocol = Protocol(tokens=1024 if quick else 4096, prompt_tokens=512, decode_tokens=64, speed_rounds=3, threads=2,
+                        quick=quick, interval_factor=2.0 if quick else 1.0)  # fmt: skip
+    failures = [
+        Failure(name="torchao-int4-g64", tool="torchao", stage="quantize",
+                reason="ImportError: requires mslk >= 1.0.0 | which needs a GPU"),
+        Failure(name="llm-compressor", tool="llm-compressor", stage="install", reason="pip found no matching version"),
+    ]  # fmt: skip
+    results = sample_with(rows, recommend(rows, scenario, **constraints))
+    return results.model_copy(update={"protocol": protocol, "failures": failures})

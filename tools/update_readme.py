@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from quern.cli.render import COLUMNS, heading
+from quern.cli.columns import COLUMNS, heading
 from quern.core.errors import QuernError, UserError
 from quern.core.results import Results, load_results
 

@@ -300,7 +300,7 @@ def test_limits_that_are_none_are_refused(constraints):
 def test_no_rows_and_unknown_scenarios_are_refused():
     with pytest.raises(UserError, match="no rows"):
         recommend([], "storage")
-    with pytest.raises(UserError, match="known ones: storage, speed, balanced"):
+    with pytest.raises(UserError, match="known ones: storage, speed, balanced, mix"):
         recommend(sample_rows(), "cheapest")  # type: ignore[arg-type]
     assert pareto_front([]) == set()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
 from sample_results import SCENARIOS
 
+from quern.advisor.placement import SMALL, SMALL_LOSS
 from quern.advisor.scoring import SAME_SIZE, SCALING_EXPONENT, WEIGHTS
 from quern.core import results
 from quern.core.metrics import RESAMPLES
@@ -26,6 +28,9 @@ def test_all_models_are_covered():
     assert {
         "Results",
         "Row",
+        "Tool",
+        "Failure",
+        "Protocol",
         "Model",
         "TextSource",
         "Spread",
@@ -45,7 +50,7 @@ def test_every_field_is_described(model: str, field: str):
 
 
 def test_no_row_field_is_described_that_does_not_exist():
-    section = PAGE.split("## Rows")[1].split("Each entry of `speed_spread`")[0]
+    section = PAGE.split("## Rows")[1].split("`tool`:")[0]
     described = set(re.findall(r"^\| `([a-z0-9_]+)` \|", section, re.MULTILINE))
     assert described == set(results.Row.model_fields)
 
@@ -55,6 +60,12 @@ def test_page_is_about_this_version_and_these_constants():
     assert f"{RESAMPLES:,}".replace(",", " ") + " resamples" in PAGE
     assert str(SCALING_EXPONENT) in PAGE
     assert f"within {100 * SAME_SIZE:g} %" in PAGE
+    assert f"at most {100 * SMALL_LOSS:g} % of H" in PAGE
+    assert f"over {100 * SMALL:g} % smaller than bf16" in PAGE
+    assert f"Above {results.FOREIGN_LIMIT} the timing is marked" in PAGE
+    assert all(f"`{target}`" in PAGE for target in get_args(results.Target))
+    fewer = 1 - (1 + SMALL_LOSS) ** (-1 / SCALING_EXPONENT)
+    assert f"an unquantized model of {100 * fewer:.0f} % fewer parameters would lose" in PAGE
     for scenario in SCENARIOS:
         (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{scenario}` |")]
         weights = WEIGHTS[scenario]

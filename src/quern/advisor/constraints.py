@@ -5,38 +5,50 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from quern.advisor.deployment import licence_of, targets_of
 from quern.advisor.figures import bytes_text, percent_text, significant
 from quern.advisor.scoring import Yardstick, loss_of, positive
 from quern.core.errors import UserError
-from quern.core.results import Row
+from quern.core.results import Row, Target
 
 
 @dataclass(frozen=True)
 class Miss:
     """A limit that a row does not keep."""
 
-    limit: Literal["size", "speed", "loss"]
+    limit: Literal["size", "memory", "speed", "agreement", "target", "licence", "loss"]
     text: str
     doublings: float
-    """log2 of the ratio between the row's number and the limit; infinite when not measured or when the limit is 0."""
+    """log2 of the ratio between the row's number and the limit (of the disagreement with the unquantized model, where
+    agreement is limited); infinite when not measured, when the limit is 0, and where there is nothing between yes and
+    no."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Constraints:
     """Limits on what may be recommended; None where nothing was said. Raises ``UserError`` for what is no limit."""
 
     max_size: int | None = None
     """Bytes on disk."""
+    max_memory: int | None = None
+    """Bytes of peak resident memory while it runs."""
     max_loss: float | None = None
     """Mean KL divergence in nats a token. Without it, the default ceiling of each row holds."""
+    min_agreement: float | None = None
+    """Top-1 agreement, a fraction."""
     min_speed: float | None = None
     """Decode tokens/s."""
+    target: Target | None = None
+    """The runtime that has to load it."""
+    licences: tuple[str, ...] | None = None
+    """SPDX identifiers of which the tool's licence has to be one."""
 
     def __post_init__(self) -> None:
         for name, value, zero_allowed in (
             ("max size (bytes)", self.max_size, False),
+            ("max memory (bytes)", self.max_memory, False),
             ("max loss (nats a token)", self.max_loss, True),
             ("min speed (tokens/s)", self.min_speed, False),
         ):
@@ -44,26 +56,56 @@ class Constraints:
                 raise UserError(
                     f"{name} must be a finite number {'of at least' if zero_allowed else 'above'} 0; got {value}"
                 )
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise UserError(f"min agreement must be a fraction from 0 to 1, such as 0.95; got {self.min_agreement}")
+        if self.target is not None and self.target not in get_args(Target):
+            raise UserError(f"unknown target runtime {self.target!r}; known ones: {', '.join(get_args(Target))}")
+        if self.licences is not None and not all(licence.strip() for licence in self.licences or ("",)):
+            raise UserError("licences must name at least one SPDX identifier, such as Apache-2.0, and no empty one")
 
     def __str__(self) -> str:
         parts = []
         if self.max_size is not None:
             parts.append(f"size at most {bytes_text(self.max_size)}")
+        if self.max_memory is not None:
+            parts.append(f"peak memory at most {bytes_text(self.max_memory)}")
         if self.max_loss is not None:
             parts.append(f"KL at most {significant(self.max_loss)}")
+        if self.min_agreement is not None:
+            parts.append(f"top-1 agreement at least {percent_text(self.min_agreement)}")
         if self.min_speed is not None:
             parts.append(f"decode speed at least {significant(self.min_speed)} tokens/s")
+        if self.target is not None:
+            parts.append(f"loads in {self.target}")
+        if self.licences is not None:
+            parts.append(f"licence {' or '.join(self.licences)}")
         return ", ".join(parts)
 
     def misses(self, row: Row, yardstick: Yardstick) -> Iterator[Miss]:
         """Every limit that ``row`` does not keep."""
         if self.max_size is not None and row.bytes > self.max_size:
-            ratio = row.bytes / self.max_size
-            over = f"{bytes_text(row.bytes)} is {_beyond(ratio)} the {bytes_text(self.max_size)} allowed"
-            yield Miss("size", f"{over} ({bytes_text(row.bytes - self.max_size)} too many)", math.log2(ratio))
+            yield Miss("size", *_too_many_bytes(row.bytes, self.max_size))
+        if self.max_memory is not None:
+            yield from self._memory_miss(row, self.max_memory)
         if self.min_speed is not None:
             yield from self._speed_miss(positive(row.decode_tokens_per_s), self.min_speed)
+        if self.min_agreement is not None and row.recipe is not None:
+            yield from self._agreement_miss(row.top1_agreement, self.min_agreement)
+        if self.target is not None and self.target not in (known := targets_of(row)):
+            text = f"does not load in {self.target}; it loads in {', '.join(known) or 'nothing that is known'}"
+            yield Miss("target", text, math.inf)
+        if self.licences is not None:
+            yield from self._licence_miss(row, self.licences)
         yield from self._loss_miss(row, yardstick)
+
+    @staticmethod
+    def _memory_miss(row: Row, most: int) -> Iterator[Miss]:
+        if row.peak_rss_bytes is None:
+            text = f"its memory was not measured, so nothing shows that it keeps within {bytes_text(most)}"
+            yield Miss("memory", text, math.inf)
+        elif row.peak_rss_bytes > most:
+            text, doublings = _too_many_bytes(row.peak_rss_bytes, most)
+            yield Miss("memory", f"peak memory {text}", doublings)
 
     @staticmethod
     def _speed_miss(decode: float | None, least: float) -> Iterator[Miss]:
@@ -75,6 +117,22 @@ class Constraints:
         elif decode < least:
             text = f"decodes {significant(decode)} tokens/s, {percent_text(1 - decode / least)} below {asked}"
             yield Miss("speed", text, math.log2(least / decode))
+
+    @staticmethod
+    def _agreement_miss(agreement: float | None, least: float) -> Iterator[Miss]:
+        asked = f"the {percent_text(least)} asked for"
+        if agreement is None:
+            text = f"its top-1 agreement was not measured, so nothing shows that it reaches {asked}"
+            yield Miss("agreement", text, math.inf)
+        elif agreement < least:
+            text = f"top-1 agreement {percent_text(agreement)} is below {asked}"
+            yield Miss("agreement", text, math.log2((1 - agreement) / (1 - least)) if least < 1 else math.inf)
+
+    @staticmethod
+    def _licence_miss(row: Row, allowed: tuple[str, ...]) -> Iterator[Miss]:
+        licence = licence_of(row)
+        if licence is not None and licence.casefold() not in {name.strip().casefold() for name in allowed}:
+            yield Miss("licence", f"its tool's licence is {licence}; allowed: {', '.join(allowed)}", math.inf)
 
     def _loss_miss(self, row: Row, yardstick: Yardstick) -> Iterator[Miss]:
         loss = loss_of(row)
@@ -95,6 +153,13 @@ class Constraints:
         else:
             text = f"it loses accuracy (KL {significant(loss)}) and is no smaller than the bf16 checkpoint"
         yield Miss("loss", text, math.log2(ratio))
+
+
+def _too_many_bytes(count: int, most: int) -> tuple[str, float]:
+    """By how much ``count`` bytes are above ``most``, in words and in doublings."""
+    ratio = count / most
+    text = f"{bytes_text(count)} is {_beyond(ratio)} the {bytes_text(most)} allowed"
+    return f"{text} ({bytes_text(count - most)} too many)", math.log2(ratio)
 
 
 def _beyond(ratio: float) -> str:

@@ -5,6 +5,7 @@ Scenarios:
 - ``storage``: many copies or little memory. Score = 2/3 size gain - 1/3 loss.
 - ``speed``: real-time translation, voice, customer service. Score = 2/3 speed gain - 1/3 loss.
 - ``balanced``: all three alike. Score = 1/3 size gain + 1/3 speed gain - 1/3 loss.
+- ``mix``: as the user weighs them.
 
 Size gain is in halvings of bytes against the bf16 checkpoint; speed gain is the mean of the doublings of decode speed
 and of 1 / time to first token against the unquantized model in the engine that decodes it fastest; loss is in halvings of
@@ -17,14 +18,14 @@ which the scenario weighs; and that another row dominates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from quern.advisor.constraints import Constraints, Miss
 from quern.advisor.scoring import WEIGHTS, Scored, Weights, Yardstick, dominators, pareto_front
 from quern.advisor.wording import choice_reasons, dominated_text, nothing_text, place_text
 from quern.core.errors import UserError
-from quern.core.results import Excluded, Ranked, Recommendation, Results, Row, Scenario
+from quern.core.results import Excluded, Ranked, Recommendation, Results, Row, Scenario, Target
 
 __all__ = ["pareto_front", "recommend"]
 
@@ -33,9 +34,14 @@ def recommend(
     results_or_rows: Results | Sequence[Row],
     scenario: Scenario,
     *,
+    weights: Mapping[str, float] | None = None,
     max_size: int | None = None,
+    max_memory: int | None = None,
     max_loss: float | None = None,
+    min_agreement: float | None = None,
     min_speed: float | None = None,
+    target: Target | None = None,
+    licences: Sequence[str] | None = None,
 ) -> Recommendation:
     """Rank the measured rows for ``scenario`` and choose the first.
 
@@ -44,26 +50,54 @@ def recommend(
 
     Args:
         results_or_rows: What ``quern compare`` wrote, or its rows (at least one).
-        scenario: ``storage``, ``speed`` or ``balanced``.
+        scenario: ``storage``, ``speed``, ``balanced`` or ``mix``.
+        weights: What ``size``, ``speed`` and ``loss`` count in ``mix`` (and only there), in any unit; 0 if left out.
         max_size: Largest size on disk in bytes.
+        max_memory: Largest peak resident memory in bytes while it runs.
         max_loss: Largest mean KL divergence in nats a token; it takes the place of the default ceiling.
+        min_agreement: Least top-1 agreement with the unquantized model, a fraction.
         min_speed: Least decode speed in tokens/s.
+        target: The runtime that has to load it.
+        licences: SPDX identifiers of the licences that the tool may have. No tool made the unquantized model.
 
     Returns:
         Every row either in ``ranking``, best first, or in ``excluded``, both with the reason. ``choice`` is None when
         nothing is left; ``reasons`` then names the row that comes nearest and by how much it misses.
 
     Raises:
-        UserError: No rows, an unknown scenario, or a limit that is not a positive finite number.
+        UserError: No rows, an unknown scenario or target, weights that do not go with the scenario, or a limit that is
+            not a positive finite number.
     """
     rows = list(results_or_rows.rows if isinstance(results_or_rows, Results) else results_or_rows)
     if not rows:
         raise UserError("there is nothing to recommend: the results hold no rows; run `quern compare` first")
-    if scenario not in WEIGHTS:
-        raise UserError(f"unknown scenario {scenario!r}; known ones: {', '.join(get_args(Scenario))}")
-    constraints = Constraints(max_size, max_loss, min_speed)
-    yardstick, weights = Yardstick.of(rows), WEIGHTS[scenario]
+    counted = _weights(scenario, weights)
+    constraints = Constraints(
+        max_size=max_size,
+        max_memory=max_memory,
+        max_loss=max_loss,
+        min_agreement=min_agreement,
+        min_speed=min_speed,
+        target=target,
+        licences=None if licences is None else tuple(licences),
+    )
+    return _ranked(rows, scenario, counted, constraints)
 
+
+def _weights(scenario: Scenario, parts: Mapping[str, float] | None) -> Weights:
+    if scenario not in get_args(Scenario):
+        raise UserError(f"unknown scenario {scenario!r}; known ones: {', '.join(get_args(Scenario))}")
+    if scenario == "mix":
+        if parts is None:
+            raise UserError("the scenario mix needs weights; give them, such as size=1,speed=2,loss=1")
+        return Weights.mix(parts)
+    if parts is not None:
+        raise UserError(f"the scenario {scenario} brings its own weights; to give others, choose the scenario mix")
+    return WEIGHTS[scenario]
+
+
+def _ranked(rows: Sequence[Row], scenario: Scenario, weights: Weights, constraints: Constraints) -> Recommendation:
+    yardstick = Yardstick.of(rows)
     refused: dict[int, str] = {}
     misses: dict[int, list[Miss]] = {}
     scored: dict[int, Scored] = {}
@@ -88,6 +122,7 @@ def recommend(
         reasons = [nothing_text(rows, misses, constraints, refused)]
     return Recommendation(
         scenario=scenario,
+        weights=weights.to_json(),
         choice=ranking[0].row.name if ranking else None,
         reasons=reasons,
         excluded=[Excluded(name=rows[place].name, reason=refused[place]) for place in sorted(refused)],

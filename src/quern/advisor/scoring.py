@@ -17,10 +17,12 @@ same number of bytes would is not worth having, because the smaller model does b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
-from quern.core.results import Row, Scenario, unquantized_row
+from quern.core.errors import UserError
+from quern.core.results import Row, Scenario, WeightName, unquantized_row
 
 SCALING_EXPONENT = 0.076
 """Exponent of the number of parameters in the scaling law of the cross entropy (Kaplan et al. 2020, equation 1.1)."""
@@ -34,12 +36,32 @@ class Weights:
     speed: float
     loss: float
 
+    @classmethod
+    def mix(cls, parts: Mapping[str, float]) -> Weights:
+        """``parts`` (``size``, ``speed``, ``loss``; what is left out counts nothing) scaled to add up to 1.
+
+        Raises ``UserError`` for another key, a negative or infinite part, or nothing above 0.
+        """
+        known = get_args(WeightName)
+        if unknown := [name for name in parts if name not in known]:
+            raise UserError(f"unknown weight {unknown[0]!r}; known ones: {', '.join(known)}")
+        total = sum(parts.values())
+        if not (math.isfinite(total) and total > 0 and all(part >= 0 for part in parts.values())):
+            said = ", ".join(f"{name}={part:g}" for name, part in parts.items()) or "none"
+            raise UserError(f"weights must be finite, at least 0, and one of them above 0; got {said}")
+        return cls(**{name: parts.get(name, 0.0) / total for name in known})
+
+    def to_json(self) -> dict[WeightName, float]:
+        """As ``results.json`` holds them."""
+        return {"size": self.size, "speed": self.speed, "loss": self.loss}
+
 
 WEIGHTS: dict[Scenario, Weights] = {
     "storage": Weights(size=2 / 3, speed=0.0, loss=1 / 3),
     "speed": Weights(size=0.0, speed=2 / 3, loss=1 / 3),
     "balanced": Weights(size=1 / 3, speed=1 / 3, loss=1 / 3),
 }
+"""Of the scenarios that bring their own; those of ``mix`` are the user's."""
 
 
 def positive(value: float | None) -> float | None:
@@ -162,6 +184,11 @@ class _Cost:
         return self.value <= other.value or (self.value <= other.high and self.low <= other.value)
 
 
+_DECODE, _LOSS = 1, 2
+"""Places in what ``_costs`` returns."""
+_NAMES = {_DECODE: "decode speed", _LOSS: "KL"}
+
+
 def _costs(row: Row, *, first_token: bool) -> tuple[_Cost | None, ...]:
     """Bytes, seconds a decoded token, KL and, if asked for, seconds to the first token; None where not measured."""
     loss = loss_of(row)
@@ -223,17 +250,24 @@ def dominators(rows: Sequence[Row], *, first_token: bool) -> dict[int, int]:
     }
 
 
+def as_fast(row: Row, other: Row) -> bool:
+    """Whether ``row`` decodes no slower than ``other``, or not distinguishably slower; False where not measured."""
+    mine, theirs = _costs(row, first_token=False)[_DECODE], _costs(other, first_token=False)[_DECODE]
+    return mine is not None and theirs is not None and mine.no_worse_than(theirs)
+
+
+def missing_figures(rows: Sequence[Row]) -> list[list[str]]:
+    """For each row, which of decode speed and KL it lacks although another row has it."""
+    costs = [_costs(row, first_token=False) for row in rows]
+    counted = [index for index in _NAMES if any(cost[index] is not None for cost in costs)]
+    return [[_NAMES[index] for index in counted if cost[index] is None] for cost in costs]
+
+
 def pareto_front(rows: Sequence[Row]) -> set[str]:
     """Names of the rows that no other beats in bytes, decode tokens/s and KL at once (see ``dominators``).
 
     A number that no row has does not count. A row that lacks one that another row has is not on the front: nothing
     shows that it belongs there.
     """
-    beaten = dominators(rows, first_token=False)
-    costs = [_costs(row, first_token=False) for row in rows]
-    counted = [index for index in range(4) if any(cost[index] is not None for cost in costs)]
-    return {
-        row.name
-        for place, row in enumerate(rows)
-        if place not in beaten and all(costs[place][index] is not None for index in counted)
-    }
+    beaten, missing = dominators(rows, first_token=False), missing_figures(rows)
+    return {row.name for place, row in enumerate(rows) if place not in beaten and not missing[place]}

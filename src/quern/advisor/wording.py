@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 from quern.advisor.constraints import Constraints, Miss
 from quern.advisor.figures import bytes_text, percent_text, seconds_text, signed, significant
 from quern.advisor.scoring import Scored, Weights, Yardstick, loss_of, positive
-from quern.core.results import Row, Scenario
+from quern.core.results import FOREIGN_LIMIT, Row, Scenario
 
 
 def dominated_text(row: Row, winner: Row, *, first_token: bool) -> str:
-    """What ``winner`` has that ``row`` has not, with both figures."""
+    """That ``winner`` is better than ``row``, with the figures of both."""
+    figures = figures_against(row, winner, first_token=first_token)
+    return f"dominated by {winner.name}, which is no larger, no slower and no less accurate: {figures}"
+
+
+def figures_against(row: Row, winner: Row, *, first_token: bool) -> str:
+    """The figures of ``winner``, each beside that of ``row``."""
     parts = [_against(bytes_text(winner.bytes), bytes_text(row.bytes))]
     if winner.decode_tokens_per_s and row.decode_tokens_per_s:
         rates = _against(significant(winner.decode_tokens_per_s), significant(row.decode_tokens_per_s))
@@ -23,7 +30,7 @@ def dominated_text(row: Row, winner: Row, *, first_token: bool) -> str:
     mine, theirs = loss_of(winner), loss_of(row)
     if mine is not None and theirs is not None:
         parts.append(f"KL {_against(significant(mine), significant(theirs))}")
-    return f"dominated by {winner.name}, which is no larger, no slower and no less accurate: {'; '.join(parts)}"
+    return "; ".join(parts)
 
 
 def _against(one: str, other: str) -> str:
@@ -42,8 +49,10 @@ def place_text(place: int, ranking: Sequence[Scored], weights: Weights, yardstic
         gains.append(f"{_weight(weights.speed)} x {entry.speed:.2f}")
     loss = loss_of(entry.row)
     facts.append(f"KL {significant(loss)}" if loss else "no loss")
-    total = f"{' + '.join(gains)} - {_weight(weights.loss)} x {entry.loss:.2f} = {signed(entry.score)}"
-    text = f"{'; '.join(facts)}. Score {total}"
+    text = f"{'; '.join(facts)}. Score {' + '.join(gains)}"
+    if weights.loss > 0:
+        text += f"{' ' if gains else ''}- {_weight(weights.loss)} x {entry.loss:.2f}"
+    text += f" = {signed(entry.score)}"
     if place > 0:
         before = ranking[place - 1]
         text += f", {significant(before.score - entry.score, 2)} behind {before.row.name}"
@@ -71,8 +80,31 @@ def choice_reasons(
     reasons.append("Speed: not measured." if best.speed is None else f"Speed: {_speed_text(best, yardstick)}.")
     if best.row.recipe is not None:
         reasons.append(_loss_text(best.row, constraints, yardstick))
+    reasons += _circumstances(best.row, constraints)
     reasons.append(_rule_text(weights))
     return reasons
+
+
+def _circumstances(row: Row, constraints: Constraints) -> list[str]:
+    """What else was asked for, which tool made the row, and whether its speed is to be doubted."""
+    found = []
+    if constraints.max_memory is not None and row.peak_rss_bytes is not None:
+        found.append(f"Memory: {bytes_text(row.peak_rss_bytes)} at its peak.")
+    if constraints.min_agreement is not None and row.recipe is not None and row.top1_agreement is not None:
+        found.append(
+            f"Agreement: {percent_text(row.top1_agreement)} of its likeliest tokens are the unquantized model's."
+        )
+    if row.tool is not None:
+        tool = row.tool
+        found.append(
+            f"Made by {tool.name} {tool.version} ({tool.licence}), measured in {tool.runtime}; loads in "
+            f"{', '.join(tool.targets)}."
+        )
+    if row.foreign_load is not None and row.foreign_load > FOREIGN_LIMIT:
+        found.append(
+            f"Its speed is uncertain: other programs kept {significant(row.foreign_load, 2)} processors busy meanwhile."
+        )
+    return found
 
 
 def nothing_text(
@@ -102,7 +134,9 @@ def nothing_text(
 
 
 def _weight(value: float) -> str:
-    return f"{round(value * 3)}/3"
+    """A weight as a simple fraction where it is one: 2/3, 1/4, 0.37."""
+    simple = Fraction(value).limit_denominator(12)
+    return str(simple) if abs(simple - Fraction(value)) < 1e-9 else significant(value)
 
 
 def _size_text(row: Row) -> str:
@@ -141,5 +175,8 @@ def _rule_text(weights: Weights) -> str:
         gains.append(f"{_weight(weights.size)} of the halvings of size")
     if weights.speed > 0:
         gains.append(f"{_weight(weights.speed)} of the doublings of speed")
-    loss = f"{_weight(weights.loss)} of the halvings of an unquantized model that would lose as much"
-    return f"Score = {' + '.join(gains)} - {loss}."
+    text = f"Score = {' + '.join(gains)}"
+    if weights.loss > 0:
+        loss = f"{_weight(weights.loss)} of the halvings of an unquantized model that would lose as much"
+        text += f"{' ' if gains else ''}- {loss}"
+    return f"{text}."

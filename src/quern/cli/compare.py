@@ -26,6 +26,22 @@ def compare(
     recipes: Annotated[
         str, typer.Option(metavar="R1,R2,...", help="Shipped recipes or recipe files, separated by commas.")
     ] = RECIPES,
+    peers: Annotated[
+        str,
+        typer.Option(
+            metavar="P1,P2,...",
+            help="Other tools to run beside quern: a name such as hqq, one variant as hqq:int4-g64, or all. "
+            "[dim]quern peers list[/dim] shows them.",
+            show_default="none",
+        ),
+    ] = "",
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A quarter of the tokens and one short timed round: wider intervals, sooner."),
+    ] = False,
+    peer_time_limit: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="What another tool may take for one artifact.")
+    ] = 3600.0,
     calibration: options.Calibration = None,
     text: options.Texts = None,
     choice: options.Choices = None,
@@ -38,12 +54,13 @@ def compare(
     fresh: options.Fresh = False,
     json: options.Json = False,
 ) -> None:
-    """Quantize MODEL by several recipes, measure all of them beside the original, and recommend one.
+    """Quantize MODEL by several recipes and other tools, measure all of them beside the original, and recommend one.
 
-    Without --text and --calibration, text that the running Python carries is used.
+    Run again after an interruption: what was quantized and measured is kept. Without --text and --calibration, text
+    that the running Python carries is used.
     """
-    names = [name.strip() for name in recipes.split(",") if name.strip()]
-    if not names:
+    names, tools = _names(recipes), _names(peers)
+    if not names and not tools:
         raise UserError(f"--recipes {recipes!r} names no recipe; give names separated by commas, such as {RECIPES}")
     limit = options.optional_size(memory, "--memory")
     from quern.cli import render
@@ -54,6 +71,9 @@ def compare(
             model,
             output,
             recipes=names,
+            peers=tools,
+            quick=quick,
+            peer_time_limit=peer_time_limit,
             calibration=calibration or (),
             texts=text or (),
             choices=choice or (),
@@ -68,3 +88,7 @@ def compare(
         )
     show(results, json, render.results)
     say(f"wrote {output / 'results.json'} and {output / 'report.html'}", stderr=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -17,6 +17,7 @@ from quern.cli.evaluate import evaluate
 from quern.cli.generate import generate
 from quern.cli.inspect import inspect
 from quern.cli.outcome import settings
+from quern.cli.peers import app as peers
 from quern.cli.probe import probe
 from quern.cli.quantize import quantize
 from quern.cli.recipes import recipes
@@ -65,6 +66,8 @@ def main(
 
 for _verb in VERBS:
     app.command(_verb.__name__, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]
+
+app.add_typer(peers, name="peers")
 
 
 def run() -> None:

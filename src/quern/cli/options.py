@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,6 +127,30 @@ def parse_size(text: str, option: str) -> int:
             f"{option} {text!r} is not a size; give a number above zero and a unit, such as 16GiB (or 16G), 24GB, 500M"
         )
     return size
+
+
+def parse_weights(text: str | None) -> dict[str, float] | None:
+    """``size=1,speed=2,loss=1`` as numbers by name; None where the option was not given. Raises ``UserError``."""
+    if text is None:
+        return None
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (word.strip() for word in part.partition("="))
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or name in found:
+            raise UserError(
+                f"--weights {text!r}: each of size, speed and loss once with a number: size=1,speed=2,loss=1"
+            )
+        found[name] = number
+    return found
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """Words between commas; None where the option was not given."""
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def optional_size(text: str | None, option: str) -> int | None:

@@ -8,22 +8,52 @@ import typer
 
 from quern.cli import options
 from quern.cli.outcome import show, verb
+from quern.core.results import Scenario, Target
 
 
 @verb("quern recommend demo/results.json --scenario storage --max-loss 0.05")
 def recommend(
     results: options.ResultsPath,
-    scenario: options.ScenarioName,
+    scenario: Annotated[
+        Scenario,
+        typer.Option(
+            help="storage: many copies, little memory; speed: real-time translation, voice; balanced: a bit of each; "
+            "mix: as --weights says."
+        ),
+    ],
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="size=1,speed=2,loss=1",
+            help="For --scenario mix: what a halving of size, a doubling of speed and a halving's worth of loss count.",
+            show_default=False,
+        ),
+    ] = None,
     max_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest model on disk, such as 24GiB.", show_default="any")
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Largest peak resident memory while it runs.", show_default="any"),
     ] = None,
     max_loss: Annotated[
         float | None,
         typer.Option(metavar="KL", min=0, help="Largest mean KL divergence to the original.", show_default="any"),
     ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(metavar="FRACTION", min=0, max=1, help="Least top-1 agreement, such as 0.95.", show_default="any"),
+    ] = None,
     min_speed: Annotated[
         float | None,
         typer.Option(metavar="TOKENS/S", min=0, help="Least decoding speed in tokens/s.", show_default="any"),
+    ] = None,
+    target: Annotated[
+        Target | None, typer.Option("--for", help="The runtime that has to load it.", show_default="any")
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(metavar="SPDX,...", help="Licences that the tool may have: MIT,Apache-2.0.", show_default="any"),
     ] = None,
     json: options.Json = False,
 ) -> None:
@@ -31,12 +61,24 @@ def recommend(
 
     Exit code 1 when nothing meets the constraints.
     """
-    limit = options.optional_size(max_size, "--max-size")
+    size, memory = options.optional_size(max_size, "--max-size"), options.optional_size(max_memory, "--max-memory")
+    mix, licences = options.parse_weights(weights), options.names(licence)
     from quern.advisor.recommend import recommend as api
     from quern.cli import render
     from quern.core.results import load_results
 
-    answer = api(load_results(results), scenario, max_size=limit, max_loss=max_loss, min_speed=min_speed)
+    answer = api(
+        load_results(results),
+        scenario,
+        weights=mix,
+        max_size=size,
+        max_memory=memory,
+        max_loss=max_loss,
+        min_agreement=min_agreement,
+        min_speed=min_speed,
+        target=target,
+        licences=licences,
+    )
     show(answer, json, render.recommendation)
     if answer.choice is None:
         raise typer.Exit(1)

@@ -16,7 +16,17 @@ from quern.core.errors import BadFileError
 METRICS_VERSION = 1
 """Rules of measuring. 1: as docs/results.md describes them."""
 
-Scenario = Literal["storage", "speed", "balanced"]
+Scenario = Literal["storage", "speed", "balanced", "mix"]
+"""What counts. ``mix``: the user's own weights."""
+
+WeightName = Literal["size", "speed", "loss"]
+
+Target = Literal["transformers", "vllm", "llama.cpp", "openvino", "onnxruntime", "quern"]
+"""A runtime that an artifact can be deployed to."""
+
+FOREIGN_LIMIT = 0.25
+"""Processors that others keep busy: from here on timings are marked, and repeated first. Half of a second thread's gain
+on two cores."""
 
 
 class _Strict(BaseModel):
@@ -41,12 +51,29 @@ class LayerError(_Strict):
     """tr(E H E^T) / tr(W H W^T): E the change, W the weight, H the (token-weighted) Hessian, or the identity without one."""
 
 
+class Tool(_Strict):
+    """What made an artifact, and what runs it."""
+
+    name: str
+    """As its makers write it."""
+    version: str
+    licence: str
+    """SPDX identifier."""
+    runtime: str
+    """In which it was measured."""
+    targets: list[str]
+    """Runtimes that load the artifact, by the names of ``Target``."""
+    homepage: str = ""
+
+
 class Row(_Strict):
     """One contender: an artifact or the unquantized reference, measured."""
 
     name: str
     recipe: dict[str, Any] | None
-    """Null for the unquantized reference."""
+    """Null for the unquantized reference; of another tool's row the tool's settings (``peer``, ``name``, ``settings``)."""
+    tool: Tool | None = None
+    """Null: quern itself (or the unquantized reference)."""
     artifact_sha256: str | None
     bytes: Annotated[int, Field(gt=0)]
     bits_per_weight: float
@@ -72,9 +99,36 @@ class Row(_Strict):
     peak_rss_bytes: int | None
     energy_joules_per_token: float | None
     quantize_seconds: float | None
+    quantize_peak_rss_bytes: int | None = None
+    foreign_load: float | None = None
+    """Processors that other programs kept busy while this row was timed; the median over its rounds."""
     engine: str = "reference"
     layers: list[LayerError] = []
     notes: list[str] = []
+
+
+class Failure(_Strict):
+    """A row that could not be made, and why."""
+
+    name: str
+    tool: str
+    stage: Literal["install", "quantize", "load", "measure"]
+    reason: str
+
+
+class Protocol(_Strict):
+    """How much was measured."""
+
+    tokens: int
+    """Of text, scored."""
+    prompt_tokens: int
+    decode_tokens: int
+    speed_rounds: int
+    threads: int
+    quick: bool = False
+    """Fewer tokens and rounds than usual."""
+    interval_factor: float = 1.0
+    """How many times as wide the intervals are as those of the usual number of tokens."""
 
 
 class Model(_Strict):
@@ -114,6 +168,8 @@ class Recommendation(_Strict):
     """Which row to use."""
 
     scenario: Scenario
+    weights: dict[WeightName, float] | None = None
+    """What a halving of size, a doubling of speed and a halving's worth of loss counted; they add up to 1."""
     choice: str | None
     """Null when no row meets the constraints."""
     reasons: list[str]
@@ -133,7 +189,9 @@ class Results(_Strict):
     versions: dict[str, str]
     texts: list[TextSource]
     seed: int
+    protocol: Protocol | None = None
     rows: list[Row]
+    failures: list[Failure] = []
     recommendation: Recommendation
 
 

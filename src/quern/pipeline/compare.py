@@ -1,34 +1,43 @@
-"""The side-by-side run: quantize one model by several recipes, measure all of them, recommend one."""
+"""The side-by-side run: quantize one model by several recipes and tools, measure all of them, recommend one."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import platform
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import quern
 from quern.advisor.hardware import probe
 from quern.advisor.recommend import recommend
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.files import read_json, write_bytes, write_json
+from quern.checkpoint.files import write_bytes
 from quern.core.errors import UserError
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, load_recipe
-from quern.core.results import METRICS_VERSION, Model, Results, Scenario
+from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenario
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.evaluation.texts import Text
-from quern.pipeline.evaluate import measure_all
-from quern.pipeline.inputs import Settings, prepare_inputs
-from quern.pipeline.quantize import quantize
+from quern.peers.base import Choice, choices_of
+from quern.pipeline.inputs import Inputs, Settings, prepare_inputs
+from quern.pipeline.making import Making, make_artifact
+from quern.pipeline.measure import Measurement, measure_all
+from quern.pipeline.measured_cache import MeasuredCache
+from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
 from quern.pipeline.rows import Contender
 from quern.report.html import write_report
 
 DEFAULT_RECIPES = ("compact", "fast", "balanced", "rtn4")
+QUICK_TOKENS, QUICK_ROUNDS, QUICK_DECODE = 4, 1, 16
+"""``quick``: a quarter of the tokens, one timed round, sixteen decoded tokens."""
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
 
 
@@ -37,13 +46,19 @@ def compare(
     output: str | Path,
     *,
     recipes: Sequence[str | Path | Recipe] = DEFAULT_RECIPES,
+    peers: Sequence[str] = (),
     calibration: Sequence[str | Path] = (),
     texts: Sequence[str | Path | Text] = (),
     choices: Sequence[str | Path | ChoiceSet] = (),
     tokens: int = 4096,
     window: int = 1024,
     speed_rounds: int = 3,
+    prompt_tokens: int = 512,
+    decode_tokens: int = 64,
+    quick: bool = False,
     memory: int | None = None,
+    peer_time_limit: float = TIME_LIMIT_S,
+    environments: str | Path | None = None,
     threads: int | None = None,
     seed: int = 0,
     fresh: bool = False,
@@ -51,95 +66,125 @@ def compare(
     engine: str = AUTO,
     progress: Progress | None = None,
 ) -> Results:
-    """Quantize ``model`` by every recipe and measure the results beside the unquantized model.
+    """Quantize ``model`` by every recipe and by other tools, and measure the results beside the unquantized model.
 
-    Writes ``results.json``, ``report.html`` and ``artifacts/<recipe>`` into the folder ``output``. Artifacts that are
-    there already are kept, an interrupted one continues; ``fresh`` makes all of them again. ``speed_rounds`` 0 leaves
-    speed out. ``engine`` runs the results (``auto``: the fastest that can; the unquantized model is measured in the
-    reference engine, and in that one too where it can). Raises ``UserError``.
+    ``peers`` names other tools (``hqq``: its default variants; ``hqq:int4-g64``: one; ``all``); each runs in an
+    environment of its own below ``environments`` (default: the user's cache folder), which is made if it is missing. One
+    that fails, takes longer than ``peer_time_limit`` seconds or more than ``memory`` becomes a failure in the results.
+    ``quick`` measures a quarter of ``tokens`` and one short timed round.
+
+    Writes ``results.json``, ``report.html`` and ``artifacts/<row>`` into the folder ``output``. Artifacts that are there
+    already are kept, an interrupted one continues, and what was measured of them under the same settings is not measured
+    again; ``fresh`` makes and measures all anew. ``speed_rounds`` 0 leaves speed out. ``engine`` runs quern's results, and
+    the unquantized model beside the reference engine (``auto``: the fastest that can). Raises ``UserError``.
     """
     progress, folder = progress or Silent(), Path(output)
-    chosen = _distinct([recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes])
+    if scenario == "mix":
+        raise UserError("a mix needs weights: compare with another scenario, then `quern recommend --scenario mix`")
+    chosen = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
+    others = choices_of(peers)
+    _check_distinct([*(recipe.name for recipe in chosen), *(choice.row for choice in others)])
     checkpoint = open_checkpoint(model, progress=progress)
-    settings = Settings(tokens=tokens, window=window, threads=threads, seed=seed, speed_rounds=speed_rounds)
+    usual = Settings(
+        tokens=tokens, window=window, threads=threads, seed=seed,
+        speed_rounds=speed_rounds, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)  # fmt: skip
+    settings = _quick(usual) if quick else usual
     inputs = prepare_inputs(checkpoint, folder / "cache", texts=texts, choices=choices, settings=settings)
     hardware = probe(threads=threads or available_threads())
-    sha256 = checkpoint.sha256(progress)
-    contenders = [
-        _make(checkpoint, folder, recipe, calibration, memory, threads, seed, fresh, engine, progress)
-        for recipe in chosen
-    ]
-    reference = Contender(name="unquantized", path=checkpoint.path, sha256=sha256)
-    if (fast := engine_for(checkpoint, engine)) != reference.engine:
-        contenders.insert(0, Contender(name=f"unquantized ({fast})", path=checkpoint.path, engine=fast, sha256=sha256))
-    rows = measure_all(contenders, reference, inputs, settings=settings, hardware=hardware, progress=progress)
+    making = Making(
+        checkpoint=checkpoint,
+        model_sha256=checkpoint.sha256(progress),
+        folder=folder,
+        calibration=calibration,
+        memory=memory,
+        threads=threads,
+        seed=seed,
+        fresh=fresh,
+        progress=progress,
+    )
+    tools = (peer_time_limit, None if environments is None else Path(environments))
+    measurement = _make_and_measure(making, chosen, others, tools, engine, inputs, settings, hardware)
     results = Results(
         metrics_version=METRICS_VERSION,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         quern_version=quern.__version__,
-        model=_model(checkpoint, sha256),
+        model=_model(checkpoint, making.model_sha256),
         hardware=hardware,
         versions=_versions(),
         texts=list(inputs.sources),
         seed=seed,
-        rows=rows,
-        recommendation=recommend(rows, scenario),
+        protocol=_protocol(usual, settings, inputs),
+        rows=measurement.rows,
+        failures=measurement.failures,
+        recommendation=recommend(measurement.rows, scenario),
     )
-    write_bytes(folder / "results.json", (results.model_dump_json(indent=2) + "\n").encode())
-    write_report(folder / "results.json", folder / "report.html")
+    write_bytes(path := folder / "results.json", (results.model_dump_json(indent=2) + "\n").encode())
+    write_report(path, folder / "report.html")
     return results
 
 
-def _distinct(recipes: list[Recipe]) -> list[Recipe]:
-    names = [recipe.name for recipe in recipes]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if not recipes or repeated:
-        problem = f"{', '.join(repeated)} twice" if repeated else "none"
-        raise UserError(f"--recipes: every recipe once, at least one; got {problem}")
-    return recipes
-
-
-def _make(
-    checkpoint: Checkpoint,
-    folder: Path,
-    recipe: Recipe,
-    calibration: Sequence[str | Path],
-    memory: int | None,
-    threads: int | None,
-    seed: int,
-    fresh: bool,
+def _make_and_measure(
+    making: Making,
+    recipes: Sequence[Recipe],
+    others: Sequence[Choice],
+    tools: tuple[float, Path | None],
     engine: str,
-    progress: Progress,
-) -> Contender:
-    """Quantize by one recipe, or find that it was done; how long it took is kept beside the artifact."""
-    progress.log(f"quantizing by {recipe.name}")
-    artifact, timing = folder / "artifacts" / recipe.name, folder / "artifacts" / f"{recipe.name}.json"
-    report = quantize(
-        checkpoint.path,
-        artifact,
-        recipe=recipe,
-        calibration=calibration,
-        memory=memory,
-        seed=seed,
-        fresh=fresh,
-        threads=threads,
-        progress=progress,
+    inputs: Inputs,
+    settings: Settings,
+    hardware: dict[str, Any],
+) -> Measurement:
+    """All artifacts, then all rows; failures of making and of measuring together."""
+    ours = [make_artifact(making, recipe, engine) for recipe in recipes]
+    with tempfile.TemporaryDirectory(prefix="quern-peers-") as scratch:
+        made, failures = make_all(making, Tools(Path(scratch), *tools), others)
+        reference = Contender(name="unquantized", path=making.checkpoint.path, sha256=making.model_sha256)
+        measurement = measure_all(
+            [*_unquantized(making, reference, engine), *ours, *made],
+            reference,
+            inputs,
+            settings=settings,
+            hardware=hardware,
+            progress=making.progress,
+            cache=MeasuredCache(making, inputs, settings, hardware),
+        )
+    return replace(measurement, failures=[*failures, *measurement.failures])
+
+
+def _quick(usual: Settings) -> Settings:
+    return replace(
+        usual,
+        tokens=max(1, usual.tokens // QUICK_TOKENS),
+        speed_rounds=min(usual.speed_rounds, QUICK_ROUNDS),
+        decode_tokens=min(usual.decode_tokens, QUICK_DECODE),
     )
-    made = open_checkpoint(artifact)
-    sha256 = made.sha256()
-    if report.seconds is not None and not report.resumed:
-        write_json(timing, {"artifact_sha256": sha256, "quantize_seconds": report.seconds})
-    known = read_json(timing) if timing.is_file() else {}
-    seconds = known["quantize_seconds"] if known.get("artifact_sha256") == sha256 else None
-    return Contender(
-        name=recipe.name,
-        path=artifact,
-        recipe=recipe.to_json(),
-        quantize_seconds=seconds,
-        layers=tuple(report.layers),
-        engine=engine_for(made, engine),
-        sha256=sha256,
+
+
+def _protocol(usual: Settings, settings: Settings, inputs: Inputs) -> Protocol:
+    """What was measured. An interval's width goes with one over the square root of the number of tokens."""
+    return Protocol(
+        tokens=inputs.scored_tokens,
+        prompt_tokens=len(inputs.prompt),
+        decode_tokens=settings.decode_tokens,
+        speed_rounds=settings.speed_rounds,
+        threads=settings.threads or available_threads(),
+        quick=settings != usual,
+        interval_factor=math.sqrt(usual.tokens / settings.tokens),
     )
+
+
+def _unquantized(making: Making, reference: Contender, engine: str) -> list[Contender]:
+    """The unquantized model once more, in the engine that quantized ones run in, where that is another."""
+    fast = engine_for(making.checkpoint, engine)
+    if fast == reference.engine:
+        return []
+    return [replace(reference, name=f"unquantized ({fast})", engine=fast)]
+
+
+def _check_distinct(names: Sequence[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if not names or repeated:
+        problem = f"{', '.join(repeated)} twice" if repeated else "none"
+        raise UserError(f"--recipes and --peers: every row once, at least one; got {problem}")
 
 
 def _model(checkpoint: Checkpoint, sha256: str) -> Model:

@@ -62,6 +62,8 @@ class Inputs:
     options: Path | None
     """None where no choices were given."""
     option_count: int
+    vocabulary: int
+    """Of the model: how many logits every contender must give."""
     prompt: tuple[int, ...]
     notes: tuple[str, ...]
 
@@ -106,6 +108,7 @@ def prepare_inputs(
         sources=windows.sources,
         options=folder / "options.npz" if options else None,
         option_count=len(options),
+        vocabulary=vocabulary,
         prompt=tuple(prompt_of(prompt_tokens, vocabulary, seed=settings.seed)),
         notes=(f"timed with a prompt of {prompt_tokens} tokens, what the context leaves room for",)
         if shortened

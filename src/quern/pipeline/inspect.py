@@ -18,7 +18,7 @@ from quern.codecs.base import CODECS
 from quern.core.artifact import METHOD, module_schemes
 from quern.core.errors import BadFileError, QuernError
 from quern.core.metrics import bits_per_weight
-from quern.pipeline.rows import artifact_bytes, weight_bytes
+from quern.pipeline.stored import artifact_bytes, weight_bytes
 
 NO_GRANULARITY = "-"
 _SMALL_PARTS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")

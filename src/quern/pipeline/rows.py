@@ -14,9 +14,11 @@ from quern.checkpoint.files import read_json
 from quern.core import metrics
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError
-from quern.core.results import LayerError, Row
+from quern.core.results import LayerError, Row, Tool
 from quern.evaluation.accuracy import Accuracy
 from quern.evaluation.speed import Speed
+from quern.pipeline.stored import Stored
+from quern.pipeline.worker_process import OURS, Launch
 
 _OUTSIDE_BLOCKS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -37,6 +39,12 @@ class Contender:
     """Of the checkpoint that an artifact says it was made from."""
     timed: bool = True
     """Whether its speed is measured too."""
+    tool: Tool | None = None
+    """The other tool that made it; None: quern, or nobody."""
+    launch: Launch = OURS
+    """How the process that measures it is started."""
+    quantize_peak_rss_bytes: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def contender_of(checkpoint: Checkpoint, engine: str = "reference") -> Contender:
@@ -57,33 +65,6 @@ def contender_of(checkpoint: Checkpoint, engine: str = "reference") -> Contender
     return Contender(
         name=name, path=checkpoint.path, recipe=recipe, layers=tuple(layers), engine=engine, original_sha256=made_from
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What the worker of one contender answered."""
-
-    contender: Contender
-    bytes_per_token: int
-    speed: Speed | None
-    peak_rss_bytes: int
-    accuracy: Accuracy | None
-    """None where the logits are not finite."""
-    correct: list[bool] | None
-    """None without choices, or where the logits are not finite."""
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Original:
-    """The unquantized model as sizes are measured against it."""
-
-    parameters: int
-    """Tied weights once."""
-    bf16_bytes: int
-    block_parameters: int
-    """Entries of the matrices inside the decoder blocks: what every token of a prompt is multiplied with. The head is
-    left out, which prefill needs for the last token only."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +88,36 @@ class Machine:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the worker of one contender answered."""
+
+    bytes_per_token: int
+    speed: Speed | None
+    peak_rss_bytes: int
+    accuracy: Accuracy | None
+    """None where the logits are not finite."""
+    correct: list[bool] | None
+    """None without choices, or where the logits are not finite."""
+    foreign_load: float | None = None
+    """Processors that others kept busy in the timed rounds; None where nothing was timed for long enough to tell."""
+    machine: Machine | None = None
+    """The machine's limits in the run that measured this."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Original:
+    """The unquantized model as sizes are measured against it."""
+
+    parameters: int
+    """Tied weights once."""
+    bf16_bytes: int
+    block_parameters: int
+    """Entries of the matrices inside the decoder blocks: what every token of a prompt is multiplied with. The head is
+    left out, which prefill needs for the last token only."""
+
+
 def original_of(checkpoint: Checkpoint) -> Original:
     """Sizes of an unquantized checkpoint, or of the model that an artifact was made from.
 
@@ -125,39 +136,24 @@ def _block_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name not in _OUTSIDE_BLOCKS)
 
 
-def artifact_bytes(checkpoint: Checkpoint) -> int:
-    """All files in an artifact's folder; of an unquantized checkpoint those that belong to it.
-
-    A downloaded checkpoint may lie among other formats of the same weights; an artifact is all that was written.
-    """
-    if checkpoint.path.is_file() or "quantization_config" not in checkpoint.config:
-        return sum(path.stat().st_size for path in checkpoint.files)
-    return sum(path.stat().st_size for path in checkpoint.path.rglob("*") if path.is_file())
-
-
-def weight_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of tensor data: codes, scales, zero points and everything unquantized, without file headers."""
-    return sum(checkpoint.info(name).stored_bytes for name in checkpoint.names())
-
-
 def row_of(
-    measured: Measured, reference: Measured | None, *, checkpoint: Checkpoint, original: Original, sha256: str,
-    machine: Machine, dtype: str, seed: int,
+    contender: Contender, measured: Measured, reference: Measured | None, *, stored: Stored, original: Original,
+    dtype: str, seed: int,
 ) -> Row:  # fmt: skip
     """The row of one contender; ``reference`` is the unquantized model in its stored dtype, measured alike."""
-    contender, speed, accuracy = measured.contender, measured.speed, measured.accuracy
-    size = artifact_bytes(checkpoint)
+    speed, accuracy = measured.speed, measured.accuracy
     divergence = accuracy.divergence if accuracy else None
     floor = reference.accuracy.divergence if reference and reference.accuracy else None
     difference = _difference(measured, reference, seed)
-    arithmetic = _arithmetic(contender.recipe, checkpoint.config, dtype)
+    arithmetic = _arithmetic(contender.recipe, stored.config, dtype)
     return Row(
         name=contender.name,
         recipe=contender.recipe,
-        artifact_sha256=sha256,
-        bytes=size,
-        bits_per_weight=metrics.bits_per_weight(weight_bytes(checkpoint), original.parameters),
-        compression=metrics.compression(size, original.bf16_bytes),
+        tool=contender.tool,
+        artifact_sha256=stored.sha256,
+        bytes=stored.bytes,
+        bits_per_weight=metrics.bits_per_weight(stored.weight_bytes, original.parameters),
+        compression=metrics.compression(stored.bytes, original.bf16_bytes),
         kl_mean=divergence.mean if divergence else None,
         kl_ci95=divergence.interval if divergence else None,
         kl_noise_floor=floor.mean if floor else None,
@@ -166,13 +162,15 @@ def row_of(
         choice_accuracy=metrics.accuracy(measured.correct) if measured.correct else None,
         choice_difference=difference.mean if difference else None,
         choice_difference_ci95=difference.interval if difference else None,
-        **_speed_columns(measured, original, machine, arithmetic),
+        **_speed_columns(measured, original, measured.machine or Machine.of(None, 1), arithmetic),
         peak_rss_bytes=measured.peak_rss_bytes,
         energy_joules_per_token=speed.energy_joules_per_token if speed else None,
         quantize_seconds=contender.quantize_seconds,
+        quantize_peak_rss_bytes=contender.quantize_peak_rss_bytes,
+        foreign_load=measured.foreign_load,
         engine=contender.engine,
         layers=list(contender.layers),
-        notes=list(measured.notes),
+        notes=[*contender.notes, *measured.notes],
     )
 
 

@@ -1,4 +1,8 @@
-"""The asking side of ``worker.py``: starts a contender's process, asks it, and always ends it with its children."""
+"""The asking side of a contender's process: starts it, asks it, and always ends it with everything it started.
+
+A process may be one of quern's own engines (``worker.py``) or another tool in its own environment
+(``quern.peers.worker``). None of them is trusted to answer, to answer sensibly, to stay within memory or to end.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +34,11 @@ SILENCE_S = 1800.0
 WAITING_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 """For every worker's OpenMP. Threads that spin while they wait for each other are a little faster on an idle machine, but
 where other work takes a processor away they spin for whole time slices: decoding was up to fifty times slower."""
+_TAG = "QUERN_WORKER"
+"""An environment variable that whatever a worker starts inherits; by it the last of them is found."""
 _QUIT_S = 5.0
+_LOOK_S = 0.25
+"""How often the memory of a process with a limit is looked at."""
 _TAIL = 2000
 
 
@@ -34,16 +46,35 @@ class WorkerError(QuernError):
     """A contender's process died, hangs, or does not keep to the contract."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a contender's process is started and what it may use."""
+
+    command: Sequence[str] = COMMAND
+    environment: Mapping[str, str] | None = None
+    """All environment variables; None: those of this process."""
+    folder: Path | None = None
+    """Where it runs; None: here."""
+    silence_s: float = SILENCE_S
+    """Most seconds without a word from it while it owes an answer."""
+    memory: int | None = None
+    """Most resident bytes of the process and its children together; more ends it."""
+
+
+OURS = Launch()
+
+
 class Worker:
     """A contender's process; a context manager that ends it. ``name`` stands in errors."""
 
-    def __init__(self, name: str, command: Sequence[str] = COMMAND, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, name: str, launch: Launch = OURS) -> None:
         self.name = name
-        self._silence_s = silence_s
+        self._launch = launch
         self._killed = False
+        self._tag = uuid.uuid4().hex
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            command,
+            launch.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -51,7 +82,12 @@ class Worker:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
-            env={**WAITING_THREADS_SLEEP, **os.environ},
+            cwd=launch.folder,
+            env={
+                **WAITING_THREADS_SLEEP,
+                **(os.environ if launch.environment is None else launch.environment),
+                _TAG: self._tag,
+            },
         )
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -81,15 +117,20 @@ class Worker:
         except OSError:
             raise self._failed("ended") from None
 
-    def receive(self, advance: Callable[[int], None] = lambda steps: None) -> dict[str, Any]:
-        """The next answer. Raises ``UserError`` and ``NonFiniteError`` that the worker met, else ``WorkerError``."""
+    def receive(
+        self, advance: Callable[[int], None] = lambda steps: None, limit_s: float | None = None
+    ) -> dict[str, Any]:
+        """The next answer, at most ``limit_s`` from now.
+
+        Raises ``UserError`` and ``NonFiniteError`` that the worker met, else ``WorkerError``.
+        """
+        end = None if limit_s is None else time.monotonic() + limit_s
         while True:
-            try:
-                line = self._lines.get(timeout=self._silence_s)
-            except queue.Empty:
-                raise self._failed(f"has said nothing for {self._silence_s:g} s") from None
+            line = self._line(end)
             if line is None:
                 raise self._failed("ended")
+            if end is not None and time.monotonic() > end:
+                raise self._failed(f"took longer than the {limit_s:g} s that it may take")
             answer = self._parse(line)
             if "advance" not in answer:
                 break
@@ -103,10 +144,15 @@ class Worker:
             raise UserError(message)
         raise self._failed(f"failed: {answer.get('error')}")
 
-    def ask(self, request: dict[str, Any], advance: Callable[[int], None] = lambda steps: None) -> dict[str, Any]:
+    def ask(
+        self,
+        request: dict[str, Any],
+        advance: Callable[[int], None] = lambda steps: None,
+        limit_s: float | None = None,
+    ) -> dict[str, Any]:
         """``send`` and ``receive``."""
         self.send(request)
-        return self.receive(advance)
+        return self.receive(advance, limit_s)
 
     def close(self) -> None:
         """End the process and everything it started; it gets a moment to do so itself."""
@@ -116,6 +162,31 @@ class Worker:
                 self._process.wait(_QUIT_S)
         self.kill()
         self._stderr.close()
+
+    def _line(self, end: float | None) -> str | None:
+        """The next line; None at the end of the output. Ends a process that is silent, late or too large."""
+        silent = time.monotonic() + self._launch.silence_s
+        while True:
+            due = silent if end is None else min(silent, end)
+            wait = max(due - time.monotonic(), 0.0)
+            try:
+                return self._lines.get(timeout=min(wait, _LOOK_S) if self._launch.memory else wait)
+            except queue.Empty:
+                pass
+            self._check_memory()
+            if time.monotonic() >= due:
+                if due == silent:
+                    raise self._failed(f"has said nothing for {self._launch.silence_s:g} s") from None
+                raise self._failed("took longer than it may take") from None
+
+    def _check_memory(self) -> None:
+        if self._launch.memory is None:
+            return
+        used = _resident_bytes(self._process.pid)
+        if used > self._launch.memory:
+            raise self._failed(
+                f"used {used / 1e9:.2f} GB of memory; it may use {self._launch.memory / 1e9:.2f} GB (--memory)"
+            )
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -155,9 +226,9 @@ class Worker:
         if self._killed:
             return
         self._killed = True
-        for descendant in _descendants(self._process.pid):
+        for process in (*_descendants(self._process.pid), *_tagged(self._tag)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                descendant.kill()
+                process.kill()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -174,6 +245,25 @@ def _descendants(process_id: int) -> list[psutil.Process]:
         return psutil.Process(process_id).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def _tagged(tag: str) -> list[psutil.Process]:
+    """Processes that a worker started, also those whose parent is gone and which have a session of their own."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(_TAG) == tag:
+                found.append(process)
+    return found
+
+
+def _resident_bytes(process_id: int) -> int:
+    """Of a process and its descendants."""
+    total = 0
+    for process in [process_id, *(child.pid for child in _descendants(process_id))]:
+        with contextlib.suppress(psutil.Error):
+            total += psutil.Process(process).memory_info().rss
+    return total
 
 
 def _exit_words(code: int | None) -> str:

@@ -3,6 +3,7 @@
 const axes = { x: "size", y: "kl" };
 const margin = { top: 18, right: 26, bottom: 50, left: 72 };
 const ZERO_BAND = 30;
+const MANY = 15;
 
 function niceStep(span, count) {
   const rough = span / count;
@@ -56,7 +57,9 @@ function scaleOf(column, rows, from, to, count) {
   return logFor(column) ? logScale(values, from, to) : linearScale(values, from, to, count);
 }
 
-const logFor = (column) => column.key === "kl" && byId("log").checked;
+// Sizes of many rows crowd at the small end, where the unquantized model stretches the axis.
+const mayBeLog = (key) => key === "kl" || (key === "size" && data.rows.length > MANY);
+const logFor = (column) => mayBeLog(column.key) && byId("log").checked;
 
 // Rows that no other row beats in both quantities, ordered along x. Differences below 0.1 % are none, as for the front
 // of all three quantities.
@@ -139,9 +142,10 @@ function drawFront(canvas, rows, x, y, scales) {
 }
 
 function radiusOf(row, rows) {
-  if (axes.x === "decode" || axes.y === "decode" || !columns.has("decode")) return 7;
+  const many = rows.length > MANY;
+  if (axes.x === "decode" || axes.y === "decode" || !columns.has("decode")) return many ? 5 : 7;
   const greatest = Math.max(...rows.map((other) => other.values.decode ?? 0));
-  const largest = byId("plot").clientWidth < 480 ? 10 : 14;
+  const largest = many || byId("plot").clientWidth < 480 ? 10 : 14;
   return row.values.decode === null ? 4 : Math.max(4, largest * Math.sqrt(row.values.decode / greatest));
 }
 
@@ -169,31 +173,6 @@ function drawRow(canvas, row, rows, x, y, scales) {
   group.addEventListener("blur", hideTip);
   canvas.append(group);
   return { left: at[0] - radius - 2, right: at[0] + radius + 2, top: at[1] - radius - 2, bottom: at[1] + radius + 2, at, radius, row };
-}
-
-const overlaps = (one, other) => one.left < other.right && other.left < one.right && one.top < other.bottom && other.top < one.bottom;
-
-// Each name goes to the first side of its mark where it covers nothing.
-function drawLabels(canvas, marks, obstacles, size) {
-  const taken = [...marks, ...obstacles];
-  for (const mark of marks) {
-    const label = shape("text", { class: mark.row.choice ? "label choice" : "label" }, shortened(mark.row.name, 28));
-    canvas.append(label);
-    const width = label.getBBox().width;
-    const [px, py] = mark.at;
-    const far = mark.radius + 8;
-    const sides = [
-      [px + far, py + 4], [px - far - width, py + 4], [px - width / 2, py - far], [px - width / 2, py + far + 10],
-      [px + far, py - far], [px + far, py + far + 6], [px - far - width, py - far], [px - far - width, py + far + 6],
-    ];
-    const boxes = sides.map(([left, base]) => ({ left, right: left + width, top: base - 12, bottom: base + 4 }));
-    const fits = (box) => box.left >= margin.left && box.right <= size.width - 4 && box.top >= 0
-      && !taken.some((other) => other.row !== mark.row && overlaps(box, other));
-    const side = Math.max(0, boxes.findIndex(fits));
-    label.setAttribute("x", sides[side][0]);
-    label.setAttribute("y", sides[side][1]);
-    taken.push(boxes[side]);
-  }
 }
 
 const describe = (row, x, y) => `${row.name}: ${x.label} ${row.texts[x.key]}, ${y.label} ${row.texts[y.key]}`;
@@ -224,13 +203,13 @@ function drawChart() {
   const y = columns.get(axes.y);
   const canvas = byId("scatter");
   const width = Math.max(280, byId("plot").clientWidth);
-  const size = { width, height: Math.round(Math.min(480, Math.max(340, width * 0.5))) };
+  const visible = visibleIds();
+  const size = { width, height: Math.round(visible.size > MANY ? Math.min(640, Math.max(400, width * 0.58)) : Math.min(480, Math.max(340, width * 0.5))) };
   canvas.setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
   canvas.setAttribute("height", size.height);
   canvas.replaceChildren();
   hideTip();
-  byId("log-label").hidden = axes.x !== "kl" && axes.y !== "kl";
-  const visible = visibleIds();
+  byId("log-label").hidden = !mayBeLog(axes.x) && !mayBeLog(axes.y);
   const wanted = data.rows.filter((row) => visible.has(row.id));
   const rows = wanted.filter((row) => row.values[x.key] !== null && row.values[y.key] !== null);
   const left = wanted.filter((row) => !rows.includes(row)).map((row) => row.name);
@@ -247,7 +226,8 @@ function drawChart() {
   const taken = [...label, ...drawFront(canvas, rows, x, y, scales)];
   // Large marks first, so that small ones stay within reach; the recommended one on top of all.
   const ordered = [...rows].sort((one, other) => one.choice - other.choice || radiusOf(other, rows) - radiusOf(one, rows));
-  drawLabels(canvas, ordered.map((row) => drawRow(canvas, row, rows, x, y, scales)), taken, size);
+  const nameless = drawLabels(canvas, ordered.map((row) => drawRow(canvas, row, rows, x, y, scales)), taken, size);
+  if (nameless > 0) notes.push(`${nameless} mark${nameless === 1 ? " has" : "s have"} no room for a name: point at a mark, or move with the Tab key.`);
   if (scales.x.zero || scales.y.zero) notes.push("Zero has no place on a log scale and stands at its edge.");
   byId("chart-note").textContent = notes.join(" ");
 }
@@ -266,6 +246,7 @@ function startChart() {
       drawChart();
     });
   }
+  if (mayBeLog("size")) byId("log-text").textContent = "Log scale for KL and size";
   byId("log").addEventListener("change", drawChart);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") hideTip();

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quern.advisor.figures import bytes_text, percent_text, seconds_text, significant
-from quern.core.results import Row
+from quern.core.results import Results, Row
+from quern.report.tools import has_tools_view
 
 Kind = Literal["bytes", "number", "percent", "seconds"]
 Range = tuple[float, float]
@@ -211,3 +212,19 @@ COLUMNS: tuple[Column, ...] = (
         value=lambda row: row.quantize_seconds,
     ),
 )
+
+QUANTIZE_MEMORY = Column(
+    key="quantize_memory",
+    label="Memory to quantize",
+    unit="",
+    help="Largest resident memory of the process group while it made the artifact",
+    better="low",
+    kind="bytes",
+    value=lambda row: row.quantize_peak_rss_bytes,
+)
+"""Only beside other tools, whose needs differ."""
+
+
+def columns_of(results: Results) -> tuple[Column, ...]:
+    """The columns that these results may fill."""
+    return (*COLUMNS, QUANTIZE_MEMORY) if has_tools_view(results) else COLUMNS

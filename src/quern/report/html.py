@@ -20,8 +20,8 @@ from quern.checkpoint.files import write_bytes
 from quern.core.results import Results, load_results
 from quern.report.view import page_data, page_view, unbroken
 
-STYLES = ("page.css", "parts.css")
-SCRIPTS = ("common.js", "table.js", "chart.js", "layers.js", "page.js")
+STYLES = ("page.css", "parts.css", "tools.css")
+SCRIPTS = ("common.js", "table.js", "chart.js", "labels.js", "layers.js", "tools.js", "export.js", "page.js")
 
 
 def render(results: Results) -> str:

@@ -45,6 +45,8 @@ function startTheme() {
 startTabs();
 startTheme();
 startTable();
+startTools();
+startExport();
 startChart();
 const drawLayers = startLayers();
 applyFilter();

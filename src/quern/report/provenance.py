@@ -8,6 +8,7 @@ from typing import Any
 
 from quern.advisor.figures import bytes_text, seconds_text, significant
 from quern.core.results import Results, Row
+from quern.report.wording import protocol_text
 
 
 def model_name(results: Results) -> str:
@@ -88,6 +89,7 @@ def recipe_view(row: Row) -> dict[str, Any]:
     return {
         "name": row.name,
         "engine": row.engine,
+        "tool": _tool(row),
         "sha256": row.artifact_sha256,
         "json": text,
         "description": (row.recipe or {}).get("description", ""),
@@ -95,9 +97,18 @@ def recipe_view(row: Row) -> dict[str, Any]:
     }
 
 
+def _tool(row: Row) -> str:
+    """Another tool with its licence, runtime and home page; empty for quern's own rows."""
+    if row.tool is None:
+        return ""
+    facts = (row.tool.licence, f"measured in {row.tool.runtime}", row.tool.homepage)
+    return f"{row.tool.name} {row.tool.version} ({', '.join(filter(None, facts))})"
+
+
 def run_facts(results: Results) -> list[tuple[str, str]]:
     """Name and value of what identifies the run."""
     model = results.model
+    measured = [("Measured", protocol_text(results.protocol))] if results.protocol else []
     return [
         ("Model", model.path),
         ("Model SHA-256", model.sha256),
@@ -106,4 +117,5 @@ def run_facts(results: Results) -> list[tuple[str, str]]:
         ("quern", results.quern_version),
         ("Metrics version", str(results.metrics_version)),
         ("Seed", str(results.seed)),
+        *measured,
     ]

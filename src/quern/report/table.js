@@ -13,7 +13,7 @@ function applyFilter() {
   for (const row of tableRows) {
     const name = data.rows[Number(row.dataset.id)].name.toLowerCase();
     const own = row.dataset.tags.split(" ");
-    row.hidden = !(name.includes(wanted) && tags.every((tag) => own.includes(tag)));
+    row.hidden = !(name.includes(wanted) && tags.every((tag) => own.includes(tag)) && fitsToolFilters(data.rows[Number(row.dataset.id)]));
   }
   const shown = visibleIds().size;
   byId("count").textContent = `${shown} of ${tableRows.length} shown`;

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from quern.advisor.figures import bytes_text, percent_text, significant
 from quern.advisor.recommend import pareto_front, recommend
+from quern.advisor.scoring import WEIGHTS
 from quern.core.results import LayerError, Recommendation, Results, Row, Scenario, unquantized_row
-from quern.report.columns import COLUMNS, Column
+from quern.report.columns import COLUMNS, Column, columns_of
 from quern.report.provenance import flatten, machine_line, model_line, model_name, recipe_view, run_facts
+from quern.report.tools import has_tools_view, tool_rows, tools_view
 
 SCENARIO_TEXTS: dict[Scenario, tuple[str, str]] = {
     "storage": ("Storage", "Many copies, little memory"),
@@ -22,8 +24,8 @@ _DEPTH = re.compile(r"^(?:.*?\.)??(\d{1,6})\.(.+)$")
 
 def page_view(results: Results) -> dict[str, Any]:
     """Everything the template needs."""
-    front = pareto_front(results.rows)
-    columns = [column for column in COLUMNS if any(column.value(row) is not None for row in results.rows)]
+    front, columns = pareto_front(results.rows), _filled(results)
+    made = tool_rows(results) if has_tools_view(results) else [None] * len(results.rows)
     chosen = next((row for row in results.rows if row.name == results.recommendation.choice), None)
     return {
         "title": model_name(results),
@@ -32,15 +34,16 @@ def page_view(results: Results) -> dict[str, Any]:
         "verdict": verdict(chosen, results),
         "tiles": _tiles(chosen, results.rows) if chosen else [],
         "scenario": results.recommendation.scenario,
-        "panels": [_panel(results, scenario) for scenario in get_args(Scenario)],
+        "panels": _panels(results),
         "columns": columns,
-        "unmeasured": [column.label.lower() for column in COLUMNS if column not in columns],
+        "unmeasured": [column.label.lower() for column in columns_of(results) if column not in columns],
         "noise_floor": _noise_floor(results.rows),
         "rows": [
-            _table_row(place, row, columns, results, on_front=row.name in front)
+            _table_row(place, row, columns, results, on_front=row.name in front) | {"made": made[place]}
             for place, row in enumerate(results.rows)
         ],
         "chips": _chips(results.rows),
+        "tools": tools_view(results),
         "has_layers": any(row.layers for row in results.rows),
         "recipes": [recipe_view(row) for row in results.rows],
         "facts": run_facts(results),
@@ -53,8 +56,8 @@ def page_view(results: Results) -> dict[str, Any]:
 
 def page_data(results: Results) -> dict[str, Any]:
     """What the page's own script draws from: plain numbers and their written form."""
-    front = pareto_front(results.rows)
-    columns = [column for column in COLUMNS if any(column.value(row) is not None for row in results.rows)]
+    front, columns, tools = pareto_front(results.rows), _filled(results), tools_view(results)
+    made = tool_rows(results) if tools else [{}] * len(results.rows)
     return {
         "columns": [
             {"key": c.key, "label": c.label, "unit": c.unit, "better": c.better, "kind": c.kind} for c in columns
@@ -66,15 +69,22 @@ def page_data(results: Results) -> dict[str, Any]:
                 "choice": row.name == results.recommendation.choice,
                 "front": row.name in front,
                 "reference": row.recipe is None,
-                "values": {c.key: c.value(row) for c in columns},
+                "values": {c.key: c.value(row) for c in columns} | ({"place": made[place]["rank"]} if tools else {}),
                 "texts": {c.key: _with_unit(c, row) for c in columns},
                 "ranges": {c.key: limits for c in columns if (limits := c.range(row)) is not None},
+                **made[place],
             }
             for place, row in enumerate(results.rows)
         ],
         "noise_floor": _noise_floor(results.rows),
+        "file_name": tools["file_name"] if tools else "",
         "layers": [layer_grid(row.name, row.layers) for row in results.rows if row.layers],
     }
+
+
+def _filled(results: Results) -> list[Column]:
+    """The columns of which a row has a value."""
+    return [column for column in columns_of(results) if any(column.value(row) is not None for row in results.rows)]
 
 
 def verdict(chosen: Row | None, results: Results) -> tuple[str, str, str]:
@@ -115,13 +125,19 @@ def _tiles(chosen: Row, rows: Sequence[Row]) -> list[dict[str, str]]:
     return tiles
 
 
+def _panels(results: Results) -> list[dict[str, Any]]:
+    """One for each scenario that brings its own weights, and one for a mix if that is what was recommended for."""
+    stored = results.recommendation.scenario
+    return [_panel(results, scenario) for scenario in (*WEIGHTS, *([stored] if stored not in WEIGHTS else []))]
+
+
 def _panel(results: Results, scenario: Scenario) -> dict[str, Any]:
     stored = results.recommendation
     outcome: Recommendation = stored if scenario == stored.scenario else recommend(results, scenario)
     scores = [entry.score for entry in outcome.ranking]
     low, high = min([0.0, *scores]), max([0.0, *scores])
     span = high - low or 1.0
-    label, purpose = SCENARIO_TEXTS[scenario]
+    label, purpose = SCENARIO_TEXTS.get(scenario) or ("Mix", _mix_text(outcome))
     return {
         "key": scenario,
         "label": label,
@@ -140,6 +156,11 @@ def _panel(results: Results, scenario: Scenario) -> dict[str, Any]:
         ],
         "excluded": [{"name": entry.name, "reason": entry.reason} for entry in outcome.excluded],
     }
+
+
+def _mix_text(outcome: Recommendation) -> str:
+    shares = (outcome.weights or {}).items()
+    return ", ".join(f"{name} {percent_text(share)}" for name, share in shares).capitalize() or "As weighed"
 
 
 def _table_row(place: int, row: Row, columns: Sequence[Column], results: Results, *, on_front: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quern.cli.options import optional_size, parse_size, repeat_options
+from quern.cli.options import names, optional_size, parse_size, parse_weights, repeat_options
 from quern.core.errors import UserError
 
 
@@ -36,6 +36,26 @@ def test_what_is_no_size_is_refused_with_the_option_and_an_example(text):
 def test_an_option_that_was_not_given():
     assert optional_size(None, "--memory") is None
     assert optional_size("1K", "--memory") == 1024
+
+
+def test_weights():
+    assert parse_weights("size=1,speed=2,loss=0.5") == {"size": 1, "speed": 2, "loss": 0.5}
+    assert parse_weights(" size = 1 ") == {"size": 1}
+    assert parse_weights(None) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "size", "size=", "size=x", "size=nan", "size=inf", "size=1,size=2", "size=1,,loss=1"]
+)
+def test_what_are_no_weights_is_refused_with_the_option_and_an_example(text):
+    with pytest.raises(UserError, match=r"--weights .*size=1,speed=2,loss=1"):
+        parse_weights(text)
+
+
+def test_names_between_commas():
+    assert names(" MIT, Apache-2.0,") == ("MIT", "Apache-2.0")
+    assert names("") == ()
+    assert names(None) is None
 
 
 def test_several_files_after_one_option(tmp_path, monkeypatch):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sample_results import sample_results
+from sample_results import sample_results, sample_tool_results, sample_tool_rows
 
 from quern.cli import render
+from quern.cli.comparison import Comparison
 from quern.core.recipe import Recipe
 from quern.core.results import Excluded, LayerError, Ranked, Recommendation, Row
 from quern.pipeline.inspect import Inspection, TensorRow
@@ -87,6 +88,54 @@ def test_the_table_fits_and_names_stay_whole(width):
     assert all(sum(line.split()[:1] == [row.name] for line in lines) == 1 for row in sample_results().rows)
     assert any("to 0.0" in line for line in lines if line.startswith(" ")) is (width == 120)
     assert "KL noise floor: 0.00038 nats a token" in lines
+
+
+def cells_of(text: str, name: str) -> list[str]:
+    return next(line.split() for line in text.splitlines() if line.split()[:1] == [name])
+
+
+def test_a_table_of_several_tools_names_tool_version_and_place():
+    lines = shown(render.results(sample_tool_results())).splitlines()
+    for row in sample_tool_rows():
+        place = next(i for i, line in enumerate(lines) if line.split()[:1] == [row.name])
+        if row.tool is not None:
+            assert lines[place + 1].strip() == f"{row.tool.name} {row.tool.version}"
+    text = "\n".join(lines)
+    assert cells_of(text, "balanced")[-1] == "C"
+    assert cells_of(text, "llama.cpp-q4_k_m")[-1] == "dominated"
+    assert cells_of(text, "openvino-int4-g64")[-1] == "-"
+    assert (
+        "  llama.cpp-q4_k_m: dominated by balanced: 3.99 MB against 4.69 MB; decodes 418 against 340 tokens/s" in text
+    )
+    assert "  compact: A: 2.81 MB, 80.2 % smaller than bf16" in text
+    assert "KL at most 0.0224" in text
+
+
+def test_failures_and_foreign_load_are_told():
+    text = shown(render.results(sample_tool_results()))
+    assert "Not made: torchao-int4-g64 (torchao), while quantizing: ImportError: requires mslk" in text
+    assert "Not made: llm-compressor (llm-compressor), while installing it: pip found no matching version" in text
+    assert "* timed under foreign load: gptqmodel-int3-g64 (0.62 processors kept busy by other programs)" in text
+    assert "85.0*" in cells_of(text, "gptqmodel-int3-g64")
+    assert text.count("*") == 3, "the mark of two speeds and its explanation"
+    assert "*" not in shown(render.results(sample_results()))
+
+
+def test_a_quick_run_says_what_it_is():
+    assert "intervals are about 2 times as wide" in shown(render.results(sample_tool_results(quick=True)))
+    usual = shown(render.results(sample_tool_results()))
+    assert "Scored 4,096 tokens; timed a prompt of 512 tokens and 64 more, 3 rounds, 2 threads." in usual
+    assert "quick" not in usual
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_table_of_several_tools_fits_and_keeps_what_counts(width):
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(Comparison(sample_tool_results()))
+    text = capture.get()
+    assert max(map(len, text.splitlines())) <= width
+    assert {"3.99", "4.50", "0.0284", "418.0"} <= set(cells_of(text, "balanced"))
 
 
 def test_row():

@@ -19,10 +19,23 @@ SURFACE = {
     },
     "compare": {
         *("MODEL", "--output", "-o", "--recipes", "--calibration", "--text", "--choice", "--tokens", "--scenario"),
-        *("--memory", "--threads", "--engine", "--seed", "--fresh", "--json"),
+        *(
+            "--memory",
+            "--threads",
+            "--engine",
+            "--seed",
+            "--fresh",
+            "--json",
+            "--peers",
+            "--quick",
+            "--peer-time-limit",
+        ),
     },
     "report": {"RESULTS.json", "--output", "-o", "--json"},
-    "recommend": {"RESULTS.json", "--scenario", "--max-size", "--max-loss", "--min-speed", "--json"},
+    "recommend": {
+        *("RESULTS.json", "--scenario", "--weights", "--max-size", "--max-memory", "--max-loss", "--min-agreement"),
+        *("--min-speed", "--for", "--licence", "--json"),
+    },
     "inspect": {"PATH", "--json"},
     "generate": {
         *("PATH", "--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
@@ -35,6 +48,7 @@ SURFACE = {
     "probe": {"--json"},
     "recipes": {"--json"},
 }
+PEERS = {"list": {"--json"}, "install": {"NAME..."}, "remove": {"NAME..."}, "doctor": {"--json"}}
 BEFORE_THE_VERB = {"--debug", "--version"}
 NAMES = [function.__name__ for function in VERBS]
 
@@ -49,7 +63,10 @@ def parameters(command):
 
 def test_verbs_and_their_options():
     group = get_command(app)
-    assert {name: parameters(command) for name, command in group.commands.items()} == SURFACE
+    verbs = dict(group.commands)
+    peers = verbs.pop("peers")
+    assert {name: parameters(command) for name, command in verbs.items()} == SURFACE
+    assert {name: parameters(command) for name, command in peers.commands.items()} == PEERS
     assert parameters(group) == BEFORE_THE_VERB
 
 

@@ -39,7 +39,9 @@ def test_commands_exist_with_their_options(page):
     ]
     assert {words[1] for words in shown} == set(commands)
     for words in shown:
-        options = {option for parameter in commands[words[1]].params for option in parameter.opts}
+        command = commands[words[1]]
+        command = command.commands[words[2]] if hasattr(command, "commands") else command
+        options = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("-")} <= options
 
 

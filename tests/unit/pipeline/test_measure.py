@@ -16,13 +16,15 @@ from quern.core.errors import BadFileError, UserError
 from quern.core.results import Row
 from quern.evaluation.choice import Choice, ChoiceSet
 from quern.evaluation.texts import Text, load_windows
-from quern.pipeline import evaluate as module
-from quern.pipeline.evaluate import evaluate, measure_all
+from quern.pipeline import measure as module
+from quern.pipeline.evaluate import evaluate
 from quern.pipeline.inputs import HELD_OUT, Settings, prepare_inputs
-from quern.pipeline.rows import Contender, Machine, artifact_bytes, contender_of, original_of
-from quern.pipeline.worker_process import WorkerError
+from quern.pipeline.measure import measure_all
+from quern.pipeline.rows import Contender, Machine, contender_of, original_of
+from quern.pipeline.stored import artifact_bytes
+from quern.pipeline.worker_process import Launch, WorkerError
 
-FAKE = (sys.executable, fake_model.__file__)
+FAKE = Launch(command=(sys.executable, fake_model.__file__))
 TEXTS = [Text.of("t", ["the quick brown fox jumps over", "the lazy dog and runs away", "0123456789 abc"])]
 CHOICES = [ChoiceSet("c", tuple(Choice("q", (a + b, b + a), 0) for a in "abcdef" for b in "uvwxyz"), "hash")]
 SETTINGS = Settings(tokens=60, window=16, threads=1, seed=5, speed_rounds=2, prompt_tokens=12, decode_tokens=4)
@@ -50,12 +52,12 @@ def prepare(models, folder, settings=SETTINGS, **options):
 
 
 def contender(models, name, **options):
-    return Contender(name=name, path=models / name, engine="fake", **options)
+    return Contender(name=name, path=models / name, engine="fake", launch=FAKE, **options)
 
 
 def measure(models, inputs, *contenders, reference=True, settings=SETTINGS, **options):
     original = contender(models, "original") if reference else None
-    return measure_all(contenders, original, inputs, settings=settings, hardware=HARDWARE, command=FAKE, **options)
+    return measure_all(contenders, original, inputs, settings=settings, hardware=HARDWARE, **options).rows
 
 
 class Counter:
@@ -196,12 +198,12 @@ class TestRows:
         assert again[1].decode_tokens_per_s is again[1].speed_spread is again[1].decode_limit_fraction is None
 
     def test_one_at_a_time_gives_the_same(self, models, run, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "_fit_in_memory", lambda *_: False)
+        monkeypatch.setattr(module, "fits_in_memory", lambda _: False)
         inputs = prepare(models, tmp_path)
         rows = measure(models, inputs, contender(models, "close"), contender(models, "far"))
         for row, before in zip(rows, run[0], strict=True):
             assert (row.kl_mean, row.kl_ci95, row.perplexity) == (before.kl_mean, before.kl_ci95, before.perplexity)
-            assert "do not fit in memory" in row.notes[0]
+            assert "does not fit in memory" in row.notes[0]
 
 
 class TestTroubles:
@@ -244,7 +246,7 @@ class TestTroubles:
         config = json.loads((small / "config.json").read_text())
         (small / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
         with pytest.raises(UserError, match=r"small has a vocabulary of 20 tokens, its reference one of 40"):
-            measure(models, prepare(models, tmp_path), Contender(name="small", path=small, engine="fake"))
+            measure(models, prepare(models, tmp_path), Contender(name="small", path=small, engine="fake", launch=FAKE))
 
     def test_an_artifact_of_another_checkpoint_gets_a_note(self, models, tmp_path):
         inputs, settings = prepare(models, tmp_path), Settings(**{**vars(SETTINGS), "speed_rounds": 0})

@@ -19,13 +19,13 @@ from quern.evaluation.accuracy import DocumentScore, score_windows
 from quern.evaluation.reference_cache import ReferenceKey, ReferenceLogits
 from quern.evaluation.speed import SpeedRound
 from quern.evaluation.texts import Text, cut_windows, save_windows
-from quern.pipeline.worker_process import COMMAND, Worker, WorkerError
+from quern.pipeline.worker_process import COMMAND, Launch, Worker, WorkerError
 
 FAKE = (sys.executable, fake_model.__file__)
 
 
 def start(command=FAKE, **options):
-    return Worker("contender", command, **options)
+    return Worker("contender", Launch(command=command, **options))
 
 
 def script(code):

@@ -1,0 +1,45 @@
+"""Where a row can be deployed, and under which licence the tool that made it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from quern.core.results import Row, Target
+
+QUERN_LICENCE = "Apache-2.0"
+
+_UNQUANTIZED: tuple[Target, ...] = ("transformers", "vllm", "quern")
+"""What loads a Hugging Face checkpoint without a conversion."""
+_BY_FORMAT: dict[str, tuple[Target, ...]] = {
+    # transformers loads it through the plug-in that `import quern` registers.
+    "quern": ("quern", "transformers"),
+    "compressed-tensors": ("vllm", "transformers", "quern"),
+}
+
+
+def targets_of(row: Row) -> tuple[str, ...]:
+    """The runtimes that load the row's artifact: as its tool declares, or by quern's own formats."""
+    if row.tool is not None:
+        return tuple(row.tool.targets)
+    if row.recipe is None:
+        return _UNQUANTIZED
+    return _BY_FORMAT.get(row.recipe.get("format", "quern"), ("quern",))
+
+
+def licence_of(row: Row) -> str | None:
+    """SPDX identifier of the tool's licence; None for the unquantized model, which no tool made."""
+    if row.tool is not None:
+        return row.tool.licence
+    return None if row.recipe is None else QUERN_LICENCE
+
+
+def maker_of(row: Row, quern_version: str) -> tuple[str, str] | None:
+    """Name and version of the tool that made the row; None for the unquantized model."""
+    if row.tool is not None:
+        return row.tool.name, row.tool.version
+    return None if row.recipe is None else ("quern", quern_version)
+
+
+def has_other_tools(rows: Iterable[Row]) -> bool:
+    """Whether a tool other than quern made one of the rows."""
+    return any(row.tool is not None for row in rows)

@@ -1,0 +1,86 @@
+"""The figures of a row as cells of a table on the terminal, and tables of plain texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from quern.advisor.figures import bytes_text, percent_text, seconds_text
+from quern.core.results import Row
+
+NOT_MEASURED = "-"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the comparison."""
+
+    heading: str
+    """Broken at spaces on a terminal."""
+    cell: Callable[[Row], str]
+    dispensable: int = 0
+    """Where the terminal is too narrow, columns are left out, that with the greatest number first; never one with 0."""
+
+
+def size(count: float | None) -> str:
+    """Bytes in the unit that suits them."""
+    return NOT_MEASURED if count is None else bytes_text(count)
+
+
+def percent(fraction: float | None) -> str:
+    """A share of 1."""
+    return NOT_MEASURED if fraction is None else percent_text(fraction)
+
+
+def duration(seconds: float | None) -> str:
+    """A time in the unit that suits it."""
+    return NOT_MEASURED if seconds is None else seconds_text(seconds)
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """A figure, or the sign for what was not measured."""
+    return NOT_MEASURED if value is None else format(value, form)
+
+
+def interval(limits: tuple[float, float] | None, form: str) -> str:
+    """Lower and upper end."""
+    return NOT_MEASURED if limits is None else f"{limits[0]:{form}} to {limits[1]:{form}}"
+
+
+COLUMNS = (
+    Column("name", lambda row: row.name),
+    Column("size", lambda row: size(row.bytes)),
+    Column("smaller by", lambda row: percent(row.compression), dispensable=1),
+    Column("bits/ weight", lambda row: number(row.bits_per_weight, ".2f")),
+    Column("KL diver- gence", lambda row: number(row.kl_mean, ".4f")),
+    Column("95 % interval", lambda row: interval(row.kl_ci95, ".4f"), dispensable=7),
+    Column("per- plexity", lambda row: number(row.perplexity, ".2f"), dispensable=3),
+    Column("top-1", lambda row: percent(row.top1_agreement)),
+    Column("choice", lambda row: percent(row.choice_accuracy), dispensable=2),
+    Column("prefill tok/s", lambda row: number(row.prefill_tokens_per_s, ".0f"), dispensable=4),
+    Column("decode tok/s", lambda row: number(row.decode_tokens_per_s, ".1f")),
+    Column("peak RAM", lambda row: size(row.peak_rss_bytes), dispensable=5),
+)
+
+
+def heading(column: Column) -> str:
+    """The heading on one line."""
+    return column.heading.replace("- ", "").replace("/ ", "/")
+
+
+def add(table: Table, *texts: str | Text, style: str | None = None) -> None:
+    """A row of plain texts; strings as such would be read as markup."""
+    table.add_row(*(Text(text) if isinstance(text, str) else text for text in texts), style=style)
+
+
+def table(headings: Sequence[str], right: Iterable[int] = (), gap: int = 2) -> Table:
+    """An empty table; the columns at the places ``right`` are aligned to the right, ``gap`` characters between all."""
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False)
+    to_the_right = set(right)
+    for index, heading in enumerate(headings):
+        made.add_column(heading, justify="right" if index in to_the_right else "left", overflow="fold")
+    return made

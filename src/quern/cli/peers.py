@@ -1,0 +1,101 @@
+"""``quern peers``: the other tools that ``quern compare`` can run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quern.cli import options
+from quern.cli.outcome import say, show, verb, working
+from quern.core.errors import UserError
+
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Tools, or all.", show_default=False)]
+
+
+@verb("quern peers list")
+def list_peers(json: options.Json = False) -> None:
+    """The tools, their variants, and what is installed."""
+    from quern.cli import render_peers
+    from quern.pipeline.peers import catalogue
+
+    show(catalogue(), json, render_peers.peers)
+
+
+@verb("quern peers install hqq llama.cpp")
+def install(names: Names) -> None:
+    """Make the environment of each tool in quern's cache folder; one that is there already stays as it is.
+
+    Exit code 1 if one of them could not be installed.
+    """
+    from quern.peers.environment import Environment, PeerError
+
+    failed = []
+    with working() as progress:
+        for name in _known(names):
+            try:
+                installed = Environment.of(name).install(progress)
+                progress.log(f"{name} {installed.version} is installed")
+            except PeerError as error:
+                failed.append(str(error))
+    for message in failed:
+        say(message, stderr=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@verb("quern peers remove hqq")
+def remove(names: Names) -> None:
+    """Delete the environments of these tools."""
+    from quern.peers.environment import Environment
+
+    for name in _known(names):
+        say(f"{name}: removed" if Environment.of(name).remove() else f"{name}: was not installed")
+
+
+@verb("quern peers doctor")
+def doctor(json: options.Json = False) -> None:
+    """Start each installed tool and compare its version with what quern was written for.
+
+    Exit code 1 if one of them does not start.
+    """
+    from quern.cli import render_peers
+    from quern.peers.base import PEERS
+    from quern.pipeline.peers import examine
+
+    with working() as progress, tempfile.TemporaryDirectory(prefix="quern-doctor-") as scratch:
+        task = progress.task("starting tools", len(PEERS.names()))
+        found = []
+        for name in PEERS.names():
+            found.append(examine(name, Path(scratch)))
+            task.advance()
+        task.done()
+    show(found, json, render_peers.health)
+    if any(health.healthy is False for health in found):
+        raise typer.Exit(1)
+
+
+def _known(names: list[str]) -> list[str]:
+    """The tools meant. Raises ``UserError`` for an unknown one before anything is done."""
+    from quern.peers.base import ALL, PEERS
+
+    if ALL in names:
+        if len(names) > 1:
+            raise UserError(f"{ALL} means every tool; give it alone, or names")
+        return PEERS.names()
+    for name in names:
+        PEERS.get(name)
+    return names
+
+
+app = typer.Typer(
+    name="peers",
+    no_args_is_help=True,
+    help="Other quantization tools that `quern compare --peers` runs beside quern, each in an environment of its own.",
+)
+VERBS: dict[str, Callable[..., Any]] = {"list": list_peers, "install": install, "remove": remove, "doctor": doctor}
+for _name, _verb in VERBS.items():
+    app.command(_name, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]

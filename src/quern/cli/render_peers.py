@@ -1,0 +1,53 @@
+"""What a person sees of the other tools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from quern.pipeline.peers import Health
+
+
+def peers(tools: Sequence[dict[str, Any]]) -> RenderableType:
+    """A line for each tool; variants that its name alone asks for are bold."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in ("Name", "Installed", "Written for", "Licence", "Measured in", "Loads in", "Variants"):
+        table.add_column(heading, overflow="fold")
+    for tool in tools:
+        variants = Text(", ").join(
+            Text(variant["name"], style="bold" if variant["default"] else "dim") for variant in tool["variants"]
+        )
+        table.add_row(
+            Text(tool["name"], style="bold"),
+            Text(tool["installed"] or "no", style="green" if tool["installed"] else "dim"),
+            tool["written_for"],
+            tool["licence"],
+            tool["runtime"],
+            ", ".join(tool["targets"]),
+            variants,
+        )
+    return Group(
+        table, Text("\nInstall one with `quern peers install NAME`; `quern compare --peers NAME` does it too.")
+    )
+
+
+def health(found: Sequence[Health]) -> RenderableType:
+    """A line for each tool: whether it starts, or what is wrong."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in ("Name", "Installed", "Written for", "State"):
+        table.add_column(heading, overflow="fold")
+    for one in found:
+        if one.healthy is None:
+            state = Text("not installed", style="dim")
+        elif one.healthy:
+            state = Text("starts", style="green")
+        else:
+            state = Text(one.problem or "does not start", style="red")
+        table.add_row(Text(one.name, style="bold"), one.installed or "-", one.written_for, state)
+    return table

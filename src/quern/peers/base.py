@@ -1,0 +1,155 @@
+"""What every adapter of another quantization tool declares and does.
+
+An adapter is one file. quern imports it to know what the tool can do; a process in the tool's own environment
+(``quern.peers.worker``) imports the same file and calls ``quantize`` and ``load``. So the top of an adapter imports nothing
+but the standard library, numpy and quern's core; the tool is imported inside the methods.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quern.core.engine import LoadedModel
+from quern.core.errors import UserError
+from quern.core.registry import Registry
+from quern.core.results import Target
+
+TORCH = "torch==2.13.0"
+"""Installed first in every environment; later requests that it satisfies leave it alone."""
+COMMON = ("numpy", "pydantic>=2.10", "psutil>=6.0", "transformers>=5.0", "accelerate>=1.2", "safetensors>=0.5")
+"""What measuring needs in every environment, beside torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way of using a tool, which makes one row."""
+
+    name: str
+    """Within the tool, such as ``int4-g64``; the row is called ``<peer>-<name>``."""
+    bits: float
+    """Nominal bits of a weight's code, without scales; the row counts the real ones."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the adapter hands to the tool, in the tool's own words; plain JSON values."""
+    calibrated: bool = False
+    """Whether the calibration text is used."""
+    default: bool = True
+    """Whether naming the tool alone asks for this variant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What an adapter is given to quantize."""
+
+    model: Path
+    """A Hugging Face folder of an unquantized checkpoint."""
+    output: Path
+    """An empty folder; whatever lies there afterwards is the artifact, and its size is counted."""
+    variant: Variant
+    sequences: NDArray[np.int64]
+    """Calibration token ids ``(sequences, time)``, the same ones for every tool and for quern's own recipes."""
+    text: Path
+    """The same sequences as UTF-8 text, for tools that tokenize themselves."""
+    threads: int
+    seed: int
+
+
+class Peer(ABC):
+    """An adapter. The class attributes are its declaration."""
+
+    tool: ClassVar[str]
+    """The tool's name as its makers write it."""
+    package: ClassVar[str]
+    """The distribution whose version is the tool's version."""
+    versions: ClassVar[str]
+    """Versions that the adapter is written for (PEP 440 specifier)."""
+    requirements: ClassVar[tuple[str, ...]]
+    """What ``quern peers install`` asks pip for, exact versions, after torch and ``COMMON``."""
+    no_build_isolation: ClassVar[bool] = False
+    """Whether its source distribution must be built against the torch that is installed."""
+    licence: ClassVar[str]
+    """SPDX identifier of the tool's licence."""
+    homepage: ClassVar[str]
+    runtime: ClassVar[str]
+    """In which runtime its artifacts are measured here."""
+    targets: ClassVar[tuple[Target, ...]]
+    """Runtimes that load its artifacts."""
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    variants: ClassVar[tuple[Variant, ...]]
+    environment: ClassVar[Mapping[str, str]] = {}
+    """Environment variables that the tool needs to work here."""
+
+    def build(self, prefix: Path, run: Callable[[Sequence[str]], None]) -> None:  # noqa: B027 - few tools need it
+        """Steps after pip, such as compiling; ``prefix`` is the environment's folder, ``run`` raises for a command that
+        fails."""
+
+    @abstractmethod
+    def quantize(self, job: Job) -> Sequence[str]:
+        """Quantize and save the tool's own artifact into ``job.output``; notes for the row.
+
+        Runs in the tool's environment. Any exception becomes the reason of a failed row.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, threads: int) -> LoadedModel:
+        """The artifact in the tool's own best runtime. Runs in the tool's environment."""
+
+    def variant(self, name: str) -> Variant:
+        """The variant called ``name``. Raises ``UserError``."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        known = ", ".join(variant.name for variant in self.variants)
+        raise UserError(f"{self.tool} has no variant {name!r}; known: {known}")
+
+
+PEERS: Registry[type[Peer]] = Registry("peer", "quern.peers.adapters")
+"""Adapters by the name that ``--peers`` takes."""
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tool and one of its variants."""
+
+    peer: str
+    variant: Variant
+
+    @property
+    def row(self) -> str:
+        """The name of its row."""
+        return f"{self.peer}-{self.variant.name}"
+
+    def recipe(self) -> dict[str, Any]:
+        """What stands in ``results.json`` where quern's rows have their recipe."""
+        return {"peer": self.peer, **asdict(self.variant)}
+
+
+def choices_of(wanted: Sequence[str]) -> list[Choice]:
+    """``hqq`` means the tool's default variants, ``hqq:int4-g64`` one of them, ``all`` every tool's default ones.
+
+    Raises ``UserError`` for an unknown tool or variant, and for one named twice.
+    """
+    found: list[Choice] = []
+    for word in wanted:
+        name, _, variant = word.partition(":")
+        for peer in PEERS.names() if word == ALL else [name]:
+            adapter = PEERS.get(peer)()
+            picked = [adapter.variant(variant)] if variant else [v for v in adapter.variants if v.default]
+            found += [Choice(peer, one) for one in picked]
+    rows = [choice.row for choice in found]
+    if repeated := sorted({row for row in rows if rows.count(row) > 1}):
+        raise UserError(f"--peers names {', '.join(repeated)} twice; name each once")
+    return found
+
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+"""Names of peers and variants: they become names of rows and folders."""

@@ -1,0 +1,217 @@
+"""The environments that other tools live in: one virtual environment for each, made once, recorded, never shared.
+
+A folder per tool in the cache folder: ``venv/``, ``constraints.txt`` (torch's exact version), ``install.log``, and
+``installed.json``, which is written last: an environment without it is unfinished and is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from quern.core.errors import QuernError
+from quern.core.progress import Progress
+from quern.peers.base import COMMON, PEERS, TORCH, Peer
+
+if sys.platform != "win32":
+    import fcntl
+
+INSTALL_LIMIT_S = 3600.0
+"""Most seconds that one command of an installation may take."""
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+"""Where torch without CUDA comes from; elsewhere pip finds it with gigabytes that a machine without a GPU never uses."""
+BOOT = Path(__file__).parent / "boot.py"
+_TAIL = 1500
+_FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", "PIP_TARGET", "PIP_PREFIX", "PIP_USER")
+
+
+class PeerError(QuernError):
+    """Another tool could not be installed or run; the message becomes the reason of its row."""
+
+
+def cache_folder() -> Path:
+    """``quern/peers`` in the user's cache folder (XDG base directory specification)."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "quern" / "peers"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What ``installed.json`` says."""
+
+    peer: str
+    version: str
+    requirements: list[str]
+    python: str
+    created: str
+    """UTC, ISO 8601."""
+    versions: dict[str, str]
+    """Of every distribution in the environment."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The environment of one peer; it may not exist yet."""
+
+    name: str
+    folder: Path
+
+    @classmethod
+    def of(cls, name: str, cache: Path | None = None) -> Environment:
+        """The environment of the peer called ``name``. Raises ``UserError`` for an unknown one."""
+        PEERS.get(name)
+        return cls(name, (cache or cache_folder()) / name)
+
+    @property
+    def peer(self) -> Peer:
+        """Its adapter."""
+        return PEERS.get(self.name)()
+
+    @property
+    def prefix(self) -> Path:
+        """The virtual environment."""
+        return self.folder / "venv"
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.prefix / "bin" / "python"
+
+    @property
+    def command(self) -> list[str]:
+        """Starts the adapter's process."""
+        return [str(self.python), "-P", "-s", str(BOOT), self.name]
+
+    def variables(self) -> dict[str, str]:
+        """Environment variables of the adapter's process: no trace of quern's own environment, no downloads."""
+        kept = {key: value for key, value in os.environ.items() if key not in _FOREIGN}
+        path = f"{self.prefix / 'bin'}{os.pathsep}{kept.get('PATH', '')}"
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return {**kept, "PATH": path, **offline, **self.peer.environment}
+
+    def installed(self) -> Installed | None:
+        """What is installed, or None."""
+        try:
+            return Installed(**json.loads((self.folder / "installed.json").read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def warning(self) -> str | None:
+        """What is wrong with the installed version: None if it is one that the adapter is written for."""
+        installed = self.installed()
+        if installed is None:
+            return None
+        try:
+            fits = Version(installed.version) in SpecifierSet(self.peer.versions, prereleases=True)
+        except InvalidVersion:
+            fits = False
+        if fits:
+            return None
+        return f"{self.peer.tool} {installed.version} is installed; the adapter is written for {self.peer.versions}"
+
+    def install(self, progress: Progress) -> Installed:
+        """Make the environment anew, if it is not there and complete. Raises ``PeerError``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder.parent / f".{self.name}.lock"):
+            if (found := self.installed()) is not None:
+                return found
+            progress.log(f"installing {self.peer.tool} into {self.folder}")
+            shutil.rmtree(self.prefix, ignore_errors=True)
+            (self.folder / "install.log").unlink(missing_ok=True)
+            (self.folder / "constraints.txt").write_text(TORCH + "\n", "utf-8")
+            self._run([sys.executable, "-m", "venv", str(self.prefix)])
+            for command in self._pip_commands():
+                self._run(command)
+            self.peer.build(self.prefix, self._run)
+            return self._record()
+
+    def remove(self) -> bool:
+        """Delete the environment; False if there was none."""
+        there = self.folder.exists()
+        (self.folder / "installed.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return there
+
+    def _pip_commands(self) -> list[list[str]]:
+        peer = self.peer
+        install = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+        constrained = [*install, "--constraint", str(self.folder / "constraints.txt")]
+        index = [] if shutil.which("nvidia-smi") else ["--extra-index-url", CPU_WHEELS, "--retries", "1"]
+        commands = [[*install, *index, TORCH, "setuptools", "wheel", "numpy"], [*constrained, *COMMON]]
+        if peer.requirements:
+            isolation = ["--no-build-isolation"] if peer.no_build_isolation else []
+            commands.append([*constrained, *isolation, *peer.requirements])
+        return commands
+
+    def _run(self, command: Sequence[str]) -> None:
+        """Run one command with its output in ``install.log``. Raises ``PeerError`` if it fails or takes too long."""
+        log = self.folder / "install.log"
+        with log.open("ab") as output:
+            output.write(f"$ {' '.join(command)}\n".encode())
+            output.flush()
+            try:
+                done = subprocess.run(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=INSTALL_LIMIT_S,
+                    env=self.variables(),
+                    cwd=self.folder,
+                    check=False,
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise PeerError(f"{self.peer.tool} could not be installed: {error}") from None
+        if done.returncode:
+            tail = log.read_bytes()[-_TAIL:].decode("utf-8", "replace").strip()
+            raise PeerError(f"{self.peer.tool} could not be installed; {log} ends with:\n{tail}")
+
+    def _record(self) -> Installed:
+        listed = subprocess.run(
+            [str(self.python), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"],
+            capture_output=True,
+            text=True,
+            env=self.variables(),
+            check=True,
+        )
+        versions = {entry["name"]: entry["version"] for entry in json.loads(listed.stdout)}
+        found = Installed(
+            peer=self.name,
+            version=_version_of(self.peer, versions),
+            requirements=[TORCH, *COMMON, *self.peer.requirements],
+            python=".".join(map(str, sys.version_info[:3])),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=versions,
+        )
+        temporary = self.folder / "installed.json.tmp"
+        temporary.write_text(json.dumps(asdict(found), indent=2) + "\n", "utf-8")
+        os.replace(temporary, self.folder / "installed.json")
+        return found
+
+
+def _version_of(peer: Peer, versions: Mapping[str, str]) -> str:
+    wanted = peer.package.lower().replace("_", "-")
+    for name, version in versions.items():
+        if name.lower().replace("_", "-") == wanted:
+            return version
+    raise PeerError(f"{peer.tool} was installed, but its distribution {peer.package} is not there")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two processes never make one environment at once."""
+    with path.open("w") as handle:
+        if sys.platform != "win32":
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

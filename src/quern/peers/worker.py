@@ -1,0 +1,75 @@
+"""The process of one adapter, in its tool's environment; ``boot.py`` starts it.
+
+One line of JSON on stdin is a request, one line on stdout its answer; ``quern.evaluation.server`` describes them. Beside
+measuring, it answers:
+
+- ``quantize``: ``model``, ``output`` (folders), ``variant`` (object), ``sequences`` (file of token ids, .npy), ``text``
+  (file), ``threads``, ``seed`` -> ``seconds``, ``peak_rss_bytes``, ``notes``
+- ``versions`` -> ``version`` of the tool and ``versions`` of everything that is installed beside it
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quern.core.engine import LoadedModel
+from quern.core.parallel import available_threads
+from quern.evaluation.memory import peak_rss_bytes
+from quern.evaluation.server import Answer, serve
+from quern.peers.base import PEERS, Job, Peer, Variant
+
+
+def main(name: str) -> None:
+    """Answer requests for the peer called ``name``."""
+    peer = PEERS.get(name)()
+    more = {
+        "quantize": lambda **request: _quantize(peer, **request),
+        "versions": lambda: _versions(peer),
+    }
+    serve(lambda path, *, threads: _load(peer, path, threads), more)
+
+
+def _load(peer: Peer, path: str, threads: int | None) -> LoadedModel:
+    import torch
+
+    threads = threads or available_threads()
+    torch.set_num_threads(threads)
+    return peer.load(Path(path), threads)
+
+
+def _quantize(
+    peer: Peer, model: str, output: str, variant: dict[str, Any], sequences: str, text: str, threads: int, seed: int
+) -> Answer:
+    import torch
+
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # the tools draw from it
+    torch.set_num_threads(threads)
+    job = Job(
+        model=Path(model),
+        output=Path(output),
+        variant=Variant(**variant),
+        sequences=np.load(sequences, allow_pickle=False),
+        text=Path(text),
+        threads=threads,
+        seed=seed,
+    )
+    start = time.perf_counter()
+    notes = peer.quantize(job)
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "notes": list(notes),
+    }
+
+
+def _versions(peer: Peer) -> Answer:
+    installed = {
+        distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()
+    }
+    return {"version": importlib.metadata.version(peer.package), "versions": dict(sorted(installed.items()))}

@@ -1,0 +1,69 @@
+"""The artifacts of a comparison: quern's own are made here, other tools' in ``peers.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.files import read_json, write_json
+from quern.core.progress import Progress
+from quern.core.recipe import Recipe
+from quern.engines.base import engine_for
+from quern.pipeline.quantize import quantize
+from quern.pipeline.rows import Contender
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What the making of all artifacts of one comparison shares."""
+
+    checkpoint: Checkpoint
+    model_sha256: str
+    folder: Path
+    """Of the comparison; artifacts go into ``artifacts/``."""
+    calibration: Sequence[str | Path]
+    memory: int | None
+    threads: int | None
+    seed: int
+    fresh: bool
+    progress: Progress
+
+
+def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
+    """Quantize by one recipe, or find that it was done; how long it took is kept beside the artifact."""
+    making.progress.log(f"quantizing by {recipe.name}")
+    artifact = making.folder / "artifacts" / recipe.name
+    timing = artifact.with_name(f"{recipe.name}.json")
+    report = quantize(
+        making.checkpoint.path,
+        artifact,
+        recipe=recipe,
+        calibration=making.calibration,
+        memory=making.memory,
+        seed=making.seed,
+        fresh=making.fresh,
+        threads=making.threads,
+        progress=making.progress,
+    )
+    made = open_checkpoint(artifact)
+    sha256 = made.sha256()
+    if report.seconds is not None and not report.resumed:
+        record = {
+            "artifact_sha256": sha256,
+            "quantize_seconds": report.seconds,
+            "peak_rss_bytes": report.peak_rss_bytes,
+        }
+        write_json(timing, record)
+    known = read_json(timing) if timing.is_file() else {}
+    known = known if known.get("artifact_sha256") == sha256 else {}
+    return Contender(
+        name=recipe.name,
+        path=artifact,
+        recipe=recipe.to_json(),
+        quantize_seconds=known.get("quantize_seconds"),
+        layers=tuple(report.layers),
+        engine=engine_for(made, engine),
+        sha256=sha256,
+    )

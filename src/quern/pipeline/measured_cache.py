@@ -1,0 +1,75 @@
+"""What was measured, kept beside the artifacts, so that an interrupted comparison does not measure it again.
+
+A file for each contender under a hash of everything that its figures depend on: the artifact's bytes, what runs it, how
+much is measured on which text, the machine, and quern's own compiled code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+import quern
+from quern import _native
+from quern.checkpoint.files import write_bytes
+from quern.core.results import METRICS_VERSION
+from quern.pipeline.inputs import Inputs, Settings
+from quern.pipeline.making import Making
+from quern.pipeline.rows import Contender, Measured
+
+_ADAPTER = TypeAdapter(Measured)
+
+
+class MeasuredCache:
+    """Reads and writes files below a comparison's folder; reads none if everything is to be made anew."""
+
+    def __init__(self, making: Making, inputs: Inputs, settings: Settings, hardware: Mapping[str, Any]) -> None:
+        self._folder = making.folder / "cache" / "measured"
+        self._making, self._inputs, self._settings = making, inputs, settings
+        self._machine = [hardware["cpu_model"], hardware["usable_cores"], hardware["gpus"]]
+
+    def load(self, contender: Contender, sha256: str) -> Measured | None:
+        """What was measured of it before, or None."""
+        if self._making.fresh:
+            return None
+        try:
+            return _ADAPTER.validate_json(self._path(contender, sha256).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def save(self, contender: Contender, sha256: str, measured: Measured) -> None:
+        """Keep it."""
+        write_bytes(self._path(contender, sha256), _ADAPTER.dump_json(measured, indent=2))
+
+    def _path(self, contender: Contender, sha256: str) -> Path:
+        depends = {
+            **self._common,
+            "artifact": sha256,
+            "engine": contender.engine,
+            "tool": None if contender.tool is None else contender.tool.model_dump(),
+            "timed": contender.timed,
+        }
+        name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
+        return self._folder / f"{contender.name.replace('/', '-')}-{name}.json"
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        options = self._inputs.options
+        return {
+            "quern": [quern.__version__, METRICS_VERSION, _sha256(Path(str(_native.__file__)))],
+            "settings": vars(self._settings),
+            "windows": self._inputs.windows_sha256,
+            "options": None if options is None else _sha256(options),
+            "reference": self._making.model_sha256,
+            "machine": self._machine,
+        }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,255 @@
+"""Other tools' rows: install the tool, have it quantize the model, and hand its artifact to the measuring.
+
+Whatever goes wrong in another tool is the reason of a failed row and stops nothing else. Two tools never run at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from quern.architectures.base import architecture_of
+from quern.checkpoint.files import read_json, write_bytes, write_json
+from quern.checkpoint.tokenizer import load_tokenizer
+from quern.core.errors import QuernError, UserError
+from quern.core.parallel import available_threads
+from quern.core.recipe import Calibration
+from quern.core.results import Failure, Tool
+from quern.peers.base import PEERS, Choice
+from quern.peers.environment import Environment, Installed
+from quern.pipeline.calibration_text import calibration_documents, calibration_sequences
+from quern.pipeline.making import Making
+from quern.pipeline.rows import Contender
+from quern.pipeline.stored import stored_folder
+from quern.pipeline.worker_process import Launch, Worker
+
+TIME_LIMIT_S = 3600.0
+"""Most seconds that a tool may take for one artifact."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """How other tools are run in one comparison."""
+
+    scratch: Path
+    """A folder that they may litter."""
+    time_limit_s: float
+    environments: Path | None = None
+    """Where their environments are; None: the user's cache folder."""
+
+
+class _StageError(QuernError):
+    """An error with the stage at which it happened."""
+
+    def __init__(self, stage: Literal["install", "quantize"], error: QuernError) -> None:
+        super().__init__(str(error))
+        self.stage = stage
+
+
+def make_all(making: Making, tools: Tools, choices: Sequence[Choice]) -> tuple[list[Contender], list[Failure]]:
+    """The contenders that other tools made, and the rows that they failed to make."""
+    contenders: list[Contender] = []
+    failures: list[Failure] = []
+    if choices and making.checkpoint.path.is_file():
+        raise UserError(f"other tools quantize folders of safetensors; {making.checkpoint.path} is a file")
+    for choice in choices:
+        try:
+            contenders.append(_make(making, tools, choice))
+        except _StageError as error:
+            tool = Environment.of(choice.peer, tools.environments).peer.tool
+            making.progress.log(f"{choice.row} failed to {error.stage}: {str(error).splitlines()[0]}")
+            failures.append(Failure(name=choice.row, tool=tool, stage=error.stage, reason=str(error)))
+    return contenders, failures
+
+
+@contextmanager
+def _at(stage: Literal["install", "quantize"]) -> Iterator[None]:
+    try:
+        yield
+    except QuernError as error:
+        raise _StageError(stage, error) from None
+
+
+def _make(making: Making, tools: Tools, choice: Choice) -> Contender:
+    environment = Environment.of(choice.peer, tools.environments)
+    with _at("install"):
+        installed = environment.install(making.progress)
+    launch = launch_of(environment, tools.scratch, making.memory, tools.time_limit_s)
+    with _at("quantize"):
+        record = _quantized(making, choice, installed, launch)
+    warning = environment.warning()
+    peer = environment.peer
+    return Contender(
+        name=choice.row,
+        path=making.folder / "artifacts" / choice.row,
+        recipe=choice.recipe(),
+        tool=Tool(
+            name=peer.tool,
+            version=installed.version,
+            licence=peer.licence,
+            runtime=peer.runtime,
+            targets=list(peer.targets),
+            homepage=peer.homepage,
+        ),
+        launch=launch,
+        engine=choice.peer,
+        sha256=record["artifact_sha256"],
+        original_sha256=making.model_sha256,
+        quantize_seconds=record["quantize_seconds"],
+        quantize_peak_rss_bytes=record["quantize_peak_rss_bytes"],
+        notes=(*([warning] if warning else []), *record["notes"]),
+    )
+
+
+def launch_of(environment: Environment, scratch: Path, memory: int | None, silence_s: float) -> Launch:
+    """How a tool's process is started."""
+    return Launch(
+        command=environment.command,
+        environment=environment.variables(),
+        folder=scratch,
+        silence_s=silence_s,
+        memory=memory,
+    )
+
+
+def _quantized(making: Making, choice: Choice, installed: Installed, launch: Launch) -> dict[str, Any]:
+    """The record beside the artifact; quantizes if there is none that fits."""
+    artifact = making.folder / "artifacts" / choice.row
+    record_path = artifact.with_name(f"{choice.row}.json")
+    sequences, text, sha256 = _calibration(making)
+    fingerprint = {
+        "model_sha256": making.model_sha256,
+        "settings": choice.recipe(),
+        "tool": installed.version,
+        "calibration_sha256": sha256 if choice.variant.calibrated else None,
+        "seed": making.seed,
+    }
+    known = read_json(record_path) if record_path.is_file() and not making.fresh else {}
+    if known.get("fingerprint") == fingerprint and artifact.is_dir():
+        return known
+    making.progress.log(f"quantizing by {choice.row}")
+    unfinished = artifact.with_name(f".{choice.row}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    request = {
+        "do": "quantize",
+        "model": str(Path(making.checkpoint.path).resolve()),
+        "output": str(unfinished.resolve()),
+        "variant": asdict(choice.variant),
+        "sequences": str(sequences.resolve()),
+        "text": str(text.resolve()),
+        "threads": making.threads or available_threads(),
+        "seed": making.seed,
+    }
+    try:
+        with Worker(choice.row, launch) as worker:
+            answer = worker.ask(request, limit_s=launch.silence_s)
+        stored = stored_folder(unfinished)
+        shutil.rmtree(artifact, ignore_errors=True)
+        os.replace(unfinished, artifact)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    record = {
+        "fingerprint": fingerprint,
+        "artifact_sha256": stored.sha256,
+        "quantize_seconds": float(answer["seconds"]),
+        "quantize_peak_rss_bytes": int(answer["peak_rss_bytes"]),
+        "notes": [str(note) for note in answer["notes"]],
+    }
+    write_json(record_path, record)
+    return record
+
+
+def _calibration(making: Making) -> tuple[Path, Path, str]:
+    """The token ids and the text that every calibrated tool gets, as files, and the hash of the ids.
+
+    They are those that quern's own recipes calibrate on with their default settings.
+    """
+    folder = making.folder / "cache"
+    config = architecture_of(making.checkpoint.config).config
+    tokenizer = load_tokenizer(making.checkpoint.path)
+    tokens = calibration_sequences(
+        calibration_documents(making.calibration),
+        tokenizer,
+        Calibration(),
+        config.max_position_embeddings,
+        config.vocab_size,
+        making.seed,
+    ).numpy()
+    digest = hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
+    sequences, text = folder / f"calibration-{digest[:16]}.npy", folder / f"calibration-{digest[:16]}.txt"
+    if not (sequences.is_file() and text.is_file()):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(text, "\n\n".join(tokenizer.decode(row) for row in tokens.tolist()).encode())
+        temporary = sequences.with_suffix(".tmp.npy")
+        np.save(temporary, tokens, allow_pickle=False)
+        os.replace(temporary, sequences)
+    return sequences, text, digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What ``quern peers doctor`` found about one tool."""
+
+    name: str
+    tool: str
+    installed: str | None
+    """Version, or None."""
+    written_for: str
+    healthy: bool | None
+    """None where it is not installed."""
+    problem: str | None
+
+
+def examine(name: str, scratch: Path, environments: Path | None = None) -> Health:
+    """Whether the tool's environment starts and has the version that the adapter is written for."""
+    environment = Environment.of(name, environments)
+    installed = environment.installed()
+    peer = environment.peer
+    facts: dict[str, Any] = {"name": name, "tool": peer.tool, "written_for": peer.versions}
+    if installed is None:
+        return Health(**facts, installed=None, healthy=None, problem=None)
+    problem = environment.warning()
+    try:
+        with Worker(name, launch_of(environment, scratch, None, 300.0)) as worker:
+            worker.ask({"do": "versions"}, limit_s=300.0)
+    except QuernError as error:
+        problem = str(error)
+    return Health(**facts, installed=installed.version, healthy=problem is None, problem=problem)
+
+
+def catalogue(environments: Path | None = None) -> list[dict[str, Any]]:
+    """Every known tool: ``name``, ``tool``, ``installed`` (version or None), ``written_for``, ``licence``, ``runtime``,
+    ``targets``, ``devices``, ``homepage``, ``folder`` and ``variants`` (``name``, ``bits``, ``calibrated``, ``default``).
+    """
+    found = []
+    for name in PEERS.names():
+        environment = Environment.of(name, environments)
+        peer, installed = environment.peer, environment.installed()
+        found.append(
+            {
+                "name": name,
+                "tool": peer.tool,
+                "installed": None if installed is None else installed.version,
+                "written_for": peer.versions,
+                "licence": peer.licence,
+                "runtime": peer.runtime,
+                "targets": list(peer.targets),
+                "devices": list(peer.devices),
+                "homepage": peer.homepage,
+                "folder": str(environment.folder),
+                "variants": [
+                    {key: value for key, value in asdict(variant).items() if key != "settings"}
+                    for variant in peer.variants
+                ],
+            }
+        )
+    return found

@@ -1,0 +1,70 @@
+"""Sentences about a comparison that the terminal, the page and the documentation share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quern.advisor.deployment import maker_of
+from quern.advisor.figures import significant
+from quern.advisor.placement import SMALL, SMALL_LOSS, small_loss_limit
+from quern.core.results import FOREIGN_LIMIT, Protocol, Results, Row
+
+STAGES: dict[str, str] = {
+    "install": "installing it",
+    "quantize": "quantizing",
+    "load": "loading the artifact",
+    "measure": "measuring",
+}
+"""Where a row failed, in words."""
+
+
+def tool_text(row: Row, quern_version: str) -> str:
+    """Name and version of the tool that made the row; empty for the unquantized model."""
+    return " ".join(maker_of(row, quern_version) or ())
+
+
+def scale_text(rows: Sequence[Row]) -> str:
+    """What the places mean, with the limit that holds for these rows."""
+    limit = small_loss_limit(rows)
+    small = f"KL at most {significant(limit)}" if limit is not None else "not known here, for want of a perplexity"
+    return (
+        f"A: over {round(100 * SMALL)} % smaller than bf16. B: fastest at small loss ({small}, {round(100 * SMALL_LOSS)} % "
+        "of the unquantized model's cross entropy or the noise floor). C: on the Pareto front of size, decode speed and "
+        "KL, between the two. Dominated: another row is no worse in all three and better in one."
+    )
+
+
+def protocol_text(protocol: Protocol) -> str:
+    """How much was measured and, of a quick run, what that does to the intervals."""
+    text = (
+        f"Scored {protocol.tokens:,} tokens; timed a prompt of {protocol.prompt_tokens} tokens and "
+        f"{protocol.decode_tokens} more, {protocol.speed_rounds} rounds, {protocol.threads} "
+        f"thread{'' if protocol.threads == 1 else 's'}."
+    )
+    return f"{text} {quick_text(protocol)}" if protocol.quick else text
+
+
+def quick_text(protocol: Protocol) -> str:
+    """How much less a quick run can tell."""
+    return (
+        f"This was a quick run: its intervals are about {significant(protocol.interval_factor, 2)} times as wide as those "
+        "of the usual number of tokens."
+    )
+
+
+def under_foreign_load(row: Row) -> bool:
+    """Whether other programs disturbed the timing of the row."""
+    return row.foreign_load is not None and row.foreign_load > FOREIGN_LIMIT
+
+
+def load_text(row: Row) -> str:
+    """By how much they did."""
+    return f"{significant(row.foreign_load or 0.0, 2)} processors kept busy by other programs"
+
+
+def failures_text(results: Results) -> list[str]:
+    """One line for each row that could not be made."""
+    return [
+        f"{failure.name} ({failure.tool}), while {STAGES[failure.stage]}: {failure.reason}"
+        for failure in results.failures
+    ]

@@ -1,0 +1,66 @@
+"""``quern recommend`` hands every limit on, and refuses what is none with exit code 2."""
+
+import json
+
+import pytest
+from sample_results import sample_tool_results
+from typer.testing import CliRunner
+
+from quern.advisor.recommend import recommend
+from quern.cli.main import app
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    file = tmp_path_factory.mktemp("results") / "results.json"
+    file.write_text(sample_tool_results().model_dump_json(), "utf-8")
+    return str(file)
+
+
+def asked(results, *options, code=0):
+    ended = CliRunner().invoke(app, ["recommend", results, *options, "--json"])
+    assert ended.exit_code == code, ended.output
+    return json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (["--max-memory", "428MB"], {"max_memory": 428_000_000}),
+        (["--max-size", "5MB"], {"max_size": 5_000_000}),
+        (["--min-agreement", "0.97"], {"min_agreement": 0.97}),
+        (["--for", "llama.cpp"], {"target": "llama.cpp"}),
+        (["--licence", "MIT, BSD-3-Clause"], {"licences": ("MIT", "BSD-3-Clause")}),
+        (["--max-loss", "0.01", "--min-speed", "300"], {"max_loss": 0.01, "min_speed": 300.0}),
+    ],
+)
+def test_limits_arrive(results, options, arguments):
+    expected = recommend(sample_tool_results(), "balanced", **arguments)
+    assert asked(results, "--scenario", "balanced", *options) == expected.model_dump(mode="json")
+
+
+def test_weights_arrive(results):
+    found = asked(results, "--scenario", "mix", "--weights", "size=1,speed=2,loss=1")
+    assert found["weights"] == {"size": 0.25, "speed": 0.5, "loss": 0.25}
+
+
+def test_nothing_fits(results):
+    assert asked(results, "--scenario", "speed", "--for", "openvino", "--licence", "MIT", code=1)["choice"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--scenario", "mix"], "needs weights"),
+        (["--scenario", "speed", "--weights", "size=1"], "brings its own weights"),
+        (["--scenario", "mix", "--weights", "size"], "--weights"),
+        (["--scenario", "speed", "--for", "excel"], "llama.cpp"),
+        (["--scenario", "speed", "--min-agreement", "97"], "--min-agreement"),
+        (["--scenario", "speed", "--max-memory", "much"], "--max-memory"),
+        (["--scenario", "speed", "--licence", ","], "SPDX"),
+    ],
+)
+def test_what_is_no_limit_is_refused(results, options, said):
+    ended = CliRunner().invoke(app, ["recommend", results, *options], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert ended.exit_code == 2
+    assert said in ended.stderr
