@@ -39,6 +39,6 @@ def test_the_bundled_model_splits_text_like_qwen2():
 
 
 @pytest.mark.parametrize("amx", [True, False])
-def test_amx_is_left_out_only_where_the_processor_has_it(monkeypatch, amx):
+def test_dead_store_elimination_is_off_only_where_amx_is_compiled(monkeypatch, amx):
     monkeypatch.setattr(llama_cpp, "_has_amx", lambda: amx)
-    assert any("amx" in option for option in llama_cpp._options()) == amx
+    assert any("-fno-dse" in option for option in llama_cpp._options()) == amx

@@ -36,7 +36,8 @@ class GptqModel(Peer):
     def quantize(self, job: Job) -> Sequence[str]:
         from gptqmodel import GPTQModel, QuantizeConfig
 
-        config = QuantizeConfig(**job.variant.settings)
+        # Without a place of its own it fills the system's temporary folder and leaves it full.
+        config = QuantizeConfig(**job.variant.settings, offload_to_disk_path="offloaded")
         model = GPTQModel.load(str(job.model), config, device="cpu")
         rows = job.sequences.tolist()
         model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=1)

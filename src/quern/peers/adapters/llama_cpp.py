@@ -27,7 +27,9 @@ TOOLS = ("llama-quantize", "llama-imatrix", "llama-bench")
 CONVERTER = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 BLOCK = 256
 """Weights of a block of the K and I types; a row that is no multiple of it takes a type with smaller blocks."""
-WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+KEEP_STORES = "-fno-tree-dse -fno-dse"
+"""GCC 12's ``_tile_loadconfig`` is declared as reading 8 of its 64 bytes, so that the stores of the others are dropped as
+dead, and llama.cpp's AMX kernels end with SIGILL. Without that optimization they work."""
 CHUNK = 512
 """Tokens of a chunk of the importance matrix: llama-imatrix's default."""
 _TAIL = 800
@@ -101,10 +103,7 @@ class LlamaCpp(Peer):
         file = job.output / FILE
         _run([_tool("llama-quantize"), *matrix, str(source), str(file), wanted["type"], threads])
         shutil.rmtree(work)
-        notes += _stored(file, wanted["type"])
-        if _has_amx():
-            notes.append("compiled without llama.cpp's AMX kernels, which end with SIGILL on some virtual machines")
-        return notes
+        return notes + _stored(file, wanted["type"])
 
     def load(self, folder: Path, threads: int) -> LoadedModel:
         from quern.peers.llama_library import LlamaModel
@@ -128,7 +127,7 @@ def _options() -> list[str]:
         "LLAMA_OPENSSL": "OFF",
     }
     if _has_amx():
-        options |= {"CMAKE_C_FLAGS": WITHOUT_AMX, "CMAKE_CXX_FLAGS": WITHOUT_AMX}
+        options["CMAKE_CXX_FLAGS"] = KEEP_STORES
     return [f"-D{name}={value}" for name, value in options.items()]
 
 

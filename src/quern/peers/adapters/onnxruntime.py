@@ -13,6 +13,7 @@ from quern.core.engine import LoadedModel
 from quern.peers.base import PEERS, Job, Peer, Variant
 
 FILE = "model.onnx"
+_PLAIN = "unquantized Gather"
 _TAIL = 800
 
 
@@ -26,29 +27,32 @@ def _variant(
 
 _SHARED = {"op_types_to_quantize": "MatMul/Gather", "shared_embeddings": "true"}
 """The embedding packed like the head, and one table for both where they are tied: else the embedding stays in float32."""
-_RTN = {"algo_config": "rtn", **_SHARED}
+_RTN = {"algo_config": "rtn", "is_symmetric": "false", **_SHARED}
 _K_QUANT = {"algo_config": "k_quant", "matmul_mixed_precision": "last_matmul:int8", **_SHARED}
 """Scales searched with llama.cpp's rule for its K types; the head in 8 bits."""
+_MIXED = {**_K_QUANT, "matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"}
+"""Those layers in 8 bits too that llama.cpp gives more bits."""
 
 
 @PEERS.add("onnxruntime")
 class OnnxRuntime(Peer):
-    """Linears, head and embedding in MatMulNBits' blocks; everything else in float32."""
+    """Linears and head in MatMulNBits' blocks, the embedding too in 4-bit models; everything else in float32."""
 
     tool = "ONNX Runtime"
     package = "onnxruntime"
     versions = ">=1.31,<2"
-    requirements = ("onnxruntime==1.31.1", "onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnx-ir")
+    requirements = ("onnxruntime==1.31.1", "onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnx-ir==1.1.0")
     licence = "MIT"
     homepage = "https://github.com/microsoft/onnxruntime"
     runtime = "onnxruntime CPU provider"
     targets = ("onnxruntime",)
     variants = (
         _variant("int8-b32", "int8", 32, _RTN, default=True),
+        _variant("int4-kquant-mixed-b32", "int4", 32, _MIXED, default=True),
         _variant("int4-kquant-b32", "int4", 32, _K_QUANT, default=True),
         _variant("int4-kquant-b64", "int4", 64, _K_QUANT),
         _variant("int4-rtn-b32", "int4", 32, _RTN),
-        _variant("int4-rtn-b64", "int4", 64, _RTN, default=True),
+        _variant("int4-rtn-b64", "int4", 64, _RTN),
     )
 
     def quantize(self, job: Job) -> Sequence[str]:
@@ -60,7 +64,11 @@ class OnnxRuntime(Peer):
         options = [f"{name}={value}" for name, value in settings.items()]
         module = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         _run([*module, *where, "-p", precision, "-e", "cpu", "--extra_options", *options])
-        return [f"matrices are {_count(job.output / FILE)}"]
+        counted = _count(job.output / FILE)
+        notes = ["matrices are " + ", ".join(f"{number} {kind}" for kind, number in counted.most_common())]
+        if counted[_PLAIN]:
+            notes.append("the model builder packs an embedding in 4-bit models only; here it stays in float32")
+        return notes
 
     def load(self, folder: Path, threads: int) -> LoadedModel:
         from quern.peers.onnx_model import OnnxModel
@@ -79,7 +87,7 @@ def _run(command: Sequence[str]) -> None:
         raise RuntimeError(f"the model builder ended with {done.returncode}: {said}")
 
 
-def _count(file: Path) -> str:
+def _count(file: Path) -> Counter[str]:
     """How many matrices the graph has, by operator and bits."""
     import onnx
 
@@ -88,8 +96,8 @@ def _count(file: Path) -> str:
     counted: Counter[str] = Counter()
     for node in graph.node:
         bits = next((attribute.i for attribute in node.attribute if attribute.name == "bits"), None)
-        if bits is not None and "Attention" not in node.op_type:
+        if bits is not None:
             counted[f"{node.op_type} {bits} bit"] += 1
         elif node.op_type in ("MatMul", "Gather") and stored & set(node.input):
             counted[f"unquantized {node.op_type}"] += 1
-    return ", ".join(f"{number} {kind}" for kind, number in counted.most_common())
+    return counted

@@ -1,0 +1,98 @@
+"""All tools and quern's recipes side by side on one model; the run behind docs/tools.md.
+
+    python benchmarks/tools.py MODEL --calibration FILE --text FILE [--choice FILE] -o DIR [--seed 0] [--rows hqq,...]
+    python benchmarks/tools.py --ranks RESULTS1.json RESULTS2.json
+
+The first form is `quern compare --peers all` with the recipes below; an interrupted run goes on when it is started again. It
+copies its results.json to results/tools_<model>_<date>.json (with another seed than 0: ..._seed<N>_...). The second form
+prints Spearman's rank correlation of the KL of the rows that two runs share, for instance with two seeds of calibration
+text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shutil
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+import quern
+from quern.cli.progress import RichProgress
+from quern.core.results import load_results
+
+HERE = Path(__file__).parent
+RECIPES = (
+    *("compact", "balanced", "fast", "rtn4"),
+    *("trellis2", "trellis3", "gptq4-g64", "gptq5-g64", "hadamard-gptq4-g64", "nearest8-g32"),
+)
+TOKENS = 8192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--ranks", nargs=2, metavar="RESULTS.json")
+    parser.add_argument("--calibration", nargs="*", default=[])
+    parser.add_argument("--text", nargs="*", default=[])
+    parser.add_argument("--choice", nargs="*", default=[])
+    parser.add_argument("--peers", default="all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--speed-rounds", type=int, default=3)
+    parser.add_argument("-o", "--output", default="build/tools")
+    options = parser.parse_args()
+    if options.ranks:
+        print(ranks(*options.ranks))
+        return
+    if options.model is None:
+        parser.error("name a MODEL, or two results after --ranks")
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    ours = {path.stem: str(path) for path in (HERE / "recipes").glob("*.yaml")}
+    with RichProgress(Console(stderr=True)) as progress:
+        results = quern.compare(
+            options.model,
+            options.output,
+            recipes=[ours.get(name, name) for name in RECIPES],
+            peers=[name for name in options.peers.split(",") if name],
+            calibration=options.calibration,
+            texts=options.text,
+            choices=options.choice,
+            tokens=TOKENS,
+            seed=options.seed,
+            speed_rounds=options.speed_rounds,
+            progress=progress,
+        )
+    for row in sorted(results.rows, key=lambda row: row.bytes):
+        print(
+            f"{row.name:30} {row.bytes / 1e6:7.1f} MB  {row.bits_per_weight:5.2f} bits  KL {row.kl_mean or np.nan:.4f}  "
+            f"decode {row.decode_tokens_per_s or np.nan:7.1f}  prefill {row.prefill_tokens_per_s or np.nan:7.1f}  "
+            f"made in {row.quantize_seconds or 0:5.0f} s"
+        )
+    for failure in results.failures:
+        print(f"{failure.name}: {failure.stage} failed: {failure.reason.splitlines()[0]}")
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    seed = f"_seed{options.seed}" if options.seed else ""
+    target = HERE / "results" / f"tools_{Path(options.model).name}{seed}_{date}.json"
+    shutil.copyfile(Path(options.output, "results.json"), target)
+    print(target)
+
+
+def ranks(first: str, second: str) -> str:
+    """Spearman's correlation: Pearson's of the ranks, ties at their mean rank."""
+    one, two = ({row.name: row.kl_mean for row in load_results(path).rows if row.recipe} for path in (first, second))
+    names = [name for name in one if one[name] is not None and two.get(name) is not None]
+    places = [_mean_ranks(np.array([found[name] for name in names], dtype=float)) for found in (one, two)]
+    return f"rank correlation {np.corrcoef(*places)[0, 1]:.3f} over {len(names)} rows"
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    return np.array([(values < value).sum() + ((values == value).sum() - 1) / 2 for value in values])
+
+
+if __name__ == "__main__":
+    main()
