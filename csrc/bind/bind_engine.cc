@@ -23,16 +23,17 @@ struct LinearArrays {
   std::shared_ptr<Matrix> matrix;
   std::optional<Floats> bias;
   std::optional<Bytes> signs;
+  bool fine;
 
-  LinearArrays(std::shared_ptr<Matrix> m, std::optional<Floats> b, std::optional<Bytes> s)
-      : matrix(std::move(m)), bias(std::move(b)), signs(std::move(s)) {
+  LinearArrays(std::shared_ptr<Matrix> m, std::optional<Floats> b, std::optional<Bytes> s, bool f)
+      : matrix(std::move(m)), bias(std::move(b)), signs(std::move(s)), fine(f) {
     const Weight& w = matrix->weight();
     require(!bias || static_cast<int64_t>(bias->size()) == w.rows, "a bias has one number a row");
     require(!signs || static_cast<int64_t>(signs->size()) == (w.columns + 7) / 8, "signs have one bit a column");
   }
 
   Linear view() const {
-    return {matrix->weight(), bias ? bias->data() : nullptr, signs ? signs->data() : nullptr};
+    return {matrix->weight(), bias ? bias->data() : nullptr, signs ? signs->data() : nullptr, fine};
   }
 };
 
@@ -195,8 +196,8 @@ void bind_engine(nb::module_& module) {
            "window"_a = 0, "tables"_a = 1, "lag"_a = 0)
       .def_prop_ro("bytes", &Matrix::bytes);
   nb::class_<LinearArrays>(module, "Linear")
-      .def(nb::init<std::shared_ptr<Matrix>, std::optional<Floats>, std::optional<Bytes>>(), "matrix"_a,
-           "bias"_a = nb::none(), "signs"_a = nb::none());
+      .def(nb::init<std::shared_ptr<Matrix>, std::optional<Floats>, std::optional<Bytes>, bool>(), "matrix"_a,
+           "bias"_a = nb::none(), "signs"_a = nb::none(), "fine"_a = false);
   nb::class_<BlockArrays>(module, "Block")
       .def("__init__",
            [](BlockArrays* self, Floats input_norm, Floats output_norm, std::optional<Floats> query_norm,

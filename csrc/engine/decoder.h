@@ -26,6 +26,7 @@ struct Linear {
   Weight weight;
   const float* bias = nullptr;
   const uint8_t* signs = nullptr;
+  bool fine = false;  // inputs as two int8 numbers each: the ordinary one, and what it left over
 };
 
 struct DecoderBlock {
@@ -62,6 +63,7 @@ class Decoder {
   void attention(const DecoderBlock& block, int32_t layer, const std::vector<Row>& rows);
   void project(const float* inputs, const std::vector<const Linear*>& linears, const std::vector<float*>& outputs,
                int32_t tokens);
+  void multiply_fine(std::vector<Product>& products);
   void normalize(const float* weight, const std::vector<float>& from, int32_t tokens, std::vector<float>& to);
   void extend_tables(int32_t positions);
   void rotate_heads(float* states, int32_t heads, int32_t position, float scale) const;
@@ -76,6 +78,7 @@ class Decoder {
   // Rotation by position: (positions / BLOCK, head_dim / 2, BLOCK), as attention reads them for int8 keys.
   std::vector<float> cosines_, sines_;
   Activations activations_;
+  std::vector<float> both_, sums_;  // inputs and what their int8 values leave over; products of both
   std::vector<float> rotated_, normed_, queries_, keys_, values_, attended_, gate_, up_, branch_;
   std::vector<float> scratch_;
 };

@@ -32,10 +32,17 @@ class Matrix:
     def bytes(self) -> int: ...
 
 class Linear:
-    """A matrix with its bias ``(rows,)`` and the sign bits of its inputs' rotation ``(ceil(columns / 8),)``."""
+    """A matrix with its bias ``(rows,)`` and the sign bits of its inputs' rotation ``(ceil(columns / 8),)``.
+
+    ``fine``: inputs become two int8 numbers each, the ordinary one and what that leaves over.
+    """
 
     def __init__(
-        self, matrix: Matrix, bias: NDArray[np.float32] | None = None, signs: NDArray[np.uint8] | None = None
+        self,
+        matrix: Matrix,
+        bias: NDArray[np.float32] | None = None,
+        signs: NDArray[np.uint8] | None = None,
+        fine: bool = False,
     ) -> None: ...
 
 class Block:

@@ -75,7 +75,7 @@ def test_boot_finds_quern_from_where_it_lies(tmp_path):
         "print('quern.engines' in sys.modules, hasattr(sys.modules['quern'], 'compare'))"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.split("\n")[:2] == ["UserError unknown peer 'no-such-too", "False False"]
+    assert done.stdout.split("\n")[:2] == ["UserError unknown peer 'no-such-tool", "False False"]
 
 
 class Recorder:

@@ -156,14 +156,15 @@ class _Run:
             missing = False
         anchor = _anchor(everyone)
         for number, members in enumerate(groups):
-            extra = [anchor] if number and anchor is not None and anchor not in members else []
+            accompanied = self._fits([*members, anchor or members[0]], original)
+            extra = [anchor] if anchor is not None and anchor not in members and accompanied else []
             first_needs = missing and number == 0
             meanwhile = partial(self._compute_reference, reference) if first_needs else lambda: None
             measured = self._measure_group(members, extra, meanwhile)
             drift = self._drift(measured, anchor)
             for contender in members:
                 if contender.name in measured:
-                    notes = self._group_notes(members, len(left), drift)
+                    notes = _group_notes(len(members) == 1 < len(left) and not accompanied, drift)
                     found[contender.name] = self._keep(contender, measured[contender.name], notes)
         return found
 
@@ -202,16 +203,6 @@ class _Run:
         if with_reference:
             needed += 4 * original.parameters + LOADED_BYTES
         return fits_in_memory(needed)
-
-    def _group_notes(self, members: Sequence[Contender], left: int, drift: float | None) -> tuple[str, ...]:
-        notes = []
-        if len(members) == 1 < left:
-            notes.append("measured alone: it does not fit in memory together with another")
-        if drift is not None and abs(drift - 1) > DRIFT_LIMIT:
-            notes.append(
-                f"while it was timed, the unquantized model decoded at {drift:.2f} of its speed in the first group"
-            )
-        return tuple(notes)
 
     def _drift(self, measured: Mapping[str, Measured], anchor: Contender | None) -> float | None:
         """Speed of the unquantized model in this group over that in the first one."""
@@ -255,6 +246,17 @@ class _Run:
         if self.key is None:
             return {"cache": None, "key": None}
         return {"cache": str(self.inputs.folder), "key": self.key.to_json()}
+
+
+def _group_notes(alone: bool, drift: float | None) -> tuple[str, ...]:
+    notes = []
+    if alone:
+        notes.append("measured alone: it does not fit in memory together with another")
+    if drift is not None and abs(drift - 1) > DRIFT_LIMIT:
+        notes.append(
+            f"while it was timed, the unquantized model decoded at {drift:.2f} of its speed in the first group"
+        )
+    return tuple(notes)
 
 
 def _anchor(everyone: Sequence[Contender]) -> Contender | None:

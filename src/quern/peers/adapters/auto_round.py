@@ -26,7 +26,7 @@ class AutoRound(Peer):
     tool = "AutoRound"
     package = "auto-round"
     versions = ">=0.16.1,<0.17"
-    requirements = ("auto-round==0.16.1", "auto-round-lib==0.16.0")
+    requirements = ("transformers==5.23.0", "auto-round==0.16.1", "auto-round-lib==0.16.0")
     licence = "Apache-2.0"
     homepage = "https://github.com/intel/auto-round"
     runtime = "transformers with AutoRound's CPU kernels"

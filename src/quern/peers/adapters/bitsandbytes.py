@@ -17,7 +17,7 @@ class BitsAndBytes(Peer):
     tool = "bitsandbytes"
     package = "bitsandbytes"
     versions = ">=0.50,<0.51"
-    requirements = ("bitsandbytes==0.50.2",)
+    requirements = ("transformers==5.23.0", "bitsandbytes==0.50.2")
     licence = "MIT"
     homepage = "https://github.com/bitsandbytes-foundation/bitsandbytes"
     runtime = "transformers with bitsandbytes' CPU kernels"

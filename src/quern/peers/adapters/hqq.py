@@ -18,7 +18,7 @@ class Hqq(Peer):
     tool = "HQQ"
     package = "hqq"
     versions = ">=0.2.8,<0.3"
-    requirements = ("hqq==0.2.8",)
+    requirements = ("transformers==5.23.0", "hqq==0.2.8")
     licence = "Apache-2.0"
     homepage = "https://github.com/mobiusml/hqq"
     runtime = "transformers with HQQ's torch path"

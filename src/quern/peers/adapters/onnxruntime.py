@@ -28,6 +28,7 @@ def _variant(
 _SHARED = {"op_types_to_quantize": "MatMul/Gather", "shared_embeddings": "true"}
 """The embedding packed like the head, and one table for both where they are tied: else the embedding stays in float32."""
 _RTN = {"algo_config": "rtn", "is_symmetric": "false", **_SHARED}
+"""Asymmetric, which the builder's packing of zero points allows only where a row has an even number of blocks."""
 _K_QUANT = {"algo_config": "k_quant", "matmul_mixed_precision": "last_matmul:int8", **_SHARED}
 """Scales searched with llama.cpp's rule for its K types; the head in 8 bits."""
 _MIXED = {**_K_QUANT, "matmul_mixed_precision": "last_matmul:int8,mixed_layers:int8"}
@@ -50,9 +51,8 @@ class OnnxRuntime(Peer):
         _variant("int8-b32", "int8", 32, _RTN, default=True),
         _variant("int4-kquant-mixed-b32", "int4", 32, _MIXED, default=True),
         _variant("int4-kquant-b32", "int4", 32, _K_QUANT, default=True),
-        _variant("int4-kquant-b64", "int4", 64, _K_QUANT),
         _variant("int4-rtn-b32", "int4", 32, _RTN),
-        _variant("int4-rtn-b64", "int4", 64, _RTN),
+        _variant("int4-rtn-sym-b64", "int4", 64, {**_RTN, "is_symmetric": "true"}),
     )
 
     def quantize(self, job: Job) -> Sequence[str]:

@@ -21,7 +21,7 @@ class Quanto(Peer):
     tool = "optimum-quanto"
     package = "optimum-quanto"
     versions = ">=0.2.7,<0.3"
-    requirements = ("optimum-quanto==0.2.7",)
+    requirements = ("transformers==5.23.0", "optimum-quanto==0.2.7")
     licence = "Apache-2.0"
     homepage = "https://github.com/huggingface/optimum-quanto"
     runtime = "transformers with quanto's modules"

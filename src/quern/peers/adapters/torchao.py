@@ -21,7 +21,7 @@ class Torchao(Peer):
     tool = "torchao"
     package = "torchao"
     versions = ">=0.18,<0.19"
-    requirements = ("torchao==0.18.0",)
+    requirements = ("transformers==5.23.0", "torchao==0.18.0")
     licence = "BSD-3-Clause"
     homepage = "https://github.com/pytorch/ao"
     runtime = "transformers with torchao's tensors"
