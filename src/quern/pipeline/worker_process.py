@@ -32,8 +32,8 @@ COMMAND = (sys.executable, "-m", "quern.pipeline.worker")
 SILENCE_S = 1800.0
 """A worker that says nothing for so long hangs; the longest silence in honest work is one batch of a large model."""
 WAITING_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""For every worker's OpenMP. Threads that spin while they wait for each other are a little faster on an idle machine, but
-where other work takes a processor away they spin for whole time slices: decoding was up to fifty times slower."""
+"""For the OpenMP of quern's own workers. Threads that spin while they wait for each other are a little faster on an idle
+machine, but where other work takes a processor away they spin for whole time slices: decoding was up to fifty times slower."""
 _TAG = "QUERN_WORKER"
 """An environment variable that whatever a worker starts inherits; by it the last of them is found."""
 _QUIT_S = 5.0
@@ -83,11 +83,7 @@ class Worker:
             errors="replace",
             start_new_session=True,
             cwd=launch.folder,
-            env={
-                **WAITING_THREADS_SLEEP,
-                **(os.environ if launch.environment is None else launch.environment),
-                _TAG: self._tag,
-            },
+            env={**_environment(launch), _TAG: self._tag},
         )
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -238,6 +234,11 @@ class Worker:
             if pipe is not None and (pipe is self._process.stdin or not self._listener.is_alive()):
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+def _environment(launch: Launch) -> Mapping[str, str]:
+    """Another tool decides itself how its threads wait."""
+    return {**WAITING_THREADS_SLEEP, **os.environ} if launch.environment is None else launch.environment
 
 
 def _descendants(process_id: int) -> list[psutil.Process]:
