@@ -32,8 +32,8 @@ COMMAND = (sys.executable, "-m", "quern.pipeline.worker")
 SILENCE_S = 1800.0
 """A worker that says nothing for so long hangs; the longest silence in honest work is one batch of a large model."""
 WAITING_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""For the OpenMP of quern's own workers. Threads that spin while they wait for each other are a little faster on an idle
-machine, but where other work takes a processor away they spin for whole time slices: decoding was up to fifty times slower."""
+"""For the OpenMP of quern's own workers. Threads that spin while they wait are a little faster on an idle machine, but
+where other work takes a processor away they spin for whole time slices: decoding was up to fifty times slower."""
 _TAG = "QUERN_WORKER"
 """An environment variable that whatever a worker starts inherits; by it the last of them is found."""
 _QUIT_S = 5.0
