@@ -9,10 +9,6 @@ from collections.abc import Sequence
 
 import psutil
 
-from quern.core.results import FOREIGN_LIMIT
-
-__all__ = ["FOREIGN_LIMIT", "ForeignLoad"]
-
 
 class ForeignLoad:
     """Processors kept busy since it was made, by others than this process and the groups of ``leaders``.

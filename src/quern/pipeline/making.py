@@ -50,12 +50,7 @@ def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
     made = open_checkpoint(artifact)
     sha256 = made.sha256()
     if report.seconds is not None and not report.resumed:
-        record = {
-            "artifact_sha256": sha256,
-            "quantize_seconds": report.seconds,
-            "peak_rss_bytes": report.peak_rss_bytes,
-        }
-        write_json(timing, record)
+        write_json(timing, {"artifact_sha256": sha256, "quantize_seconds": report.seconds})
     known = read_json(timing) if timing.is_file() else {}
     known = known if known.get("artifact_sha256") == sha256 else {}
     return Contender(

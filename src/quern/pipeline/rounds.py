@@ -13,9 +13,9 @@ from quern.core.errors import QuernError
 from quern.core.metrics import NonFiniteError
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress
-from quern.core.results import Failure
+from quern.core.results import FOREIGN_LIMIT, Failure
 from quern.evaluation.accuracy import Accuracy, DocumentScore, summarize_scores
-from quern.evaluation.foreign_load import FOREIGN_LIMIT, ForeignLoad
+from quern.evaluation.foreign_load import ForeignLoad
 from quern.evaluation.speed import SpeedRound, summarize_rounds
 from quern.pipeline.inputs import Inputs, Settings
 from quern.pipeline.rows import Contender, Measured

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.files import sha256_into
 from quern.checkpoint.gguf_header import read_gguf_header
 from quern.checkpoint.safetensors_file import read_header
 from quern.core.errors import BadFileError
 from quern.core.progress import Progress
 
 _RAW = (".bin", ".onnx", ".data", ".onnx_data", ".pt", ".pth")
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +98,9 @@ def file_weight_bytes(path: Path) -> int:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Over names and contents of all files below ``folder``."""
+    """Over names, sizes and contents of all files below ``folder``."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0")
-        with path.open("rb") as file:
-            inner = hashlib.sha256()
-            while chunk := file.read(_CHUNK):
-                inner.update(chunk)
-        digest.update(inner.digest())
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        sha256_into(digest, path)
     return digest.hexdigest()
