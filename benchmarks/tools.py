@@ -26,7 +26,7 @@ from quern.core.results import load_results
 HERE = Path(__file__).parent
 RECIPES = (
     *("compact", "balanced", "fast", "rtn4"),
-    *("trellis2", "trellis3", "gptq4-g64", "gptq5-g64", "hadamard-gptq4-g64", "nearest8-g32"),
+    *("trellis2", "trellis3", "gptq4-g64", "gptq5-g64", "hadamard-gptq4-g64", "gptq8-channel", "gptq8-g64"),
 )
 TOKENS = 8192
 

@@ -44,7 +44,8 @@ LEGEND = """\
 Rows are in the order of their size. *Bits* are those in which weights lie on disk, everything included; KL is in nats a
 token with its 95 % interval; *agreement* is the share of tokens whose likeliest prediction is the unquantized model's;
 *prefill* and *decode* are tokens/s at batch 1; *memory* is the peak while it runs; *made in* is the time that quantizing
-took, with its peak memory. A star marks speeds that other programs disturbed.
+took, with its peak memory; *measured in* that of loading, timing and scoring. A star marks speeds that other programs
+disturbed.
 """
 
 
@@ -90,7 +91,7 @@ def _facts(results: Results, source: str) -> str:
 def _table(results: Results) -> str:
     headings = (
         *("name", "tool", "place", "size", "smaller by", "bits", "KL", "95 % interval", "perplexity", "agreement"),
-        *("choice", "prefill", "decode", "memory", "made in"),
+        *("choice", "prefill", "decode", "memory", "made in", "measured in"),
     )
     placed = zip(results.rows, placements(results.rows), strict=True)
     rows = [
@@ -102,7 +103,11 @@ def _table(results: Results) -> str:
             *(number(row.kl_mean, ".4f"), interval(row.kl_ci95, ".4f"), number(row.perplexity, ".2f")),
             *(percent(row.top1_agreement), percent(row.choice_accuracy)),
             *(_speed(row, row.prefill_tokens_per_s, ".0f"), _speed(row, row.decode_tokens_per_s, ".1f")),
-            *(size(row.peak_rss_bytes), _making(row)),
+            *(
+                size(row.peak_rss_bytes),
+                _making(row),
+                seconds_text(row.measure_seconds) if row.measure_seconds else "-",
+            ),
         )
         for row, place in sorted(placed, key=lambda pair: pair[0].bytes)
     ]

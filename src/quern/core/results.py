@@ -100,6 +100,8 @@ class Row(_Strict):
     energy_joules_per_token: float | None
     quantize_seconds: float | None
     quantize_peak_rss_bytes: int | None = None
+    measure_seconds: float | None = None
+    """Wall time of measuring it: loading, timed rounds and scoring."""
     foreign_load: float | None = None
     """Processors that other programs kept busy while this row was timed; the median over its rounds."""
     engine: str = "reference"

@@ -33,6 +33,7 @@ from quern.pipeline.measure import Measurement, measure_all
 from quern.pipeline.measured_cache import MeasuredCache
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
 from quern.pipeline.rows import Contender
+from quern.pipeline.worker_process import OURS, as_other_tools
 from quern.report.html import write_report
 
 DEFAULT_RECIPES = ("compact", "fast", "balanced", "rtn4")
@@ -137,7 +138,10 @@ def _make_and_measure(
     ours = [make_artifact(making, recipe, engine) for recipe in recipes]
     with tempfile.TemporaryDirectory(prefix="quern-peers-") as scratch:
         made, failures = make_all(making, Tools(Path(scratch), *tools), others)
-        reference = Contender(name="unquantized", path=making.checkpoint.path, sha256=making.model_sha256)
+        launch = as_other_tools() if others else OURS
+        reference = Contender(
+            name="unquantized", path=making.checkpoint.path, sha256=making.model_sha256, launch=launch
+        )
         measurement = measure_all(
             [*_unquantized(making, reference, engine), *ours, *made],
             reference,

@@ -33,8 +33,9 @@ class Making:
 
 def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
     """Quantize by one recipe, or find that it was done; how long it took is kept beside the artifact."""
-    making.progress.log(f"quantizing by {recipe.name}")
     artifact = making.folder / "artifacts" / recipe.name
+    if making.fresh or not artifact.is_dir():
+        making.progress.log(f"quantizing by {recipe.name}")
     timing = artifact.with_name(f"{recipe.name}.json")
     report = quantize(
         making.checkpoint.path,
@@ -50,7 +51,8 @@ def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
     made = open_checkpoint(artifact)
     sha256 = made.sha256()
     if report.seconds is not None and not report.resumed:
-        write_json(timing, {"artifact_sha256": sha256, "quantize_seconds": report.seconds})
+        record = {"quantize_seconds": report.seconds, "quantize_peak_rss_bytes": report.peak_rss_bytes}
+        write_json(timing, {"artifact_sha256": sha256, **record})
     known = read_json(timing) if timing.is_file() else {}
     known = known if known.get("artifact_sha256") == sha256 else {}
     return Contender(
@@ -58,6 +60,7 @@ def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
         path=artifact,
         recipe=recipe.to_json(),
         quantize_seconds=known.get("quantize_seconds"),
+        quantize_peak_rss_bytes=known.get("quantize_peak_rss_bytes"),
         layers=tuple(report.layers),
         engine=engine_for(made, engine),
         sha256=sha256,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,14 @@ def check(job: Job, cap: int | None) -> MemoryPlan:
     return needed
 
 
+def forget_peak() -> None:
+    """Start ``peak_rss`` anew at what is resident now, where the kernel can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_rss() -> int:
-    """Greatest resident memory of this process so far, in bytes."""
+    """Greatest resident memory of this process in bytes, so far or since ``forget_peak``."""
     try:
         # The kernel hands ru_maxrss down from the process that started this one; VmHWM is this program's own.
         status = Path("/proc/self/status").read_text("ascii")

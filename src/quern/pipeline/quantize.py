@@ -52,6 +52,7 @@ class QuantizeReport:
     compression: float
     """1 - bytes / bytes of the checkpoint in bf16."""
     peak_rss_bytes: int
+    """Of this process while it quantized, with all that it held before."""
     layers: list[LayerError]
     resumed: bool
     notes: list[str]
@@ -90,6 +91,7 @@ def quantize(
         finish_removal(folder, output)
         return report
     started = time.perf_counter()
+    memory_plan.forget_peak()
     sequences = _sequences(checkpoint, architecture, chosen, documents, seed)
     with WorkFolder.open(folder, fingerprint, fresh) as work, deterministic_workers(threads) as workers:
         resumed = work.done("started") is not None

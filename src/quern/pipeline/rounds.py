@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -40,6 +42,8 @@ class Loaded:
     """Whether its accuracy is measured too."""
     bytes_per_token: int = 0
     peak_rss_bytes: int = 0
+    seconds: float = 0.0
+    """That its process has worked, or was waited for."""
     rounds: list[SpeedRound] = field(default_factory=list)
     foreign: list[float] = field(default_factory=list)
     accuracy: Accuracy | None = None
@@ -59,8 +63,18 @@ class Loaded:
             accuracy=self.accuracy,
             correct=self.correct,
             foreign_load=load,
+            seconds=self.seconds,
             notes=(*self.notes, *marked),
         )
+
+    @contextmanager
+    def stopwatch(self) -> Iterator[None]:
+        """Adds the time of its body to ``seconds``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 @dataclass
@@ -114,7 +128,8 @@ class Group:
     def attempt(self, member: Loaded, stage: Any, work: Callable[[], Any]) -> Any:
         """What ``work`` returns; None where another tool failed at it, which then is out. quern's own failures raise."""
         try:
-            return work()
+            with member.stopwatch():
+                return work()
         except QuernError as error:
             tool = member.contender.tool
             if tool is None:
@@ -192,9 +207,14 @@ def score_all(group: Group, cache: dict[str, Any]) -> None:
     inputs = group.inputs
     task = group.progress.task("scoring", len(scored) * (inputs.scored_tokens + inputs.option_count))
     at_once = min(len(ours), group.threads) or 1
+
+    def score_ours(member: Loaded) -> None:
+        with member.stopwatch():
+            _score(group, member, cache, group.threads // at_once, task.advance)
+
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            list(pool.map(lambda member: _score(group, member, cache, group.threads // at_once, task.advance), ours))
+            list(pool.map(score_ours, ours))
         except BaseException:
             for member in ours:  # or the pool would wait for their answers
                 member.worker.kill()

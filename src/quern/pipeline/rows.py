@@ -103,6 +103,8 @@ class Measured:
     """Processors that others kept busy in the timed rounds; None where nothing was timed for long enough to tell."""
     machine: Machine | None = None
     """The machine's limits in the run that measured this."""
+    seconds: float | None = None
+    """Wall time of all that, without what was done for others meanwhile."""
     notes: tuple[str, ...] = ()
 
 
@@ -167,6 +169,7 @@ def row_of(
         energy_joules_per_token=speed.energy_joules_per_token if speed else None,
         quantize_seconds=contender.quantize_seconds,
         quantize_peak_rss_bytes=contender.quantize_peak_rss_bytes,
+        measure_seconds=measured.seconds,
         foreign_load=measured.foreign_load,
         engine=contender.engine,
         layers=list(contender.layers),

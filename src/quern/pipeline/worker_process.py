@@ -64,6 +64,11 @@ class Launch:
 OURS = Launch()
 
 
+def as_other_tools() -> Launch:
+    """quern's own worker with threads that wait as other tools' do, which are then compared on equal terms."""
+    return Launch(environment=dict(os.environ))
+
+
 class Worker:
     """A contender's process; a context manager that ends it. ``name`` stands in errors."""
 
