@@ -46,6 +46,7 @@ def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
         seed=making.seed,
         fresh=making.fresh,
         threads=making.threads,
+        cache=making.folder / "cache",
         progress=making.progress,
     )
     made = open_checkpoint(artifact)

@@ -1,16 +1,28 @@
 """The sensitivity pass: Fisher token weights for every linear, streamed.
 
 Forward through the unquantized blocks, keeping every block's inputs on disk; then backward, block by block from the last.
-Leaves ``weights/<block>.safetensors`` with one number for each linear and token, and nothing else.
+Leaves ``weights/<block>.safetensors`` with one number for each linear and token, and nothing else. They depend on the
+model and the calibration tokens, not on what the recipe rounds to, so recipes that are tried on one model share them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quern.checkpoint.files import explain_write_errors, read_json, write_json
+from quern.checkpoint.safetensors_file import read_header, read_tensor
+from quern.core.errors import BadFileError
 from quern.core.heap import release_freed
 from quern.core.progress import Task
 from quern.pipeline.job import Job
@@ -20,6 +32,7 @@ from quern.quantization.calibration.token_weights import block_gradients, normal
 from quern.quantization.rounding.base import ROUNDINGS
 
 INPUTS, GRADIENTS, WEIGHTS = "inputs", "gradients", "weights"
+_TIMING = "timing.json"
 
 
 def needed(job: Job) -> bool:
@@ -33,11 +46,67 @@ def token_weights(job: Job, index: int) -> dict[str, Tensor]:
     return job.work.read_tensors(f"{WEIGHTS}/{index:04d}")
 
 
-def run(job: Job) -> None:
-    """The whole pass; continues where an earlier run was stopped."""
+def shared_folder(cache: Path, fingerprint: Mapping[str, Any], job: Job) -> Path:
+    """The folder in ``cache`` for the token weights of all jobs with the same model and calibration tokens as this one."""
+    assert job.sequences is not None
+    depends = {key: fingerprint[key] for key in ("quern", "model_sha256", "seed", "device")}
+    depends["tokens"] = hashlib.sha256(job.sequences.numpy().tobytes()).hexdigest()
+    depends["compute_dtype"] = str(job.compute_dtype)
+    return cache / f"token-weights-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def run(job: Job, shared: Path | None = None) -> float:
+    """The whole pass; continues where an earlier run was stopped.
+
+    With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. Returns the seconds that
+    were spared: those that the pass took when it was made. Raises ``BadFileError`` for a damaged ``shared``.
+    """
     layers = job.architecture.layers
     if all(job.work.done(f"weights {index}") is not None for index in range(layers)):
-        return
+        return 0.0
+    spared, whole, started = 0.0, job.work.done("inputs 0") is None, time.perf_counter()
+    if shared is not None and shared.is_dir():
+        spared = _take_over(job, shared)
+    else:
+        _compute(job)
+        if shared is not None and whole:
+            _put_into(shared, job, time.perf_counter() - started)
+    for index in range(layers + 1):
+        job.activations(INPUTS, index).path.unlink(missing_ok=True)
+    job.activations(GRADIENTS, 0).path.unlink(missing_ok=True)
+    return spared
+
+
+def _take_over(job: Job, shared: Path) -> float:
+    assert job.sequences is not None
+    linears = list(job.architecture.linears())
+    for index in range(job.architecture.layers):
+        path = shared / f"{index:04d}.safetensors"
+        tensors = {name: read_tensor(path, info) for name, info in read_header(path).items()}
+        if [(name, tensors[name].numel()) for name in sorted(tensors)] != [
+            (name, job.sequences.numel()) for name in sorted(linears)
+        ]:
+            raise BadFileError(path, "does not hold the token weights of this model", f"Remove {shared}")
+        job.work.finish(f"weights {index}", [job.work.write_tensors(f"{WEIGHTS}/{index:04d}", tensors)], {})
+    return float(read_json(shared / _TIMING)["seconds"])
+
+
+def _put_into(shared: Path, job: Job, seconds: float) -> None:
+    """Whole or not at all; what another process put there meanwhile stays."""
+    unfinished = shared.with_name(f".{shared.name}.{os.getpid()}")
+    with explain_write_errors(shared, 0):
+        shutil.copytree(job.work.path(WEIGHTS), unfinished, dirs_exist_ok=True)
+        write_json(unfinished / _TIMING, {"seconds": seconds})
+        try:
+            os.rename(unfinished, shared)
+        except OSError:
+            shutil.rmtree(unfinished)
+            if not shared.is_dir():
+                raise
+
+
+def _compute(job: Job) -> None:
+    layers = job.architecture.layers
     task = job.progress.task("token weights", 2 * layers + 1)
     _forward(job, task)
     _output_gradients(job)
@@ -50,9 +119,6 @@ def run(job: Job) -> None:
         job.activations(GRADIENTS, index + 1).path.unlink(missing_ok=True)
         task.advance()
     task.done()
-    for index in range(layers + 1):
-        job.activations(INPUTS, index).path.unlink(missing_ok=True)
-    job.activations(GRADIENTS, 0).path.unlink(missing_ok=True)
 
 
 def _forward(job: Job, task: Task) -> None:
