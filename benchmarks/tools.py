@@ -2,11 +2,13 @@
 
     python benchmarks/tools.py MODEL --calibration FILE --text FILE [--choice FILE] -o DIR [--seed 0] [--rows hqq,...]
     python benchmarks/tools.py --ranks RESULTS1.json RESULTS2.json
+    python benchmarks/tools.py --against RESULTS.json
 
 The first form is `quern compare --peers all` with the recipes below; an interrupted run goes on when it is started again. It
 copies its results.json to results/tools_<model>_<date>.json (with another seed than 0: ..._seed<N>_...). The second form
 prints Spearman's rank correlation of the KL of the rows that two runs share, for instance with two seeds of calibration
-text.
+text. The third puts beside each tool's row quern's row with the least KL among those with no more bytes, and quern's fastest
+row among those with no more KL.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from rich.console import Console
 
 import quern
 from quern.cli.progress import RichProgress
-from quern.core.results import load_results
+from quern.core.results import Row, load_results
 
 HERE = Path(__file__).parent
 RECIPES = (
@@ -35,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--ranks", nargs=2, metavar="RESULTS.json")
+    parser.add_argument("--against", metavar="RESULTS.json")
     parser.add_argument("--calibration", nargs="*", default=[])
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--choice", nargs="*", default=[])
@@ -46,8 +50,11 @@ def main() -> None:
     if options.ranks:
         print(ranks(*options.ranks))
         return
+    if options.against:
+        print(against(load_results(options.against).rows))
+        return
     if options.model is None:
-        parser.error("name a MODEL, or two results after --ranks")
+        parser.error("name a MODEL, or results after --ranks or --against")
     run(options)
 
 
@@ -80,6 +87,29 @@ def run(options: argparse.Namespace) -> None:
     target = HERE / "results" / f"tools_{Path(options.model).name}{seed}_{date}.json"
     shutil.copyfile(Path(options.output, "results.json"), target)
     print(target)
+
+
+def against(rows: Sequence[Row]) -> str:
+    """A line for each tool's row; ``-`` where no row of quern's has as few bytes, or as little KL."""
+    lines = [
+        f"{'':30} {'MB':>6} {'KL':>7} {'tok/s':>7}   "
+        f"{'no more bytes:':21} {'MB':>7} {'KL':>7}   {'no more KL:':21} {'KL':>7} {'tok/s':>7}"
+    ]
+    ours = [row for row in rows if row.tool is None and row.recipe]
+    for row in sorted(rows, key=lambda row: row.bytes):
+        if row.tool is None or row.kl_mean is None:
+            continue
+        near = min((own for own in ours if own.bytes <= row.bytes), key=lambda own: own.kl_mean or 0, default=None)
+        fast = max(
+            (own for own in ours if own.kl_mean is not None and own.kl_mean <= row.kl_mean),
+            key=lambda own: own.decode_tokens_per_s or 0,
+            default=None,
+        )
+        small = "-" if near is None else f"{near.name:21} {near.bytes / 1e6:7.1f} {near.kl_mean:7.4f}"
+        quick = "-" if fast is None else f"{fast.name:21} {fast.kl_mean:7.4f} {fast.decode_tokens_per_s or np.nan:7.1f}"
+        speed = row.decode_tokens_per_s or np.nan
+        lines.append(f"{row.name:30} {row.bytes / 1e6:6.1f} {row.kl_mean:7.4f} {speed:7.1f}   {small:37}   {quick}")
+    return "\n".join(lines)
 
 
 def ranks(first: str, second: str) -> str:
