@@ -9,6 +9,9 @@
 #include "engine/operations.h"
 #if defined(__F16C__)
 #include <immintrin.h>
+// GCC's own headers leave the operand undefined that an unmasked instruction ignores.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace quern {
@@ -27,12 +30,34 @@ QUERN_INLINE Lanes load(const float* p) {
   return v;
 }
 QUERN_INLINE void store(float* p, Lanes v) { memcpy(p, &v, sizeof v); }
-QUERN_INLINE Lanes spread(float x) { return Lanes{} + x; }
+QUERN_INLINE Lanes spread(float x) { return x - Lanes{}; }  // unlike 0 + x this is x to the compiler too
 QUERN_INLINE Lanes load_some(const float* p, int32_t count) {
   Lanes v{};
   memcpy(&v, p, sizeof(float) * count);
   return v;
 }
+
+// a * b + c, rounded once on every instruction set.
+QUERN_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#if defined(__AVX512F__)
+constexpr int32_t SIDE = 8;  // sums of 16 lanes that registers have room for
+QUERN_INLINE Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+#else
+constexpr int32_t SIDE = 4;
+QUERN_INLINE Lanes fused(Lanes a, Lanes b, Lanes c) {
+  float x[LANES], y[LANES], z[LANES];
+  store(x, a);
+  store(y, b);
+  store(z, c);
+#if defined(__FMA__)
+  for (int32_t i = 0; i < LANES; i += 8)
+    _mm256_storeu_ps(z + i, _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), _mm256_loadu_ps(z + i)));
+#else
+  for (int32_t i = 0; i < LANES; ++i) z[i] = fused(x[i], y[i], z[i]);
+#endif
+  return load(z);
+}
+#endif
 
 QUERN_INLINE float sum(Lanes v) {
   float lane[LANES];
@@ -102,6 +127,9 @@ void add(float* x, const float* y, int64_t count) {
 
 #if defined(__F16C__)
 QUERN_INLINE Lanes half_lanes(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#endif
   float lane[LANES];
   _mm256_storeu_ps(lane, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   _mm256_storeu_ps(lane + 8, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8))));
@@ -162,129 +190,7 @@ void from_float16(const uint16_t* x, float* out, int32_t count) {
   for (int32_t i = 0; i < count; ++i) out[i] = half_value(x[i]);
 }
 
-// Keys of one block as float32 (head_dim, BLOCK), biased and rotated where the cache holds them bare.
-void widen_keys(const HeadCache& cache, int64_t block, float* keys) {
-  const int32_t size = cache.head_dim, half = size / 2;
-  if (cache.precision == CachePrecision::float32) {
-    memcpy(keys, static_cast<const float*>(cache.keys) + block * size * BLOCK, sizeof(float) * size * BLOCK);
-    return;
-  }
-  if (cache.precision == CachePrecision::float16) {
-    const uint16_t* stored = static_cast<const uint16_t*>(cache.keys) + block * size * BLOCK;
-    for (int32_t d = 0; d < size; ++d) store(keys + d * BLOCK, half_lanes(stored + d * BLOCK));
-    return;
-  }
-  const int8_t* stored = static_cast<const int8_t*>(cache.keys) + block * size * BLOCK;
-  const Lanes scale = load(cache.key_scale + block * BLOCK);
-  const float* cosines = cache.cosines + block * half * BLOCK;
-  const float* sines = cache.sines + block * half * BLOCK;
-  for (int32_t d = 0; d < half; ++d) {
-    Lanes x = byte_lanes(stored + d * BLOCK) * scale, y = byte_lanes(stored + (d + half) * BLOCK) * scale;
-    if (cache.key_bias != nullptr) {
-      x += cache.key_bias[d];
-      y += cache.key_bias[d + half];
-    }
-    const Lanes c = load(cosines + d * BLOCK), s = load(sines + d * BLOCK);
-    store(keys + d * BLOCK, x * c - y * s);
-    store(keys + (d + half) * BLOCK, y * c + x * s);
-  }
-}
-
-void widen_values(const HeadCache& cache, int64_t position, int32_t count, float* values) {
-  const int32_t size = cache.head_dim;
-  for (int32_t p = 0; p < count; ++p) {
-    const int64_t from = (position + p) * size;
-    if (cache.precision == CachePrecision::float32) {
-      memcpy(values + p * size, static_cast<const float*>(cache.values) + from, sizeof(float) * size);
-    } else if (cache.precision == CachePrecision::float16) {
-      const uint16_t* stored = static_cast<const uint16_t*>(cache.values) + from;
-      int32_t d = 0;
-      for (; d + LANES <= size; d += LANES) store(values + p * size + d, half_lanes(stored + d));
-      for (; d < size; ++d) values[p * size + d] = half_value(stored[d]);
-    } else {
-      const int8_t* stored = static_cast<const int8_t*>(cache.values) + from;
-      const float scale = cache.value_scale[position + p];
-      for (int32_t d = 0; d < size; ++d) values[p * size + d] = static_cast<float>(stored[d]) * scale;
-    }
-  }
-}
-
-constexpr int32_t STRETCH = 4 * BLOCK;  // positions between two updates of the running softmax
-
-// Scores of one row against a stretch; positions outside first ... last get -infinity.
-QUERN_INLINE void score(const float* query, const float* keys, int32_t size, int64_t start, int32_t first, int32_t last,
-                        float* scores) {
-  Lanes total[4] = {};
-  for (int32_t d = 0; d < size; ++d)
-    for (int32_t b = 0; b < 4; ++b) total[b] += load(keys + (b * size + d) * BLOCK) * query[d];
-  for (int32_t b = 0; b < 4; ++b) store(scores + b * BLOCK, total[b]);
-  for (int32_t p = 0; p < STRETCH; ++p)
-    if (start + p < first || start + p > last) scores[p] = -INFINITY;
-}
-
-// outputs += scores . values, `size` a multiple of the chunk.
-template <int32_t CHUNK>
-QUERN_INLINE void weigh(const float* scores, const float* values, int32_t size, int32_t from, float correction,
-                        float* outputs) {
-  Lanes total[CHUNK / LANES];
-  for (int32_t i = 0; i < CHUNK / LANES; ++i) total[i] = load(outputs + from + i * LANES) * correction;
-  for (int32_t p = 0; p < STRETCH; ++p)
-    for (int32_t i = 0; i < CHUNK / LANES; ++i) total[i] += load(values + p * size + from + i * LANES) * scores[p];
-  for (int32_t i = 0; i < CHUNK / LANES; ++i) store(outputs + from + i * LANES, total[i]);
-}
-
-void attend(const Attend& a) {
-  const int32_t size = a.cache.head_dim;
-  float* keys = a.scratch;
-  float* values = keys + STRETCH * (size + BLOCK);
-  float* scores = values + STRETCH * (size + BLOCK);
-  float* maxima = scores + STRETCH * a.rows;
-  float* sums = maxima + a.rows;
-  int32_t first = a.first[0], last = a.last[0];
-  for (int32_t r = 0; r < a.rows; ++r) {
-    first = a.first[r] < first ? a.first[r] : first;
-    last = a.last[r] > last ? a.last[r] : last;
-    maxima[r] = -INFINITY;
-    sums[r] = 0.0f;
-    memset(a.outputs + static_cast<int64_t>(r) * size, 0, sizeof(float) * size);
-  }
-  for (int64_t start = first / STRETCH * STRETCH; start <= last; start += STRETCH) {
-    const int32_t count = last - start + 1 < STRETCH ? static_cast<int32_t>(last - start + 1) : STRETCH;
-    const int32_t blocks = (count + BLOCK - 1) / BLOCK;
-    for (int32_t b = 0; b < blocks; ++b) widen_keys(a.cache, start / BLOCK + b, keys + b * size * BLOCK);
-    memset(keys + blocks * size * BLOCK, 0, sizeof(float) * (4 - blocks) * size * BLOCK);
-    widen_values(a.cache, start, count, values);
-    memset(values + count * size, 0, sizeof(float) * (STRETCH - count) * size);
-    for (int32_t r = 0; r < a.rows; ++r) {
-      if (a.last[r] < start || a.first[r] >= start + STRETCH) continue;
-      float* row = scores + r * STRETCH;
-      float* out = a.outputs + static_cast<int64_t>(r) * size;
-      score(a.queries + static_cast<int64_t>(r) * size, keys, size, start, a.first[r], a.last[r], row);
-      Lanes top = load(row);
-      for (int32_t b = 1; b < 4; ++b) top = load(row + b * BLOCK) > top ? load(row + b * BLOCK) : top;
-      const float found = largest(top), maximum = found > maxima[r] ? found : maxima[r];
-      const float correction = sum(exponential(spread(maxima[r] - maximum))) / LANES;
-      Lanes total{};
-      for (int32_t b = 0; b < 4; ++b) {
-        const Lanes e = exponential(load(row + b * BLOCK) - maximum);
-        store(row + b * BLOCK, e);
-        total += e;
-      }
-      sums[r] = sums[r] * correction + sum(total);
-      maxima[r] = maximum;
-      int32_t d = 0;
-      for (; d + 64 <= size; d += 64) weigh<64>(row, values, size, d, correction, out);
-      for (; d + LANES <= size; d += LANES) weigh<LANES>(row, values, size, d, correction, out);
-      for (; d < size; ++d) {
-        float value = out[d] * correction;
-        for (int32_t p = 0; p < STRETCH; ++p) value += values[p * size + d] * row[p];
-        out[d] = value;
-      }
-    }
-  }
-  for (int32_t r = 0; r < a.rows; ++r)
-    for (int32_t d = 0; d < size; ++d) a.outputs[static_cast<int64_t>(r) * size + d] /= sums[r];
-}
+#include "engine/attention-inl.h"
 
 constexpr Operations TABLE = {rms_norm, silu_product, add, attend, to_float16, from_float16};
 

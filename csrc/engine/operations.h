@@ -39,7 +39,8 @@ struct Attend {
 
 inline int64_t attend_scratch(int32_t rows, int32_t head_dim) {
   constexpr int64_t positions = 4 * BLOCK;
-  return 2 * positions * (head_dim + BLOCK) + rows * (positions + 2);
+  const int64_t sixteens = (rows + 15) / 16;
+  return 2 * positions * (head_dim + BLOCK) + 16 * positions + 32 * sixteens * (head_dim + 1);
 }
 
 struct Operations {

@@ -136,8 +136,11 @@ class PanelJob : public Job {
     void store() const {
       for (int32_t t = 0; t < tokens; ++t) {
         float* to = job.outputs_ + static_cast<int64_t>(first_token + t) * job.weight_.rows + first_row;
-        for (int32_t g = 0; g < row_groups; ++g)
-          memcpy(to + 16 * g, outputs + (static_cast<int64_t>(g) * tokens + t) * 16, sizeof(float) * std::min(16, rows - 16 * g));
+        const float* from = outputs + static_cast<int64_t>(t) * 16;
+        const int64_t step = static_cast<int64_t>(tokens) * 16;
+        int32_t g = 0;
+        for (; g < rows / 16; ++g) memcpy(to + 16 * g, from + g * step, sizeof(float) * 16);
+        if (rows % 16 != 0) memcpy(to + 16 * g, from + g * step, sizeof(float) * (rows % 16));
       }
     }
   };

@@ -1,0 +1,224 @@
+// Attention for `Operations`: included by operations-inl.h, inside its namespaces, after its vector helpers.
+//
+// Softmax goes through the positions in stretches of 64. Single rows, as in decoding, compute with positions side by side;
+// from eight rows on, as in prefill, 16 rows lie side by side and nothing is added across lanes. Both add in the same order.
+
+// Keys of one block as float32 (head_dim, BLOCK), biased and rotated where the cache holds them bare.
+void widen_keys(const HeadCache& cache, int64_t block, float* keys) {
+  const int32_t size = cache.head_dim, half = size / 2;
+  if (cache.precision == CachePrecision::float32) {
+    memcpy(keys, static_cast<const float*>(cache.keys) + block * size * BLOCK, sizeof(float) * size * BLOCK);
+    return;
+  }
+  if (cache.precision == CachePrecision::float16) {
+    const uint16_t* stored = static_cast<const uint16_t*>(cache.keys) + block * size * BLOCK;
+    for (int32_t d = 0; d < size; ++d) store(keys + d * BLOCK, half_lanes(stored + d * BLOCK));
+    return;
+  }
+  const int8_t* stored = static_cast<const int8_t*>(cache.keys) + block * size * BLOCK;
+  const Lanes scale = load(cache.key_scale + block * BLOCK);
+  const float* cosines = cache.cosines + block * half * BLOCK;
+  const float* sines = cache.sines + block * half * BLOCK;
+  for (int32_t d = 0; d < half; ++d) {
+    Lanes x = byte_lanes(stored + d * BLOCK) * scale, y = byte_lanes(stored + (d + half) * BLOCK) * scale;
+    if (cache.key_bias != nullptr) {
+      x += cache.key_bias[d];
+      y += cache.key_bias[d + half];
+    }
+    const Lanes c = load(cosines + d * BLOCK), s = load(sines + d * BLOCK);
+    store(keys + d * BLOCK, x * c - y * s);
+    store(keys + (d + half) * BLOCK, y * c + x * s);
+  }
+}
+
+void widen_values(const HeadCache& cache, int64_t position, int32_t count, float* values) {
+  const int32_t size = cache.head_dim;
+  for (int32_t p = 0; p < count; ++p) {
+    const int64_t from = (position + p) * size;
+    if (cache.precision == CachePrecision::float32) {
+      memcpy(values + p * size, static_cast<const float*>(cache.values) + from, sizeof(float) * size);
+    } else if (cache.precision == CachePrecision::float16) {
+      const uint16_t* stored = static_cast<const uint16_t*>(cache.values) + from;
+      int32_t d = 0;
+      for (; d + LANES <= size; d += LANES) store(values + p * size + d, half_lanes(stored + d));
+      for (; d < size; ++d) values[p * size + d] = half_value(stored[d]);
+    } else {
+      const int8_t* stored = static_cast<const int8_t*>(cache.values) + from;
+      const float scale = cache.value_scale[position + p];
+      for (int32_t d = 0; d < size; ++d) values[p * size + d] = static_cast<float>(stored[d]) * scale;
+    }
+  }
+}
+
+constexpr int32_t STRETCH = 4 * BLOCK;  // positions between two updates of the running softmax
+constexpr int32_t FEWEST = LANES / 2;   // rows for which it pays to fill a vector with rows
+
+// Keys and values of a stretch in float32: (4, head_dim, BLOCK) and (STRETCH, head_dim). Zero past `count` positions.
+struct Stretch {
+  int64_t start;
+  int32_t count, size;
+  float* keys;
+  float* values;
+};
+
+// Scores of one row against a stretch; positions outside first ... last get -infinity.
+QUERN_INLINE void score(const float* query, const Stretch& s, int32_t first, int32_t last, float* scores) {
+  Lanes total[4] = {};
+  for (int32_t d = 0; d < s.size; ++d)
+    for (int32_t b = 0; b < 4; ++b) total[b] = fused(load(s.keys + (b * s.size + d) * BLOCK), spread(query[d]), total[b]);
+  for (int32_t b = 0; b < 4; ++b) store(scores + b * BLOCK, total[b]);
+  for (int32_t p = 0; p < STRETCH; ++p)
+    if (s.start + p < first || s.start + p > last) scores[p] = -INFINITY;
+}
+
+// outputs += scores . values, `CHUNK` of the head's dimensions from `from` on.
+template <int32_t CHUNK>
+QUERN_INLINE void weigh(const float* scores, const Stretch& s, int32_t from, float correction, float* outputs) {
+  Lanes total[CHUNK / LANES];
+  for (int32_t i = 0; i < CHUNK / LANES; ++i) total[i] = load(outputs + from + i * LANES) * correction;
+  for (int32_t p = 0; p < s.count; ++p)
+    for (int32_t i = 0; i < CHUNK / LANES; ++i)
+      total[i] = fused(load(s.values + p * s.size + from + i * LANES), spread(scores[p]), total[i]);
+  for (int32_t i = 0; i < CHUNK / LANES; ++i) store(outputs + from + i * LANES, total[i]);
+}
+
+// One row; lanes are positions, then dimensions of the head.
+QUERN_INLINE void attend_row(const Stretch& s, const float* query, int32_t first, int32_t last, float* scores,
+                             float& maximum, float& sum_of, float* out) {
+  if (last < s.start || first >= s.start + STRETCH) return;
+  score(query, s, first, last, scores);
+  Lanes top = load(scores);
+  for (int32_t b = 1; b < 4; ++b) top = load(scores + b * BLOCK) > top ? load(scores + b * BLOCK) : top;
+  const float found = largest(top), before = maximum;
+  maximum = found > maximum ? found : maximum;
+  const float correction = exponential(spread(before - maximum))[0];
+  Lanes total{};
+  for (int32_t b = 0; b < 4; ++b) {
+    const Lanes e = exponential(load(scores + b * BLOCK) - maximum);
+    store(scores + b * BLOCK, e);
+    total += e;
+  }
+  sum_of = sum_of * correction + sum(total);
+  int32_t d = 0;
+  for (; d + 64 <= s.size; d += 64) weigh<64>(scores, s, d, correction, out);
+  for (; d + LANES <= s.size; d += LANES) weigh<LANES>(scores, s, d, correction, out);
+  for (; d < s.size; ++d) {
+    float value = out[d] * correction;
+    for (int32_t p = 0; p < s.count; ++p) value = fused(s.values[p * s.size + d], scores[p], value);
+    out[d] = value;
+  }
+}
+
+// Scores of 16 rows against the positions [from, from + SIDE) of a stretch, (SIDE, LANES).
+QUERN_INLINE void score_side(const float* queries, const Stretch& s, int32_t from, float* scores) {
+  const float* keys = s.keys + static_cast<int64_t>(from / BLOCK) * s.size * BLOCK + from % BLOCK;
+  Lanes total[SIDE] = {};
+  for (int32_t d = 0; d < s.size; ++d) {
+    const Lanes query = load(queries + d * LANES);
+    for (int32_t i = 0; i < SIDE; ++i) total[i] = fused(spread(keys[d * BLOCK + i]), query, total[i]);
+  }
+  for (int32_t i = 0; i < SIDE; ++i) store(scores + i * LANES, total[i]);
+}
+
+// outputs (head_dim, LANES) += values . scores, COUNT dimensions from `from` on.
+template <int32_t COUNT>
+QUERN_INLINE void weigh_side(const float* scores, const Stretch& s, int32_t from, Lanes correction, float* outputs) {
+  Lanes total[COUNT];
+  for (int32_t i = 0; i < COUNT; ++i) total[i] = load(outputs + (from + i) * LANES) * correction;
+  for (int32_t p = 0; p < s.count; ++p) {
+    const Lanes weight = load(scores + p * LANES);
+    for (int32_t i = 0; i < COUNT; ++i) total[i] = fused(spread(s.values[p * s.size + from + i]), weight, total[i]);
+  }
+  for (int32_t i = 0; i < COUNT; ++i) store(outputs + (from + i) * LANES, total[i]);
+}
+
+// 16 rows; lanes are rows, so nothing is added across lanes. The order of additions is that of attend_row.
+QUERN_INLINE void attend_sixteen(const Stretch& s, const float* queries, const int32_t* firsts, const int32_t* lasts,
+                                 float* scores, float* maxima, float* sums, float* outputs) {
+  Whole first, last;
+  memcpy(&first, firsts, sizeof first);
+  memcpy(&last, lasts, sizeof last);
+  const int32_t start = static_cast<int32_t>(s.start);
+  const Whole active = (last >= start) & (first < start + STRETCH);
+  for (int32_t p = 0; p < STRETCH; p += SIDE) score_side(queries, s, p, scores + p * LANES);
+  const Lanes before = load(maxima), nothing = spread(-INFINITY);
+  Lanes top = before;
+  for (int32_t p = 0; p < STRETCH; ++p) {
+    const Whole seen = (first <= start + p) & (last >= start + p);
+    const Lanes found = seen ? load(scores + p * LANES) : nothing;
+    top = found > top ? found : top;
+    store(scores + p * LANES, found);
+  }
+  const Lanes correction = active ? exponential(before - top) : spread(1.0f);
+  for (int32_t p = 0; p < STRETCH; ++p)
+    store(scores + p * LANES, active ? exponential(load(scores + p * LANES) - top) : Lanes{});
+  Lanes part[BLOCK];
+  for (int32_t p = 0; p < BLOCK; ++p) {
+    part[p] = load(scores + p * LANES);
+    for (int32_t b = 1; b < 4; ++b) part[p] += load(scores + (b * BLOCK + p) * LANES);
+  }
+  for (int32_t width = BLOCK / 2; width > 0; width /= 2)
+    for (int32_t p = 0; p < width; ++p) part[p] += part[p + width];
+  store(sums, load(sums) * correction + part[0]);
+  store(maxima, top);
+  int32_t d = 0;
+  for (; d + SIDE <= s.size; d += SIDE) weigh_side<SIDE>(scores, s, d, correction, outputs);
+  for (; d < s.size; ++d) weigh_side<1>(scores, s, d, correction, outputs);
+}
+
+QUERN_INLINE void widen(const HeadCache& cache, Stretch& s) {
+  const int32_t size = s.size, blocks = (s.count + BLOCK - 1) / BLOCK;
+  for (int32_t b = 0; b < blocks; ++b) widen_keys(cache, s.start / BLOCK + b, s.keys + b * size * BLOCK);
+  memset(s.keys + blocks * size * BLOCK, 0, sizeof(float) * (4 - blocks) * size * BLOCK);
+  widen_values(cache, s.start, s.count, s.values);
+}
+
+void attend(const Attend& a) {
+  const int32_t size = a.cache.head_dim, rest = a.rows % LANES;
+  const int32_t sixteens = a.rows / LANES + (rest >= FEWEST), together = sixteens * LANES;
+  Stretch s{0, 0, size, a.scratch, a.scratch + STRETCH * (size + BLOCK)};
+  float* scores = s.values + STRETCH * (size + BLOCK);
+  float* maxima = scores + STRETCH * LANES;
+  float* sums = maxima + (a.rows + LANES - 1) / LANES * LANES;
+  float* queries = sums + (a.rows + LANES - 1) / LANES * LANES;  // of the rows that are done together: (16s, size, LANES)
+  float* outputs = queries + static_cast<int64_t>(together) * size;
+  int32_t firsts[LANES], lasts[LANES];
+  int32_t first = a.first[0], last = a.last[0];
+  for (int32_t r = 0; r < a.rows; ++r) {
+    first = a.first[r] < first ? a.first[r] : first;
+    last = a.last[r] > last ? a.last[r] : last;
+    maxima[r] = -INFINITY;
+    sums[r] = 0.0f;
+    memset(a.outputs + static_cast<int64_t>(r) * size, 0, sizeof(float) * size);
+  }
+  memset(queries, 0, sizeof(float) * 2 * together * size);
+  for (int32_t r = a.rows; r < together; ++r) maxima[r] = sums[r] = 0.0f;
+  for (int32_t r = 0; r < together && r < a.rows; ++r)
+    for (int32_t d = 0; d < size; ++d)
+      queries[(static_cast<int64_t>(r / LANES) * size + d) * LANES + r % LANES] = a.queries[static_cast<int64_t>(r) * size + d];
+  for (s.start = first / STRETCH * STRETCH; s.start <= last; s.start += STRETCH) {
+    s.count = last - s.start + 1 < STRETCH ? static_cast<int32_t>(last - s.start + 1) : STRETCH;
+    widen(a.cache, s);
+    for (int32_t r = 0; r < together; r += LANES) {
+      bool any = false;
+      for (int32_t i = 0; i < LANES; ++i) {
+        firsts[i] = r + i < a.rows ? a.first[r + i] : 0;
+        lasts[i] = r + i < a.rows ? a.last[r + i] : -1;  // a row that sees nothing
+        any |= lasts[i] >= s.start && firsts[i] < s.start + STRETCH;
+      }
+      if (!any) continue;
+      const int64_t at = static_cast<int64_t>(r) * size;
+      attend_sixteen(s, queries + at, firsts, lasts, scores, maxima + r, sums + r, outputs + at);
+    }
+    for (int32_t r = together; r < a.rows; ++r) {
+      const int64_t at = static_cast<int64_t>(r) * size;
+      attend_row(s, a.queries + at, a.first[r], a.last[r], scores, maxima[r], sums[r], a.outputs + at);
+    }
+  }
+  for (int32_t r = 0; r < a.rows; ++r)
+    for (int32_t d = 0; d < size; ++d) {
+      const int64_t at = static_cast<int64_t>(r) * size + d;
+      const int64_t from = (static_cast<int64_t>(r / LANES) * size + d) * LANES + r % LANES;
+      a.outputs[at] = (r < together ? outputs[from] : a.outputs[at]) / sums[r];
+    }
+}
