@@ -2,6 +2,7 @@
 // decoding is shared by them.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "kernels/products.h"
 #include "kernels/scratch.h"
@@ -9,13 +10,26 @@
 namespace quern {
 namespace {
 
-constexpr int32_t MOST_TOKENS = 512;   // of a piece: its sums are 512 KiB
-constexpr int32_t LEAST_TOKENS = 64;   // below, decoding costs as much as multiplying
+constexpr int32_t MOST_TOKENS = 512;    // of a piece: its sums are 512 KiB
+constexpr int32_t LEAST_TOKENS = 64;    // below, decoding costs as much as multiplying
+constexpr int32_t FEW_TOKENS = 64;      // taken through all panels of short rows: their sums are 64 KiB
+constexpr int32_t SHORT_ROW = 2048;     // columns; all panels of 256 such rows fit into a cache of 1 MiB
 constexpr int64_t PIECES_A_THREAD = 4;
-constexpr int32_t PAD = 16;            // registers of a panel are filled up to this many: 64 columns, a matrix tile
+constexpr int32_t PAD = 16;             // registers of a panel are filled up to this many: 64 columns, a matrix tile
+
+// Columns that are decoded together: some groups with their own scales, or at most PANEL_COLUMNS of one group.
+struct Columns {
+  int32_t group, groups;  // groups 0: part of a group, whose sums are scaled after its last part
+  int32_t first, count;
+  bool opens, closes;     // the group
+  const Weight* weight;   // a summand
+  int32_t blocks;         // registers of 16 rows
+  int8_t* panel;
+};
 
 struct Memory {
   Scratch panel, sums, outputs, scales;
+  std::vector<Columns> parts;
 };
 
 class PanelJob : public Job {
@@ -42,30 +56,44 @@ class PanelJob : public Job {
   struct Piece {
     const PanelJob& job;
     const Kernels& k = kernels();
+    Memory& memory;
     int32_t first_row, rows, row_groups, first_token, tokens;
-    int64_t cells;      // of one array of sums or outputs
-    int8_t* panel;
-    int32_t* sums;      // (row_groups, tokens, 16)
-    float* outputs;     // the same
-    float* ws;          // (groups, TILE_ROWS)
+    float* ws;  // (groups, TILE_ROWS)
 
-    Piece(const PanelJob& j, int64_t piece, Memory& memory) : job(j) {
+    Piece(const PanelJob& j, int64_t piece, Memory& m) : job(j), memory(m) {
       first_row = static_cast<int32_t>(piece % job.row_blocks_) * TILE_ROWS;
       first_token = static_cast<int32_t>(piece / job.row_blocks_) * job.tokens_;
       rows = std::min(job.weight_.rows - first_row, TILE_ROWS);
       row_groups = (rows + 15) / 16;
       tokens = std::min(job.a_.tokens - first_token, job.tokens_);
-      cells = static_cast<int64_t>(row_groups) * tokens * 16;
-      panel = memory.panel.get<int8_t>(TILE_ROWS * (PANEL_COLUMNS + 4 * PAD));
-      sums = memory.sums.get<int32_t>(cells);
-      outputs = memory.outputs.get<float>(cells);
       ws = memory.scales.get<float>(static_cast<int64_t>(job.groups_) * TILE_ROWS);
     }
 
-    const int8_t* values(int32_t column) const { return job.a_.values.data() + first_token * job.a_.stride + column; }
-    const float* xs(int32_t group) const { return job.a_.scale.data() + static_cast<int64_t>(first_token) * job.groups_ + group; }
-    const int32_t* xsum(int32_t group) const {
-      return job.a_.sums.data() + static_cast<int64_t>(first_token) * job.groups_ + group;
+    void compute() {
+      load_scales();
+      list_parts();
+      if (job.a_.columns > SHORT_ROW) {
+        int8_t* panel = memory.panel.get<int8_t>(TILE_ROWS * (PANEL_COLUMNS + 4 * PAD));
+        Block block(*this, first_token, tokens);
+        for (Columns& part : memory.parts) {
+          decode(part, panel);
+          block.add(part);
+        }
+        block.store();
+        return;
+      }
+      int64_t bytes = 0;
+      for (const Columns& part : memory.parts) bytes += panel_bytes(part);
+      int8_t* panel = memory.panel.get<int8_t>(bytes);
+      for (Columns& part : memory.parts) {
+        decode(part, panel);
+        panel += panel_bytes(part);
+      }
+      for (int32_t t = 0; t < tokens; t += FEW_TOKENS) {
+        Block block(*this, first_token + t, std::min(FEW_TOKENS, tokens - t));
+        for (const Columns& part : memory.parts) block.add(part);
+        block.store();
+      }
     }
 
     void load_scales() {
@@ -79,65 +107,85 @@ class PanelJob : public Job {
         }
     }
 
-    // Decode columns and fill up with zero bytes, which add nothing however they are read, to whole matrix tiles; returns
-    // the registers of 16 rows.
-    int32_t decode(const Weight& weight, int32_t first_column, int32_t columns) {
-      const int32_t full = (columns + 3) / 4, blocks = static_cast<int32_t>(ceil_divide(full, PAD) * PAD);
-      const auto decoder = weight.kind == Kind::trellis ? k.decode_trellis : k.decode_rows;
-      decoder(weight, {first_row, rows, first_column, columns, blocks}, k.flip, panel);
-      for (int32_t g = 0; full < blocks && g < row_groups; ++g)
-        memset(panel + (static_cast<int64_t>(g) * blocks + full) * LANES, 0, (blocks - full) * LANES);
-      return blocks;
-    }
-
-    // One group of any size.
-    void add_group(int32_t group) {
-      const int32_t end = std::min((group + 1) * job.a_.group, job.a_.columns);
-      memset(sums, 0, sizeof(int32_t) * cells);
-      for (int32_t column = group * job.a_.group; column < end; column += PANEL_COLUMNS) {
-        const int32_t columns = std::min<int32_t>(end - column, PANEL_COLUMNS);
-        for (int32_t s = 0; s < job.summands_.count; ++s) {
-          const int32_t blocks = decode(job.summands_.weights[s], column, columns);
-          k.panel(panel, row_groups, blocks, values(column), job.a_.stride, tokens, sums);
-        }
-      }
-      k.flush(sums, row_groups, tokens, ws + static_cast<int64_t>(group) * TILE_ROWS, xs(group), xsum(group), job.groups_,
-              flips(), outputs);
-    }
-
-    // Groups from `group` on, as many as fit a panel; how many.
-    int32_t add_groups(int32_t group) {
-      const int32_t size = job.a_.group, whole = job.a_.columns / size;
-      const int32_t count = std::min(static_cast<int32_t>(PANEL_COLUMNS) / size, whole - group);
-      const int32_t blocks = decode(job.weight_, group * size, count * size);
-      k.grouped(panel, row_groups, blocks, size, count, values(group * size), job.a_.stride, tokens,
-                ws + static_cast<int64_t>(group) * TILE_ROWS, xs(group), xsum(group), job.groups_, outputs);
-      return count;
-    }
-
-    int32_t flips() const { return k.flip * job.summands_.count; }
-
-    void compute() {
-      load_scales();
-      memset(outputs, 0, sizeof(float) * cells);
-      const int32_t size = job.a_.group;
+    // Small groups as many at once as fit a panel; one of any other size alone.
+    void list_parts() {
+      memory.parts.clear();
+      const int32_t size = job.a_.group, columns = job.a_.columns;
       const bool small = k.grouped != nullptr && size % 32 == 0 && size <= PANEL_COLUMNS && job.groups_ > 1;
       for (int32_t group = 0; group < job.groups_;) {
-        if (small && (group + 1) * size <= job.a_.columns) {
-          group += add_groups(group);
-        } else {
-          add_group(group++);
+        const int32_t first = group * size, whole = columns / size - group;
+        if (small && whole > 0) {
+          const int32_t count = std::min(static_cast<int32_t>(PANEL_COLUMNS) / size, whole);
+          memory.parts.push_back({group, count, first, count * size, true, true, &job.weight_, 0, nullptr});
+          group += count;
+          continue;
         }
+        const int32_t end = std::min(first + size, columns);
+        for (int32_t column = first; column < end; column += PANEL_COLUMNS)
+          for (int32_t s = 0; s < job.summands_.count; ++s) {
+            const int32_t count = std::min<int32_t>(end - column, PANEL_COLUMNS);
+            const bool opens = column == first && s == 0, closes = column + count == end && s + 1 == job.summands_.count;
+            memory.parts.push_back({group, 0, column, count, opens, closes, &job.summands_.weights[s], 0, nullptr});
+          }
+        ++group;
       }
-      store();
+    }
+
+    static int32_t blocks_of(const Columns& part) { return static_cast<int32_t>(ceil_divide((part.count + 3) / 4, PAD) * PAD); }
+    int64_t panel_bytes(const Columns& part) const { return static_cast<int64_t>(row_groups) * blocks_of(part) * LANES; }
+
+    // Filled up with zero bytes, which add nothing however they are read, to whole matrix tiles.
+    void decode(Columns& part, int8_t* panel) {
+      const int32_t full = (part.count + 3) / 4, blocks = blocks_of(part);
+      const auto decoder = part.weight->kind == Kind::trellis ? k.decode_trellis : k.decode_rows;
+      decoder(*part.weight, {first_row, rows, part.first, part.count, blocks}, k.flip, panel);
+      for (int32_t g = 0; full < blocks && g < row_groups; ++g)
+        memset(panel + (static_cast<int64_t>(g) * blocks + full) * LANES, 0, (blocks - full) * LANES);
+      part.blocks = blocks;
+      part.panel = panel;
+    }
+  };
+
+  // The sums and outputs of a piece's rows for some of its tokens.
+  struct Block {
+    const Piece& piece;
+    const Activations& a;
+    int32_t first, tokens;
+    int64_t cells;
+    int32_t* sums;   // (row_groups, tokens, 16)
+    float* outputs;  // the same
+
+    Block(const Piece& p, int32_t first_token, int32_t count) : piece(p), a(p.job.a_), first(first_token), tokens(count) {
+      cells = static_cast<int64_t>(piece.row_groups) * tokens * 16;
+      sums = piece.memory.sums.get<int32_t>(cells);
+      outputs = piece.memory.outputs.get<float>(cells);
+      memset(outputs, 0, sizeof(float) * cells);
+    }
+
+    void add(const Columns& part) {
+      const int8_t* values = a.values.data() + first * a.stride + part.first;
+      const int64_t at = static_cast<int64_t>(first) * piece.job.groups_ + part.group;
+      const float* ws = piece.ws + static_cast<int64_t>(part.group) * TILE_ROWS;
+      const Kernels& k = piece.k;
+      if (part.groups > 0) {
+        k.grouped(part.panel, piece.row_groups, part.blocks, a.group, part.groups, values, a.stride, tokens, ws,
+                  a.scale.data() + at, a.sums.data() + at, piece.job.groups_, outputs);
+        return;
+      }
+      if (part.opens) memset(sums, 0, sizeof(int32_t) * cells);
+      k.panel(part.panel, piece.row_groups, part.blocks, values, a.stride, tokens, sums);
+      if (part.closes)
+        k.flush(sums, piece.row_groups, tokens, ws, a.scale.data() + at, a.sums.data() + at, piece.job.groups_,
+                k.flip * piece.job.summands_.count, outputs);
     }
 
     // Token by token, so that what is written lies together.
     void store() const {
+      const int32_t rows = piece.rows;
+      const int64_t step = static_cast<int64_t>(tokens) * 16;
       for (int32_t t = 0; t < tokens; ++t) {
-        float* to = job.outputs_ + static_cast<int64_t>(first_token + t) * job.weight_.rows + first_row;
+        float* to = piece.job.outputs_ + static_cast<int64_t>(first + t) * piece.job.weight_.rows + piece.first_row;
         const float* from = outputs + static_cast<int64_t>(t) * 16;
-        const int64_t step = static_cast<int64_t>(tokens) * 16;
         int32_t g = 0;
         for (; g < rows / 16; ++g) memcpy(to + 16 * g, from + g * step, sizeof(float) * 16);
         if (rows % 16 != 0) memcpy(to + 16 * g, from + g * step, sizeof(float) * (rows % 16));
