@@ -109,38 +109,47 @@ QUERN_INLINE void attend_row(const Stretch& s, const float* query, int32_t first
   }
 }
 
-// Scores of 16 rows against the positions [from, from + SIDE) of a stretch, (SIDE, LANES).
+// Scores of N times 16 rows against the positions [from, from + SIDE) of a stretch: (N, STRETCH, LANES), of which SIDE are
+// written.
+template <int32_t N>
 QUERN_INLINE void score_side(const float* queries, const Stretch& s, int32_t from, float* scores) {
   const float* keys = s.keys + static_cast<int64_t>(from / BLOCK) * s.size * BLOCK + from % BLOCK;
-  Lanes total[SIDE] = {};
+  Lanes total[N][SIDE] = {};
   for (int32_t d = 0; d < s.size; ++d) {
-    const Lanes query = load(queries + d * LANES);
-    for (int32_t i = 0; i < SIDE; ++i) total[i] = fused(spread(keys[d * BLOCK + i]), query, total[i]);
+    Lanes query[N];
+    for (int32_t n = 0; n < N; ++n) query[n] = load(queries + (n * s.size + d) * LANES);
+    for (int32_t i = 0; i < SIDE; ++i)
+      for (int32_t n = 0; n < N; ++n) total[n][i] = fused(spread(keys[d * BLOCK + i]), query[n], total[n][i]);
   }
-  for (int32_t i = 0; i < SIDE; ++i) store(scores + i * LANES, total[i]);
+  for (int32_t n = 0; n < N; ++n)
+    for (int32_t i = 0; i < SIDE; ++i) store(scores + (n * STRETCH + from + i) * LANES, total[n][i]);
 }
 
-// outputs (head_dim, LANES) += values . scores, COUNT dimensions from `from` on.
-template <int32_t COUNT>
-QUERN_INLINE void weigh_side(const float* scores, const Stretch& s, int32_t from, Lanes correction, float* outputs) {
-  Lanes total[COUNT];
-  for (int32_t i = 0; i < COUNT; ++i) total[i] = load(outputs + (from + i) * LANES) * correction;
+// outputs (N, head_dim, LANES) += values . scores, COUNT dimensions from `from` on.
+template <int32_t N, int32_t COUNT>
+QUERN_INLINE void weigh_side(const float* scores, const Stretch& s, int32_t from, const Lanes* correction, float* outputs) {
+  Lanes total[N][COUNT];
+  for (int32_t n = 0; n < N; ++n)
+    for (int32_t i = 0; i < COUNT; ++i) total[n][i] = load(outputs + (n * s.size + from + i) * LANES) * correction[n];
   for (int32_t p = 0; p < s.count; ++p) {
-    const Lanes weight = load(scores + p * LANES);
-    for (int32_t i = 0; i < COUNT; ++i) total[i] = fused(spread(s.values[p * s.size + from + i]), weight, total[i]);
+    Lanes weight[N];
+    for (int32_t n = 0; n < N; ++n) weight[n] = load(scores + (n * STRETCH + p) * LANES);
+    for (int32_t i = 0; i < COUNT; ++i)
+      for (int32_t n = 0; n < N; ++n) total[n][i] = fused(spread(s.values[p * s.size + from + i]), weight[n], total[n][i]);
   }
-  for (int32_t i = 0; i < COUNT; ++i) store(outputs + (from + i) * LANES, total[i]);
+  for (int32_t n = 0; n < N; ++n)
+    for (int32_t i = 0; i < COUNT; ++i) store(outputs + (n * s.size + from + i) * LANES, total[n][i]);
 }
 
-// 16 rows; lanes are rows, so nothing is added across lanes. The order of additions is that of attend_row.
-QUERN_INLINE void attend_sixteen(const Stretch& s, const float* queries, const int32_t* firsts, const int32_t* lasts,
-                                 float* scores, float* maxima, float* sums, float* outputs) {
+// Scores of 16 rows to their exponentials; the running maxima and sums of the rows. Returns what outputs so far are to be
+// multiplied by.
+QUERN_INLINE Lanes soften(const Stretch& s, const int32_t* firsts, const int32_t* lasts, float* scores, float* maxima,
+                          float* sums) {
   Whole first, last;
   memcpy(&first, firsts, sizeof first);
   memcpy(&last, lasts, sizeof last);
   const int32_t start = static_cast<int32_t>(s.start);
   const Whole active = (last >= start) & (first < start + STRETCH);
-  for (int32_t p = 0; p < STRETCH; p += SIDE) score_side(queries, s, p, scores + p * LANES);
   const Lanes before = load(maxima), nothing = spread(-INFINITY);
   Lanes top = before;
   for (int32_t p = 0; p < STRETCH; ++p) {
@@ -161,9 +170,24 @@ QUERN_INLINE void attend_sixteen(const Stretch& s, const float* queries, const i
     for (int32_t p = 0; p < width; ++p) part[p] += part[p + width];
   store(sums, load(sums) * correction + part[0]);
   store(maxima, top);
+  return correction;
+}
+
+// N times 16 rows; lanes are rows, so nothing is added across lanes. The order of additions is that of attend_row.
+template <int32_t N>
+QUERN_INLINE void attend_sixteens(const Stretch& s, const float* queries, const int32_t* firsts, const int32_t* lasts,
+                                  float* scores, float* maxima, float* sums, float* outputs) {
+  bool any = false;
+  for (int32_t i = 0; i < N * LANES; ++i) any |= lasts[i] >= s.start && firsts[i] < s.start + STRETCH;
+  if (!any) return;
+  for (int32_t p = 0; p < STRETCH; p += SIDE) score_side<N>(queries, s, p, scores);
+  Lanes correction[N];
+  for (int32_t n = 0; n < N; ++n)
+    correction[n] = soften(s, firsts + n * LANES, lasts + n * LANES, scores + n * STRETCH * LANES, maxima + n * LANES,
+                           sums + n * LANES);
   int32_t d = 0;
-  for (; d + SIDE <= s.size; d += SIDE) weigh_side<SIDE>(scores, s, d, correction, outputs);
-  for (; d < s.size; ++d) weigh_side<1>(scores, s, d, correction, outputs);
+  for (; d + SIDE <= s.size; d += SIDE) weigh_side<N, SIDE>(scores, s, d, correction, outputs);
+  for (; d < s.size; ++d) weigh_side<N, 1>(scores, s, d, correction, outputs);
 }
 
 QUERN_INLINE void widen(const HeadCache& cache, Stretch& s) {
@@ -174,43 +198,43 @@ QUERN_INLINE void widen(const HeadCache& cache, Stretch& s) {
 }
 
 void attend(const Attend& a) {
-  const int32_t size = a.cache.head_dim, rest = a.rows % LANES;
-  const int32_t sixteens = a.rows / LANES + (rest >= FEWEST), together = sixteens * LANES;
+  const int32_t size = a.cache.head_dim, room = (a.rows + LANES - 1) / LANES * LANES;
+  const int32_t together = a.rows % LANES < FEWEST ? a.rows / LANES * LANES : room;
   Stretch s{0, 0, size, a.scratch, a.scratch + STRETCH * (size + BLOCK)};
   float* scores = s.values + STRETCH * (size + BLOCK);
-  float* maxima = scores + STRETCH * LANES;
-  float* sums = maxima + (a.rows + LANES - 1) / LANES * LANES;
-  float* queries = sums + (a.rows + LANES - 1) / LANES * LANES;  // of the rows that are done together: (16s, size, LANES)
+  float* maxima = scores + ABREAST * STRETCH * LANES;
+  float* sums = maxima + room;
+  int32_t* firsts = reinterpret_cast<int32_t*>(sums + room);
+  int32_t* lasts = firsts + room;
+  float* queries = reinterpret_cast<float*>(lasts + room);  // of the rows that are done together: (16s, size, LANES)
   float* outputs = queries + static_cast<int64_t>(together) * size;
-  int32_t firsts[LANES], lasts[LANES];
   int32_t first = a.first[0], last = a.last[0];
-  for (int32_t r = 0; r < a.rows; ++r) {
-    first = a.first[r] < first ? a.first[r] : first;
-    last = a.last[r] > last ? a.last[r] : last;
-    maxima[r] = -INFINITY;
-    sums[r] = 0.0f;
-    memset(a.outputs + static_cast<int64_t>(r) * size, 0, sizeof(float) * size);
-  }
+  memset(a.outputs, 0, sizeof(float) * a.rows * size);
   memset(queries, 0, sizeof(float) * 2 * together * size);
-  for (int32_t r = a.rows; r < together; ++r) maxima[r] = sums[r] = 0.0f;
-  for (int32_t r = 0; r < together && r < a.rows; ++r)
+  for (int32_t r = 0; r < room; ++r) {
+    const bool real = r < a.rows;  // the others see nothing
+    maxima[r] = real ? -INFINITY : 0.0f;
+    sums[r] = 0.0f;
+    firsts[r] = real ? a.first[r] : 0;
+    lasts[r] = real ? a.last[r] : -1;
+    if (!real) continue;
+    first = firsts[r] < first ? firsts[r] : first;
+    last = lasts[r] > last ? lasts[r] : last;
+    if (r >= together) continue;
     for (int32_t d = 0; d < size; ++d)
       queries[(static_cast<int64_t>(r / LANES) * size + d) * LANES + r % LANES] = a.queries[static_cast<int64_t>(r) * size + d];
+  }
   for (s.start = first / STRETCH * STRETCH; s.start <= last; s.start += STRETCH) {
     s.count = last - s.start + 1 < STRETCH ? static_cast<int32_t>(last - s.start + 1) : STRETCH;
     widen(a.cache, s);
-    for (int32_t r = 0; r < together; r += LANES) {
-      bool any = false;
-      for (int32_t i = 0; i < LANES; ++i) {
-        firsts[i] = r + i < a.rows ? a.first[r + i] : 0;
-        lasts[i] = r + i < a.rows ? a.last[r + i] : -1;  // a row that sees nothing
-        any |= lasts[i] >= s.start && firsts[i] < s.start + STRETCH;
-      }
-      if (!any) continue;
-      const int64_t at = static_cast<int64_t>(r) * size;
-      attend_sixteen(s, queries + at, firsts, lasts, scores, maxima + r, sums + r, outputs + at);
-    }
-    for (int32_t r = together; r < a.rows; ++r) {
+    int32_t r = 0;
+    for (; r + ABREAST * LANES <= together; r += ABREAST * LANES)
+      attend_sixteens<ABREAST>(s, queries + static_cast<int64_t>(r) * size, firsts + r, lasts + r, scores, maxima + r,
+                               sums + r, outputs + static_cast<int64_t>(r) * size);
+    for (; r < together; r += LANES)
+      attend_sixteens<1>(s, queries + static_cast<int64_t>(r) * size, firsts + r, lasts + r, scores, maxima + r, sums + r,
+                         outputs + static_cast<int64_t>(r) * size);
+    for (; r < a.rows; ++r) {
       const int64_t at = static_cast<int64_t>(r) * size;
       attend_row(s, a.queries + at, a.first[r], a.last[r], scores, maxima[r], sums[r], a.outputs + at);
     }

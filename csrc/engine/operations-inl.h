@@ -40,10 +40,10 @@ QUERN_INLINE Lanes load_some(const float* p, int32_t count) {
 // a * b + c, rounded once on every instruction set.
 QUERN_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #if defined(__AVX512F__)
-constexpr int32_t SIDE = 8;  // sums of 16 lanes that registers have room for
+constexpr int32_t ABREAST = 2, SIDE = 8;  // their product: sums of 16 lanes that registers have room for
 QUERN_INLINE Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 #else
-constexpr int32_t SIDE = 4;
+constexpr int32_t ABREAST = 1, SIDE = 4;
 QUERN_INLINE Lanes fused(Lanes a, Lanes b, Lanes c) {
   float x[LANES], y[LANES], z[LANES];
   store(x, a);

@@ -40,7 +40,7 @@ struct Attend {
 inline int64_t attend_scratch(int32_t rows, int32_t head_dim) {
   constexpr int64_t positions = 4 * BLOCK;
   const int64_t sixteens = (rows + 15) / 16;
-  return 2 * positions * (head_dim + BLOCK) + 16 * positions + 32 * sixteens * (head_dim + 1);
+  return 2 * positions * (head_dim + BLOCK) + 32 * positions + 32 * sixteens * (head_dim + 2);
 }
 
 struct Operations {
