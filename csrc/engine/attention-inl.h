@@ -221,8 +221,8 @@ void attend(const Attend& a) {
     first = firsts[r] < first ? firsts[r] : first;
     last = lasts[r] > last ? lasts[r] : last;
     if (r >= together) continue;
-    for (int32_t d = 0; d < size; ++d)
-      queries[(static_cast<int64_t>(r / LANES) * size + d) * LANES + r % LANES] = a.queries[static_cast<int64_t>(r) * size + d];
+    float* lane = queries + static_cast<int64_t>(r / LANES) * size * LANES + r % LANES;
+    for (int32_t d = 0; d < size; ++d) lane[d * LANES] = a.queries[static_cast<int64_t>(r) * size + d];
   }
   for (s.start = first / STRETCH * STRETCH; s.start <= last; s.start += STRETCH) {
     s.count = last - s.start + 1 < STRETCH ? static_cast<int32_t>(last - s.start + 1) : STRETCH;

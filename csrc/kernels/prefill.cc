@@ -131,7 +131,9 @@ class PanelJob : public Job {
       }
     }
 
-    static int32_t blocks_of(const Columns& part) { return static_cast<int32_t>(ceil_divide((part.count + 3) / 4, PAD) * PAD); }
+    static int32_t blocks_of(const Columns& part) {
+      return static_cast<int32_t>(ceil_divide((part.count + 3) / 4, PAD) * PAD);
+    }
     int64_t panel_bytes(const Columns& part) const { return static_cast<int64_t>(row_groups) * blocks_of(part) * LANES; }
 
     // Filled up with zero bytes, which add nothing however they are read, to whole matrix tiles.
