@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class TransformersSession:
     """One sequence with transformers' key/value cache; see ``core.engine.Session``."""
 
-    def __init__(self, model: Any, maximum_length: int) -> None:
+    def __init__(self, model: Any, maximum_length: int, guard: Any) -> None:
         self._model = model
+        self._guard = guard
         self._maximum_length = maximum_length
         self._cache: Any = None
         self._length = 0
@@ -44,7 +45,7 @@ class TransformersSession:
         self._length += len(ids)
         if self._length > self._maximum_length:
             raise UserError(f"{self._length} tokens do not fit: this model's context is {self._maximum_length}")
-        with torch.inference_mode():
+        with self._guard():
             output = self._model(
                 input_ids=torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
@@ -57,12 +58,16 @@ class TransformersModel:
     """A causal model of transformers with another tool's linears in it; see ``core.engine.LoadedModel``.
 
     ``weight_bytes`` is what the weights of the whole model take in memory as the tool runs them; None: the bytes of its
-    parameters and buffers. ``compiled``, if given, is the model as sessions call it. The
-    rows of an embedding that is not tied are not read for a token, so they do not count.
+    parameters and buffers. ``compiled``, if given, is the model as sessions call it. ``guard`` keeps torch from recording
+    gradients (default: ``torch.inference_mode``). The rows of an embedding that is not tied are not read for a token, so
+    they do not count.
     """
 
-    def __init__(self, model: Any, weight_bytes: int | None = None, compiled: Any = None) -> None:
+    def __init__(self, model: Any, weight_bytes: int | None = None, compiled: Any = None, guard: Any = None) -> None:
+        import torch
+
         self.model = model.eval()
+        self._guard = torch.inference_mode if guard is None else guard
         self._runner = model if compiled is None else compiled
         self.vocabulary_size = int(model.config.vocab_size)
         self.maximum_length = int(model.config.max_position_embeddings)
@@ -70,16 +75,14 @@ class TransformersModel:
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits float32 ``(batch, time, vocabulary)`` for int64 ``(batch, time)``."""
-        import torch
-
-        with torch.inference_mode():
+        with self._guard():
             output = self.model(input_ids=ids, use_cache=False)
         logits: torch.Tensor = output.logits[..., : self.vocabulary_size].float()
         return logits
 
     def start(self) -> TransformersSession:
         """An empty session."""
-        return TransformersSession(self._runner, self.maximum_length)
+        return TransformersSession(self._runner, self.maximum_length, self._guard)
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads."""

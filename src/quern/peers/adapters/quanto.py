@@ -62,4 +62,4 @@ class Quanto(Peer):
         state = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
         quanto.requantize(model, state, json.loads((folder / MAP).read_text("utf-8")), torch.device("cpu"))
         model.tie_weights()
-        return TransformersModel(model)
+        return TransformersModel(model, guard=torch.no_grad)  # 4-bit weights do not run in inference mode
