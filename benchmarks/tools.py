@@ -5,7 +5,7 @@
     python benchmarks/tools.py --against RESULTS.json
 
 The first form is `quern compare --peers all` with the recipes below; an interrupted run goes on when it is started again. It
-copies its results.json to results/tools_<model>_<date>.json (with another seed than 0: ..._seed<N>_...). The second form
+keeps its results as results/tools_<model>_<date>.json (with another seed than 0: ..._seed<N>_...). The second form
 prints Spearman's rank correlation of the KL of the rows that two runs share, for instance with two seeds of calibration
 text. The third puts beside each tool's row quern's row with the least KL among those with no more bytes, and quern's fastest
 row among those with no more KL.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,7 +84,8 @@ def run(options: argparse.Namespace) -> None:
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     seed = f"_seed{options.seed}" if options.seed else ""
     target = HERE / "results" / f"tools_{Path(options.model).name}{seed}_{date}.json"
-    shutil.copyfile(Path(options.output, "results.json"), target)
+    named = results.model.model_copy(update={"path": Path(options.model).name})  # not where it lies on this machine
+    target.write_text(results.model_copy(update={"model": named}).model_dump_json(indent=2) + "\n", "utf-8")
     print(target)
 
 
