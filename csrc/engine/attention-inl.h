@@ -143,8 +143,8 @@ QUERN_INLINE void weigh_side(const float* scores, const Stretch& s, int32_t from
 
 // Scores of 16 rows to their exponentials; the running maxima and sums of the rows. Returns what outputs so far are to be
 // multiplied by.
-QUERN_INLINE Lanes soften(const Stretch& s, const int32_t* firsts, const int32_t* lasts, float* scores, float* maxima,
-                          float* sums) {
+QUERN_INLINE Lanes update_softmax(const Stretch& s, const int32_t* firsts, const int32_t* lasts, float* scores,
+                                  float* maxima, float* sums) {
   Whole first, last;
   memcpy(&first, firsts, sizeof first);
   memcpy(&last, lasts, sizeof last);
@@ -183,8 +183,8 @@ QUERN_INLINE void attend_sixteens(const Stretch& s, const float* queries, const 
   for (int32_t p = 0; p < STRETCH; p += SIDE) score_side<N>(queries, s, p, scores);
   Lanes correction[N];
   for (int32_t n = 0; n < N; ++n)
-    correction[n] = soften(s, firsts + n * LANES, lasts + n * LANES, scores + n * STRETCH * LANES, maxima + n * LANES,
-                           sums + n * LANES);
+    correction[n] = update_softmax(s, firsts + n * LANES, lasts + n * LANES, scores + n * STRETCH * LANES,
+                                   maxima + n * LANES, sums + n * LANES);
   int32_t d = 0;
   for (; d + SIDE <= s.size; d += SIDE) weigh_side<N, SIDE>(scores, s, d, correction, outputs);
   for (; d < s.size; ++d) weigh_side<N, 1>(scores, s, d, correction, outputs);

@@ -157,6 +157,11 @@ def _in_order(path: str | Path, tensors: dict[str, TensorInfo], data_begin: int,
     return result
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file, by name. Raises ``BadFileError``."""
+    return {name: read_tensor(path, info) for name, info in read_header(path).items()}
+
+
 def read_tensor(path: str | Path, info: TensorInfo) -> torch.Tensor:
     """The tensor that ``read_header(path)`` described: fresh memory, contiguous, 64-byte aligned, on the CPU.
 

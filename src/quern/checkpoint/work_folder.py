@@ -26,7 +26,7 @@ import torch
 
 from quern.checkpoint.files import explain_write_errors, read_json, sha256_of, sync, write_json
 from quern.checkpoint.journal import Record, append_record, read_journal
-from quern.checkpoint.safetensors_file import read_header, read_tensor, write_safetensors
+from quern.checkpoint.safetensors_file import read_tensors, write_safetensors
 from quern.core.errors import UserError
 
 _FINGERPRINT = "fingerprint.json"
@@ -143,8 +143,7 @@ class WorkFolder:
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """What ``write_tensors(name, ...)`` wrote."""
-        path = self.path(f"{name}.safetensors")
-        return {key: read_tensor(path, info) for key, info in read_header(path).items()}
+        return read_tensors(self.path(f"{name}.safetensors"))
 
     def publish(self, artifact: Path, destination: str | Path) -> None:
         """Move the finished folder ``artifact`` (inside the work folder) to ``destination`` and remove the work folder.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from quern.checkpoint.files import explain_write_errors, read_json, write_json
-from quern.checkpoint.safetensors_file import read_header, read_tensor
+from quern.checkpoint.safetensors_file import read_tensors
 from quern.core.errors import BadFileError
 from quern.core.heap import release_freed
 from quern.core.progress import Task
@@ -82,7 +82,7 @@ def _take_over(job: Job, shared: Path) -> float:
     linears = list(job.architecture.linears())
     for index in range(job.architecture.layers):
         path = shared / f"{index:04d}.safetensors"
-        tensors = {name: read_tensor(path, info) for name, info in read_header(path).items()}
+        tensors = read_tensors(path)
         if [(name, tensors[name].numel()) for name in sorted(tensors)] != [
             (name, job.sequences.numel()) for name in sorted(linears)
         ]:
