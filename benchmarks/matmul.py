@@ -1,9 +1,10 @@
 """Products of packed weights and 512 tokens beside torch: int8 GEMM of oneDNN (``torch._int_mm``) and bfloat16.
 
     python benchmarks/matmul.py [--rounds 7] [--isas amx,avx512] [--threads 1,2] [--shape 8192x29568] [--tokens 512]
+        [--peers llama.cpp,onnxruntime,openvino]
 
 All contenders take turns in every round. Ours include the dynamic quantization of their inputs and the scaling of their
-float32 outputs, torch's int8 product neither. Targets: 80 % of ``torch._int_mm``, and more than bfloat16.
+float32 outputs, torch's int8 product neither. Targets: 80 % of ``torch._int_mm``, and more than bfloat16 and every peer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from measured import write_result
 from native_matrices import ForeignLoad, Packing, Pool, rounds_of, spread
+from peer_matrices import PeerProcess
 
 from quern import _native
 
@@ -74,6 +76,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--shape", default="8192x29568", help="rows x columns of the weight")
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--peers", default="", help="llama.cpp, onnxruntime, openvino")
     parser.add_argument("--dry", action="store_true", help="write no result file")
     options = parser.parse_args()
     rows, columns = map(int, options.shape.split("x"))
@@ -87,8 +90,16 @@ def main() -> None:
         for isa in options.isas.split(","):
             for packing in PACKINGS:
                 contenders[f"{packing.name} {isa}"] = ours(packing, isa, rows, columns, inputs, threads, pool)
-        load = ForeignLoad()
+        processes = [
+            PeerProcess(peer, rows, columns, options.tokens, threads, 0) for peer in options.peers.split(",") if peer
+        ]
+        for process in processes:
+            contenders |= process.contenders
+        load = ForeignLoad([process.pid for process in processes])
         times = rounds_of(options.rounds, contenders)
+        foreign = load.processors()
+        for process in processes:
+            process.close()
         for name, seconds in times.items():
             ratios = {
                 other: spread([o / s for o, s in zip(times[other], seconds)]) for other in torch_work if other != name
@@ -101,7 +112,7 @@ def main() -> None:
                     "milliseconds": spread([1e3 * s for s in seconds]),
                     "billion_operations_a_second": rate,
                     "speed_relative_to": ratios,
-                    "foreign_processors": load.processors(),
+                    "foreign_processors": foreign,
                 }
             )
             relative = ", ".join(f"{ratio['median']:.2f} of {other}" for other, ratio in ratios.items())
@@ -109,7 +120,7 @@ def main() -> None:
                 f"threads {threads} {name:24} {found[-1]['milliseconds']['median']:8.1f} ms {rate:7.0f} GOP/s  {relative}",
                 flush=True,
             )
-        print(f"foreign processors: {load.processors():.2f}")
+        print(f"foreign processors: {foreign:.2f}")
     if not options.dry:
         content = {"rounds": options.rounds, "shape": (rows, columns), "tokens": options.tokens, "results": found}
         print(write_result("matmul", content))

@@ -1,10 +1,13 @@
 """Matrix-vector products of packed weights against a pure read of the same bytes: batch 1, the shapes of Qwen2-72B's MLP.
 
-    python benchmarks/matvec.py [--rounds 7] [--isas avx512,avx2] [--threads 1,2] [--only NAME,...]
+    python benchmarks/matvec.py [--rounds 7] [--isas avx512,avx2] [--threads 1,2] [--only NAME,...] [--peers NAME,...]
 
 Each round times every packing and, right before it, reading as many bytes with the same threads and the same cut into
 pieces; copies of the matrices fill 1 GiB and take turns, so that none comes from a cache. The fraction is read time over
 product time, inputs' quantization included. Targets: 85 % with AVX-512, half for 4 bits with AVX2.
+
+``--peers llama.cpp,onnxruntime,openvino`` (as installed by ``quern peers install``) lets their kernels take turns with ours
+at the first of ``--isas``: for each, the packings of no more bytes (scales included), and how many times as fast they are.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any
 
 import numpy as np
 from measured import write_result
-from native_matrices import ForeignLoad, Packing, Pool, rounds_of, spread
+from native_matrices import POOL_BYTES, ForeignLoad, Packing, Pool, rounds_of, spread
+from peer_matrices import PeerProcess
 
 from quern import _native
 
@@ -51,7 +55,13 @@ def measure(packing: Packing, shape: tuple[int, int], threads: int, pool: Pool) 
 
 
 def run(
-    packings: list[Packing], isa: str, shape: tuple[int, int], threads: int, rounds: int, pool: Pool
+    packings: list[Packing],
+    isa: str,
+    shape: tuple[int, int],
+    threads: int,
+    rounds: int,
+    pool: Pool,
+    peers: list[str],
 ) -> list[dict[str, Any]]:
     _native.use_isa(isa)
     contenders = {
@@ -59,9 +69,16 @@ def run(
         for packing in packings
         for what, work in measure(packing, shape, threads, pool).items()
     }
-    load = ForeignLoad()
+    processes = [PeerProcess(peer, *shape, 1, threads, POOL_BYTES) for peer in peers]
+    for process in processes:
+        contenders |= {(name, "product"): work for name, work in process.contenders.items()}
+    load = ForeignLoad([process.pid for process in processes])
     times = rounds_of(rounds, contenders)
-    found = []
+    foreign = load.processors()
+    for process in processes:
+        process.close()
+    setting = {"isa": isa, "shape": shape, "threads": threads, "foreign_processors": foreign}
+    found: list[dict[str, Any]] = []
     for packing in packings:
         read, product = times[packing.name, "read"], times[packing.name, "product"]
         size = packing.code_bytes(*shape)
@@ -69,15 +86,12 @@ def run(
         found.append(
             {
                 "packing": packing.name,
-                "isa": isa,
-                "shape": shape,
-                "threads": threads,
+                **setting,
                 "bytes": size,
                 "milliseconds": spread([1e3 * p for p in product]),
                 "gigabytes_a_second": size / statistics.median(product) / 1e9,
                 "read_gigabytes_a_second": size / statistics.median(read) / 1e9,
                 "fraction_of_read": fraction,
-                "foreign_processors": load.processors(),
             }
         )
         print(
@@ -85,9 +99,24 @@ def run(
             f"{found[-1]['milliseconds']['median']:7.2f} ms "
             f"{found[-1]['gigabytes_a_second']:6.1f} GB/s  read {found[-1]['read_gigabytes_a_second']:6.1f}  "
             f"fraction {fraction['median']:.2f} ({fraction['lower_quartile']:.2f}-{fraction['upper_quartile']:.2f})  "
-            f"foreign {found[-1]['foreign_processors']:.2f}",
+            f"foreign {foreign:.2f}",
             flush=True,
         )
+    for process in processes:
+        for name, size in process.sizes.items():
+            theirs = times[name, "product"]
+            smaller = [packing for packing in packings if packing.bytes(*shape) <= size]
+            ratios = {
+                packing.name: spread([t / o for t, o in zip(theirs, times[packing.name, "product"])])
+                for packing in smaller
+            }
+            milliseconds = spread([1e3 * t for t in theirs])
+            found.append(
+                {"peer": name, **setting, "bytes": size, "milliseconds": milliseconds, "times_as_fast": ratios}
+            )
+            told = ", ".join(f"{packing} {ratio['median']:.2f}" for packing, ratio in ratios.items())
+            where = f"{shape[0]}x{shape[1]} threads {threads}"
+            print(f"{where} {name} {size / 1e6:.0f} MB {milliseconds['median']:.2f} ms; as fast: {told}", flush=True)
     return found
 
 
@@ -97,14 +126,16 @@ def main() -> None:
     parser.add_argument("--isas", default=",".join(isa for isa in ("avx512", "avx2") if isa in _native.isas()))
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--only", default="")
+    parser.add_argument("--peers", default="", help="llama.cpp, onnxruntime, openvino")
     parser.add_argument("--dry", action="store_true", help="write no result file")
     options = parser.parse_args()
     packings = [p for p in PACKINGS if not options.only or p.name in options.only.split(",")]
     pool, found = Pool(), []
-    for isa in options.isas.split(","):
+    for number, isa in enumerate(options.isas.split(",")):
+        peers = options.peers.split(",") if options.peers and number == 0 else []
         for shape in SHAPES:
             for threads in map(int, options.threads.split(",")):
-                found += run(packings, isa, shape, threads, options.rounds, pool)
+                found += run(packings, isa, shape, threads, options.rounds, pool, peers)
     if not options.dry:
         print(write_result("matvec", {"rounds": options.rounds, "results": found}))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 
 from quern import _native
 
@@ -36,6 +37,11 @@ class Packing:
             return rows * columns * self.bits // 8
         full, rest = divmod(rows, 256)
         return 64 * -(-columns // 4) * (full * 2 * self.bits + -(-self.bits * -(-rest // 16) // 8))
+
+    def bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the codes, of scales (float16) and of zero points (half a byte each)."""
+        groups = rows * -(-columns // (self.group or columns))
+        return self.code_bytes(rows, columns) + 2 * groups + (groups // 2 if self.zeros else 0)
 
     def matrix(self, rows: int, columns: int, codes: np.ndarray) -> _native.Matrix:
         """The matrix of ``codes`` (uint8) with scales of one."""
@@ -81,9 +87,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 class ForeignLoad:
-    """Processors that other processes kept busy while this one measured (from /proc/stat)."""
+    """Processors that other processes kept busy while this one and ``children`` measured (from /proc/stat)."""
 
-    def __init__(self) -> None:
+    def __init__(self, children: Sequence[int] = ()) -> None:
+        self._children = [psutil.Process(child) for child in children]
         self.start, self.before, self.own = time.monotonic(), self._busy(), self._own()
 
     @staticmethod
@@ -92,10 +99,11 @@ class ForeignLoad:
             user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
         return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
-    @staticmethod
-    def _own() -> float:
+    def _own(self) -> float:
         times = os.times()
-        return times.user + times.system + times.children_user + times.children_system
+        running = [child.cpu_times() for child in self._children]
+        ended = times.children_user + times.children_system
+        return times.user + times.system + ended + sum(one.user + one.system for one in running)
 
     def processors(self) -> float:
         """Mean since this was made."""
@@ -103,9 +111,9 @@ class ForeignLoad:
         return max(0.0, busy / (time.monotonic() - self.start))
 
 
-def rounds_of(count: int, contenders: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+def rounds_of(count: int, contenders: dict[Any, Callable[[], float]]) -> dict[Any, list[float]]:
     """Seconds of each contender in each of ``count`` rounds, in which they take turns. One round before warms up."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[Any, list[float]] = {name: [] for name in contenders}
     for number in range(count + 1):
         for name, run in contenders.items():
             seconds = run()
