@@ -34,11 +34,12 @@ def main() -> None:
     parser.add_argument("--choice", nargs="*", default=[])
     parser.add_argument("--recipes", nargs="*", help="Names in recipes/ and shipped ones; default: all.")
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--theme", default="divergence", help="The result file's name begins with it.")
     parser.add_argument("-o", "--output", default="build/accuracy")
     options = parser.parse_args()
     ours = {path.stem: str(path) for path in sorted((HERE / "recipes").glob("*.yaml")) if _meant(path.stem)}
     chosen = [ours.get(name, name) for name in options.recipes or [*ours, *SHIPPED]]
-    kl = {row.name: row.kl_mean for row in _compare(options, "divergence", chosen, []).rows}
+    kl = {row.name: row.kl_mean for row in _compare(options, options.theme, chosen, []).rows}
     for gptq, nearest in PAIRS:
         mine, theirs = kl.get(gptq), kl.get(nearest)
         if mine is not None and theirs is not None:
