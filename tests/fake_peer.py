@@ -27,12 +27,16 @@ BEHAVIOURS = (
     "unloadable",
     "nan",
     "dies",
+    "endless",
+    "talkative",
 )
 
 
 class FakePeer(Peer):
     tool = "Fake Tool"
-    package = "numpy"
+    package = "fake-tool"
+    also = ("fake-kernels",)
+    modules = ("fake_tool",)
     versions = ">=1,<2"
     requirements = ()
     licence = "MIT"
@@ -60,9 +64,15 @@ class FakePeer(Peer):
         if behaviour == "garbage":
             os.write(int(os.environ["FAKE_ANSWERS"]), b"\x00\xff not an answer\n")
             time.sleep(600)
-        if behaviour == "memory":
+        if behaviour == "endless":
+            while True:
+                say_alive()
+                time.sleep(0.05)
+        if behaviour in ("memory", "talkative"):
             hoard = []
             while True:
+                if behaviour == "talkative":
+                    say_alive()
                 hoard.append(bytearray(os.urandom(1 << 20)) * 32)
                 time.sleep(0.02)
         if behaviour == "raise":
@@ -93,9 +103,14 @@ class FakePeer(Peer):
         return model
 
 
+def say_alive():
+    os.write(int(os.environ["FAKE_ANSWERS"]), b'{"advance": 1}\n')
+
+
 if __name__ == "__main__":
     from quern.peers import worker
 
+    sys.path.insert(0, os.getcwd())  # where a test may put fake_tool
     os.environ["FAKE_ANSWERS"] = str(os.dup(1))
     PEERS.add(NAME)(FakePeer)
     worker.main(NAME)

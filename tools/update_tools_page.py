@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +21,17 @@ from quern.report.wording import STAGES, protocol_text, scale_text, tool_text, u
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path("docs") / "tools.md"
 SOURCES = "<!-- Written by tools/update_tools_page.py from: {} -->"
-CLASSES = (2, 3, 4, 8)
-"""Nominal bits of a weight's code at which rows are compared with each other."""
+CLASSES: tuple[tuple[str, float], ...] = (
+    ("below 3.5", 3.5),
+    ("3.5 to 4.5", 4.5),
+    ("4.5 to 5.5", 5.5),
+    ("5.5 to 7", 7.0),
+    ("7 to 9", 9.0),
+    ("9 and more", math.inf),
+)
+"""Ranges of real bits per weight, everything included, in which rows are compared with each other: name, and the end of
+the range, which belongs to the next one. What a tool calls its bits leaves out scales, embeddings and what it did not
+quantize."""
 MEASURES: tuple[tuple[str, str, bool, Callable[[float], str]], ...] = (
     ("size", "bytes", True, bytes_text),
     ("KL", "kl_mean", True, significant),
@@ -35,10 +45,13 @@ RANKED = 4
 """The first of them, by which rows of as many bits are compared."""
 INTRODUCTION = """# The tools side by side
 
-Every figure on this page was measured by `quern compare` in one run for each model, by the rules of
-[results.md](results.md): sizes are counted from the files with embeddings and scales, losses are against the same
-reference on the same tokens, speeds are of each tool's own runtime on the machine that is named, contenders taking
-turns. Compare speeds within one table only. A tool that is missing here was not measured, which says nothing about it.
+Every figure on this page was measured by `quern compare`, for all rows of a model under the same settings and by the
+rules of [results.md](results.md): sizes are counted from the files with embeddings and scales, losses are against the
+same reference on the same tokens, speeds are of each tool's own runtime on the machine that is named. Contenders take
+turns in groups that fit in memory together; groups follow one another, and a comparison that was interrupted measures
+what was left in a later start. Where the unquantized model, which runs in every group, shows that the machine had changed
+its speed meanwhile, the notes of the rows say so. Compare speeds within one table only. A tool that is missing here was
+not measured, which says nothing about it.
 """
 LEGEND = """\
 Rows are in the order of their size. *Bits* are those in which weights lie on disk, everything included; KL is in nats a
@@ -61,7 +74,7 @@ def _section(results: Results, source: str) -> str:
         _facts(results, source),
         _table(results),
         f"Places. {scale_text(results.rows)}\n",
-        "### At about so many bits\n",
+        "### At about so many bits per weight\n",
         _classes(results),
         "### What each tool is good at here\n",
         "\n".join(_profile(tool, results) for tool in _tools(results)),
@@ -125,22 +138,12 @@ def _making(row: Row) -> str:
     return seconds_text(row.quantize_seconds) + peak
 
 
-def nominal_bits(row: Row) -> float | None:
-    """Bits of one code as the recipe or the tool's settings name them; None for the unquantized model."""
-    recipe = row.recipe or {}
-    bits = recipe["bits"] if "peer" in recipe else recipe.get("weights", {}).get("bits")
-    return float(bits) if isinstance(bits, int | float) else None
-
-
-def _of_class(bits: int, rows: Sequence[Row]) -> list[Row]:
-    """The rows whose nominal bits are nearest to ``bits`` of ``CLASSES``, and at most one bit away."""
-    return [
-        row
-        for row in rows
-        if (own := nominal_bits(row)) is not None
-        and abs(own - bits) <= 1
-        and bits == min(CLASSES, key=lambda known: (abs(known - own), known))
-    ]
+def _of_class(name: str, rows: Sequence[Row]) -> list[Row]:
+    """The quantized rows whose real bits per weight lie in the range of that name."""
+    ends = [end for _, end in CLASSES]
+    place = [known for known, _ in CLASSES].index(name)
+    begin = ends[place - 1] if place else 0.0
+    return [row for row in rows if row.recipe is not None and begin <= row.bits_per_weight < ends[place]]
 
 
 def ranked(rows: Sequence[Row], field: str, *, less: bool) -> list[Row]:
@@ -150,16 +153,18 @@ def ranked(rows: Sequence[Row], field: str, *, less: bool) -> list[Row]:
 
 
 def _classes(results: Results) -> str:
-    """For each number of nominal bits, who is best in what."""
+    """For each range of real bits per weight, who is best in what."""
     lines = []
-    for bits in CLASSES:
+    for bits, _ in CLASSES:
         if rows := _of_class(bits, results.rows):
             cells = [
                 f"{best[0].name} ({text(getattr(best[0], field))})" if (best := ranked(rows, field, less=less)) else "-"
                 for _, field, less, text in MEASURES[:RANKED]
             ]
-            lines.append((f"{bits}", f"{len(rows)}", *cells))
-    return _markdown(("bits", "rows", *(f"best {what}" for what, *_ in MEASURES[:RANKED])), lines, left=2 + RANKED)
+            lines.append((bits, f"{len(rows)}", *cells))
+    return _markdown(
+        ("bits per weight", "rows", *(f"best {what}" for what, *_ in MEASURES[:RANKED])), lines, left=2 + RANKED
+    )
 
 
 def _tools(results: Results) -> list[str]:
@@ -208,15 +213,15 @@ def _bests(made: Sequence[Row], results: Results) -> list[str]:
 
 
 def _ranks(made: Sequence[Row], results: Results) -> list[str]:
-    """For each number of nominal bits, the rank of the best of ``made`` in each measure."""
+    """For each range of real bits per weight, the rank of the best of ``made`` in each measure."""
     found = []
-    for bits in CLASSES:
+    for bits, _ in CLASSES:
         rows, own = _of_class(bits, results.rows), []
         for what, field, less, _ in MEASURES[:RANKED]:
             order = ranked(rows, field, less=less)
             rank = next((rank for rank, row in enumerate(order, start=1) if row in made), None)
             own += [f"{what} {rank}"] if rank is not None else []
-        found += [f"of {len(rows)} at {bits} bits {', '.join(own)}"] if own else []
+        found += [f"of {len(rows)} at {bits} bits per weight: {', '.join(own)}"] if own else []
     return found
 
 

@@ -206,6 +206,7 @@ void bind_engine(nb::module_& module) {
                                     std::move(key_norm), std::move(linears)};
            },
            "input_norm"_a, "output_norm"_a, "query_norm"_a.none(), "key_norm"_a.none(), "linears"_a);
+  module.attr("CACHE_BLOCK") = BLOCK;
   nb::class_<KeyValueCache>(module, "Cache")
       .def_prop_rw("length", &KeyValueCache::length,
                    [](KeyValueCache& cache, int32_t length) {

@@ -26,6 +26,11 @@ void require_size(const char* what, int64_t found, int64_t expected) {
                                  std::to_string(expected));
 }
 
+void require_aligned(const char* what, const void* data, uintptr_t size) {
+  require(reinterpret_cast<uintptr_t>(data) % size == 0,
+          std::string(what) + " must begin at a multiple of " + std::to_string(size) + " bytes");
+}
+
 // Bytes of a row of codes; for integer4 whole 32-bit words, as they are stored.
 int64_t row_bytes(Kind kind, int64_t columns) {
   switch (kind) {
@@ -67,18 +72,20 @@ Matrix::Matrix(const std::string& kind, int32_t rows, int32_t columns, Bytes cod
   }
   require_size("codes", static_cast<int64_t>(codes_.nbytes()), code_bytes(w));
   const bool plain = w.kind == Kind::bfloat16 || w.kind == Kind::float32;
+  if (plain) require_aligned("codes", w.codes, w.kind == Kind::float32 ? 4 : 2);
   require(plain != scale_.has_value(), "packed kinds have scales, plain ones have none");
   const int64_t groups = (columns + w.group - 1) / w.group, scale_rows = one_scale ? 1 : rows;
   if (!plain) {
     w.scale_type = float_of(scale_type);
     require_size("scale", scale_->nbytes(), groups * scale_rows * (w.scale_type == Float::float32 ? 4 : 2));
+    require_aligned("scale", scale_->data(), w.scale_type == Float::float32 ? 4 : 2);
     w.scale = scale_->data();
     w.scale_stride = one_scale ? 0 : groups;
   }
   if (zeros_) {
     require(w.kind == Kind::integer4, "only integer4 has zero points");
     require_size("zeros", zeros_->nbytes(), (scale_rows + 7) / 8 * groups * 4);
-    require(reinterpret_cast<uintptr_t>(zeros_->data()) % alignof(int32_t) == 0, "zeros are not aligned to 4 bytes");
+    require_aligned("zeros", zeros_->data(), alignof(int32_t));
     w.zeros = reinterpret_cast<const int32_t*>(zeros_->data());
   }
   const bool tabled = w.kind == Kind::trellis || w.kind == Kind::codebook4;

@@ -2,7 +2,8 @@
 //
 // Floating-point keys are stored rotated. int8 keys are stored before the projection's bias and before rotation, with one scale
 // for each head and position: large biases (Qwen's key projections) are constants that would use up the eight bits, and
-// rotation would spread them over positions. Attention adds and rotates when it reads.
+// rotation would spread them over positions. Attention adds and rotates when it reads. Where keys are normed, the bias is no
+// constant any more: they are stored with it, after the norm.
 #pragma once
 
 #include <cstddef>

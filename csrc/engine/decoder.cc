@@ -157,8 +157,9 @@ void Decoder::attention(const DecoderBlock& block, int32_t layer, const std::vec
   values_.resize(tokens * key_width);
   attended_.resize(tokens * query_width);
   const bool bare = rows[0].cache->shape().bare_keys();
+  const bool biased = bare && block.key_norm == nullptr;  // by attention; a norm's outputs hold the bias already
   Linear key = block.key;
-  if (bare) key.bias = nullptr;
+  if (biased) key.bias = nullptr;
   project(normed_.data(), {&block.query, &key, &block.value}, {queries_.data(), keys_.data(), values_.data()}, tokens);
   const float factor = 1.0f / std::sqrt(static_cast<float>(size));
   pool_.each(tokens, [&](int64_t t) {
@@ -196,7 +197,7 @@ void Decoder::attention(const DecoderBlock& block, int32_t layer, const std::vec
     a.cache = rows[from].cache->head(layer, head);
     a.cache.cosines = cosines_.data();
     a.cache.sines = sines_.data();
-    a.cache.key_bias = bare && block.key.bias != nullptr ? block.key.bias + static_cast<int64_t>(head) * size : nullptr;
+    a.cache.key_bias = biased && block.key.bias != nullptr ? block.key.bias + static_cast<int64_t>(head) * size : nullptr;
     for (int32_t t = from; t < to; ++t)
       for (int32_t i = 0; i < share; ++i, ++a.rows) {
         memcpy(queries + static_cast<int64_t>(a.rows) * size,

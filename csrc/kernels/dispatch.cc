@@ -132,7 +132,7 @@ const Kernels* initial() {
   try {
     return find(name);
   } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument(std::string("QUERN_ISA: ") + error.what());
+    throw BadEnvironment(std::string("QUERN_ISA: ") + error.what());
   }
 }
 

@@ -35,6 +35,7 @@ class Scratch {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
     if (bytes > size_) {
       std::free(data_);
+      size_ = 0;
       data_ = std::aligned_alloc(64, bytes);
       if (data_ == nullptr) throw std::bad_alloc();
       size_ = bytes;

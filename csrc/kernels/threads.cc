@@ -12,9 +12,11 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace quern {
@@ -70,6 +72,7 @@ struct ThreadPool::State {
   Task task = nullptr;
   void* context = nullptr;
   int64_t pieces = 0;
+  std::exception_ptr failure;  // of the job; the mutex guards it
 
   alignas(64) std::atomic<int64_t> next{0};
   alignas(64) std::atomic<int> inside{0};
@@ -82,7 +85,13 @@ struct ThreadPool::State {
   std::vector<std::thread> workers;
 
   void take_pieces() {
-    for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) task(context, piece);
+    try {
+      for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) task(context, piece);
+    } catch (...) {  // in a worker it would end the process, in the caller it would take the job from under the workers
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!failure) failure = std::current_exception();
+      next.store(pieces);
+    }
   }
 
   void join_job() {
@@ -166,8 +175,9 @@ void ThreadPool::run(int64_t pieces, Task task, void* context) {
   s.take_pieces();
   s.open.store(false);
   const auto done = [&] { return s.inside.load() == 0; };
-  if (s.may_spin && spin(done)) return;
-  while (!done()) std::this_thread::yield();
+  if (!s.may_spin || !spin(done))
+    while (!done()) std::this_thread::yield();
+  if (s.failure) std::rethrow_exception(std::exchange(s.failure, nullptr));
 }
 
 }  // namespace quern

@@ -18,6 +18,7 @@ class ThreadPool {
   int threads() const;
 
   // task(context, piece) for every piece in [0, pieces); returns when all are done. Only one thread may call at a time.
+  // The first exception of a task is rethrown when no thread works any more; pieces that had not begun are left out.
   using Task = void (*)(void* context, int64_t piece);
   void run(int64_t pieces, Task task, void* context);
 

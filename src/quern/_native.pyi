@@ -57,6 +57,9 @@ class Block:
         linears: Sequence[Linear],
     ) -> None: ...
 
+CACHE_BLOCK: int
+"""The capacity of a cache is a multiple of this."""
+
 class Cache:
     """Keys and values of one sequence. ``length`` can be cut back."""
 
@@ -93,7 +96,7 @@ def isas() -> list[str]:
     """Instruction sets that can run here, best first; the last one is "scalar"."""
 
 def isa() -> str:
-    """The one in use: that of the environment variable QUERN_ISA, or the best."""
+    """The one in use: that of the environment variable QUERN_ISA, or the best. Raises ``UserError`` for an unknown one."""
 
 def use_isa(name: str) -> None:
     """Use another one from now on. Raises ``ValueError`` with the list of those that can run here."""

@@ -1,16 +1,21 @@
 """What every adapter declares; that its file can be imported where neither the tool nor torch is."""
 
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import quern.peers.environment as environment_module
 from quern.peers.base import NAME, PEERS, choices_of
-from quern.peers.environment import Environment, Installed
+from quern.peers.environment import Environment, Installed, PeerError
 
 RUNTIMES = {"transformers", "vllm", "llama.cpp", "openvino", "onnxruntime", "quern"}
 
@@ -30,6 +35,9 @@ def test_the_declaration_is_whole(name):
     assert set(peer.targets) <= RUNTIMES
     assert peer.targets
     assert "cpu" in peer.devices
+    assert peer.modules
+    assert peer.package not in peer.also
+    assert list(peer.also) == [canonicalize_name(name) for name in peer.also]
     for requirement in peer.requirements:
         Requirement(requirement)
 
@@ -119,6 +127,31 @@ def test_an_environment_is_made_once_and_recorded_last(tmp_path, monkeypatch):
     assert environment.remove()
     assert not environment.remove()
     assert environment.installed() is None
+
+
+GRANDCHILD = (
+    "import subprocess, sys, time\n"
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    "print(child.pid, flush=True); time.sleep(600)"
+)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_an_installation_that_is_cut_short_leaves_nothing_running(tmp_path, monkeypatch, interrupted):
+    """pip and cmake start compilers, which are no children of quern's."""
+    environment = Environment.of("hqq", tmp_path)
+    environment.folder.mkdir()
+    monkeypatch.setattr(environment_module, "INSTALL_LIMIT_S", 600.0 if interrupted else 2.0)
+    if interrupted:
+        timer = threading.Timer(2.0, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+    with pytest.raises(KeyboardInterrupt if interrupted else PeerError):
+        environment._run([sys.executable, "-c", GRANDCHILD])
+    grandchild = int((environment.folder / "install.log").read_text().splitlines()[-1])
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(grandchild) and psutil.Process(grandchild).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the grandchild lives on"
+        time.sleep(0.02)
 
 
 def test_nothing_of_querns_own_environment_reaches_a_tool(tmp_path, monkeypatch):

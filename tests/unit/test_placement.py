@@ -8,8 +8,9 @@ import math
 import pytest
 from sample_results import make_reference, make_row, sample_rows, sample_tool_rows
 
-from quern.advisor.placement import KINDS, SMALL_LOSS, placements, small_loss_limit
+from quern.advisor.placement import KINDS, placements, small_loss_limit
 from quern.advisor.recommend import pareto_front
+from quern.advisor.scoring import SMALL_LOSS
 from quern.core.results import Row, Spread
 
 LIMIT = SMALL_LOSS * math.log(20.0)
@@ -150,3 +151,40 @@ def test_missing_figures():
 
 def test_without_the_unquantized_model():
     assert kinds([make_row("only", kl_mean=0.001)]) == {"only": "B"}
+
+
+def test_a_lead_in_speed_within_the_drift_of_the_machine_does_not_dominate():
+    """The second row's group ran while the machine was 16 % faster."""
+    good = make_row("good", bytes=400, kl_mean=0.03, decode_tokens_per_s=110.0)
+    bad = make_row("bad", kl_mean=0.04)
+    rows = [make_reference(), good, bad]
+    assert kinds(rows)["bad"] == "dominated"
+    drifted = [make_reference(group_speed=1.0), good.model_copy(update={"group_speed": 1.16}), bad]
+    assert kinds(drifted)["bad"] == "C"
+    assert "good may dominate it" in reason(drifted, "bad")
+    assert "the machine ran 16.0 % faster while good was timed" in reason(drifted, "bad")
+    assert "no row is at once" not in reason(drifted, "bad")
+    assert pareto_front(drifted) >= {"good", "bad"}
+    noted = "while it was timed, the unquantized model decoded at 1.16 of its speed in the first group"
+    assert kinds([rows[0], good.model_copy(update={"notes": [noted]}), bad])["bad"] == "C", "files without the number"
+    small = [rows[0], good.model_copy(update={"group_speed": 1.09}), bad]
+    assert kinds(small)["bad"] == "dominated", "up to 10 % is not counted"
+    faster_machine = [rows[0], good, bad.model_copy(update={"group_speed": 1.16})]
+    assert kinds(faster_machine)["bad"] == "dominated", "it was slower although the machine was faster"
+    ahead = [rows[0], good.model_copy(update={"group_speed": 1.16, "decode_tokens_per_s": 117.0}), bad]
+    assert kinds(ahead)["bad"] == "dominated", "a lead beyond the drift holds"
+
+
+def test_fastest_is_not_settled_by_a_lead_within_the_drift():
+    rows = [
+        make_reference(),
+        make_row("one", bytes=700, kl_mean=0.005, decode_tokens_per_s=300.0, group_speed=1.3),
+        make_row("two", bytes=600, kl_mean=0.01, decode_tokens_per_s=240.0),
+    ]
+    assert kinds(rows) == {"reference": "unquantized", "one": "B", "two": "B"}
+    assert "cannot be told from one (300), the fastest of small loss" in reason(rows, "two")
+    assert "the machine ran 30.0 % faster while one was timed" in reason(rows, "two")
+    rows[2] = rows[2].model_copy(update={"decode_tokens_per_s": 220.0})
+    assert kinds(rows)["two"] == "C"
+    slow = [make_reference(), make_row("gain", kl_mean=0.005, decode_tokens_per_s=120.0, group_speed=1.3)]
+    assert kinds(slow)["gain"] == "C", "it may be no faster than the unquantized model"

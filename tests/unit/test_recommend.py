@@ -133,6 +133,49 @@ def test_nothing_within_the_default_ceiling_says_which_loss_would_do():
     assert recommend(sample_rows(), "storage", max_size=2_300_000, max_loss=0.811).choice == "tiny2"
 
 
+def test_a_small_loss_passes_at_any_size_where_speed_counts():
+    large = make_row("large", bytes=1010, kl_mean=0.004, decode_tokens_per_s=250.0)
+    rows = [make_reference(), large, make_row("lossy", bytes=900, kl_mean=0.4, decode_tokens_per_s=300.0)]
+    told = recommend(rows, "speed")
+    assert told.choice == "large"
+    assert "it is no smaller than bf16, but up to 0.03 a loss is small" in " ".join(told.reasons)
+    assert "large" in [entry.name for entry in recommend(rows, "storage").excluded]
+    rows[1] = large.model_copy(update={"kl_mean": 0.031})
+    outcome = recommend(rows, "speed")
+    assert outcome.choice == "reference"
+    assert "is 3.5 % over the 0.03 up to which a loss is small" in outcome.excluded[0].reason
+
+
+def test_nothing_left_names_the_least_lossy_row_and_what_to_change():
+    rows = [
+        make_row("large", bytes=1010, kl_mean=0.04),
+        make_row("lossy", bytes=900, kl_mean=0.4),
+    ]
+    (reason,) = recommend(rows, "storage").reasons
+    assert "large misses only the ceiling of the loss; to accept it, allow 0.040: it loses least" in reason
+    assert recommend(rows, "storage", max_loss=0.040).choice == "large"
+    (reason,) = recommend(rows, "storage", max_size=800, min_speed=120.5, max_loss=0.001).reasons
+    assert (
+        "large loses least (KL 0.04); to accept it, allow a size of 1010 bytes and ask for at most 100 tokens/s and "
+        "allow a loss of 0.040." in reason
+    )
+
+
+def test_an_order_in_speed_that_hangs_on_the_machine_is_told():
+    rows = [
+        make_reference(),
+        make_row("quick", kl_mean=0.02, decode_tokens_per_s=220.0, group_speed=1.2),
+        make_row("exact", kl_mean=0.01, decode_tokens_per_s=200.0, bytes=600),
+    ]
+    told = " ".join(recommend(rows, "speed").reasons)
+    assert "Which of quick and exact is faster is not settled" in told
+    assert "the machine ran 20.0 % faster while quick was timed, and it leads by 10.0 %" in told
+    assert "the unquantized model decoded at 1.2 of its speed in the first group" in told
+    assert "not settled" not in " ".join(recommend(rows, "storage").reasons)
+    steady = [row.model_copy(update={"group_speed": 1.0}) for row in rows]
+    assert "not settled" not in " ".join(recommend(steady, "speed").reasons)
+
+
 def test_impossible_loss_still_names_the_nearest_row():
     rows = [make_row("a", kl_mean=0.02), make_row("b", kl_mean=0.01)]
     outcome = recommend(rows, "balanced", max_loss=0.0)

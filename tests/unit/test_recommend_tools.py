@@ -7,11 +7,12 @@ import math
 import pytest
 from sample_results import HQQ, LLAMA, make_reference, make_row, sample_rows, sample_tool_results, sample_tool_rows
 
-from quern.advisor.deployment import licence_of, maker_of, targets_of
+from quern.advisor.deployment import licence_of, maker_of, runtime_target, targets_of
 from quern.advisor.recommend import recommend
 from quern.advisor.scoring import SCALING_EXPONENT, Weights
 from quern.core.errors import UserError
 from quern.core.results import Recommendation
+from quern.peers.base import PEERS
 
 
 def reasons(outcome: Recommendation) -> dict[str, str]:
@@ -71,6 +72,35 @@ def test_target_runtime():
     assert "does not load in vllm; it loads in llama.cpp" in reasons(outcome)["llama.cpp-q4_k_m"]
     assert "does not load in vllm; it loads in quern, transformers" in reasons(outcome)["balanced"]
     assert recommend(sample_tool_results(), "balanced", target="llama.cpp").choice == "llama.cpp-q4_k_m"
+
+
+def test_a_runtime_that_was_not_measured_is_told():
+    loads = HQQ.model_copy(update={"runtime": "libllama", "targets": ["llama.cpp", "transformers"]})
+    rows = [make_row("a", tool=loads), make_row("b", engine="cpu", bytes=510), make_row("c", bytes=520)]
+    answer = recommend(rows, "storage", target="transformers", max_loss=1.0)
+    assert "were measured in libllama; transformers was not measured" in " ".join(answer.reasons)
+    told = {entry.name: entry.reason for entry in [*answer.ranking, *answer.excluded]}
+    assert told["a"].endswith("; measured in libllama, transformers was not measured")
+    alone = recommend(rows[1:2], "storage", target="transformers").reasons
+    assert "measured in quern, engine cpu; transformers was not measured" in " ".join(alone)
+    for rows_, target in ((rows[2:], "transformers"), (rows[1:2], "quern"), (rows[:1], "llama.cpp")):
+        answer = recommend(rows_, "storage", target=target)
+        assert "was not measured" not in " ".join([*answer.reasons, answer.ranking[0].reason])
+    assert "was not measured" not in " ".join(recommend(rows, "storage").reasons)
+
+
+def test_a_target_that_leaves_only_a_large_row_of_small_loss_gets_it():
+    large = make_row("large", bytes=1010, kl_mean=0.004, tool=LLAMA)
+    rows = [make_reference(), large, make_row("small", bytes=300, kl_mean=0.3, tool=LLAMA)]
+    for scenario in ("storage", "speed", "balanced"):
+        assert recommend(rows, scenario, target="llama.cpp").choice == "large"
+    assert recommend(rows, "storage").choice == "reference"
+
+
+def test_every_runtime_of_the_adapters_is_a_target_that_it_declares():
+    for adapter in map(PEERS.get, PEERS.names()):
+        tool = LLAMA.model_copy(update={"runtime": adapter.runtime, "targets": list(adapter.targets)})
+        assert runtime_target(make_row("a", tool=tool)) in adapter.targets
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from typing import get_args
 
 import pytest
-from sample_results import make_row, sample_results, sample_tool_results, sample_tool_rows, sample_with
+from sample_results import HQQ, make_row, sample_results, sample_tool_results, sample_tool_rows, sample_with
 from test_report import HOSTILE, Page
 
 from quern.advisor.placement import placements
@@ -14,6 +14,7 @@ from quern.advisor.recommend import recommend
 from quern.core.results import Failure, Tool
 from quern.report.html import render
 from quern.report.tools import tool_rows, tools_view
+from quern.report.view import page_view
 from quern.report.wording import STAGES, protocol_text, scale_text
 
 
@@ -132,3 +133,38 @@ def test_every_stage_has_words():
     protocol = sample_tool_results().protocol
     assert protocol is not None
     assert "1 thread." in protocol_text(protocol.model_copy(update={"threads": 1}))
+
+
+def test_what_fractions_refer_to_can_be_traced():
+    rows = [
+        make_row("ours", prefill_limit_fraction=0.4, limit_read_gb_s=34.9, limit_gemm_gop_s=1691.0,
+                 limit_gemm_dtype="bfloat16"),
+        make_row("other", tool=HQQ, prefill_limit_fraction=None, limit_read_gb_s=31.2),
+        make_row("old", tool=HQQ, prefill_limit_fraction=7.46),
+        make_row("disturbed", prefill_limit_fraction=2.52),
+    ]  # fmt: skip
+    results = sample_with(rows, recommend(rows, "storage"))
+    limits = {row.name: dict(made["provenance"]).get("Limits") for row, made in zip(rows, tool_rows(results))}
+    probed = "probed in the start of the run that timed this row"
+    assert limits == {
+        "ours": "decode 50 % of limit: reading 34.9 GB/s; prefill 40 % of limit: 1691 x 10^9 operations/s in bfloat16; "
+        + probed,
+        "other": "decode 50 % of limit: reading 31.2 GB/s; prefill: no limit, because the tool does not declare its "
+        "arithmetic; " + probed,
+        "old": "prefill: no limit, because the tool does not declare its arithmetic",
+        "disturbed": None,
+    }
+    shown = {
+        row["name"]: next(cell["detail"] for cell in row["cells"] if cell["key"] == "prefill")
+        for row in page_view(results)["rows"]
+    }
+    assert shown == {
+        "ours": ["40 % of limit"],
+        "other": ["- of limit"],
+        "old": ["- of limit"],
+        "disturbed": ["2.5 times the probed rate, which was no limit"],
+    }
+    text = Page(render(results)).text
+    assert "746 %" not in text
+    assert "252 %" not in text
+    assert "Limits: decode 50 % of limit: reading 34.9 GB/s" in text

@@ -11,8 +11,9 @@ import pytest
 from pydantic import BaseModel
 from sample_results import SCENARIOS
 
-from quern.advisor.placement import SMALL, SMALL_LOSS
-from quern.advisor.scoring import SAME_SIZE, SCALING_EXPONENT, WEIGHTS
+from quern.advisor.figures import ABOVE_LIMIT
+from quern.advisor.placement import SMALL
+from quern.advisor.scoring import SAME_SIZE, SCALING_EXPONENT, SMALL_LOSS, WEIGHTS
 from quern.core import results
 from quern.core.metrics import RESAMPLES
 
@@ -36,6 +37,7 @@ def test_all_models_are_covered():
         "Spread",
         "LayerError",
         "Recommendation",
+        "MeasuredOn",
         "Ranked",
         "Excluded",
     } == {model.__name__ for model in MODELS}
@@ -63,6 +65,8 @@ def test_page_is_about_this_version_and_these_constants():
     assert f"at most {100 * SMALL_LOSS:g} % of H" in PAGE
     assert f"over {100 * SMALL:g} % smaller than bf16" in PAGE
     assert f"Above {results.FOREIGN_LIMIT} the timing is marked" in PAGE
+    assert f"with a note above {100 * results.DRIFT_LIMIT:g} %" in PAGE
+    assert f"A fraction above {ABOVE_LIMIT} is" in PAGE
     assert all(f"`{target}`" in PAGE for target in get_args(results.Target))
     fewer = 1 - (1 + SMALL_LOSS) ** (-1 / SCALING_EXPONENT)
     assert f"an unquantized model of {100 * fewer:.0f} % fewer parameters would lose" in PAGE

@@ -81,8 +81,11 @@ class Constraints:
             parts.append(f"licence {' or '.join(self.licences)}")
         return ", ".join(parts)
 
-    def misses(self, row: Row, yardstick: Yardstick) -> Iterator[Miss]:
-        """Every limit that ``row`` does not keep."""
+    def misses(self, row: Row, yardstick: Yardstick, *, small_loss_passes: bool = False) -> Iterator[Miss]:
+        """Every limit that ``row`` does not keep.
+
+        With ``small_loss_passes`` the default ceiling of the loss lets through what loses little, whatever its size.
+        """
         if self.max_size is not None and row.bytes > self.max_size:
             yield Miss("size", *_too_many_bytes(row.bytes, self.max_size))
         if self.max_memory is not None:
@@ -96,7 +99,7 @@ class Constraints:
             yield Miss("target", text, math.inf)
         if self.licences is not None:
             yield from self._licence_miss(row, self.licences)
-        yield from self._loss_miss(row, yardstick)
+        yield from self._loss_miss(row, yardstick, (yardstick.small_loss or 0.0) if small_loss_passes else 0.0)
 
     @staticmethod
     def _memory_miss(row: Row, most: int) -> Iterator[Miss]:
@@ -134,9 +137,9 @@ class Constraints:
         if licence is not None and licence.casefold() not in {name.strip().casefold() for name in allowed}:
             yield Miss("licence", f"its tool's licence is {licence}; allowed: {', '.join(allowed)}", math.inf)
 
-    def _loss_miss(self, row: Row, yardstick: Yardstick) -> Iterator[Miss]:
+    def _loss_miss(self, row: Row, yardstick: Yardstick, passes: float) -> Iterator[Miss]:
         loss = loss_of(row)
-        limit = yardstick.loss_ceiling(row) if self.max_loss is None else self.max_loss
+        limit = self._loss_limit(row, yardstick, passes)
         if loss is None:
             if self.max_loss is not None:
                 text = f"its KL was not measured, so nothing shows that it is at most {significant(self.max_loss)}"
@@ -148,11 +151,19 @@ class Constraints:
         text = f"KL {significant(loss)} is {_beyond(ratio)} the {significant(limit)} "
         if self.max_loss is not None:
             text += "allowed"
+        elif limit == passes > 0:
+            text += "up to which a loss is small, and more than an unquantized model of this size would lose"
         elif limit > 0:
             text += "that an unquantized model of this size would lose: a smaller model serves better"
         else:
             text = f"it loses accuracy (KL {significant(loss)}) and is no smaller than the bf16 checkpoint"
         yield Miss("loss", text, math.log2(ratio))
+
+    def _loss_limit(self, row: Row, yardstick: Yardstick, passes: float) -> float | None:
+        if self.max_loss is not None:
+            return self.max_loss
+        ceiling = yardstick.loss_ceiling(row)
+        return None if ceiling is None else max(ceiling, passes)
 
 
 def _too_many_bytes(count: int, most: int) -> tuple[str, float]:

@@ -16,6 +16,16 @@ _BY_FORMAT: dict[str, tuple[Target, ...]] = {
     "compressed-tensors": ("vllm", "transformers", "quern"),
 }
 
+_BY_RUNTIME: dict[str, Target] = {
+    "transformers": "transformers",
+    "vllm": "vllm",
+    "libllama": "llama.cpp",
+    "llama.cpp": "llama.cpp",
+    "openvino": "openvino",
+    "onnxruntime": "onnxruntime",
+}
+"""What the names of tools' runtimes begin with."""
+
 
 def targets_of(row: Row) -> tuple[str, ...]:
     """The runtimes that load the row's artifact: as its tool declares, or by quern's own formats."""
@@ -24,6 +34,19 @@ def targets_of(row: Row) -> tuple[str, ...]:
     if row.recipe is None:
         return _UNQUANTIZED
     return _BY_FORMAT.get(row.recipe.get("format", "quern"), ("quern",))
+
+
+def runtime_of(row: Row) -> str:
+    """In what the row was measured, in words."""
+    return row.tool.runtime if row.tool is not None else f"quern, engine {row.engine}"
+
+
+def runtime_target(row: Row) -> Target | None:
+    """The target whose speed was measured; None where that is unknown. Whatever plugs into transformers counts as it."""
+    if row.tool is None:
+        return "transformers" if row.engine == "reference" else "quern"
+    words = row.tool.runtime.casefold()
+    return next((target for beginning, target in _BY_RUNTIME.items() if words.startswith(beginning)), None)
 
 
 def licence_of(row: Row) -> str | None:

@@ -42,6 +42,17 @@ def percent_text(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+ABOVE_LIMIT = 1.05
+"""Fraction of a probed limit above which the probe cannot have found the limit."""
+
+
+def limit_text(fraction: float) -> str:
+    """A fraction of a probed limit: 0.74 -> "74 % of limit"; well above 1 it is no share of anything."""
+    if fraction <= ABOVE_LIMIT:
+        return f"{100 * fraction:.0f} % of limit"
+    return f"{significant(fraction, 2)} times the probed rate, which was no limit"
+
+
 def signed(value: float) -> str:
     """``value`` with its sign and two decimals, never "-0.00": 1.456 -> "+1.46"."""
     return f"{round(value, 2) + 0.0:+.2f}"

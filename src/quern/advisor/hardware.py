@@ -78,6 +78,11 @@ def probe(measure: bool = True, threads: int | None = None) -> dict[str, Any]:
     }
 
 
+def this_processor() -> dict[str, Any]:
+    """``cpu_model``, ``usable_cores`` and ``kernels_in_use`` as in ``probe``, at once: no accelerator is looked for."""
+    return {"cpu_model": _cpu_model(), "usable_cores": available_threads(), "kernels_in_use": _native.isa()}
+
+
 def measured_rates(thread_counts: Sequence[int]) -> dict[str, Any]:
     """The ``measured`` part of ``probe`` for these numbers of threads."""
     import torch

@@ -14,7 +14,8 @@ a fixed top-1 agreement would not do: the same KL is much for a model that is su
 is not.
 
 *Fastest* means: decodes more tokens/s than every other row of small loss, or does not differ from the fastest by more than
-repeats do (``as_fast``); and faster than the unquantized model, or quantizing has gained no speed.
+repeats do, or by no more than the machine ran faster for the fastest (``as_fast``); and faster than the
+unquantized model, or quantizing has gained no speed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from quern.advisor.drift import favour, favour_text
 from quern.advisor.figures import bytes_text, percent_text, significant
 from quern.advisor.scoring import Yardstick, as_fast, dominators, loss_of, missing_figures, positive
 from quern.advisor.wording import figures_against
@@ -30,8 +32,6 @@ from quern.core.results import Row, unquantized_row
 
 SMALL = 0.8
 """Compression above which a row is placed at A."""
-SMALL_LOSS = 0.01
-"""Share of the unquantized model's cross entropy up to which a KL divergence counts as small."""
 
 Kind = Literal["A, B and C", "A", "B", "C", "dominated", "unquantized", "not placed"]
 KINDS: tuple[Kind, ...] = ("A, B and C", "A", "B", "C", "dominated", "unquantized", "not placed")
@@ -56,10 +56,7 @@ class Placement:
 
 def small_loss_limit(rows: Sequence[Row]) -> float | None:
     """KL in nats a token up to which the loss is small; None where no perplexity was measured."""
-    entropy = Yardstick.of(rows).entropy if rows else None
-    if entropy is None:
-        return None
-    return max([SMALL_LOSS * entropy, *(row.kl_noise_floor for row in rows if row.kl_noise_floor is not None)])
+    return Yardstick.of(rows).small_loss if rows else None
 
 
 def placements(rows: Sequence[Row]) -> list[Placement]:
@@ -67,6 +64,7 @@ def placements(rows: Sequence[Row]) -> list[Placement]:
     if not rows:
         return []
     beaten, missing = dominators(rows, first_token=False), missing_figures(rows)
+    if_steady = dominators(rows, first_token=False, with_drift=False)
     fastest = _Fastest.of(rows)
     found = []
     for place, row in enumerate(rows):
@@ -79,7 +77,8 @@ def placements(rows: Sequence[Row]) -> list[Placement]:
         elif winner is not None:
             found.append(Placement("dominated", _dominated(row, winner), by=winner.name))
         else:
-            found.append(_on_the_front(row, rows, fastest))
+            spared = rows[if_steady[place]] if place in if_steady else None
+            found.append(_on_the_front(row, rows, fastest, spared))
     return found
 
 
@@ -127,13 +126,31 @@ class _Fastest:
             first = f"decodes {speed} tokens/s, fastest of the {self.count} of small loss"
         else:
             best = significant(self.row.decode_tokens_per_s or 0.0)
+            drifted = favour(self.row, row) > 0
             first = (
-                f"decodes {speed} tokens/s, within the rounds of {self.row.name} ({best}), the fastest of small loss"
+                f"decodes {speed} tokens/s, which cannot be told from {self.row.name} ({best}), the fastest of small "
+                f"loss: {favour_text(self.row, row)}"
+                if drifted
+                else f"decodes {speed} tokens/s, within the rounds of {self.row.name} ({best}), the fastest of small loss"
             )
         return f"{first}: KL {loss} of at most {significant(self.limit or 0.0)}"
 
 
-def _on_the_front(row: Row, rows: Sequence[Row], fastest: _Fastest) -> Placement:
+def _on_the_front(row: Row, rows: Sequence[Row], fastest: _Fastest, spared: Row | None) -> Placement:
+    """``spared``: the row that would dominate it if the machine had run at one speed throughout."""
+    placed = _placed(row, rows, fastest, spared is not None)
+    if spared is None:
+        return placed
+    why = (
+        favour_text(spared, row)
+        if favour(spared, row) > 0
+        else "rows that it is compared with were timed while the machine ran faster"
+    )
+    doubt = f"{spared.name} may dominate it, which the speeds do not settle: {why}"
+    return Placement(placed.kind, f"{placed.reason}; {doubt}")
+
+
+def _placed(row: Row, rows: Sequence[Row], fastest: _Fastest, in_doubt: bool) -> Placement:
     smaller = f"{bytes_text(row.bytes)}, {percent_text(abs(row.compression))} "
     smaller += "smaller than bf16" if row.compression >= 0 else "larger than bf16"
     small, fast = row.compression > SMALL, fastest.includes(row)
@@ -149,7 +166,7 @@ def _on_the_front(row: Row, rows: Sequence[Row], fastest: _Fastest) -> Placement
         parts.append(f"KL {significant(loss)}")
         if ceiling is not None and loss > ceiling:
             parts[-1] += f", more than the {significant(ceiling)} that an unquantized model of this size would lose"
-    if not small:
+    if not small and not in_doubt:
         parts.append("no row is at once no larger, no slower and no less accurate")
     return Placement("A" if small else "C", "; ".join(parts))
 

@@ -12,8 +12,9 @@ and of 1 / time to first token against the unquantized model in the engine that 
 an unquantized model that would lose as much (``quern.advisor.scoring`` says how). That unquantized model scores 0.
 
 Before rows are scored, those are excluded that miss a constraint; that, unless a largest loss is given, lose more than
-an unquantized model of their size would (the default ceiling: what is small but broken cannot win); that lack a number
-which the scenario weighs; and that another row dominates.
+an unquantized model of their size would (the default ceiling: what is small but broken cannot win; where speed counts, or
+a target runtime leaves nothing else, a small loss passes it at any size); that lack a number which the scenario weighs;
+and that another row dominates.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from quern.advisor.constraints import Constraints, Miss
+from quern.advisor.machine import measured_on
+from quern.advisor.nothing import nothing_text
 from quern.advisor.scoring import WEIGHTS, Scored, Weights, Yardstick, dominators, pareto_front
-from quern.advisor.wording import choice_reasons, dominated_text, nothing_text, place_text
+from quern.advisor.wording import choice_reasons, dominated_text, elsewhere_text, place_text
 from quern.core.errors import UserError
 from quern.core.results import Excluded, Ranked, Recommendation, Results, Row, Scenario, Target
 
@@ -62,7 +65,8 @@ def recommend(
 
     Returns:
         Every row either in ``ranking``, best first, or in ``excluded``, both with the reason. ``choice`` is None when
-        nothing is left; ``reasons`` then names the row that comes nearest and by how much it misses.
+        nothing is left; ``reasons`` then names the row that comes nearest, by how much it misses, and the least lossy
+        one with what to change. ``measured_on`` names the machine where whole results were given.
 
     Raises:
         UserError: No rows, an unknown scenario or target, weights that do not go with the scenario, or a limit that is
@@ -81,7 +85,10 @@ def recommend(
         target=target,
         licences=None if licences is None else tuple(licences),
     )
-    return _ranked(rows, scenario, counted, constraints)
+    answer = _ranked(rows, scenario, counted, constraints)
+    if isinstance(results_or_rows, Results):
+        answer.measured_on = measured_on(results_or_rows)
+    return answer
 
 
 def _weights(scenario: Scenario, parts: Mapping[str, float] | None) -> Weights:
@@ -98,22 +105,14 @@ def _weights(scenario: Scenario, parts: Mapping[str, float] | None) -> Weights:
 
 def _ranked(rows: Sequence[Row], scenario: Scenario, weights: Weights, constraints: Constraints) -> Recommendation:
     yardstick = Yardstick.of(rows)
-    refused: dict[int, str] = {}
-    misses: dict[int, list[Miss]] = {}
-    scored: dict[int, Scored] = {}
-    for place, row in enumerate(rows):
-        if missed := list(constraints.misses(row, yardstick)):
-            misses[place] = missed
-            refused[place] = "; ".join(miss.text for miss in missed)
-        elif isinstance(outcome := _score(row, weights, yardstick), str):
-            refused[place] = outcome
-        else:
-            scored[place] = outcome
+    speed_counts = weights.speed > 0
+    scored, refused, misses = _sifted(rows, weights, constraints, yardstick, small_loss_passes=speed_counts)
+    if not scored and constraints.target is not None and not speed_counts:
+        scored, refused, misses = _sifted(rows, weights, constraints, yardstick, small_loss_passes=True)
     places = list(scored)
-    counts_first_token = weights.speed > 0
-    for loser, winner in dominators([rows[place] for place in places], first_token=counts_first_token).items():
+    for loser, winner in dominators([rows[place] for place in places], first_token=speed_counts).items():
         refused[places[loser]] = dominated_text(
-            scored.pop(places[loser]).row, rows[places[winner]], first_token=counts_first_token
+            scored.pop(places[loser]).row, rows[places[winner]], first_token=speed_counts
         )
     ranking = sorted(scored.values(), key=lambda entry: (-entry.score, entry.loss, entry.row.bytes, entry.row.name))
     if ranking:
@@ -127,10 +126,32 @@ def _ranked(rows: Sequence[Row], scenario: Scenario, weights: Weights, constrain
         reasons=reasons,
         excluded=[Excluded(name=rows[place].name, reason=refused[place]) for place in sorted(refused)],
         ranking=[
-            Ranked(name=entry.row.name, score=entry.score, reason=place_text(place, ranking, weights, yardstick))
+            Ranked(
+                name=entry.row.name,
+                score=entry.score,
+                reason=place_text(place, ranking, weights, yardstick) + elsewhere_text(entry.row, constraints.target),
+            )
             for place, entry in enumerate(ranking)
         ],
     )
+
+
+def _sifted(
+    rows: Sequence[Row], weights: Weights, constraints: Constraints, yardstick: Yardstick, *, small_loss_passes: bool
+) -> tuple[dict[int, Scored], dict[int, str], dict[int, list[Miss]]]:
+    """By place: the rows that may be chosen, why each other one may not, and the limits that it misses."""
+    scored: dict[int, Scored] = {}
+    refused: dict[int, str] = {}
+    misses: dict[int, list[Miss]] = {}
+    for place, row in enumerate(rows):
+        if missed := list(constraints.misses(row, yardstick, small_loss_passes=small_loss_passes)):
+            misses[place] = missed
+            refused[place] = "; ".join(miss.text for miss in missed)
+        elif isinstance(outcome := _score(row, weights, yardstick), str):
+            refused[place] = outcome
+        else:
+            scored[place] = outcome
+    return scored, refused, misses
 
 
 def _score(row: Row, weights: Weights, yardstick: Yardstick) -> Scored | str:

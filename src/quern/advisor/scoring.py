@@ -21,11 +21,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from quern.advisor.drift import favour
 from quern.core.errors import UserError
 from quern.core.results import Row, Scenario, WeightName, unquantized_row
 
 SCALING_EXPONENT = 0.076
 """Exponent of the number of parameters in the scaling law of the cross entropy (Kaplan et al. 2020, equation 1.1)."""
+SMALL_LOSS = 0.01
+"""Share of the unquantized model's cross entropy up to which a KL divergence counts as small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,9 @@ class Yardstick:
     """Seconds; None when no row has it."""
     entropy: float | None
     """Cross entropy in nats a token of the unquantized model (else of the best row); None when no row has it."""
+    small_loss: float | None
+    """KL in nats a token up to which the loss is small: a share of the entropy, or the noise floor where that is higher;
+    None without an entropy."""
     unquantized: bool
     """Whether both speeds (as far as any row has them) are those of the unquantized model."""
 
@@ -98,11 +104,14 @@ class Yardstick:
         perplexity = _from_reference(reference, rows, lambda row: row.perplexity, min)
         decode = _from_reference(reference, rows, lambda row: row.decode_tokens_per_s, min)
         first_token = _from_reference(reference, rows, lambda row: row.time_to_first_token_s, max)
+        entropy = None if perplexity is None else positive(math.log(perplexity))
+        floors = [row.kl_noise_floor for row in rows if row.kl_noise_floor is not None]
         return cls(
             bytes=anchor.bytes / (1 - anchor.compression),
             decode=decode,
             first_token=first_token,
-            entropy=None if perplexity is None else positive(math.log(perplexity)),
+            entropy=entropy,
+            small_loss=None if entropy is None else max([SMALL_LOSS * entropy, *floors]),
             unquantized=reference is not None
             and (positive(reference.decode_tokens_per_s), positive(reference.time_to_first_token_s))
             == (decode, first_token),
@@ -186,6 +195,7 @@ class _Cost:
 
 _DECODE, _LOSS = 1, 2
 """Places in what ``_costs`` returns."""
+_SPEEDS = (_DECODE, 3)
 _NAMES = {_DECODE: "decode speed", _LOSS: "KL"}
 
 
@@ -211,27 +221,39 @@ def _costs(row: Row, *, first_token: bool) -> tuple[_Cost | None, ...]:
     )
 
 
-def _dominates(mine: tuple[_Cost | None, ...], theirs: tuple[_Cost | None, ...], counted: Sequence[int]) -> bool:
-    """Whether ``mine`` is no worse in everything counted and better in something."""
+def _dominates(
+    mine: tuple[_Cost | None, ...], theirs: tuple[_Cost | None, ...], counted: Sequence[int], favoured: float
+) -> bool:
+    """Whether ``mine`` is no worse in everything counted and better in something.
+
+    In speed it has to lead by more than the machine ``favoured`` it.
+    """
     better = False
     for index in counted:
         one, other = mine[index], theirs[index]
         if one is None or other is None or not one.no_worse_than(other):
             return False
+        if favoured > 0 and index in _SPEEDS and one.value * (1 + favoured) >= other.value:
+            return False
         better = better or not other.no_worse_than(one)
     return better
 
 
-def dominators(rows: Sequence[Row], *, first_token: bool) -> dict[int, int]:
+def dominators(rows: Sequence[Row], *, first_token: bool, with_drift: bool = True) -> dict[int, int]:
     """For the place in ``rows`` of every dominated row, the place of a row that dominates it.
 
     A row dominates another if it is as small or smaller, as fast or faster (decode tokens/s and, with ``first_token``,
     time to first token), as accurate or more accurate (KL), and better in at least one of these. Sizes within 0.1 %
-    are equal; so are speeds of which each lies within the range of the other's rounds. A number that no row has does
+    are equal; so are speeds of which each lies within the range of the other's rounds. A row for which the machine ran
+    faster has to lead in speed by more than that (``favour``; not without ``with_drift``). A number that no row has does
     not count; a row that lacks a number that another has neither dominates nor is dominated.
     """
     costs = [_costs(row, first_token=first_token) for row in rows]
     counted = [index for index in range(4) if any(cost[index] is not None for cost in costs)]
+
+    def beats(one: int, other: int) -> bool:
+        favoured = favour(rows[one], rows[other]) if with_drift else 0.0
+        return _dominates(costs[one], costs[other], counted, favoured)
 
     def badness(place: int) -> tuple[float, ...]:
         return tuple(-math.inf if (cost := costs[place][index]) is None else cost.value for index in (2, 0, 1, 3))
@@ -240,20 +262,25 @@ def dominators(rows: Sequence[Row], *, first_token: bool) -> dict[int, int]:
     # stand dominate keeps the outcome independent of the order of the rows, and at least one row standing.
     standing = set(range(len(rows)))
     for place in sorted(standing, key=badness, reverse=True):
-        if any(_dominates(costs[other], costs[place], counted) for other in standing if other != place):
+        if any(beats(other, place) for other in standing if other != place):
             standing.discard(place)
     best_first = sorted(range(len(rows)), key=lambda place: (place not in standing, badness(place)))
     return {
-        place: next(other for other in best_first if _dominates(costs[other], costs[place], counted))
+        place: next(other for other in best_first if beats(other, place))
         for place in range(len(rows))
         if place not in standing
     }
 
 
 def as_fast(row: Row, other: Row) -> bool:
-    """Whether ``row`` decodes no slower than ``other``, or not distinguishably slower; False where not measured."""
+    """Whether ``row`` decodes no slower than ``other``, or not distinguishably slower; False where not measured.
+
+    A lead of ``other`` that is no greater than what the machine ran faster for it distinguishes nothing.
+    """
     mine, theirs = _costs(row, first_token=False)[_DECODE], _costs(other, first_token=False)[_DECODE]
-    return mine is not None and theirs is not None and mine.no_worse_than(theirs)
+    if mine is None or theirs is None:
+        return False
+    return mine.no_worse_than(theirs) or mine.value <= theirs.value * (1 + favour(other, row))
 
 
 def missing_figures(rows: Sequence[Row]) -> list[list[str]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
-from quern.advisor.constraints import Constraints, Miss
+from quern.advisor.constraints import Constraints
+from quern.advisor.deployment import runtime_of, runtime_target
+from quern.advisor.drift import favour, favour_text, group_speed_of
 from quern.advisor.figures import bytes_text, percent_text, seconds_text, signed, significant
 from quern.advisor.scoring import Scored, Weights, Yardstick, loss_of, positive
-from quern.core.results import FOREIGN_LIMIT, Row, Scenario
+from quern.core.results import DRIFT_LIMIT, FOREIGN_LIMIT, Row, Scenario, Target
 
 
 def dominated_text(row: Row, winner: Row, *, first_token: bool) -> str:
@@ -59,6 +60,13 @@ def place_text(place: int, ranking: Sequence[Scored], weights: Weights, yardstic
     return text
 
 
+def elsewhere_text(row: Row, target: Target | None) -> str:
+    """That the wanted runtime is not the one whose figures these are; empty where it is, or none was asked for."""
+    if target is None or runtime_target(row) == target:
+        return ""
+    return f"; measured in {runtime_of(row)}, {target} was not measured"
+
+
 def choice_reasons(
     ranking: Sequence[Scored], scenario: Scenario, weights: Weights, constraints: Constraints, yardstick: Yardstick
 ) -> list[str]:
@@ -72,6 +80,8 @@ def choice_reasons(
             f"{best.row.name} has the best score for the {scenario} scenario, {signed(best.score)}; {second.row.name} "
             f"follows, {behind} behind."
         )
+        if weights.speed > 0:
+            reasons += _unsettled(best.row, second.row)
     else:
         reasons.append(f"{best.row.name} is the only row left for the {scenario} scenario; every other is excluded.")
     if best.row.recipe is None:
@@ -83,6 +93,18 @@ def choice_reasons(
     reasons += _circumstances(best.row, constraints)
     reasons.append(_rule_text(weights))
     return reasons
+
+
+def _unsettled(one: Row, other: Row) -> list[str]:
+    """That the faster of two rows may owe its lead to the machine; nothing where it leads by more than that."""
+    faster, slower = sorted((one, other), key=lambda row: row.decode_tokens_per_s or 0.0, reverse=True)
+    if not faster.decode_tokens_per_s or not slower.decode_tokens_per_s:
+        return []
+    lead, favoured = faster.decode_tokens_per_s / slower.decode_tokens_per_s - 1, favour(faster, slower)
+    if favoured == 0 or lead > favoured:
+        return []
+    text = f"Which of {one.name} and {other.name} is faster is not settled: {favour_text(faster, slower)}"
+    return [f"{text}, and it leads by {percent_text(lead)}."]
 
 
 def _circumstances(row: Row, constraints: Constraints) -> list[str]:
@@ -100,37 +122,21 @@ def _circumstances(row: Row, constraints: Constraints) -> list[str]:
             f"Made by {tool.name} {tool.version} ({tool.licence}), measured in {tool.runtime}; loads in "
             f"{', '.join(tool.targets)}."
         )
+    if elsewhere_text(row, constraints.target):
+        found.append(
+            f"Its speed and memory were measured in {runtime_of(row)}; {constraints.target} was not measured, so nothing "
+            "shows how fast it is there."
+        )
+    if abs((group := group_speed_of(row)) - 1) > DRIFT_LIMIT:
+        found.append(
+            f"While it was timed, the unquantized model decoded at {significant(group)} of its speed in the first group: "
+            "by so much its speed is not comparable with that of rows of other groups."
+        )
     if row.foreign_load is not None and row.foreign_load > FOREIGN_LIMIT:
         found.append(
             f"Its speed is uncertain: other programs kept {significant(row.foreign_load, 2)} processors busy meanwhile."
         )
     return found
-
-
-def nothing_text(
-    rows: Sequence[Row], misses: Mapping[int, Sequence[Miss]], constraints: Constraints, refused: Mapping[int, str]
-) -> str:
-    """Why there is no choice, and which row comes nearest to the limits."""
-    if not misses:
-        place = min(refused)
-        return f"No row has the numbers that this scenario weighs; {rows[place].name}, for one: {refused[place]}."
-
-    def distance(place: int) -> tuple[float, float, str]:
-        loss = loss_of(rows[place])
-        total = sum(miss.doublings for miss in misses[place])
-        return total, math.inf if loss is None else loss, rows[place].name
-
-    nearest = min(misses, key=distance)
-    default = "the default ceiling of the loss" if constraints.max_loss is None else ""
-    text = f"No row keeps within every limit ({'; '.join(filter(None, [str(constraints), default]))}). "
-    text += f"{rows[nearest].name} comes nearest: {refused[nearest]}."
-    if constraints.max_loss is None:
-        only_loss = [place for place in misses if [miss.limit for miss in misses[place]] == ["loss"]]
-        if only_loss:
-            place = min(only_loss, key=distance)
-            needed = math.ceil((loss_of(rows[place]) or 0.0) * 1000) / 1000
-            text += f" {rows[place].name} misses only the ceiling of the loss; to accept it, allow {needed:.3f}."
-    return text
 
 
 def _weight(value: float) -> str:
@@ -164,7 +170,11 @@ def _loss_text(row: Row, constraints: Constraints, yardstick: Yardstick) -> str:
     if row.kl_ci95 is not None:
         text += f" (95 % interval {significant(row.kl_ci95[0])} to {significant(row.kl_ci95[1])})"
     ceiling = yardstick.loss_ceiling(row)
-    if constraints.max_loss is None and ceiling is not None:
+    if constraints.max_loss is None and ceiling is not None and (loss_of(row) or 0.0) > ceiling:
+        smaller = f"an unquantized model of this size would lose only {significant(ceiling)}"
+        text += f"; {smaller if ceiling > 0 else 'it is no smaller than bf16'}"
+        text += f", but up to {significant(yardstick.small_loss or 0.0)} a loss is small"
+    elif constraints.max_loss is None and ceiling is not None:
         text += f"; an unquantized model of this size would lose {significant(ceiling)}"
     return text + "."
 

@@ -40,7 +40,10 @@ def compare(
         typer.Option("--quick", help="A quarter of the tokens and one short timed round: wider intervals, sooner."),
     ] = False,
     peer_time_limit: Annotated[
-        float, typer.Option(metavar="SECONDS", min=1, help="What another tool may take for one artifact.")
+        float,
+        typer.Option(
+            metavar="SECONDS", min=1, help="What another tool may take to make one artifact, and again to be measured."
+        ),
     ] = 3600.0,
     calibration: options.Calibration = None,
     text: options.Texts = None,

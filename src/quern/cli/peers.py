@@ -18,7 +18,7 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Tools, or a
 
 @verb("quern peers list")
 def list_peers(json: options.Json = False) -> None:
-    """The tools, their variants, and what is installed."""
+    """The tools, their variants, and what is installed; --json shows all that is declared, each variant's settings too."""
     from quern.cli import render_peers
     from quern.pipeline.peers import catalogue
 
@@ -58,9 +58,9 @@ def remove(names: Names) -> None:
 
 @verb("quern peers doctor")
 def doctor(json: options.Json = False) -> None:
-    """Start each installed tool and compare its version with what quern was written for.
+    """Import each installed tool in its environment; compare its version with quern's adapter and the installation.
 
-    Exit code 1 if one of them does not start.
+    Exit code 1 if one of them does not start, or is not what was installed.
     """
     from quern.cli import render_peers
     from quern.peers.base import PEERS

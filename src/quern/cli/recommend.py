@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quern.cli import options
 from quern.cli.outcome import show, verb
-from quern.core.results import Scenario, Target
+from quern.core.results import Recommendation, Scenario, Target
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @verb("quern recommend demo/results.json --scenario storage --max-loss 0.05")
@@ -46,7 +49,7 @@ def recommend(
     ] = None,
     min_speed: Annotated[
         float | None,
-        typer.Option(metavar="TOKENS/S", min=0, help="Least decoding speed in tokens/s.", show_default="any"),
+        typer.Option(metavar="TOKENS/S", help="Least decoding speed in tokens/s, above 0.", show_default="any"),
     ] = None,
     target: Annotated[
         Target | None, typer.Option("--for", help="The runtime that has to load it.", show_default="any")
@@ -59,12 +62,14 @@ def recommend(
 ) -> None:
     """Rank what RESULTS.json measured for a scenario, with the reason for each place and each exclusion.
 
-    Exit code 1 when nothing meets the constraints.
+    The machine that the figures come from is named, with a warning where it is not like this one. Exit code 1 when
+    nothing meets the constraints.
     """
     size, memory = options.optional_size(max_size, "--max-size"), options.optional_size(max_memory, "--max-memory")
     mix, licences = options.parse_weights(weights), options.names(licence)
+    from quern.advisor.hardware import this_processor
+    from quern.advisor.machine import warnings_here
     from quern.advisor.recommend import recommend as api
-    from quern.cli import render
     from quern.core.results import load_results
 
     answer = api(
@@ -79,6 +84,21 @@ def recommend(
         target=target,
         licences=licences,
     )
-    show(answer, json, render.recommendation)
+    assert answer.measured_on is not None
+    answer.warnings = warnings_here(answer.measured_on, this_processor())
+    show(answer, json, _with_machine)
     if answer.choice is None:
         raise typer.Exit(1)
+
+
+def _with_machine(answer: Recommendation) -> RenderableType:
+    """The recommendation below the machine that it rests on."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from quern.advisor.machine import measured_on_text
+    from quern.cli import render
+
+    machine = [Text(measured_on_text(answer.measured_on))] if answer.measured_on is not None else []
+    warnings = [Text(f"warning: {warning}", style="yellow") for warning in answer.warnings]
+    return Group(*machine, *warnings, render.recommendation(answer))

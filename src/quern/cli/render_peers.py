@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def peers(tools: Sequence[dict[str, Any]]) -> RenderableType:
     """A line for each tool; variants that its name alone asks for are bold."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("Name", "Installed", "Written for", "Licence", "Measured in", "Loads in", "Variants"):
+    for heading in ("Name", "Installed", "Written for", "Licence", "Devices", "Measured in", "Loads in", "Variants"):
         table.add_column(heading, overflow="fold")
     for tool in tools:
         variants = Text(", ").join(
@@ -28,12 +28,15 @@ def peers(tools: Sequence[dict[str, Any]]) -> RenderableType:
             Text(tool["installed"] or "no", style="green" if tool["installed"] else "dim"),
             tool["written_for"],
             tool["licence"],
+            ", ".join(tool["devices"]),
             tool["runtime"],
             ", ".join(tool["targets"]),
             variants,
         )
     return Group(
-        table, Text("\nInstall one with `quern peers install NAME`; `quern compare --peers NAME` does it too.")
+        table,
+        Text("\nInstall one with `quern peers install NAME`; `quern compare --peers NAME` does it too."),
+        Text("NAME alone means its bold variants, NAME:VARIANT one of them; --json shows bits and settings too."),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,21 @@ class Session(Protocol):
 
     def feed(self, ids: list[int]) -> torch.Tensor:
         """Append tokens (a whole prompt or one token) and return the last position's logits, float32 ``(vocabulary,)``."""
+        ...
+
+
+@runtime_checkable
+class LimitedSession(Session, Protocol):
+    """A session that may have room for fewer tokens than the model's context."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        ...
+
+    @property
+    def limit(self) -> str:
+        """What limits them, as a clause."""
         ...
 
 

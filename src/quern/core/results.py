@@ -28,6 +28,10 @@ FOREIGN_LIMIT = 0.25
 """Processors that others keep busy: from here on timings are marked, and repeated first. Half of a second thread's gain
 on two cores."""
 
+DRIFT_LIMIT = 0.1
+"""Relative change of the unquantized model's speed between two groups of contenders from which on it is noted, and
+counts where their speeds are compared."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -93,6 +97,14 @@ class Row(_Strict):
     decode_limit_fraction: float | None
     """Bytes read for one token x decode tokens/s / measured read bandwidth."""
     prefill_limit_fraction: float | None = None
+    """Operations in the decoder blocks a second / measured rate of matrix products in the arithmetic used; null where a
+    tool does not declare its arithmetic."""
+    limit_read_gb_s: float | None = None
+    """What ``decode_limit_fraction`` refers to: 10^9 bytes/s, probed in the start of the run that timed this row."""
+    limit_gemm_gop_s: float | None = None
+    """What ``prefill_limit_fraction`` refers to: 10^9 operations/s, probed in the same start."""
+    limit_gemm_dtype: str | None = None
+    """The arithmetic of that rate: float32, bfloat16, float16 or int8."""
     time_to_first_token_s: float | None
     speed_spread: dict[str, Spread] | None = None
     """Keys: prefill_tokens_per_s, decode_tokens_per_s, time_to_first_token_s."""
@@ -104,6 +116,8 @@ class Row(_Strict):
     """Wall time of measuring it: loading, timed rounds and scoring."""
     foreign_load: float | None = None
     """Processors that other programs kept busy while this row was timed; the median over its rounds."""
+    group_speed: float | None = None
+    """Decode speed of the unquantized model in the group that this row was timed in, over that in the first group."""
     engine: str = "reference"
     layers: list[LayerError] = []
     notes: list[str] = []
@@ -166,6 +180,17 @@ class Ranked(_Strict):
     reason: str
 
 
+class MeasuredOn(_Strict):
+    """The machine that speeds and memory come from, and when; null is what the results do not say."""
+
+    processor: str | None
+    cores: int | None
+    kernels: str | None
+    """The instruction set whose kernels quern used."""
+    created: str
+    """UTC, ISO 8601."""
+
+
 class Recommendation(_Strict):
     """Which row to use."""
 
@@ -177,6 +202,10 @@ class Recommendation(_Strict):
     reasons: list[str]
     excluded: list[Excluded]
     ranking: list[Ranked] = []
+    measured_on: MeasuredOn | None = None
+    """Null inside a results file, whose ``hardware`` says it."""
+    warnings: list[str] = []
+    """What a reader on this machine has to know; only ``quern recommend`` knows the machine that it runs on."""
 
 
 class Results(_Strict):

@@ -46,16 +46,25 @@ def unsupported(scheme: WeightScheme) -> str | None:
 class MappedWeights:
     """The weights of one folder, file by file in one read-only mapping."""
 
-    def __init__(self, checkpoint: Checkpoint, schemes: dict[str, WeightScheme]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        schemes: dict[str, WeightScheme],
+        expected: frozenset[str],
+        rotated: frozenset[str],
+    ) -> None:
+        """``expected``: names of the unquantized model's tensors; ``rotated``: linears whose inputs are rotated."""
         self._checkpoint, self._schemes = checkpoint, schemes
+        self._expected = expected | {f"{linear}.{SIGNS}" for linear in rotated}
         self._files: dict[Path, NDArray[np.uint8]] = {}
         self.read_bytes = 0
         """Bytes of all linears and vectors handed out so far."""
 
     def linear(self, name: str, shape: tuple[int, int], *, scale_per_token: bool) -> _native.Linear:
-        """The linear called ``name``, ``(rows, columns)``, with bias and rotation signs where the artifact has them.
+        """The linear called ``name``, ``(rows, columns)``, with bias and rotation signs where it must have them.
 
-        ``scale_per_token``: whether the artifact was made for int8 inputs with one scale a token.
+        ``scale_per_token``: whether the artifact was made for int8 inputs with one scale a token. Raises ``BadFileError``
+        where one of them is missing or there without need.
         """
         bias, signs = f"{name}.bias", f"{name}.{SIGNS}"
         matrix = self.matrix(name, shape, None if scale_per_token or self._has(signs) else INPUT_GROUP)
@@ -102,14 +111,23 @@ class MappedWeights:
         return self._checkpoint.read(name, finite=True).float().numpy()
 
     def optional_vector(self, name: str, length: int) -> NDArray[np.float32] | None:
-        """The same, or None where the checkpoint has none of that name."""
+        """The same, or None where the model has none of that name. Raises ``BadFileError`` where the files disagree."""
         return self.vector(name, length) if self._has(name) else None
 
     def _has(self, name: str) -> bool:
-        return name in self._checkpoint.source.infos
+        """Whether the model has a tensor called ``name``. Files with one too many belong to another model or recipe."""
+        if name not in self._expected and name in self._checkpoint.source.infos:
+            raise BadFileError(
+                self._checkpoint.source.place(name), f"tensor {name!r} is not part of such a model",
+                "The artifact is damaged or belongs to another config.json; quantize again",
+            )  # fmt: skip
+        return name in self._expected
 
     def _mapped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> NDArray[np.uint8]:
-        """The stored bytes of a tensor that must have ``shape`` and ``dtype``."""
+        """The stored bytes of a tensor that must have ``shape`` and ``dtype``, aligned to its numbers.
+
+        Files may hold tensors anywhere; those that kernels cannot read where they lie are copied.
+        """
         info, place = self._checkpoint.info(name), self._checkpoint.source.place(name)
         if info.shape != shape or DTYPES[info.dtype] != dtype:
             raise BadFileError(
@@ -120,7 +138,8 @@ class MappedWeights:
             self._files[place] = _map(place)
         if len(self._files[place]) < info.end:
             raise BadFileError(place, f"is shorter than its header says ({name!r} is cut off)", "Copy the file again")
-        return self._files[place][info.begin : info.end]
+        stored = self._files[place][info.begin : info.end]
+        return stored if info.begin % dtype.itemsize == 0 else stored.copy()
 
     def _plain(self, name: str, shape: tuple[int, int]) -> _native.Matrix:
         stored = DTYPES[self._checkpoint.info(name).dtype]

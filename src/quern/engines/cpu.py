@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.core.artifact import METHOD, module_schemes, quantization_of
 from quern.core.errors import QuernError, UserError
+from quern.core.memory import free_memory
 from quern.core.parallel import available_threads
 from quern.core.recipe import Recipe, parse_recipe
 from quern.engines._cpu_weights import MappedWeights, unsupported
@@ -32,6 +32,8 @@ PROMPT_ROWS = 256
 """Tokens whose logits are computed at a time."""
 SPARE = 0.9
 """Share of the free memory that a key/value cache may plan with."""
+BLOCK = _native.CACHE_BLOCK
+"""A cache has room for a multiple of so many tokens."""
 
 
 class CpuSession:
@@ -39,7 +41,17 @@ class CpuSession:
 
     def __init__(self, model: CpuModel) -> None:
         self._model = model
-        self._cache, self._limit_reason = model.new_cache()
+        self._cache, self._limit = model.new_cache()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit: the model's context, or what memory has room for."""
+        return min(self._cache.capacity, self._model.maximum_length)
+
+    @property
+    def limit(self) -> str:
+        """What limits them, as a clause."""
+        return self._limit
 
     @property
     def length(self) -> int:
@@ -53,8 +65,8 @@ class CpuSession:
     def feed(self, ids: list[int]) -> Tensor:
         """Append ``ids``; float32 logits ``(vocabulary,)`` of the last position. Raises ``UserError`` past the maximum."""
         length = self._cache.length + len(ids)
-        if length > self._cache.capacity or length > self._model.maximum_length:
-            raise UserError(f"{length} tokens do not fit: {self._limit_reason}. Shorten the prompt")
+        if length > self.capacity:
+            raise UserError(f"{length} tokens do not fit: {self._limit}. Shorten the prompt")
         return self._model.feed([self._cache], [ids], all_positions=False)[0]
 
 
@@ -68,11 +80,19 @@ class CpuModel:
         self.maximum_length = int(config.max_position_embeddings)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits float32 ``(batch, time, vocabulary)`` for int64 ``(batch, time)``."""
+        """Logits float32 ``(batch, time, vocabulary)`` for int64 ``(batch, time)``.
+
+        Raises ``UserError`` for a time past the model's context or the free memory.
+        """
         batch, time = ids.shape
+        if time > self.maximum_length:
+            raise UserError(f"{time} tokens do not fit: {self._context()}. Use shorter sequences")
         logits = torch.empty(batch, time, self.vocabulary_size)
+        if time == 0:
+            return logits
+        cache, _ = self.new_cache(time)
         for row in range(batch):
-            cache = self._decoder.cache(time, self._precision)
+            cache.length = 0
             for start in range(0, time, PROMPT_ROWS):
                 piece = ids[row, start : start + PROMPT_ROWS].tolist()
                 logits[row, start : start + len(piece)] = self.feed([cache], [piece], all_positions=True)
@@ -81,7 +101,7 @@ class CpuModel:
     def feed(self, caches: list[_native.Cache], ids: list[list[int]], *, all_positions: bool) -> Tensor:
         """Append ``ids[i]`` to ``caches[i]``: logits float32 of each sequence's last position, or of every token fed.
 
-        Raises ``UserError`` for tokens outside the vocabulary.
+        Raises ``UserError`` for tokens outside the vocabulary, and where memory does not suffice for so many at once.
         """
         tokens = [token for sequence in ids for token in sequence]
         outside = [token for token in tokens if not 0 <= token < self.vocabulary_size]
@@ -91,33 +111,58 @@ class CpuModel:
                 "use the tokenizer that belongs to the model"
             )
         counts = [len(sequence) for sequence in ids]
-        return torch.from_numpy(self._decoder.feed(caches, counts, np.asarray(tokens, np.int32), all_positions))
+        try:
+            logits = self._decoder.feed(caches, counts, np.asarray(tokens, np.int32), all_positions)
+        except MemoryError:
+            raise UserError(
+                f"the system gives no memory to compute {len(tokens)} tokens at once. Shorten the prompt, use fewer "
+                "threads, or free memory"
+            ) from None
+        return torch.from_numpy(logits)
 
     def start(self) -> CpuSession:
         """An empty session. Raises ``UserError`` where memory has no room for any context."""
         return CpuSession(self)
 
     def new_cache(self, positions: int | None = None) -> tuple[_native.Cache, str]:
-        """A cache for ``positions`` tokens (None: as many as the model's context or memory allow), and what limits it."""
+        """A cache for ``positions`` tokens (None: as many as the model's context or memory allow), and what limits it.
+
+        Raises ``UserError`` with what fits where memory has no room for ``positions``, or for any.
+        """
         each = self._decoder.bytes_per_position(self._precision)
-        fits = int(SPARE * psutil.virtual_memory().available / each)
-        wanted = self.maximum_length if positions is None else positions
-        if fits < (1 if positions is None else positions):
+        wanted = -(-(self.maximum_length if positions is None else positions) // BLOCK) * BLOCK
+        fits = int(SPARE * free_memory() / each) // BLOCK * BLOCK
+        if fits < (BLOCK if positions is None else wanted):
             raise UserError(
                 f"a key/value cache of {wanted} tokens takes {wanted * each / 1e9:.1f} GB; the free memory has room for "
                 f"{fits} tokens. Ask for a shorter context, use the int8 cache, or free memory"
             )
-        if fits < wanted:
-            wanted, reason = fits, f"the free memory has room for {fits} tokens of context"
-        else:
-            reason = f"this model's context is {self.maximum_length}"
+        limit = self._context() if fits >= wanted else f"the free memory has room for {fits} tokens of context"
+        wanted = min(wanted, fits)
         try:
-            return self._decoder.cache(wanted, self._precision), reason
+            return self._decoder.cache(wanted, self._precision), limit
         except MemoryError:
+            given = self._given(wanted)
+        if given == 0 or positions is not None:
             raise UserError(
-                f"the system gives no memory for a key/value cache of {wanted} tokens ({wanted * each / 1e9:.1f} GB). "
-                "Ask for a shorter context or use the int8 cache"
-            ) from None
+                f"the system gives no memory for a key/value cache of {wanted} tokens ({wanted * each / 1e9:.1f} GB), "
+                f"only for one of {given}. Ask for a shorter context or use the int8 cache"
+            )
+        return self._decoder.cache(given, self._precision), f"the system gives memory for {given} tokens of context"
+
+    def _given(self, refused: int) -> int:
+        """Tokens of a cache that the system gives where it refused one, found by halving; a share stays free."""
+        size = refused
+        while (size := size // 2 // BLOCK * BLOCK) > 0:
+            try:
+                self._decoder.cache(size, self._precision)
+            except MemoryError:
+                continue
+            return max(BLOCK, int(SPARE * size) // BLOCK * BLOCK)
+        return 0
+
+    def _context(self) -> str:
+        return f"this model's context is {self.maximum_length}"
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: everything but an untied embedding, of which it reads a row."""
@@ -159,25 +204,20 @@ class CpuEngine(Engine):
             raise UserError(f"the cpu engine does not run {path}: {reason}. Use the reference engine")
         config = quantization_of(checkpoint.config)
         schemes = {} if config is None else module_schemes(config)
+        recipe = None if config is None else parse_recipe(config.get("recipe"), "of the artifact")
         architecture = _architecture(checkpoint)
         assert isinstance(architecture, GatedDecoder)
-        weights = MappedWeights(checkpoint, schemes)
+        rotated = frozenset(name for name in schemes if recipe is not None and recipe.rotated and ".layers." in name)
+        weights = MappedWeights(checkpoint, schemes, frozenset(architecture.expected_shapes()), rotated)
+        # Whether the blocks were made for int8 activations with one scale a token.
+        scale_per_token = recipe is not None and recipe.activations.mode == "dynamic"
         try:
-            decoder, bytes_per_token = _decoder(
-                architecture, weights, _scale_per_token(config), threads or available_threads()
-            )
+            decoder, bytes_per_token = _decoder(architecture, weights, scale_per_token, threads or available_threads())
         except QuernError:
             raise
         except ValueError as error:
             raise UserError(f"{path} cannot be run: {error}") from None
         return CpuModel(decoder, architecture.config, bytes_per_token, cache)
-
-
-def _scale_per_token(config: dict[str, Any] | None) -> bool:
-    """Whether the blocks were made for int8 activations with one scale a token."""
-    if config is None:
-        return False
-    return parse_recipe(config.get("recipe"), "of the artifact").activations.mode == "dynamic"
 
 
 def _decoder(

@@ -7,6 +7,7 @@ but the standard library, numpy and quern's core; the tool is imported inside th
 
 from __future__ import annotations
 
+import importlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +69,10 @@ class Peer(ABC):
     """The tool's name as its makers write it."""
     package: ClassVar[str]
     """The distribution whose version is the tool's version."""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Further distributions whose versions matter, such as one that does the quantizing; in PEP 503's spelling."""
+    modules: ClassVar[tuple[str, ...]]
+    """What the adapter imports of the tool."""
     versions: ClassVar[str]
     """Versions that the adapter is written for (PEP 440 specifier)."""
     requirements: ClassVar[tuple[str, ...]]
@@ -89,6 +94,15 @@ class Peer(ABC):
     def build(self, prefix: Path, run: Callable[[Sequence[str]], None]) -> None:  # noqa: B027 - few tools need it
         """Steps after pip, such as compiling; ``prefix`` is the environment's folder, ``run`` raises for a command that
         fails."""
+
+    def start(self) -> None:
+        """Import the tool: whatever this raises is the reason why it cannot run. Runs in the tool's environment."""
+        for module in self.modules:
+            importlib.import_module(module)
+
+    def remarks(self, variant: Variant) -> Sequence[str]:
+        """What a reader of the row has to know about ``variant``, whenever its artifact was made."""
+        return ()
 
     @abstractmethod
     def quantize(self, job: Job) -> Sequence[str]:

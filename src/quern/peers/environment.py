@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
+import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from quern.core.errors import QuernError
@@ -32,6 +37,10 @@ INSTALL_LIMIT_S = 3600.0
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 """Where torch without CUDA comes from; elsewhere pip finds it with gigabytes that a machine without a GPU never uses."""
 BOOT = Path(__file__).parent / "boot.py"
+_EVERYWHERE = ("transformers", "torch")
+"""What all environments have, and on whose versions figures depend too."""
+_CHANGES = 5
+"""Changed distributions that a message names."""
 _TAIL = 1500
 _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", "PIP_TARGET", "PIP_PREFIX", "PIP_USER")
 
@@ -107,18 +116,49 @@ class Environment:
         except (OSError, ValueError, TypeError):
             return None
 
+    def identity(self) -> str:
+        """Hash of what was installed and when, and of the adapter's source: what measured figures depend on."""
+        adapter = Path(inspect.getfile(type(self.peer))).read_bytes()
+        return hashlib.sha256((self.folder / "installed.json").read_bytes() + adapter).hexdigest()[:24]
+
     def warning(self) -> str | None:
         """What is wrong with the installed version: None if it is one that the adapter is written for."""
         installed = self.installed()
-        if installed is None:
-            return None
+        return None if installed is None else self._unfit(installed.version)
+
+    def _unfit(self, version: str) -> str | None:
         try:
-            fits = Version(installed.version) in SpecifierSet(self.peer.versions, prereleases=True)
+            fits = Version(version) in SpecifierSet(self.peer.versions, prereleases=True)
         except InvalidVersion:
             fits = False
         if fits:
             return None
-        return f"{self.peer.tool} {installed.version} is installed; the adapter is written for {self.peer.versions}"
+        return f"{self.peer.tool} {version} is installed; the adapter is written for {self.peer.versions}"
+
+    def problem(self, version: str, versions: Mapping[str, str]) -> str | None:
+        """What is wrong with what its process answered, one line, or None.
+
+        ``version`` is the tool's own, ``versions`` those of all distributions. Wrong is a version that the adapter is not
+        written for, and everything that is no longer as ``installed.json`` recorded it; what was added is not.
+        """
+        installed, package = self.installed(), self.peer.package
+        recorded = {} if installed is None else _canonical({**installed.versions, package: installed.version})
+        now = _canonical({**versions, package: version})
+        changed = [
+            f"{name} {was} is now {now.get(name, 'gone')}" for name, was in recorded.items() if now.get(name) != was
+        ]
+        shown = ", ".join(changed[:_CHANGES]) + (f" and {len(changed) - _CHANGES} more" if changed[_CHANGES:] else "")
+        again = f"changed since it was installed: {shown}; remove it and install it again" if changed else None
+        return "; ".join(filter(None, (self._unfit(version), again))) or None
+
+    def versions_note(self) -> str | None:
+        """The versions that a row made and measured in this environment depends on, from ``installed.json``."""
+        installed = self.installed()
+        if installed is None:
+            return None
+        known = _canonical(installed.versions)
+        beside = [f"{name} {known[name]}" for name in (*self.peer.also, *_EVERYWHERE) if name in known]
+        return f"{self.peer.package} {installed.version} with {', '.join(beside)}" if beside else None
 
     def install(self, progress: Progress) -> Installed:
         """Make the environment anew, if it is not there and complete. Raises ``PeerError``."""
@@ -161,19 +201,10 @@ class Environment:
             output.write(f"$ {' '.join(command)}\n".encode())
             output.flush()
             try:
-                done = subprocess.run(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=INSTALL_LIMIT_S,
-                    env=self.variables(),
-                    cwd=self.folder,
-                    check=False,
-                )
+                code = _call(command, output, self.variables(), self.folder)
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise PeerError(f"{self.peer.tool} could not be installed: {error}") from None
-        if done.returncode:
+        if code:
             tail = log.read_bytes()[-_TAIL:].decode("utf-8", "replace").strip()
             raise PeerError(f"{self.peer.tool} could not be installed; {log} ends with:\n{tail}")
 
@@ -200,11 +231,35 @@ class Environment:
         return found
 
 
+def _call(command: Sequence[str], output: BinaryIO, variables: Mapping[str, str], folder: Path) -> int:
+    """Exit code of ``command``. Cut short, by the limit or the keyboard, it ends with all that it started."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=variables,
+        cwd=folder,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(INSTALL_LIMIT_S)
+    except BaseException:
+        # Compilers that pip and cmake started would go on for hours; all of them are in the session's one group.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+
+
+def _canonical(versions: Mapping[str, str]) -> dict[str, str]:
+    """By the one spelling of each distribution's name that all others stand for (PEP 503)."""
+    return {str(canonicalize_name(name)): version for name, version in versions.items()}
+
+
 def _version_of(peer: Peer, versions: Mapping[str, str]) -> str:
-    wanted = peer.package.lower().replace("_", "-")
-    for name, version in versions.items():
-        if name.lower().replace("_", "-") == wanted:
-            return version
+    if (version := _canonical(versions).get(canonicalize_name(peer.package))) is not None:
+        return version
     raise PeerError(f"{peer.tool} was installed, but its distribution {peer.package} is not there")
 
 

@@ -25,7 +25,7 @@ FIRST_CAPACITY = 1024
 """Tokens that a session's cache has room for at first; it grows by doubling, since it is allocated whole."""
 
 
-def _library(folder: Path) -> Any:
+def load_library(folder: Path) -> Any:
     """llama-cpp-python's declarations, bound to the libllama in ``folder``."""
     os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)  # the package reads it when it is imported, and nothing else
     from llama_cpp import llama_cpp as api
@@ -157,7 +157,7 @@ class LlamaModel:
     """
 
     def __init__(self, folder: Path, file: Path, threads: int, weight_bytes: int) -> None:
-        self._api = _library(folder)
+        self._api = load_library(folder)
         self._model = self._api.llama_model_load_from_file(str(file).encode(), self._api.llama_model_default_params())
         if not self._model:
             raise RuntimeError(f"llama.cpp could not load {file}")

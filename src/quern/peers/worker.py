@@ -5,19 +5,21 @@ measuring, it answers:
 
 - ``quantize``: ``model``, ``output`` (folders), ``variant`` (object), ``sequences`` (file of token ids, .npy), ``text``
   (file), ``threads``, ``seed`` -> ``seconds``, ``peak_rss_bytes``, ``notes``
-- ``versions`` -> ``version`` of the tool and ``versions`` of everything that is installed beside it
+- ``versions``: imports the tool -> ``version`` of the tool and ``versions`` of everything that is installed beside it
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quern.core.engine import LoadedModel
+from quern.core.errors import UserError
 from quern.core.parallel import available_threads
 from quern.evaluation.memory import peak_rss_bytes
 from quern.evaluation.server import Answer, serve
@@ -69,7 +71,22 @@ def _quantize(
 
 
 def _versions(peer: Peer) -> Answer:
-    installed = {
-        distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()
-    }
-    return {"version": importlib.metadata.version(peer.package), "versions": dict(sorted(installed.items()))}
+    """Raises ``UserError`` where the tool cannot be imported."""
+    # Before the import: setuptools, which some tools import, adds distributions of its own to what is found.
+    versions = _installed()
+    try:
+        version = importlib.metadata.version(peer.package)
+        peer.start()
+    except Exception as error:
+        traceback.print_exc()
+        reason = " ".join(str(error).split())
+        raise UserError(f"{peer.tool} cannot be imported: {type(error).__name__}: {reason}") from None
+    return {"version": version, "versions": versions}
+
+
+def _installed() -> dict[str, str]:
+    """Versions of all distributions by name; of several with one name, the one that an import finds."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        found.setdefault(distribution.metadata["Name"], distribution.version)
+    return dict(sorted(found.items()))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.files import read_json
 from quern.checkpoint.tokenizer import load_tokenizer
+from quern.core.engine import LimitedSession
 from quern.core.errors import BadFileError, UserError
 from quern.engines.base import AUTO, ENGINES, engine_for
 from quern.engines.cpu import CachePrecision, CpuEngine
@@ -38,10 +39,11 @@ def generate(
 ) -> Iterator[str]:
     """Load the model at ``path`` (artifact, folder, Hub id) and return its continuation of ``prompt``, piece by piece.
 
-    Ends at an end-of-sequence token, after ``max_tokens`` tokens, or when the model's context is full. The pieces hold
-    whole characters and join to the text. The same seed gives the same text. ``cache``: how the cpu engine keeps keys
-    and values, ``float16`` (None), ``int8`` or ``float32``. Raises ``UserError`` for options out of
-    range and for a prompt that is empty or does not fit the context; all of it before the first piece.
+    Ends at an end-of-sequence token, after ``max_tokens`` tokens, or when the model's context is full, or as much of it
+    as memory has room for. The pieces hold whole characters and join to the text. The same seed gives the same text.
+    ``cache``: how the cpu engine keeps keys and values, ``float16`` (None), ``int8`` or ``float32``. Raises
+    ``UserError`` for options out of range and for a prompt that is empty or does not fit; all of it before the first
+    piece.
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; give how many tokens to write at most, 1 or more")
@@ -57,7 +59,8 @@ def generate(
             "continue; give a shorter prompt"
         )
     decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    tokens = continuation(model.start(), ids, min(max_tokens, room), sampler, end_tokens(checkpoint))
+    session = model.start()
+    tokens = continuation(session, ids, fitting(session, ids, min(max_tokens, room)), sampler, end_tokens(checkpoint))
     return pieces(tokens, Detokenizer(decode, ids))
 
 
@@ -73,10 +76,25 @@ def load_model(checkpoint: Checkpoint, engine: str, threads: int | None, cache: 
     return CpuEngine().load(checkpoint.path, threads=threads, cache=cast(CachePrecision, cache))
 
 
+def fitting(session: Session, ids: list[int], count: int) -> int:
+    """How many of ``count`` tokens ``session`` has room for after ``ids``. Raises ``UserError`` where it has for none."""
+    if not isinstance(session, LimitedSession):
+        return count
+    length = session.length + len(ids)
+    if length >= session.capacity:
+        raise UserError(
+            f"the text has {length} tokens and {session.limit}, which leaves no room to continue; give a shorter one"
+        )
+    return min(count, session.capacity - length)
+
+
 def continuation(session: Session, ids: list[int], count: int, sampler: Sampler, end: frozenset[int]) -> Iterator[int]:
-    """Up to ``count`` tokens after ``ids``, which are fed to ``session``; a token of ``end`` ends them and is left out."""
+    """Up to ``count`` tokens after ``ids``, which are fed to ``session``; a token of ``end`` ends them and is left out.
+
+    Ends early where the session is full. Raises ``UserError`` where it has no room for the first.
+    """
     given = ids
-    for _ in range(count):
+    for _ in range(fitting(session, ids, count)):
         token = sampler.choose(session.feed(given).numpy())
         if token in end:
             return

@@ -20,7 +20,7 @@ from quern.checkpoint.checkpoint import open_checkpoint
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
-from quern.core.results import Failure, Row
+from quern.core.results import DRIFT_LIMIT, Failure, Row
 from quern.evaluation.reference_cache import ReferenceKey, has_reference
 from quern.pipeline.inputs import Inputs, Settings, reference_key
 from quern.pipeline.measured_cache import MeasuredCache
@@ -33,8 +33,6 @@ LOADED_BYTES = 1 << 30
 """What a process needs beside its weights: interpreter, libraries, activations and a batch of logits."""
 MOST_TOGETHER = 8
 """Contenders of one group: a run that is interrupted has lost one group's work."""
-DRIFT_LIMIT = 0.1
-"""Relative change of the unquantized model's speed between groups that is noted."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ class _Run:
             for contender in members:
                 if contender.name in measured:
                     notes = _group_notes(len(members) == 1 < len(left) and not accompanied, drift)
-                    found[contender.name] = self._keep(contender, measured[contender.name], notes)
+                    found[contender.name] = self._keep(contender, measured[contender.name], drift, notes)
         return found
 
     def _remembered(self, everyone: Sequence[Contender]) -> dict[str, Measured]:
@@ -178,8 +176,9 @@ class _Run:
             self.anchor_speed = speed.decode_tokens_per_s.median
         return found
 
-    def _keep(self, contender: Contender, measured: Measured, notes: tuple[str, ...]) -> Measured:
-        measured = replace(measured, machine=self.machine, notes=(*measured.notes, *notes))
+    def _keep(self, contender: Contender, measured: Measured, drift: float | None, notes: tuple[str, ...]) -> Measured:
+        whole = (*measured.notes, *notes)
+        measured = replace(measured, machine=self.machine, group_speed=drift, notes=whole)
         if self.cache is not None:
             self.cache.save(contender, self.stored[contender.name].sha256, measured)
         return measured

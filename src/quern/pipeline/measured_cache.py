@@ -52,7 +52,7 @@ class MeasuredCache:
             **self._common,
             "artifact": sha256,
             "engine": contender.engine,
-            "tool": None if contender.tool is None else contender.tool.model_dump(),
+            "tool": None if contender.tool is None else [contender.tool.model_dump(), contender.runs_in],
             "timed": contender.timed,
         }
         name = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]

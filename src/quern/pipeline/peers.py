@@ -32,7 +32,9 @@ from quern.pipeline.stored import stored_folder
 from quern.pipeline.worker_process import Launch, Worker
 
 TIME_LIMIT_S = 3600.0
-"""Most seconds that a tool may take for one artifact."""
+"""Most seconds that a tool may take to make one artifact, and again to be measured with it."""
+_DOCTOR_S = 300.0
+"""Most seconds that a tool may take to start."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def _make(making: Making, tools: Tools, choice: Choice) -> Contender:
     launch = launch_of(environment, tools.scratch, making.memory, tools.time_limit_s)
     with _at("quantize"):
         record = _quantized(making, choice, installed, launch)
-    warning = environment.warning()
     peer = environment.peer
+    notes = (environment.warning(), environment.versions_note(), *peer.remarks(choice.variant))
     return Contender(
         name=choice.row,
         path=making.folder / "artifacts" / choice.row,
@@ -100,22 +102,24 @@ def _make(making: Making, tools: Tools, choice: Choice) -> Contender:
             homepage=peer.homepage,
         ),
         launch=launch,
+        runs_in=environment.identity(),
         engine=choice.peer,
         sha256=record["artifact_sha256"],
         original_sha256=making.model_sha256,
         quantize_seconds=record["quantize_seconds"],
         quantize_peak_rss_bytes=record["quantize_peak_rss_bytes"],
-        notes=(*([warning] if warning else []), *record["notes"]),
+        notes=(*filter(None, notes), *record["notes"]),
     )
 
 
-def launch_of(environment: Environment, scratch: Path, memory: int | None, silence_s: float) -> Launch:
-    """How a tool's process is started."""
+def launch_of(environment: Environment, scratch: Path, memory: int | None, limit_s: float) -> Launch:
+    """How a tool's process is started. All that it is asked together may take ``limit_s``, whether it talks or not."""
     return Launch(
         command=environment.command,
         environment=environment.variables(),
         folder=scratch,
-        silence_s=silence_s,
+        silence_s=limit_s,
+        limit_s=limit_s,
         memory=memory,
     )
 
@@ -129,6 +133,7 @@ def _quantized(making: Making, choice: Choice, installed: Installed, launch: Lau
         "model_sha256": making.model_sha256,
         "settings": choice.recipe(),
         "tool": installed.version,
+        "installed": installed.created,
         "calibration_sha256": sha256 if choice.variant.calibrated else None,
         "seed": making.seed,
     }
@@ -151,7 +156,7 @@ def _quantized(making: Making, choice: Choice, installed: Installed, launch: Lau
     }
     try:
         with Worker(choice.row, launch) as worker:
-            answer = worker.ask(request, limit_s=launch.silence_s)
+            answer = worker.ask(request)
         stored = stored_folder(unfinished)
         shutil.rmtree(artifact, ignore_errors=True)
         os.replace(unfinished, artifact)
@@ -210,25 +215,33 @@ class Health:
 
 
 def examine(name: str, scratch: Path, environments: Path | None = None) -> Health:
-    """Whether the tool's environment starts and has the version that the adapter is written for."""
+    """Whether the tool can be imported, has a version that the adapter is written for, and is as it was installed."""
     environment = Environment.of(name, environments)
     installed = environment.installed()
     peer = environment.peer
     facts: dict[str, Any] = {"name": name, "tool": peer.tool, "written_for": peer.versions}
     if installed is None:
         return Health(**facts, installed=None, healthy=None, problem=None)
-    problem = environment.warning()
     try:
-        with Worker(name, launch_of(environment, scratch, None, 300.0)) as worker:
-            worker.ask({"do": "versions"}, limit_s=300.0)
+        with Worker(name, launch_of(environment, scratch, None, _DOCTOR_S)) as worker:
+            answer = worker.ask({"do": "versions"})
+        problem = environment.problem(answer["version"], answer["versions"])
     except QuernError as error:
-        problem = str(error)
+        problem = _one_line(error)
     return Health(**facts, installed=installed.version, healthy=problem is None, problem=problem)
 
 
+def _one_line(error: QuernError) -> str:
+    """What happened and the last thing that the process wrote, which names the reason."""
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{first} {others[-1]}" if others else first
+
+
 def catalogue(environments: Path | None = None) -> list[dict[str, Any]]:
-    """Every known tool: ``name``, ``tool``, ``installed`` (version or None), ``written_for``, ``licence``, ``runtime``,
-    ``targets``, ``devices``, ``homepage``, ``folder`` and ``variants`` (``name``, ``bits``, ``calibrated``, ``default``).
+    """Every known tool with all that its adapter declares: ``name``, ``tool``, ``package``, ``also``, ``modules``,
+    ``installed`` (version or None), ``written_for``, ``install`` (what makes its environment), ``requirements``,
+    ``no_build_isolation``, ``environment``, ``licence``, ``homepage``, ``runtime``, ``targets``, ``devices``, ``folder`` and
+    ``variants`` (``name``, ``bits``, ``settings``, ``calibrated``, ``default``).
     """
     found = []
     for name in PEERS.names():
@@ -238,18 +251,22 @@ def catalogue(environments: Path | None = None) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "tool": peer.tool,
+                "package": peer.package,
+                "also": list(peer.also),
+                "modules": list(peer.modules),
                 "installed": None if installed is None else installed.version,
                 "written_for": peer.versions,
+                "install": f"quern peers install {name}",
+                "requirements": list(peer.requirements),
+                "no_build_isolation": peer.no_build_isolation,
+                "environment": dict(peer.environment),
                 "licence": peer.licence,
                 "runtime": peer.runtime,
                 "targets": list(peer.targets),
                 "devices": list(peer.devices),
                 "homepage": peer.homepage,
                 "folder": str(environment.folder),
-                "variants": [
-                    {key: value for key, value in asdict(variant).items() if key != "settings"}
-                    for variant in peer.variants
-                ],
+                "variants": [asdict(variant) for variant in peer.variants],
             }
         )
     return found

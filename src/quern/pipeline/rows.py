@@ -43,6 +43,8 @@ class Contender:
     """The other tool that made it; None: quern, or nobody."""
     launch: Launch = OURS
     """How the process that measures it is started."""
+    runs_in: str | None = None
+    """Hash of the other tool's environment and adapter: figures hold as long as it is the same."""
     quantize_peak_rss_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -105,6 +107,8 @@ class Measured:
     """The machine's limits in the run that measured this."""
     seconds: float | None = None
     """Wall time of all that, without what was done for others meanwhile."""
+    group_speed: float | None = None
+    """Decode speed of the unquantized model in its group, over that in the first one; None where it did not run."""
     notes: tuple[str, ...] = ()
 
 
@@ -147,7 +151,7 @@ def row_of(
     divergence = accuracy.divergence if accuracy else None
     floor = reference.accuracy.divergence if reference and reference.accuracy else None
     difference = _difference(measured, reference, seed)
-    arithmetic = _arithmetic(contender.recipe, stored.config, dtype)
+    arithmetic = None if contender.tool is not None else _arithmetic(contender.recipe, stored.config, dtype)
     return Row(
         name=contender.name,
         recipe=contender.recipe,
@@ -171,6 +175,7 @@ def row_of(
         quantize_peak_rss_bytes=contender.quantize_peak_rss_bytes,
         measure_seconds=measured.seconds,
         foreign_load=measured.foreign_load,
+        group_speed=measured.group_speed,
         engine=contender.engine,
         layers=list(contender.layers),
         notes=[*contender.notes, *measured.notes],
@@ -183,7 +188,8 @@ def _difference(measured: Measured, reference: Measured | None, seed: int) -> me
     return metrics.paired_accuracy_difference(measured.correct, reference.correct, seed=seed)
 
 
-def _speed_columns(measured: Measured, original: Original, machine: Machine, arithmetic: str) -> dict[str, Any]:
+def _speed_columns(measured: Measured, original: Original, machine: Machine, arithmetic: str | None) -> dict[str, Any]:
+    """``arithmetic`` None: a tool's, which it does not declare, so no rate of the machine is its limit."""
     speed = measured.speed
     if speed is None:
         names = ("prefill_tokens_per_s", "decode_tokens_per_s", "decode_limit_fraction", "time_to_first_token_s")
@@ -194,11 +200,15 @@ def _speed_columns(measured: Measured, original: Original, machine: Machine, ari
         "time_to_first_token_s": speed.time_to_first_token_s,
     }
     read = measured.bytes_per_token * speed.decode_tokens_per_s.median
+    rate = None if arithmetic is None else machine.gemm_gop_s.get(arithmetic)
     computed = 2 * original.block_parameters * speed.prefill_tokens_per_s.median
     return {
         **{name: spread.median for name, spread in spreads.items()},
         "decode_limit_fraction": _fraction(read, machine.read_gb_s),
-        "prefill_limit_fraction": _fraction(computed, machine.gemm_gop_s.get(arithmetic)),
+        "prefill_limit_fraction": _fraction(computed, rate),
+        "limit_read_gb_s": machine.read_gb_s,
+        "limit_gemm_gop_s": rate,
+        "limit_gemm_dtype": None if rate is None else arithmetic,
         "speed_spread": spreads,
     }
 

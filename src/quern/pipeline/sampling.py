@@ -54,7 +54,8 @@ class Sampler:
         else:
             # One uniform number a token, whatever the options are, read off the cumulative distribution.
             place = self._generator.random()
-            token = _native.sample(values, options.temperature, options.top_k, options.top_p, place)
+            top_k = min(options.top_k, len(values))
+            token = _native.sample(values, options.temperature, top_k, options.top_p, place)
         if token < 0:
             raise QuernError("the model's output holds NaN or infinite values, so its weights or its engine are broken")
         return token

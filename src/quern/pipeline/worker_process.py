@@ -57,6 +57,8 @@ class Launch:
     """Where it runs; None: here."""
     silence_s: float = SILENCE_S
     """Most seconds without a word from it while it owes an answer."""
+    limit_s: float | None = None
+    """Most seconds that it may owe answers, all together; None: no limit."""
     memory: int | None = None
     """Most resident bytes of the process and its children together; more ends it."""
 
@@ -76,20 +78,26 @@ class Worker:
         self.name = name
         self._launch = launch
         self._killed = False
+        self._owed_s = 0.0
+        self._looked = time.monotonic()
         self._tag = uuid.uuid4().hex
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen(
-            launch.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-            cwd=launch.folder,
-            env={**_environment(launch), _TAG: self._tag},
-        )
+        try:
+            self._process = subprocess.Popen(
+                launch.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
+                cwd=launch.folder,
+                env={**_environment(launch), _TAG: self._tag},
+            )
+        except OSError as error:
+            self._stderr.close()
+            raise WorkerError(f"{name}: its process cannot be started: {error}") from None
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -118,24 +126,17 @@ class Worker:
         except OSError:
             raise self._failed("ended") from None
 
-    def receive(
-        self, advance: Callable[[int], None] = lambda steps: None, limit_s: float | None = None
-    ) -> dict[str, Any]:
-        """The next answer, at most ``limit_s`` from now.
+    def receive(self, advance: Callable[[int], None] = lambda steps: None) -> dict[str, Any]:
+        """The next answer.
 
         Raises ``UserError`` and ``NonFiniteError`` that the worker met, else ``WorkerError``.
         """
-        end = None if limit_s is None else time.monotonic() + limit_s
-        while True:
-            line = self._line(end)
-            if line is None:
-                raise self._failed("ended")
-            if end is not None and time.monotonic() > end:
-                raise self._failed(f"took longer than the {limit_s:g} s that it may take")
-            answer = self._parse(line)
-            if "advance" not in answer:
-                break
-            advance(answer["advance"])
+        started, limit_s = time.monotonic(), self._launch.limit_s
+        end = None if limit_s is None else started + limit_s - self._owed_s
+        try:
+            answer = self._answer(end, advance)
+        finally:
+            self._owed_s += time.monotonic() - started
         if answer["ok"]:
             return answer
         message = f"{self.name}: {answer.get('error')}"
@@ -145,15 +146,10 @@ class Worker:
             raise UserError(message)
         raise self._failed(f"failed: {answer.get('error')}")
 
-    def ask(
-        self,
-        request: dict[str, Any],
-        advance: Callable[[int], None] = lambda steps: None,
-        limit_s: float | None = None,
-    ) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any], advance: Callable[[int], None] = lambda steps: None) -> dict[str, Any]:
         """``send`` and ``receive``."""
         self.send(request)
-        return self.receive(advance, limit_s)
+        return self.receive(advance)
 
     def close(self) -> None:
         """End the process and everything it started; it gets a moment to do so itself."""
@@ -164,25 +160,37 @@ class Worker:
         self.kill()
         self._stderr.close()
 
+    def _answer(self, end: float | None, advance: Callable[[int], None]) -> dict[str, Any]:
+        while True:
+            line = self._line(end)
+            if line is None:
+                raise self._failed("ended")
+            answer = self._parse(line)
+            if "advance" not in answer:
+                return answer
+            advance(answer["advance"])
+
     def _line(self, end: float | None) -> str | None:
         """The next line; None at the end of the output. Ends a process that is silent, late or too large."""
         silent = time.monotonic() + self._launch.silence_s
         while True:
+            self._check_memory()
+            if end is not None and time.monotonic() >= end:
+                raise self._failed(f"took longer than the {self._launch.limit_s:g} s that it may take")
             due = silent if end is None else min(silent, end)
             wait = max(due - time.monotonic(), 0.0)
             try:
                 return self._lines.get(timeout=min(wait, _LOOK_S) if self._launch.memory else wait)
             except queue.Empty:
                 pass
-            self._check_memory()
-            if time.monotonic() >= due:
-                if due == silent:
-                    raise self._failed(f"has said nothing for {self._launch.silence_s:g} s") from None
-                raise self._failed("took longer than it may take") from None
+            if due == silent and time.monotonic() >= silent:
+                raise self._failed(f"has said nothing for {self._launch.silence_s:g} s")
 
     def _check_memory(self) -> None:
-        if self._launch.memory is None:
+        """By the clock, so that a process which talks all the time is looked at as often as a silent one."""
+        if self._launch.memory is None or time.monotonic() < self._looked + _LOOK_S:
             return
+        self._looked = time.monotonic()
         used = _resident_bytes(self._process.pid)
         if used > self._launch.memory:
             raise self._failed(

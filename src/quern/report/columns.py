@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from quern.advisor.figures import bytes_text, percent_text, seconds_text, significant
+from quern.advisor.figures import bytes_text, limit_text, percent_text, seconds_text, significant
 from quern.core.results import Results, Row
+from quern.report.provenance import prefill_fraction
 from quern.report.tools import has_tools_view
 
 Kind = Literal["bytes", "number", "percent", "seconds"]
@@ -68,9 +69,16 @@ def _rate_detail(key: str, fraction: Callable[[Row], float | None]) -> Callable[
 
     def detail(row: Row) -> list[str]:
         share = fraction(row)
-        return _between(read(row), significant) + ([f"{100 * share:.0f} % of limit"] if share is not None else [])
+        return _between(read(row), significant) + ([limit_text(share)] if share is not None else [])
 
     return detail
+
+
+def _prefill_detail(row: Row) -> list[str]:
+    """As of any rate; a tool that does not declare its arithmetic has no limit to be compared with."""
+    lines = _rate_detail("prefill_tokens_per_s", prefill_fraction)(row)
+    undeclared = row.tool is not None and row.prefill_tokens_per_s is not None and prefill_fraction(row) is None
+    return [*lines, "- of limit"] if undeclared else lines
 
 
 def _smaller(row: Row) -> list[str]:
@@ -166,11 +174,12 @@ COLUMNS: tuple[Column, ...] = (
         key="prefill",
         label="Prefill",
         unit="tokens/s",
-        help="Median over interleaved rounds; below it the range, and the share of the machine's matrix product rate",
+        help="Median over interleaved rounds; below it the range, and the share of the machine's matrix product rate in "
+        "the arithmetic used (-: not declared)",
         better="high",
         kind="number",
         value=lambda row: row.prefill_tokens_per_s,
-        detail=_rate_detail("prefill_tokens_per_s", lambda row: row.prefill_limit_fraction),
+        detail=_prefill_detail,
         range=_spread("prefill_tokens_per_s"),
     ),
     Column(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from quern.advisor.figures import bytes_text, seconds_text, significant
+from quern.advisor.figures import bytes_text, limit_text, seconds_text, significant
 from quern.core.results import Results, Row
 from quern.report.wording import protocol_text
 
@@ -83,6 +83,30 @@ def _fact(key: str, value: object) -> str:
     return str(value)
 
 
+def prefill_fraction(row: Row) -> float | None:
+    """The share of the limit; None where a tool does not declare its arithmetic, whose rate that would be.
+
+    Files from before rows named that arithmetic hold a share of the float32 rate there, which is no limit.
+    """
+    return row.prefill_limit_fraction if row.tool is None or row.limit_gemm_dtype is not None else None
+
+
+def limits_text(row: Row) -> str:
+    """What the fractions of the machine's limits refer to; empty where the row has none or does not say."""
+    parts = []
+    if row.limit_read_gb_s is not None and row.decode_limit_fraction is not None:
+        share = limit_text(row.decode_limit_fraction)
+        parts.append(f"decode {share}: reading {significant(row.limit_read_gb_s, 4)} GB/s")
+    if row.limit_gemm_gop_s is not None and row.prefill_limit_fraction is not None:
+        rate = f"{significant(row.limit_gemm_gop_s, 4)} x 10^9 operations/s in {row.limit_gemm_dtype}"
+        parts.append(f"prefill {limit_text(row.prefill_limit_fraction)}: {rate}")
+    elif row.tool is not None and row.prefill_tokens_per_s is not None:
+        parts.append("prefill: no limit, because the tool does not declare its arithmetic")
+    if row.limit_read_gb_s is not None or row.limit_gemm_gop_s is not None:
+        parts.append("probed in the start of the run that timed this row")
+    return "; ".join(parts)
+
+
 def recipe_view(row: Row) -> dict[str, Any]:
     """What made a row: recipe, artifact, engine, notes."""
     text = None if row.recipe is None else json.dumps(row.recipe, indent=2, ensure_ascii=False)
@@ -93,7 +117,7 @@ def recipe_view(row: Row) -> dict[str, Any]:
         "sha256": row.artifact_sha256,
         "json": text,
         "description": (row.recipe or {}).get("description", ""),
-        "notes": row.notes,
+        "notes": [*row.notes, *([f"Limits: {limits}"] if (limits := limits_text(row)) else [])],
     }
 
 

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from quern.advisor.deployment import has_other_tools, licence_of, maker_of, targets_of
+from quern.advisor.deployment import has_other_tools, licence_of, maker_of, runtime_of, targets_of
 from quern.advisor.figures import bytes_text, seconds_text
 from quern.advisor.placement import KINDS, Placement, placements
 from quern.core.results import Results, Row
-from quern.report.provenance import model_name
+from quern.report.provenance import limits_text, model_name
 from quern.report.wording import STAGES, load_text, protocol_text, scale_text, tool_text, under_foreign_load
 
 
@@ -55,7 +55,7 @@ def tool_rows(results: Results) -> list[dict[str, Any]]:
                 "tool": maker[0] if maker else "",
                 "version": maker[1] if maker else "",
                 "licence": licence_of(row) or "",
-                "runtime": _runtime(row),
+                "runtime": runtime_of(row),
                 "targets": list(targets_of(row)),
                 "place": placed.label,
                 "kind": placed.kind,
@@ -68,16 +68,12 @@ def tool_rows(results: Results) -> list[dict[str, Any]]:
     return found
 
 
-def _runtime(row: Row) -> str:
-    return row.tool.runtime if row.tool is not None else f"quern, engine {row.engine}"
-
-
 def _provenance(row: Row, placed: Placement, quern_version: str) -> Iterable[tuple[str, str]]:
     """Name and text of what a reader has to know about one row."""
     yield "Made by", tool_text(row, quern_version) or "nobody: the checkpoint as it is"
     if licence := licence_of(row):
         yield "Licence", licence
-    yield "Ran in", _runtime(row)
+    yield "Ran in", runtime_of(row)
     yield "Loads in", ", ".join(targets_of(row)) or "nothing that is known"
     yield "Place", f"{placed.label}: {placed.reason}" if placed.kind != "dominated" else placed.reason
     if row.recipe is not None:
@@ -86,6 +82,8 @@ def _provenance(row: Row, placed: Placement, quern_version: str) -> Iterable[tup
         peak = row.quantize_peak_rss_bytes
         memory = f", {bytes_text(peak)} of memory at the peak" if peak is not None else ""
         yield "Quantized in", seconds_text(row.quantize_seconds) + memory
+    if limits := limits_text(row):
+        yield "Limits", limits
     if row.artifact_sha256 is not None:
         yield "Artifact SHA-256", row.artifact_sha256
     for note in row.notes:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from quern.advisor.deployment import maker_of
 from quern.advisor.figures import significant
-from quern.advisor.placement import SMALL, SMALL_LOSS, small_loss_limit
+from quern.advisor.placement import SMALL, small_loss_limit
+from quern.advisor.scoring import SMALL_LOSS
 from quern.core.results import FOREIGN_LIMIT, Protocol, Results, Row
 
 STAGES: dict[str, str] = {
@@ -30,7 +31,8 @@ def scale_text(rows: Sequence[Row]) -> str:
     return (
         f"A: over {round(100 * SMALL)} % smaller than bf16. B: fastest at small loss ({small}, {round(100 * SMALL_LOSS)} % "
         "of the unquantized model's cross entropy or the noise floor). C: on the Pareto front of size, decode speed and "
-        "KL, between the two. Dominated: another row is no worse in all three and better in one."
+        "KL, between the two. Dominated: another row is no worse in all three and better in one; where the machine ran "
+        "faster while that row was timed, it leads by more than that."
     )
 
 

@@ -36,7 +36,27 @@ def asked(results, *options, code=0):
 )
 def test_limits_arrive(results, options, arguments):
     expected = recommend(sample_tool_results(), "balanced", **arguments)
-    assert asked(results, "--scenario", "balanced", *options) == expected.model_dump(mode="json")
+    found = asked(results, "--scenario", "balanced", *options)
+    assert {**found, "warnings": []} == expected.model_dump(mode="json")
+
+
+def test_the_machine_is_named_and_another_one_warned_of(results, monkeypatch):
+    sample = {"cpu_model": "AMD EPYC 9R14", "usable_cores": 2, "kernels_in_use": "avx2"}
+    monkeypatch.setattr("quern.advisor.hardware.this_processor", lambda: sample)
+    found = asked(results, "--scenario", "speed")
+    assert found["measured_on"] == {
+        "processor": "AMD EPYC 9R14",
+        "cores": 2,
+        "kernels": None,
+        "created": "2026-01-15T10:30:00+00:00",
+    }
+    assert found["warnings"] == []
+    monkeypatch.setattr("quern.advisor.hardware.this_processor", lambda: {**sample, "usable_cores": 8})
+    (warning,) = asked(results, "--scenario", "speed")["warnings"]
+    assert "another machine (usable cores 2 there, 8 here)" in warning
+    text = CliRunner().invoke(app, ["recommend", results, "--scenario", "speed"]).stdout
+    assert "Measured on AMD EPYC 9R14, 2 cores, 2026-01-15." in text
+    assert "warning: The figures come from another machine" in text
 
 
 def test_weights_arrive(results):

@@ -86,6 +86,13 @@ def test_help_ends_with_an_example_that_parses(name):
     assert shown.stderr == ""
 
 
+def test_help_of_the_least_speed_says_what_is_refused():
+    shown = CliRunner().invoke(app, ["recommend", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    (line,) = [line for line in shown.stdout.splitlines() if "--min-speed" in line]
+    assert "above 0" in line
+    assert "x>=0" not in line
+
+
 def test_help_of_the_whole_names_every_verb():
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0

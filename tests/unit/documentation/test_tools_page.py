@@ -74,12 +74,12 @@ def test_what_each_tool_is_good_at_is_computed(tool):
         if line.startswith("**bitsandbytes 0.50.2** (MIT; loads in transformers, vllm)")
     ]
     assert "First of all quantized rows in time to make (bitsandbytes-nf4, 800 ms)." in bits
-    assert "of 9 at 4 bits size 8, KL 6, decode 8, prefill 8" in bits
+    assert "of 5 at 5.5 to 7 bits per weight: size 4, KL 3, decode 5, prefill 5" in bits
     assert "Places: bitsandbytes-nf4 dominated by balanced." in bits
     (ours,) = [line for line in text.splitlines() if line.startswith("**quern 0.1.0**")]
     assert "6 rows, 2.23 MB to 7.31 MB, KL 0.0009 to 0.811" in ours
     assert (
-        "| 4 | 9 | rtn4 (3.99 MB) | balanced (0.0284) | balanced (418 tokens/s) | onnxruntime-int4-g32 (9720 tokens/s) |"
+        "| 4.5 to 5.5 | 5 | rtn4 (3.99 MB) | balanced (0.0284) | balanced (418 tokens/s) | rtn4 (8660 tokens/s) |"
         in text
     )
 
@@ -93,7 +93,7 @@ def test_better_figures_move_a_tool_up(tool):
         for row in results.rows
     ]
     text = tool.page([("x.json", results.model_copy(update={"rows": rows}))])
-    assert "of 9 at 4 bits size 8, KL 1, decode 1, prefill 8" in text
+    assert "of 5 at 5.5 to 7 bits per weight: size 4, KL 1, decode 1, prefill 5" in text
 
 
 def test_failures_are_told_and_cannot_break_the_page(tool):
@@ -115,8 +115,18 @@ def test_rows_without_figures(tool):
     rows = [make_reference(), make_row("bare", **nothing, recipe={"peer": "x", "name": "y", "bits": 6.5})]
     text = tool.page([("x.json", sample_with(rows, recommend(rows, "storage")))])
     assert "| bare | quern 0.1.0 | not placed | 500 bytes | 50.0 % | 8.00 | - | - | - | - | - | - | - | - | - |" in text
-    assert tool.nominal_bits(rows[1]) == 6.5
-    assert tool.nominal_bits(rows[0]) is None
+    assert "| 7 to 9 | 1 | bare (500 bytes) | - | - | - |" in text
+
+
+def test_rows_are_compared_by_their_real_bits(tool):
+    """A tool's 2-bit row that fell back to almost 5 bits is compared with rows of almost 5 bits."""
+    fell_back = make_row("iq2", bits_per_weight=4.94, recipe={"peer": "x", "name": "y", "bits": 2})
+    rows = [make_reference(), fell_back, make_row("edge", bits_per_weight=4.5), make_row("below", bits_per_weight=4.49)]
+    text = tool.page([("x.json", sample_with(rows, recommend(rows, "storage")))])
+    assert "| 4.5 to 5.5 | 2 | iq2 (500 bytes) |" in text
+    assert "| 3.5 to 4.5 | 1 | below (500 bytes) |" in text
+    assert "| below 3.5 |" not in text
+    assert "in one run" not in text
 
 
 def test_bad_results_are_refused_and_nothing_is_written(tool, folder, tmp_path_factory, capsys):

@@ -252,6 +252,19 @@ def test_environment_forces_an_isa(name, code, text):
     assert text in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["probe"], ["probe", "--json"]])
+def test_a_wrong_isa_in_the_environment_is_a_users_error(arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", "from quern.cli.main import run; run()", *arguments],
+        env={**os.environ, "QUERN_ISA": "bogus"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: QUERN_ISA: instruction set 'bogus' is unknown or not available")
+    assert done.stdout == ""
+
+
 def test_subnormal_numbers_survive_the_import():
     """A library linked with -ffast-math would flush them to zero for the whole process."""
     assert np.float32(1e-40) * np.float32(1) != 0

@@ -55,6 +55,18 @@ def test_an_empty_folder_is_an_error(tool, tmp_path, capsys):
 
 
 @needs_compiler
+def test_builds_with_sanitizers_are_looked_at_where_they_are_named_only(tool, tmp_path, capsys):
+    for name, on in (("plain", "OFF"), ("checked", "ON")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "CMakeCache.txt").write_text(f"A:STRING=b\nQUERN_SANITIZE:BOOL={on}\n")
+    compiled(tmp_path / "plain", GOOD)
+    compiled(tmp_path / "checked", GOOD + LEAKS["function"])
+    assert tool.main([str(tmp_path)]) == 0
+    assert "1 objects, 0 errors" in capsys.readouterr().out
+    assert tool.main([str(tmp_path / "checked")]) == 1
+
+
+@needs_compiler
 def test_the_built_objects_leak_nothing(tool):
     folders = [path for path in (ROOT / "build").glob("*") if path.is_dir() and "sanitize" not in path.name]
     counts = {path: tool.check(path) for path in folders}

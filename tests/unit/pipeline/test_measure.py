@@ -173,6 +173,9 @@ class TestRows:
             assert row.decode_limit_fraction == pytest.approx(2 * VOCABULARY**2 * row.decode_tokens_per_s / 10e9)
             limit = 70e9 if row.name == "far" else 50e9
             assert row.prefill_limit_fraction == pytest.approx(2 * VOCABULARY**2 * row.prefill_tokens_per_s / limit)
+            assert (row.limit_read_gb_s, row.limit_gemm_gop_s) == (10.0, limit / 1e9)
+            assert row.limit_gemm_dtype == ("int8" if row.name == "far" else "bfloat16")
+            assert row.group_speed == 1.0
             assert row.time_to_first_token_s > 0
             assert row.peak_rss_bytes > 50 << 20
 
@@ -204,6 +207,45 @@ class TestRows:
         for row, before in zip(rows, run[0], strict=True):
             assert (row.kl_mean, row.kl_ci95, row.perplexity) == (before.kl_mean, before.kl_ci95, before.perplexity)
             assert "does not fit in memory" in row.notes[0]
+
+
+class Remembers:
+    """A cache as a resumed comparison finds it."""
+
+    def __init__(self):
+        self.found = {}
+
+    def load(self, contender, sha256):
+        return self.found.get(contender.name)
+
+    def save(self, contender, sha256, measured):
+        self.found[contender.name] = measured
+
+
+class TestStarts:
+    def test_rows_of_an_earlier_start_say_what_their_fractions_refer_to(self, models, tmp_path):
+        cache, inputs = Remembers(), prepare(models, tmp_path)
+        (_, before) = measure(models, inputs, contender(models, "close"), cache=cache)
+        slower = {"measured": {"read_bandwidth_gb_s": {"1": 5.0}, "gemm_gop_s": {"bfloat16": {"1": 25.0}}}}
+        everyone = [contender(models, "close"), contender(models, "far")]
+        rows = measure_all(
+            everyone, contender(models, "original"), inputs, settings=SETTINGS, hardware=slower, cache=cache
+        ).rows
+        assert rows[1] == before
+        assert [row.limit_read_gb_s for row in rows] == [10.0, 10.0, 5.0]
+        assert [row.limit_gemm_gop_s for row in rows] == [50.0, 50.0, 25.0]
+        for row in rows:
+            read = 2 * VOCABULARY**2 * row.decode_tokens_per_s
+            assert row.decode_limit_fraction == pytest.approx(read / (row.limit_read_gb_s * 1e9))
+
+    def test_a_group_says_how_fast_the_unquantized_model_was_in_it(self, models, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "MOST_TOGETHER", 1)
+        cache = Remembers()
+        rows = measure(models, prepare(models, tmp_path), contender(models, "close"), cache=cache)
+        assert rows[0].group_speed == 1.0
+        assert rows[1].group_speed > 0
+        assert rows[1].group_speed == cache.found["close"].group_speed
+        assert any("decoded at" in note for note in rows[1].notes) == (abs(rows[1].group_speed - 1) > 0.1)
 
 
 class TestTroubles:

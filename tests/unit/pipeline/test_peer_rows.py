@@ -1,23 +1,31 @@
 """Other tools in the table, and what they may do wrong: a fake tool in real processes, driven through ``compare``."""
 
+import io
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import fake_peer
+import numpy as np
 import psutil
 import pytest
+from rich.console import Console
 
+from quern.cli import render_peers
 from quern.core.errors import UserError
+from quern.core.progress import Silent
 from quern.core.results import load_results
 from quern.peers.base import PEERS, choices_of
 from quern.peers.environment import Environment, Installed, PeerError
 from quern.pipeline import peers as module
 from quern.pipeline.compare import compare
+from quern.pipeline.making import Making
 from quern.pipeline.peers import catalogue, examine
+from quern.pipeline.worker_process import WorkerError
 
 TEXT = "Some text that a model can read, and a little more of it so that it suffices. " * 4
 INSTALLED = Installed(
@@ -73,6 +81,12 @@ def test_rows_of_a_tool_that_works(tiny_model, tiny_text, tmp_path, fake):
     assert good.bits_per_weight == 16.0
     assert good.bytes == results.rows[0].bytes + len("good")
     assert good.decode_tokens_per_s > 0
+    # What its products multiply is not declared, so no rate of the machine is their limit.
+    assert good.prefill_tokens_per_s > 0
+    assert good.prefill_limit_fraction is good.limit_gemm_gop_s is good.limit_gemm_dtype is None
+    assert good.decode_limit_fraction > 0
+    assert good.limit_read_gb_s == results.hardware["measured"]["read_bandwidth_gb_s"]["1"]
+    assert results.rows[0].limit_gemm_gop_s > 0
     assert good.quantize_seconds > 0
     assert good.quantize_peak_rss_bytes > 50 << 20
     assert good.tool.model_dump() == {
@@ -103,6 +117,15 @@ def test_finished_rows_are_not_made_or_measured_again(tiny_model, tiny_text, tmp
     assert again.rows == first.rows
     with pytest.raises(AssertionError, match="fake-good was started again"):
         run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake, seed=1)
+    record = fake / "fake" / "installed.json"
+    content = record.read_text()
+    record.write_text(json.dumps({**json.loads(content), "created": "later"}))
+    with pytest.raises(AssertionError, match="fake-good was started again"):  # another build may make other bytes
+        run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake)
+    record.write_text(json.dumps({**json.loads(content), "versions": {"fake-kernels": "9"}}))
+    with pytest.raises(AssertionError, match="started again"):  # or run at another speed
+        run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake)
+    record.write_text(content)
     with pytest.raises(AssertionError, match="started again"):
         run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake, fresh=True)
 
@@ -112,6 +135,7 @@ FAULTS = {
     "crash": ("quantize", r"SIGSEGV(.|\n)*the last words"),
     "garbage": ("quantize", "which is no answer"),
     "memory": ("quantize", r"used .* GB of memory; it may use .* GB"),
+    "talkative": ("quantize", r"used .* GB of memory; it may use .* GB"),
     "nothing": ("quantize", "holds no weights"),
     "raise": ("quantize", "groups of 64 do not divide 96"),
     "unloadable": ("load", "no kernel for this processor"),
@@ -131,7 +155,7 @@ def test_whatever_a_tool_does_is_the_reason_of_its_row(tiny_model, tiny_text, tm
         environments=fake,
         recipes=["rtn4"],
         memory=2 << 30,
-        peer_time_limit=20.0,
+        peer_time_limit=30.0,
     )
     assert [r.name for r in results.rows] == ["unquantized", "rtn4", "fake-nan", "fake-good"]
     assert {failure.name: failure.stage for failure in results.failures} == {
@@ -204,13 +228,104 @@ def test_a_file_is_refused(tiny_model, tiny_text, tmp_path, fake):
         compare(tiny_model, tmp_path / "out", recipes=[], peers=["fake:good", "fake:good"])
 
 
+def test_the_versions_that_made_a_row_are_noted_also_where_its_artifact_is_reused(tmp_path, fake):
+    environment = Environment.of("fake", fake)
+    assert environment.versions_note() is None
+    versions = {"fake_kernels": "0.3", "torch": "2.13.0", "transformers": "5.23.0", "click": "8"}
+    (fake / "fake" / "installed.json").write_text(json.dumps({**asdict(INSTALLED), "versions": versions}))
+    assert environment.versions_note() == "fake-tool 1.5 with fake-kernels 0.3, transformers 5.23.0, torch 2.13.0"
+
+
+def test_an_artifact_that_is_reused_has_the_note_too(tmp_path, fake, monkeypatch):
+    versions = {"fake-kernels": "0.3"}
+    (fake / "fake" / "installed.json").write_text(json.dumps({**asdict(INSTALLED), "versions": versions}))
+    record = {"artifact_sha256": "a", "quantize_seconds": 1.0, "quantize_peak_rss_bytes": 2, "notes": ["its own"]}
+    monkeypatch.setattr(module, "_quantized", lambda *arguments: record)
+    making = Making(
+        checkpoint=None, model_sha256="m", folder=tmp_path, calibration=(), memory=None, threads=1, seed=0, fresh=False,
+        progress=Silent(),
+    )  # fmt: skip
+    (choice,) = choices_of(["fake:good"])
+    contender = module._make(making, module.Tools(tmp_path, 77.0, fake), choice)
+    assert contender.notes == ("fake-tool 1.5 with fake-kernels 0.3", "its own")
+    assert contender.launch.limit_s == contender.launch.silence_s == 77.0
+
+
+def fake_tool(scratch, version="1.5", code=""):
+    """A tool that the fake adapter can import, installed where its process runs."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    information = scratch / "fake_tool.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fake_tool\nVersion: {version}\n")
+    (scratch / "fake_tool.py").write_text(code)
+    return scratch
+
+
 def test_doctor(tmp_path, fake):
-    health = examine("fake", tmp_path, fake)
+    scratch = fake_tool(tmp_path / "scratch")
+    health = examine("fake", scratch, fake)
     assert (health.installed, health.healthy, health.problem) == ("1.5", True, None)
-    (fake / "fake" / "installed.json").write_text(json.dumps({**asdict(INSTALLED), "version": "3"}))
-    assert "written for >=1,<2" in examine("fake", tmp_path, fake).problem
     (fake / "fake" / "installed.json").write_text("{")
-    assert examine("fake", tmp_path, fake).healthy is None
+    assert examine("fake", scratch, fake).healthy is None
+
+
+def test_doctor_is_not_misled_by_what_a_tool_adds_to_the_path(tmp_path, fake):
+    versions = {"vendored": "0.2"}
+    (fake / "fake" / "installed.json").write_text(json.dumps({**asdict(INSTALLED), "versions": versions}))
+    scratch = fake_tool(
+        tmp_path / "scratch", code="import os, sys; sys.path.append(os.path.join(os.getcwd(), 'vendor'))"
+    )
+    for folder, version in ((scratch, "0.2"), (scratch / "vendor", "0.1")):
+        (folder / "vendored.dist-info").mkdir(parents=True)
+        (folder / "vendored.dist-info" / "METADATA").write_text(f"Name: vendored\nVersion: {version}\n")
+    assert examine("fake", scratch, fake).problem is None
+
+
+def test_doctor_tells_what_changed_after_the_installation(tmp_path, fake):
+    versions = {"Fake_Tool": "1.5", "numpy": "0.1", "fake-kernels": "0.3"}
+    (fake / "fake" / "installed.json").write_text(json.dumps({**asdict(INSTALLED), "versions": versions}))
+    health = examine("fake", fake_tool(tmp_path / "scratch", "2.1"), fake)
+    assert health.healthy is False
+    assert health.problem.startswith("Fake Tool 2.1 is installed; the adapter is written for >=1,<2; changed since")
+    assert "fake-tool 1.5 is now 2.1, numpy 0.1 is now " in health.problem
+    assert "fake-kernels 0.3 is now gone; remove it and install it again" in health.problem
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise ImportError('libfake.so:\\nno such file')", "ImportError: libfake.so: no such file"),
+        ("import sys; sys.exit('sets the wrong\\nlast words')", "last words"),
+        ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
+    ],
+)
+def test_doctor_imports_the_tool(tmp_path, fake, code, said):
+    health = examine("fake", fake_tool(tmp_path / "scratch", code=code), fake)
+    assert health.healthy is False
+    assert said in health.problem
+    assert len(health.problem.splitlines()) == 1
+
+
+def test_doctor_of_an_environment_without_its_python(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(Environment, "command", property(lambda self: [str(self.python)]))
+    health = examine("fake", tmp_path, fake)
+    assert health.healthy is False
+    assert "cannot be started: [Errno 2]" in health.problem
+
+
+def test_a_tool_that_says_for_ever_that_it_goes_on(tmp_path, fake):
+    """Silence is not the only way of taking too long: the limit is on all that it is asked together."""
+    np.save(tmp_path / "sequences.npy", np.zeros((1, 4), np.int64))
+    variant = asdict(fake_peer.FakePeer().variant("endless"))
+    request = {
+        "do": "quantize", "model": str(tmp_path), "output": str(tmp_path), "variant": variant, "threads": 1, "seed": 0,
+        "sequences": str(tmp_path / "sequences.npy"), "text": "",
+    }  # fmt: skip
+    advanced = []
+    launch = module.launch_of(Environment.of("fake", fake), tmp_path, None, 20.0)
+    with module.Worker("fake-endless", launch) as worker, pytest.raises(WorkerError, match=r"longer than the 20 s"):
+        worker.ask(request, advanced.append)
+    assert advanced
 
 
 def test_the_catalogue_lists_every_tool(fake):
@@ -219,3 +334,24 @@ def test_the_catalogue_lists_every_tool(fake):
     assert listed["fake"]["installed"] == "1.5"
     assert {variant["name"] for variant in listed["fake"]["variants"]} == set(fake_peer.BEHAVIOURS)
     assert os.path.isabs(listed["fake"]["folder"])
+    assert {"name": "good", "bits": 16, "settings": {"behaviour": "good"}, "calibrated": False, "default": True} in (
+        listed["fake"]["variants"]
+    )
+    for name, tool in listed.items():
+        peer = PEERS.get(name)
+        assert tool["requirements"] == list(peer.requirements)
+        assert tool["also"] == list(peer.also)
+        assert tool["modules"] == list(peer.modules)
+        assert tool["environment"] == dict(peer.environment)
+        assert tool["install"] == f"quern peers install {name}"
+        assert [variant["settings"] for variant in tool["variants"]] == [v.settings for v in peer.variants]
+    assert json.loads(json.dumps(list(listed.values()))) == list(listed.values())
+
+
+def test_the_table_shows_devices_and_how_to_install(fake):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render_peers.peers(catalogue(fake)))
+    lines = console.file.getvalue().splitlines()
+    (line,) = [line for line in lines if line.startswith("hqq ")]
+    assert "cpu, cuda" in line
+    assert "quern peers install NAME" in console.file.getvalue()

@@ -51,6 +51,15 @@ def test_top_p_counts_what_top_k_left():
     assert allowed(temperature=1.0, top_k=2, top_p=0.58)[0] == [1, 3]
 
 
+@pytest.mark.parametrize("k", [5, 2**31, 3_000_000_000, 2**70])
+def test_more_than_all_tokens_are_all_tokens(k):
+    def chosen(top_k):
+        sampler = Sampler(SamplingOptions(temperature=1.0, top_k=top_k), 3)
+        return [sampler.choose(LOGITS) for _ in range(20)]
+
+    assert chosen(k) == chosen(0)
+
+
 def test_ties_go_to_the_lower_token():
     logits = np.zeros(5, dtype=np.float32)
     assert Sampler(SamplingOptions(), 0).choose(logits) == 0

@@ -185,6 +185,39 @@ def test_silence_counts_from_the_last_sign_of_life():
     assert advanced == [1] * 6
 
 
+def test_all_answers_together_may_take_so_long():
+    code = "import time\nwhile True:\n    input(); time.sleep(.4); print('{\"ok\": true}')"
+    with start(script(code), limit_s=1.0) as worker:
+        worker.ask({"do": "speed_round"})
+        time.sleep(1.2)  # owes nothing meanwhile
+        worker.ask({"do": "speed_round"})
+        with pytest.raises(WorkerError, match="took longer than the 1 s that it may take"):
+            worker.ask({"do": "speed_round"})
+
+
+def test_a_worker_that_never_comes_to_an_end():
+    code = "import time; input()\nwhile True:\n    print('{\"advance\": 1}'); time.sleep(.02)"
+    with start(script(code), limit_s=1.0) as worker:
+        with pytest.raises(WorkerError, match="took longer than the 1 s that it may take"):
+            worker.ask({"do": "accuracy"})
+        assert gone(worker.process_id)
+
+
+def test_memory_is_looked_at_also_while_it_talks():
+    code = (
+        "import time; input(); hoard = b'x' * (200 << 20); end = time.monotonic() + 5\n"
+        "while time.monotonic() < end:\n    print('{\"advance\": 1}'); time.sleep(.02)\n"
+        "print('{\"ok\": true}'); input()"
+    )
+    with start(script(code), memory=100 << 20) as worker, pytest.raises(WorkerError, match=r"used 0\.\d+ GB of memory"):
+        worker.ask({"do": "accuracy"})
+
+
+def test_a_worker_that_cannot_be_started(tmp_path):
+    with pytest.raises(WorkerError, match=r"contender: its process cannot be started: .*No such file"):
+        start((str(tmp_path / "python"),))
+
+
 def test_children_end_with_it(tmp_path):
     """Also a child that has a session of its own, and also when the block is left by an exception."""
     code = (

@@ -12,7 +12,9 @@ from quern.peers.base import PEERS, Job, Peer, Variant
 from quern.peers.transformers_model import TransformersModel, dense_matrices
 
 _LIGHT = {"iters": 50, "lr": 0.005, "batch_size": 4}
-"""The tool's light recipe with half its batch, which fits the time of two CPU cores; the standard one has 200 iterations."""
+"""The tool's light recipe with half its batch, which fits the time of two CPU cores."""
+_STANDARD = "200 iterations with batches of 8"
+"""The tool's own defaults."""
 
 
 def _variant(name: str, scheme: Mapping[str, Any], default: bool = True) -> Variant:
@@ -25,6 +27,8 @@ class AutoRound(Peer):
 
     tool = "AutoRound"
     package = "auto-round"
+    also = ("auto-round-lib",)
+    modules = ("auto_round",)
     versions = ">=0.16.1,<0.17"
     requirements = ("transformers==5.23.0", "auto-round==0.16.1", "auto-round-lib==0.16.0")
     licence = "Apache-2.0"
@@ -37,6 +41,14 @@ class AutoRound(Peer):
         _variant("int3-g64", {"bits": 3, "group_size": 64, "sym": True}, default=False),
         _variant("int2-g32", {"bits": 2, "group_size": 32, "sym": False}),
     )
+
+    def remarks(self, variant: Variant) -> Sequence[str]:
+        """How long it is tuned: a user with more time may get a better artifact from the same tool."""
+        settings = variant.settings
+        return [
+            f"tuned for {settings['iters']} iterations with batches of {settings['batch_size']}, to fit the time of a CPU; "
+            f"the tool's standard is {_STANDARD}, which takes longer and may lose less"
+        ]
 
     def quantize(self, job: Job) -> Sequence[str]:
         import torch

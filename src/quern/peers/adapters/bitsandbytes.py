@@ -16,6 +16,7 @@ class BitsAndBytes(Peer):
 
     tool = "bitsandbytes"
     package = "bitsandbytes"
+    modules = ("bitsandbytes",)
     versions = ">=0.50,<0.51"
     requirements = ("transformers==5.23.0", "bitsandbytes==0.50.2")
     licence = "MIT"

@@ -16,6 +16,7 @@ class GptqModel(Peer):
 
     tool = "GPTQModel"
     package = "gptqmodel"
+    modules = ("gptqmodel",)
     versions = ">=7.6.0,<7.7"
     requirements = ("transformers==5.23.0", "ninja==1.13.2", "gptqmodel==7.6.0")
     no_build_isolation = True

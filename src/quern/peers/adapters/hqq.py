@@ -17,6 +17,7 @@ class Hqq(Peer):
 
     tool = "HQQ"
     package = "hqq"
+    modules = ("hqq.core.quantize", "hqq.models.hf.base")
     versions = ">=0.2.8,<0.3"
     requirements = ("transformers==5.23.0", "hqq==0.2.8")
     licence = "Apache-2.0"

@@ -46,6 +46,7 @@ class LlamaCpp(Peer):
 
     tool = "llama.cpp"
     package = "llama-cpp-python"
+    modules = ("llama_cpp", "gguf")
     versions = ">=0.3.36,<0.4"
     requirements = ("cmake==4.4.4", "ninja==1.13.2", "sentencepiece==0.2.3")
     licence = "MIT"
@@ -87,6 +88,15 @@ class LlamaCpp(Peer):
             shutil.move(tree / name, home / name)
         shutil.move(work / "build" / "bin", home / "bin")
         shutil.rmtree(work)
+
+    def start(self) -> None:
+        """Load libllama and the GGUF reader, and see that what was compiled beside them is there."""
+        from quern.peers.llama_library import load_library
+
+        load_library(_home() / "bin")
+        _import_gguf()
+        if missing := [name for name in TOOLS if not Path(_tool(name)).is_file()]:
+            raise FileNotFoundError(f"{', '.join(missing)} not found in {_home() / 'bin'}")
 
     def quantize(self, job: Job) -> Sequence[str]:
         wanted = job.variant.settings
@@ -169,12 +179,16 @@ def _convert(model: Path, output: Path) -> list[str]:
 
 def _tensors(file: Path) -> list[Any]:
     """The tensors of a GGUF file, as llama.cpp's own reader describes them."""
+    return list(_import_gguf().GGUFReader(file).tensors)
+
+
+def _import_gguf() -> Any:
     package = str(_home() / "gguf-py")
     if package not in sys.path:
         sys.path.insert(0, package)
-    from gguf import GGUFReader
+    import gguf
 
-    return list(GGUFReader(file).tensors)
+    return gguf
 
 
 def _stored(file: Path, asked: str) -> list[str]:

@@ -23,6 +23,8 @@ class LlmCompressor(Peer):
 
     tool = "llm-compressor"
     package = "llmcompressor"
+    also = ("compressed-tensors",)
+    modules = ("llmcompressor", "compressed_tensors")
     versions = ">=0.14.0,<0.15"
     requirements = ("llmcompressor==0.14.0.1",)
     licence = "Apache-2.0"

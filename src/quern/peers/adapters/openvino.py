@@ -35,6 +35,8 @@ class OpenVino(Peer):
 
     tool = "OpenVINO + NNCF"
     package = "openvino"
+    also = ("nncf", "optimum-intel")
+    modules = ("openvino", "nncf", "optimum.intel")
     versions = ">=2026.0,<2027"
     requirements = ("openvino==2026.4.1", "nncf==3.4.0", "optimum-intel==2.1.0")
     licence = "Apache-2.0"

@@ -20,6 +20,7 @@ class Quanto(Peer):
 
     tool = "optimum-quanto"
     package = "optimum-quanto"
+    modules = ("optimum.quanto",)
     versions = ">=0.2.7,<0.3"
     requirements = ("transformers==5.23.0", "optimum-quanto==0.2.7")
     licence = "Apache-2.0"

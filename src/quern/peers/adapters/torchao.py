@@ -20,6 +20,7 @@ class Torchao(Peer):
 
     tool = "torchao"
     package = "torchao"
+    modules = ("torchao.quantization",)
     versions = ">=0.18,<0.19"
     requirements = ("transformers==5.23.0", "torchao==0.18.0")
     licence = "BSD-3-Clause"

@@ -1,0 +1,67 @@
+"""How much memory this process may still take: what the machine has free, or less where a control group limits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+GROUPS = Path("/proc/self/cgroup")
+"""Names the control groups of this process."""
+MOUNT = Path("/sys/fs/cgroup")
+"""Where Linux shows control groups, of version 1 or 2."""
+_FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
+_RECLAIMED = {1: ("total_inactive_file", "total_active_file"), 2: ("inactive_file", "active_file")}
+"""Fields of ``memory.stat``: cached files, which the kernel drops when memory is asked for."""
+
+
+def free_memory(groups: Path = GROUPS, mount: Path = MOUNT) -> int:
+    """Bytes that can be taken without swapping, cached files counted as free.
+
+    The least of what the machine has and what each control group leaves that this process is in, its own and those
+    around it (Linux' Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
+    """
+    return max(0, min([int(psutil.virtual_memory().available), *_left(groups, mount)]))
+
+
+def _left(groups: Path, mount: Path) -> Iterator[int]:
+    for version, folder in _folders(groups, mount):
+        limit, used = (_number(folder / name) for name in _FILES[version])
+        if limit is not None and used is not None:
+            yield limit - used + _reclaimed(folder / "memory.stat", _RECLAIMED[version])
+
+
+def _folders(groups: Path, mount: Path) -> Iterator[tuple[int, Path]]:
+    """Version and folder of each group with this process in it; in a container the outer ones may not be shown."""
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version, root = (1, mount / "memory") if controllers else (2, mount)
+        own = root / path.strip("/")
+        yield version, own
+        while own != root:
+            own = own.parent
+            yield version, own
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _reclaimed(path: Path, fields: tuple[str, ...]) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    values = dict(line.partition(" ")[::2] for line in lines)
+    return sum(int(values[name]) for name in fields if values.get(name, "").isdigit())
