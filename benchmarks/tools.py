@@ -82,8 +82,8 @@ def run(options: argparse.Namespace) -> None:
     for failure in results.failures:
         print(f"{failure.name}: {failure.stage} failed: {failure.reason.splitlines()[0]}")
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    seed = f"_seed{options.seed}" if options.seed else ""
-    target = HERE / "results" / f"tools_{Path(options.model).name}{seed}_{date}.json"
+    theme = f"seed{options.seed}" if options.seed else "tools"  # docs/tools.md shows all of the second kind
+    target = HERE / "results" / f"{theme}_{Path(options.model).name}_{date}.json"
     named = results.model.model_copy(update={"path": Path(options.model).name})  # not where it lies on this machine
     target.write_text(results.model_copy(update={"model": named}).model_dump_json(indent=2) + "\n", "utf-8")
     print(target)
