@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shutil
 from pathlib import Path
 
 from rich.console import Console
@@ -70,7 +69,8 @@ def _compare(options: argparse.Namespace, theme: str, recipes: list[str], choice
         print(row.name, json.dumps(row.model_dump(exclude={"recipe", "layers", "artifact_sha256"}, mode="json")))
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     target = HERE / "results" / f"{theme}_{Path(options.model).name}_{date}.json"
-    shutil.copyfile(Path(options.output, "results.json"), target)
+    named = results.model.model_copy(update={"path": Path(options.model).name})  # not where it lies on this machine
+    target.write_text(results.model_copy(update={"model": named}).model_dump_json(indent=2) + "\n", "utf-8")
     print(target, flush=True)
     return results
 
