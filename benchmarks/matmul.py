@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from measured import write_result
-from native_matrices import ForeignLoad, Packing, Pool, rounds_of, spread
+from native_matrices import Packing, Pool, rounds_of, spread
 from peer_matrices import PeerProcess
 
 from quern import _native
+from quern.evaluation.foreign_load import ForeignLoad
 
 PACKINGS = [
     Packing("trellis2-w6", "trellis", 2, window=6),

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 from measured import write_result
-from native_matrices import POOL_BYTES, ForeignLoad, Packing, Pool, rounds_of, spread
+from native_matrices import POOL_BYTES, Packing, Pool, rounds_of, spread
 from peer_matrices import PeerProcess
 
 from quern import _native
+from quern.evaluation.foreign_load import ForeignLoad
 
 SHAPES = ((29568, 8192), (8192, 29568))
 

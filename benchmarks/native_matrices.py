@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 
 from quern import _native
 
@@ -84,31 +81,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, and the middle half of ``values``."""
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     return {"median": middle, "lower_quartile": low, "upper_quartile": high}
-
-
-class ForeignLoad:
-    """Processors that other processes kept busy while this one and ``children`` measured (from /proc/stat)."""
-
-    def __init__(self, children: Sequence[int] = ()) -> None:
-        self._children = [psutil.Process(child) for child in children]
-        self.start, self.before, self.own = time.monotonic(), self._busy(), self._own()
-
-    @staticmethod
-    def _busy() -> float:
-        with open("/proc/stat") as stat:
-            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
-        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-    def _own(self) -> float:
-        times = os.times()
-        running = [child.cpu_times() for child in self._children]
-        ended = times.children_user + times.children_system
-        return times.user + times.system + ended + sum(one.user + one.system for one in running)
-
-    def processors(self) -> float:
-        """Mean since this was made."""
-        busy = self._busy() - self.before - (self._own() - self.own)
-        return max(0.0, busy / (time.monotonic() - self.start))
 
 
 def rounds_of(count: int, contenders: dict[Any, Callable[[], float]]) -> dict[Any, list[float]]:
