@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quern.core.errors import BadFileError
 
-METRICS_VERSION = 1
-"""Rules of measuring. 1: as docs/results.md describes them."""
+METRICS_VERSION = 2
+"""Rules of measuring, described in docs/results.md. 2: all options of a choice are scored from one place."""
 
 Scenario = Literal["storage", "speed", "balanced", "mix"]
 """What counts. ``mix``: the user's own weights."""

@@ -23,7 +23,7 @@ from quern.core import metrics
 from quern.core.engine import LoadedModel
 from quern.core.errors import BadFileError, UserError
 from quern.evaluation.batches import batched_logits
-from quern.evaluation.texts import Tokenizer, check_vocabulary, leading_special
+from quern.texts.tokens import Tokenizer, begun, check_vocabulary, leading_special, plain_ids
 
 _FORMS = '{"sentence_good": "...", "sentence_bad": "..."} or {"prompt": "...", "choices": ["...", "..."], "answer": 0}'
 
@@ -108,42 +108,54 @@ def _parse(data: Any) -> Choice | str:
 def encode_choices(sets: Sequence[ChoiceSet], tokenizer: Tokenizer, *, vocabulary_size: int) -> list[Option]:
     """All options of all items as token ids.
 
-    A first token must follow something to be scored: where the tokenizer puts nothing in front of text and the prompt
-    is empty, the beginning- or else the end-of-sequence token stands there (lm-eval does the same). A token across the
-    seam of prompt and option belongs to the option. Raises ``UserError`` for ids outside the vocabulary.
+    The options of an item are scored from one place: where the encodings of the prompt and of the prompt with each
+    option first differ (``common_start``). A first token must follow something to be scored: where the tokenizer puts
+    nothing in front of text and the encodings have nothing in common, the beginning- or else the end-of-sequence token
+    stands there (lm-eval does the same). Raises ``UserError`` for ids outside the vocabulary.
     """
     prefix = leading_special(tokenizer)
     options = []
     for number, item in enumerate(item for choices in sets for item in choices.items):
-        prompt = (
-            prefix + tokenizer.encode(item.prompt, add_special_tokens=False, verbose=False) if item.prompt else prefix
-        )
-        front = prefix or ([] if item.prompt else _separator(tokenizer))
-        for index, text in enumerate(item.options):
-            ids = front + tokenizer.encode(item.prompt + text, add_special_tokens=False, verbose=False)
-            first = max(1, len(front), _shared(prompt, ids))
-            if first >= len(ids):
+        prompt = begun(prefix, plain_ids(tokenizer, item.prompt)) if item.prompt else prefix
+        encoded = [begun(prefix, plain_ids(tokenizer, item.prompt + text)) for text in item.options]
+        first = common_start([prompt, *encoded])
+        for text, ids in zip(item.options, encoded):
+            if len(ids) <= first:
                 raise UserError(f"option {text!r} of item {number + 1} adds no token to its prompt; give it some text")
+        if first == 0:
+            front = _separator(tokenizer)
+            encoded, first = [front + ids for ids in encoded], len(front)
+        for index, ids in enumerate(encoded):
             options.append(Option(number, index == item.answer, np.array(ids, dtype=np.int64), first))
     check_vocabulary([int(option.ids.max()) for option in options], tokenizer, vocabulary_size)
     return options
+
+
+def common_start(encodings: Sequence[list[int]]) -> int:
+    """How many tokens all ``encodings`` begin with in common: from there on their log-likelihoods can be compared.
+
+    A token across the seam of prompt and option makes an encoding differ from the prompt's before the seam. Were such an
+    option scored from there and another one from the seam, the first would pay for a piece of the prompt, or the other
+    one get it for nothing. From a common start the probabilities of options none of which begins another add up to at
+    most 1.
+    """
+    if not encodings:
+        return 0
+    first, last = min(encodings), max(encodings)  # in dictionary order: the others lie between them
+    count = 0
+    while count < min(len(first), len(last)) and first[count] == last[count]:
+        count += 1
+    return count
 
 
 def _separator(tokenizer: Tokenizer) -> list[int]:
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if token is None:
         raise UserError(
-            "items without a prompt need a tokenizer with a bos_token or an eos_token to stand before the first token; "
-            "this one has neither. Add one to tokenizer_config.json, or give each item a prompt"
+            "items whose options have no first token in common need a tokenizer with a bos_token or an eos_token to "
+            "stand in front; this one has neither. Add one to tokenizer_config.json, or give each item a longer prompt"
         )
     return [token]
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    count = 0
-    while count < min(len(first), len(second)) and first[count] == second[count]:
-        count += 1
-    return count
 
 
 def score_options(

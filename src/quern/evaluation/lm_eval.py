@@ -16,7 +16,8 @@ from quern.core import metrics
 from quern.core.engine import LoadedModel
 from quern.core.errors import UserError
 from quern.evaluation.batches import batched_logits
-from quern.evaluation.texts import Tokenizer
+from quern.evaluation.choice import common_start
+from quern.texts.tokens import Tokenizer, plain_ids, text_ids
 
 DEFAULT_NEW_TOKENS = 256
 """lm-eval's own default for tasks that name no ``max_gen_toks``; half the context where that is less."""
@@ -43,27 +44,28 @@ class Requests:
     def loglikelihood(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): log-likelihood in nats, and whether greedy decoding would say the same.
 
-        White space at the end of a context counts as part of the continuation. A context too long for the model loses
-        its beginning. Raises ``UserError`` for a continuation that alone is too long.
+        White space at the end of a context counts as part of the continuation. All continuations that one document has
+        after one context are scored from one place, which lies before the seam where a token of one of them spans it
+        (``choice.common_start``). A context too long for the model loses its beginning, for all of them alike. Raises
+        ``UserError`` for a continuation that alone is too long, and for one that adds no token.
         """
-        pairs = [self._encode_pair(*request.args) for request in requests]
-        inputs, scored = [], []
-        for context, continuation in pairs:
-            if len(continuation) > self._model.maximum_length:
-                raise UserError(
-                    f"a continuation has {len(continuation)} tokens, the model's context {self._model.maximum_length}. "
-                    "Leave this task out"
-                )
-            ids = [*context, *continuation][-(self._model.maximum_length + 1) :]
-            inputs.append(np.array(ids[:-1], dtype=np.int64))
-            scored.append(np.array(continuation, dtype=np.int64))
-        return self._score(inputs, scored)
+        groups: dict[Any, list[int]] = {}
+        for number, request in enumerate(requests):
+            document = getattr(request, "task_name", None), getattr(request, "doc_id", None)
+            groups.setdefault((document, request.args[0]), []).append(number)
+        ids: list[Any] = [None] * len(requests)
+        first = [0] * len(requests)
+        for (_, context), members in groups.items():
+            encoded, start = self._encode(context, [requests[number].args[1] for number in members])
+            for number, whole in zip(members, encoded):
+                ids[number], first[number] = np.array(whole, dtype=np.int64), start
+        return self._score([whole[:-1] for whole in ids], [whole[start:] for whole, start in zip(ids, first)])
 
     def loglikelihood_rolling(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[float]:
         """For each (text,): its log-likelihood in nats; every token scored once, in windows of the whole context."""
         inputs, scored, owner = [], [], []
         for number, request in enumerate(requests):
-            ids = self._tokenizer.encode(request.args[0], add_special_tokens=False, verbose=False)
+            ids = plain_ids(self._tokenizer, request.args[0])
             for start in range(0, len(ids), self._model.maximum_length):
                 target = ids[start : start + self._model.maximum_length]
                 before = ids[start - 1] if start else self._prefix
@@ -82,23 +84,34 @@ class Requests:
         """
         return [self._generate(*request.args) for request in requests]
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if not context:
-            return [self._prefix], self._tokenizer.encode(continuation, add_special_tokens=False, verbose=False)
+    def _encode(self, context: str, continuations: list[str]) -> tuple[list[list[int]], int]:
+        """Token ids of ``context`` with each continuation, and where the part begins that counts, 1 or more."""
         stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        front = self._tokenizer.encode(stripped, add_special_tokens=True, verbose=False)
-        whole = self._tokenizer.encode(stripped + continuation, add_special_tokens=True, verbose=False)
-        return front, whole[len(front) :]
+        blank = context[len(stripped) :]
+        before = text_ids(self._tokenizer, stripped) if stripped else []
+        encode = text_ids if stripped else plain_ids
+        encoded = [encode(self._tokenizer, stripped + blank + text) for text in continuations]
+        start = common_start([before, *encoded])
+        if start == 0:
+            encoded, start = [[self._prefix, *whole] for whole in encoded], 1
+        if min(map(len, encoded)) <= start:
+            raise UserError("a continuation adds no token to its context, so it has no likelihood. Leave this task out")
+        longest = max(map(len, encoded))
+        surplus = max(0, longest - (self._model.maximum_length + 1))
+        if surplus >= start:
+            raise UserError(
+                f"a continuation has {longest - start} tokens, the model's context {self._model.maximum_length}. "
+                "Leave this task out"
+            )
+        return [whole[surplus:] for whole in encoded], start - surplus
 
     def _score(self, inputs: list[Any], scored: list[Any]) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool]] = [(0.0, True)] * len(inputs)
         for number, logits in batched_logits(self._model, inputs):
             target = scored[number]
-            if len(target):
-                tail = logits[-len(target) :]
-                nats = float(metrics.nats_per_token(tail, target).sum())
-                results[number] = (-nats, bool((tail.argmax(axis=1) == target).all()))
+            tail = logits[-len(target) :]
+            nats = float(metrics.nats_per_token(tail, target).sum())
+            results[number] = (-nats, bool((tail.argmax(axis=1) == target).all()))
         return results
 
     def _generate(self, context: str, arguments: dict[str, Any]) -> str:
@@ -107,7 +120,7 @@ class Requests:
         until = arguments.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
         most = int(arguments.get("max_gen_toks") or min(DEFAULT_NEW_TOKENS, self._model.maximum_length // 2))
-        prompt = self._tokenizer.encode(context, add_special_tokens=True, verbose=False) or [self._prefix]
+        prompt = text_ids(self._tokenizer, context) or [self._prefix]
         if most >= self._model.maximum_length:
             raise UserError(
                 f"max_gen_toks {most} leaves no room for a prompt in a context of {self._model.maximum_length}"

@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,26 +22,12 @@ from numpy.typing import NDArray
 from quern.checkpoint.files import write_bytes
 from quern.core.errors import BadFileError, UserError
 from quern.core.results import TextSource
+from quern.texts.tokens import Tokenizer, check_vocabulary, leading_special
 
 Ids = NDArray[np.int64]
 
 _HEADING = re.compile(r"(?m)^ ?= (?!=)[^\n]*(?<!=) = ?$")
 """`` = Title = `` of WikiText; deeper headings have `` = = Title = = ``."""
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-
-    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
-        """Token ids of ``text``."""
-        ...
-
-    def decode(self, token_ids: list[int]) -> str:
-        """The text that the ids spell."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -167,23 +152,6 @@ def cut_windows(
         )
     windows = tuple(Window(document, np.array(ids, dtype=np.int64)) for document, _, ids in sorted(chosen))
     return Windows(windows, _sources(texts, windows))
-
-
-def leading_special(tokenizer: Tokenizer) -> list[int]:
-    """The beginning-of-sequence token if the tokenizer puts one in front of text, else nothing."""
-    special = tokenizer.encode("", add_special_tokens=True, verbose=False)
-    return special[:1] if special and special[0] == tokenizer.bos_token_id else []
-
-
-def check_vocabulary(ids: Sequence[int], tokenizer: Tokenizer, vocabulary_size: int) -> None:
-    """Raises ``UserError`` if one of ``ids`` is not a row of the embedding."""
-    largest = max(ids, default=0)
-    if largest >= vocabulary_size:
-        raise UserError(
-            f"the tokenizer does not fit the model: it makes token {largest} ({tokenizer.decode([largest])!r}), the "
-            f"vocabulary has {vocabulary_size} entries, 0 to {vocabulary_size - 1}. "
-            "Use the tokenizer files that belong to these weights"
-        )
 
 
 def _by_turns(encoded: list[list[int]], prefix: list[int], window: int) -> Iterator[tuple[int, int, list[int]]]:

@@ -14,7 +14,8 @@ from quern.evaluation.choice import ChoiceSet, encode_choices, read_choices, sav
 from quern.evaluation.heldout import held_out_text
 from quern.evaluation.reference_cache import ReferenceKey
 from quern.evaluation.speed import prompt_of
-from quern.evaluation.texts import Text, Tokenizer, cut_windows, read_text, save_windows
+from quern.evaluation.texts import Text, cut_windows, read_text, save_windows
+from quern.texts.tokens import Tokenizer
 
 HELD_OUT = "held-out text of the Python standard library"
 
