@@ -10,6 +10,7 @@ import pytest
 from artifacts import INT8, small_recipe
 from tiny_model import calibration_text, tiny_config, write_model
 
+from quern.cli.options import parse_size
 from quern.core.errors import OutOfMemoryCapError
 from quern.pipeline.quantize import quantize
 
@@ -68,11 +69,13 @@ def test_a_cap_that_is_too_small_says_the_least_that_would_do(tiny_model, tiny_t
         "threads": 1,
     }
     with pytest.raises(
-        OutOfMemoryCapError, match=r"--memory 10MiB is too small: .* needs \d+MiB. Give at least"
+        OutOfMemoryCapError, match=r"a memory cap of 10.5 MB is too small: .* needs \d+ MB. Give at least"
     ) as caught:
         quantize(tiny_model, tmp_path / "out", memory=10 * MIB, **job)
-    named = int(re.search(r"at least --memory (\d+)MiB", str(caught.value))[1]) * MIB
-    assert caught.value.least_bytes <= named < caught.value.least_bytes + MIB
+    named = int(re.search(r"at least memory=([\d_]+)", str(caught.value))[1])
+    assert caught.value.least_bytes <= named < caught.value.least_bytes + 10**6
+    typed = re.search(r"at least --memory (\w+)", caught.value.on_command_line)[1]
+    assert parse_size(typed, "--memory") == named
     assert list(tmp_path.iterdir()) == [], "nothing was done yet, so another recipe may be tried in the same place"
     nearest = {**job, "recipe": small_recipe(weights=FOUR_BITS)}
     quantize(tiny_model, tmp_path / "out", memory=named + 64 * MIB, **nearest)

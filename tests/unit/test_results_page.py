@@ -11,10 +11,10 @@ import pytest
 from pydantic import BaseModel
 from sample_results import SCENARIOS
 
-from quern.advisor.figures import ABOVE_LIMIT
 from quern.advisor.placement import SMALL
 from quern.advisor.scoring import SAME_SIZE, SCALING_EXPONENT, SMALL_LOSS, WEIGHTS
 from quern.core import results
+from quern.core.figures import ABOVE_LIMIT
 from quern.core.metrics import RESAMPLES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "results.md").read_text("utf-8")

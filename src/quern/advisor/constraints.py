@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from quern.advisor.deployment import licence_of, targets_of
-from quern.advisor.figures import bytes_text, percent_text, significant
 from quern.advisor.scoring import Yardstick, loss_of, positive
 from quern.core.errors import UserError
+from quern.core.figures import bytes_text, percent_text, significant
 from quern.core.results import Row, Target
 
 

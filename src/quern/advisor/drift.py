@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from quern.advisor.figures import percent_text
+from quern.core.figures import percent_text
 from quern.core.results import DRIFT_LIMIT, Row
 
 _NOTE = re.compile(r"the unquantized model decoded at ([0-9]+(?:\.[0-9]+)?) of its speed in the first group")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from quern.advisor.constraints import Constraints, Miss
 from quern.advisor.deployment import licence_of, targets_of
-from quern.advisor.figures import significant
 from quern.advisor.scoring import loss_of, positive
+from quern.core.figures import significant
 from quern.core.results import Row
 
 

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quern.advisor.drift import favour, favour_text
-from quern.advisor.figures import bytes_text, percent_text, significant
 from quern.advisor.scoring import Yardstick, as_fast, dominators, loss_of, missing_figures, positive
 from quern.advisor.wording import figures_against
+from quern.core.figures import bytes_text, percent_text, significant
 from quern.core.results import Row, unquantized_row
 
 SMALL = 0.8

@@ -8,8 +8,8 @@ from fractions import Fraction
 from quern.advisor.constraints import Constraints
 from quern.advisor.deployment import runtime_of, runtime_target
 from quern.advisor.drift import favour, favour_text, group_speed_of
-from quern.advisor.figures import bytes_text, percent_text, seconds_text, signed, significant
 from quern.advisor.scoring import Scored, Weights, Yardstick, loss_of, positive
+from quern.core.figures import bytes_text, percent_text, seconds_text, signed, significant
 from quern.core.results import DRIFT_LIMIT, FOREIGN_LIMIT, Row, Scenario, Target
 
 

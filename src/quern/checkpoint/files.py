@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from quern.core.errors import BadFileError, UserError
+from quern.core.figures import bytes_text
 
 JSON_LIMIT = 16 * 1024 * 1024
 """Most bytes of a configuration file; real ones have a few thousand."""
@@ -126,7 +127,11 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """The JSON object in a file of at most ``limit`` bytes. Raises ``BadFileError``."""
     with InputFile(path) as file:
         if file.size > limit:
-            raise BadFileError(path, f"has {file.size} bytes, more than the {limit} that such a file may have", _AGAIN)
+            raise BadFileError(
+                path,
+                f"has {bytes_text(file.size)}, more than the {bytes_text(limit)} that such a file may have",
+                _AGAIN,
+            )
         return parse_json_object(path, file.read(0, file.size), "the file")
 
 
@@ -174,7 +179,8 @@ def explain_write_errors(path: Path, needed: int) -> Iterator[None]:
 def _full(path: Path, needed: int) -> UserError:
     free = _free_bytes(path.parent)
     return UserError(
-        f"not enough room to write {path}: {needed} bytes are needed and {free} are free there. "
+        f"not enough room to write {path}: {bytes_text(needed)} are needed and {bytes_text(free)} are free "
+        "there. "
         "Free some space or choose a folder on another disk; what is finished is kept"
     )
 

@@ -28,6 +28,7 @@ import torch
 
 from quern.checkpoint.files import InputFile, atomic_output, parse_json_object
 from quern.core.errors import BadFileError, UserError
+from quern.core.figures import bytes_text
 
 HEADER_LIMIT = 100_000_000
 """Most bytes of a header; the limit of the safetensors package too."""
@@ -181,7 +182,7 @@ def allocate_bytes(path: str | Path, count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.uint8)
     except (RuntimeError, MemoryError):
         raise UserError(
-            f"{path}: one tensor needs {count} bytes of memory, which this machine does not give. "
+            f"{path}: one tensor needs {bytes_text(count)} of memory, which this machine does not give. "
             "Use a machine with more memory"
         ) from None
 

@@ -27,7 +27,7 @@ import torch
 from quern.checkpoint.files import explain_write_errors, read_json, sha256_of, sync, write_json
 from quern.checkpoint.journal import Record, append_record, read_journal
 from quern.checkpoint.safetensors_file import read_tensors, write_safetensors
-from quern.core.errors import UserError
+from quern.core.errors import UserError, option
 
 _FINGERPRINT = "fingerprint.json"
 _JOURNAL = "journal.jsonl"
@@ -72,11 +72,10 @@ class WorkFolder:
         known = self.folder / _FINGERPRINT
         if fresh or not known.is_file():
             (self.folder / _JOURNAL).unlink(missing_ok=True)
-        elif differences := _differences(read_json(known), fingerprint):
+        elif changed := differences(read_json(known), fingerprint):
             raise UserError(
-                f"the work folder {self.folder} belongs to another job. What differs (then -> now):\n"
-                + "\n".join(f"  {line}" for line in differences)
-                + "\nRepeat the earlier command to continue it, pass --fresh to start over, or choose another output"
+                f"the work folder {self.folder} belongs to another job. {changed}\nRepeat the earlier command to "
+                f"continue it, pass {option('fresh=True', '--fresh')} to start over, or choose another output"
             )
         self._steps = read_journal(self.folder / _JOURNAL)
         self._remove_unrecorded()
@@ -277,6 +276,12 @@ def _is_still_there(path: Path, descriptor: int) -> bool:
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
         return False
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """In which entries two fingerprints differ, a line for each; empty where they are equal."""
+    lines = _differences(then, now)
+    return "\n  ".join(["What differs (then -> now):", *lines]) if lines else ""
 
 
 def _differences(then: Any, now: Any, where: str = "") -> list[str]:

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from quern.advisor.figures import bytes_text, percent_text, seconds_text
+from quern.core.figures import bytes_text, percent_text, seconds_text
 from quern.core.results import Row
 
 NOT_MEASURED = "-"

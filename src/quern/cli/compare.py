@@ -13,6 +13,16 @@ from quern.core.errors import UserError
 
 RECIPES = "compact,fast,balanced,rtn4"
 
+Peers = Annotated[
+    str,
+    typer.Option(
+        metavar="P1,P2,...",
+        help="Other tools to run beside quern: a name such as hqq, one variant as hqq:int4-g64, or all. "
+        "[dim]quern peers list[/dim] shows them.",
+        show_default="none",
+    ),
+]
+
 
 @verb("quern compare models/python-7m --recipes compact,balanced -o comparison", resumes=True)
 def compare(
@@ -24,21 +34,17 @@ def compare(
         ),
     ],
     recipes: Annotated[
-        str, typer.Option(metavar="R1,R2,...", help="Shipped recipes or recipe files, separated by commas.")
-    ] = RECIPES,
-    peers: Annotated[
         str,
         typer.Option(
-            metavar="P1,P2,...",
-            help="Other tools to run beside quern: a name such as hqq, one variant as hqq:int4-g64, or all. "
-            "[dim]quern peers list[/dim] shows them.",
-            show_default="none",
+            "--recipes", "--recipe", metavar="R1,R2,...", help="Shipped recipes or recipe files, separated by commas."
         ),
-    ] = "",
+    ] = RECIPES,
+    peers: Peers = "",
     quick: Annotated[
         bool,
         typer.Option("--quick", help="A quarter of the tokens and one short timed round: wider intervals, sooner."),
     ] = False,
+    no_speed: options.NoSpeed = False,
     peer_time_limit: Annotated[
         float,
         typer.Option(
@@ -68,6 +74,7 @@ def compare(
     limit = options.optional_size(memory, "--memory")
     from quern.cli import render
     from quern.pipeline.compare import compare as api
+    from quern.pipeline.inputs import Settings
 
     with working() as progress:
         results = api(
@@ -76,6 +83,7 @@ def compare(
             recipes=names,
             peers=tools,
             quick=quick,
+            speed_rounds=0 if no_speed else Settings.speed_rounds,
             peer_time_limit=peer_time_limit,
             calibration=calibration or (),
             texts=text or (),

@@ -20,6 +20,7 @@ def evaluate(
     text: options.Texts = None,
     choice: options.Choices = None,
     tokens: options.Tokens = 4096,
+    no_speed: options.NoSpeed = False,
     threads: options.Threads = None,
     engine: options.EngineName = "auto",
     seed: options.Seed = 0,
@@ -31,6 +32,7 @@ def evaluate(
     """
     from quern.cli import render
     from quern.pipeline.evaluate import evaluate as api
+    from quern.pipeline.inputs import Settings
 
     with working() as progress:
         row = api(
@@ -39,6 +41,7 @@ def evaluate(
             texts=text or (),
             choices=choice or (),
             tokens=tokens,
+            speed_rounds=0 if no_speed else Settings.speed_rounds,
             threads=threads,
             engine=engine,
             seed=seed,

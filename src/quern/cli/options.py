@@ -74,6 +74,9 @@ Seed = Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over: discard unfinished work and replace what is in the output folder.")
 ]
+NoSpeed = Annotated[
+    bool, typer.Option("--no-speed", help="Leave out the timed rounds: size, accuracy and memory are measured.")
+]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of text to score.")]
 ScenarioName = Annotated[
     Literal["storage", "speed", "balanced"],

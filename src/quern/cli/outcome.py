@@ -74,7 +74,7 @@ def _errors_as_messages(resumes: bool) -> Iterator[None]:
         raise typer.Exit(1) from None
     except QuernError as error:
         _maybe_reraise()
-        fail(f"error: {error}", error.exit_code)
+        fail(f"error: {error.on_command_line}", error.exit_code)
     except OSError as error:
         _maybe_reraise()
         fail(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)

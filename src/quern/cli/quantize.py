@@ -9,25 +9,21 @@ import typer
 
 from quern.cli import options
 from quern.cli.outcome import show, verb, working
-from quern.core.errors import UserError
-
-DEFAULT_PROFILE = "balanced"
 
 
-@verb("quern quantize models/python-7m -o quantized --profile compact", resumes=True)
+@verb("quern quantize models/python-7m -o quantized --recipe compact", resumes=True)
 def quantize(
     model: options.Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", show_default=False)],
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            metavar="P", help="A recipe that ships with quern (see quern recipes).", show_default=DEFAULT_PROFILE
-        ),
-    ] = None,
     recipe: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Your own recipe, YAML or JSON, instead of a profile.", show_default=False),
-    ] = None,
+        str,
+        typer.Option(
+            "--recipe",
+            "--profile",
+            metavar="RECIPE",
+            help="A recipe that ships with quern (see quern recipes) or a file.",
+        ),
+    ] = "balanced",
     calibration: options.Calibration = None,
     memory: options.Memory = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")] = "cpu",
@@ -41,10 +37,9 @@ def quantize(
     json: options.Json = False,
 ) -> None:
     """Quantize MODEL into the folder OUT. The same command continues after an interruption."""
-    if profile is not None and recipe is not None:
-        raise UserError(f"--profile {profile} and --recipe {recipe} are both given; give one of them")
-    chosen = _existing(recipe) if recipe is not None else _shipped(profile or DEFAULT_PROFILE)
-    limit = options.optional_size(memory, "--memory")
+    from quern.core.recipe import load_recipe
+
+    limit, chosen = options.optional_size(memory, "--memory"), load_recipe(recipe)
     from quern.cli import render
     from quern.pipeline.quantize import quantize as api
 
@@ -63,18 +58,3 @@ def quantize(
             progress=progress,
         )
     show(report, json, render.quantize_report)
-
-
-def _existing(recipe: Path) -> Path:
-    if not recipe.is_file():
-        raise UserError(f"--recipe {recipe}: there is no such file; a shipped recipe is named with --profile")
-    return recipe.absolute()
-
-
-def _shipped(profile: str) -> str:
-    from quern.core.recipe import profile_names
-
-    if profile not in profile_names():
-        known = ", ".join(profile_names())
-        raise UserError(f"--profile {profile!r} does not exist; there are {known}. Your own file goes with --recipe")
-    return profile

@@ -2,15 +2,37 @@
 
 A message says what was asked, what is allowed, what came, and what to do next. The command line turns ``UserError``
 into exit code 2 and every other ``QuernError`` into exit code 1, both without a stack trace.
+
+Functions and commands have options of the same meaning and other spellings. A message that names one does it by ``option``:
+``str(error)`` then speaks to whoever called the function, ``error.on_command_line`` to whoever typed the command.
 """
 
 from __future__ import annotations
+
+import re
+
+_OPTION = re.compile("\x02([^\x02\x03\x1f]*)\x1f([^\x02\x03\x1f]*)\x03")
+
+
+def option(python: str, command: str) -> str:
+    """An option inside the message of a ``QuernError``: ``option("fresh=True", "--fresh")``."""
+    return f"\x02{python}\x1f{command}\x03"
 
 
 class QuernError(Exception):
     """Something went wrong that is not a programming error; the message is meant for a person."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        self.message = message
+        """With both spellings of every option: what an error that passes this one on begins from."""
+        super().__init__(_OPTION.sub(r"\1", message))
+
+    @property
+    def on_command_line(self) -> str:
+        """The message with the options of the command line."""
+        return _OPTION.sub(r"\2", self.message)
 
 
 class UserError(QuernError, ValueError):

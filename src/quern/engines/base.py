@@ -9,7 +9,7 @@ from typing import Literal
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.core.artifact import METHOD, quantization_of
 from quern.core.engine import LoadedModel
-from quern.core.errors import UserError
+from quern.core.errors import UserError, option
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.registry import Registry
 
@@ -48,6 +48,9 @@ def engine_for(checkpoint: Checkpoint, name: str = AUTO) -> str:
     """The engine called ``name``, or for ``auto`` the fastest one that runs ``checkpoint``. Raises ``UserError``."""
     if name != AUTO:
         if (reason := ENGINES.get(name)().runs(checkpoint)) is not None:
-            raise UserError(f"the {name} engine does not run {checkpoint.path}: {reason}. Use --engine {AUTO}")
+            raise UserError(
+                f"the {name} engine does not run {checkpoint.path}: {reason}. "
+                f"Use {option(f'engine={AUTO!r}', f'--engine {AUTO}')}"
+            )
         return name
     return next((known for known in PREFERRED if ENGINES.get(known)().runs(checkpoint) is None), "reference")

@@ -19,6 +19,7 @@ from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.core.artifact import METHOD, module_schemes, quantization_of
 from quern.core.errors import QuernError, UserError
+from quern.core.figures import bytes_text
 from quern.core.memory import free_memory
 from quern.core.parallel import available_threads
 from quern.core.recipe import Recipe, parse_recipe
@@ -134,7 +135,7 @@ class CpuModel:
         fits = int(SPARE * free_memory() / each) // BLOCK * BLOCK
         if fits < (BLOCK if positions is None else wanted):
             raise UserError(
-                f"a key/value cache of {wanted} tokens takes {wanted * each / 1e9:.1f} GB; the free memory has room for "
+                f"a key/value cache of {wanted} tokens takes {bytes_text(wanted * each)}; the free memory has room for "
                 f"{fits} tokens. Ask for a shorter context, use the int8 cache, or free memory"
             )
         limit = self._context() if fits >= wanted else f"the free memory has room for {fits} tokens of context"
@@ -145,7 +146,7 @@ class CpuModel:
             given = self._given(wanted)
         if given == 0 or positions is not None:
             raise UserError(
-                f"the system gives no memory for a key/value cache of {wanted} tokens ({wanted * each / 1e9:.1f} GB), "
+                f"the system gives no memory for a key/value cache of {wanted} tokens ({bytes_text(wanted * each)}), "
                 f"only for one of {given}. Ask for a shorter context or use the int8 cache"
             )
         return self._decoder.cache(given, self._precision), f"the system gives memory for {given} tokens of context"

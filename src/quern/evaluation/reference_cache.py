@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from quern.checkpoint.files import explain_write_errors, read_json
 from quern.core.errors import BadFileError, UserError
+from quern.core.figures import bytes_text
 from quern.core.results import METRICS_VERSION
 
 _KEY, _FILES = "key.json", "files.json"
@@ -103,7 +104,8 @@ class ReferenceWriter:
         if free < self._needed:
             self._folder.rmdir()
             raise UserError(
-                f"the reference logits need {self._needed} bytes in {self._folder.parent}, {free} are free. "
+                f"the reference logits need {bytes_text(self._needed)} in {self._folder.parent}, {bytes_text(free)} are "
+                "free. "
                 "Score fewer tokens, free some space, or choose a folder on another disk"
             )
         return self

@@ -87,7 +87,7 @@ class Server:
         except NonFiniteError as error:
             return {"ok": False, "kind": "non_finite", "error": str(error)}
         except QuernError as error:
-            return {"ok": False, "kind": "user", "error": str(error)}
+            return {"ok": False, "kind": "user", "error": error.message}
         except Exception as error:
             traceback.print_exc()
             return {"ok": False, "kind": "internal", "error": f"{type(error).__name__}: {error}"}

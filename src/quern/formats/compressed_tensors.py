@@ -19,12 +19,13 @@ from torch import Tensor
 
 from quern.codecs._bits import pack
 from quern.codecs._rotation import block_size
-from quern.core.errors import UserError
+from quern.core.errors import UserError, option
 from quern.core.packed import QuantizedWeight
 from quern.core.recipe import Recipe, WeightScheme
 from quern.formats.base import FORMATS, Format
 
 METHOD = "compressed-tensors"
+_QUERN = option("format='quern'", "--format quern")
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that vLLM joins into one when it loads; they must share a scheme."""
 
@@ -41,7 +42,7 @@ class CompressedTensors(Format):
             if problem:
                 raise UserError(
                     f"format compressed-tensors cannot store {module} of recipe {self.recipe.name!r}: {problem}. "
-                    "Change the recipe, or use --format quern"
+                    f"Change the recipe, or use {_QUERN}"
                 )
         for fused in FUSED:
             for module in schemes:
@@ -49,7 +50,7 @@ class CompressedTensors(Format):
                 if last in fused and any(schemes.get(f"{stem}.{name}") != schemes[module] for name in fused):
                     raise UserError(
                         f"format compressed-tensors: {', '.join(fused)} of {stem} need one scheme, because vLLM joins "
-                        "them into one matrix. Change the recipe's overrides, or use --format quern"
+                        f"them into one matrix. Change the recipe's overrides, or use {_QUERN}"
                     )
 
     def encode(

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quern.core.engine import LoadedModel
-from quern.core.errors import UserError
+from quern.core.errors import UserError, option
 from quern.core.registry import Registry
 from quern.core.results import Target
 
@@ -161,7 +161,7 @@ def choices_of(wanted: Sequence[str]) -> list[Choice]:
             found += [Choice(peer, one) for one in picked]
     rows = [choice.row for choice in found]
     if repeated := sorted({row for row in rows if rows.count(row) > 1}):
-        raise UserError(f"--peers names {', '.join(repeated)} twice; name each once")
+        raise UserError(f"{option('peers', '--peers')} names {', '.join(repeated)} twice; name each once")
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quern.core.errors import BadFileError, UserError
+from quern.core.errors import BadFileError, UserError, option
 from quern.core.recipe import Calibration
 from quern.core.seeds import generator
 from quern.evaluation.heldout import training_calibration_text
@@ -65,7 +65,8 @@ def calibration_sequences(
     if windows < wanted:
         raise UserError(
             f"the calibration text has {len(ids)} tokens; the recipe wants {wanted} sequences of {time} = {wanted * time}. "
-            f"Give more text with --calibration, or set calibration.tokens to at most {windows * time} in the recipe"
+            f"Give more text with {option('calibration', '--calibration')}, or "
+            f"set calibration.tokens to at most {windows * time} in the recipe"
         )
     if max(ids) >= vocabulary:
         raise UserError(

@@ -18,7 +18,7 @@ from quern.advisor.recommend import recommend
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.files import write_bytes
-from quern.core.errors import UserError
+from quern.core.errors import UserError, option
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, load_recipe
@@ -39,6 +39,7 @@ from quern.report.html import write_report
 DEFAULT_RECIPES = ("compact", "fast", "balanced", "rtn4")
 QUICK_TOKENS, QUICK_ROUNDS, QUICK_DECODE = 4, 1, 16
 """``quick``: a quarter of the tokens, one timed round, sixteen decoded tokens."""
+_WEIGH = option("quern.recommend(results, 'mix', weights=...)", "`quern recommend --scenario mix --weights ...`")
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
 
 
@@ -81,7 +82,7 @@ def compare(
     """
     progress, folder = progress or Silent(), Path(output)
     if scenario == "mix":
-        raise UserError("a mix needs weights: compare with another scenario, then `quern recommend --scenario mix`")
+        raise UserError(f"a mix needs weights: compare with another scenario, then {_WEIGH}")
     chosen = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
     others = choices_of(peers)
     _check_distinct([*(recipe.name for recipe in chosen), *(choice.row for choice in others)])
@@ -188,7 +189,8 @@ def _check_distinct(names: Sequence[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if not names or repeated:
         problem = f"{', '.join(repeated)} twice" if repeated else "none"
-        raise UserError(f"--recipes and --peers: every row once, at least one; got {problem}")
+        where = f"{option('recipes', '--recipes')} and {option('peers', '--peers')}"
+        raise UserError(f"{where}: every row once, at least one; got {problem}")
 
 
 def _model(checkpoint: Checkpoint, sha256: str) -> Model:

@@ -12,7 +12,7 @@ from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.files import read_json
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.engine import LimitedSession
-from quern.core.errors import BadFileError, UserError
+from quern.core.errors import BadFileError, UserError, option
 from quern.engines.base import AUTO, ENGINES, engine_for
 from quern.engines.cpu import CachePrecision, CpuEngine
 from quern.pipeline.detokenize import Detokenizer
@@ -69,10 +69,11 @@ def load_model(checkpoint: Checkpoint, engine: str, threads: int | None, cache: 
     chosen = engine_for(checkpoint, engine)
     if cache is None:
         return ENGINES.get(chosen)().load(checkpoint.path, threads=threads)
+    given = option(f"cache={cache!r}", f"--cache {cache}")
     if chosen != "cpu":
-        raise UserError(f"--cache {cache} is for the cpu engine; this model runs on the {chosen} engine. Leave it out")
+        raise UserError(f"{given} is for the cpu engine; this model runs on the {chosen} engine. Leave it out")
     if cache not in CACHES:
-        raise UserError(f"--cache {cache!r} is not known; give one of {', '.join(CACHES)}")
+        raise UserError(f"{given} is not known; give one of {', '.join(CACHES)}")
     return CpuEngine().load(checkpoint.path, threads=threads, cache=cast(CachePrecision, cache))
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 
 from quern.checkpoint.safetensors_file import DTYPES
-from quern.core.errors import OutOfMemoryCapError
+from quern.core.errors import OutOfMemoryCapError, option
+from quern.core.figures import bytes_text, rounded_up
 from quern.pipeline.job import Job
 from quern.quantization.calibration.activations import WAVE_TOKENS
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
@@ -84,10 +85,12 @@ def check(job: Job, cap: int | None) -> MemoryPlan:
     """The plan, if it fits ``cap`` bytes. Raises ``OutOfMemoryCapError`` with the least that would do."""
     needed = plan(job)
     if cap is not None and needed.peak > cap:
+        least = bytes_text(rounded_up(needed.peak))
+        enough = option(f"memory={rounded_up(needed.peak):_}", f"--memory {least.replace(' ', '')}")
         raise OutOfMemoryCapError(
-            f"--memory {cap / MIB:.0f}MiB is too small: one decoder block of this model with recipe "
-            f"{job.recipe.name!r} needs {needed.peak / MIB:.0f}MiB. Give at least --memory {-(-needed.peak // MIB)}MiB, "
-            "fewer --threads, or a recipe with rounding: nearest",
+            f"a memory cap of {bytes_text(cap)} is too small: one decoder block of this model with recipe "
+            f"{job.recipe.name!r} needs {least}. Give at least {enough}, fewer {option('threads', '--threads')}, "
+            "or a recipe with rounding: nearest",
             needed.peak,
         )
     return needed

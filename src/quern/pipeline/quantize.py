@@ -18,10 +18,10 @@ from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.files import explain_write_errors, read_json, write_json
 from quern.checkpoint.safetensors_file import read_header
 from quern.checkpoint.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer
-from quern.checkpoint.work_folder import WorkFolder, finish_removal
+from quern.checkpoint.work_folder import WorkFolder, differences, finish_removal
 from quern.codecs.base import CODECS
 from quern.core.artifact import PROVENANCE
-from quern.core.errors import BadFileError, OutOfMemoryCapError, UserError
+from quern.core.errors import BadFileError, OutOfMemoryCapError, UserError, option
 from quern.core.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, WeightScheme, load_recipe
@@ -177,7 +177,8 @@ def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise UserError(f"unknown device {name!r}; known: cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for, but torch sees no CUDA device here. Use --device cpu")
+        instead = option("device='cpu'", "--device cpu")
+        raise UserError(f"the device cuda was asked for, but torch sees no CUDA device here. Use {instead}")
     return torch.device(name)
 
 
@@ -279,11 +280,10 @@ def _finished(output: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint,
         raise UserError(f"{output} exists and is not an artifact of quern. Choose another output folder") from None
     if fresh:
         return None
-    changed = [key for key in sorted({*then, *fingerprint}) if then.get(key) != fingerprint.get(key)]
-    if changed:
+    if changed := differences(then, fingerprint):
         raise UserError(
-            f"{output} holds the result of another job: {', '.join(changed)} differ. "
-            "Choose another output folder, or pass --fresh to replace it"
+            f"{output} holds the result of another job. {changed}\n"
+            f"Choose another output folder, or pass {option('fresh=True', '--fresh')} to replace it"
         )
     recipe = Recipe.model_validate(fingerprint["recipe"])
     return _report(output, recipe, checkpoint, None, layers, True, ["was finished already"])

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from quern.core.errors import QuernError, UserError
+from quern.core.figures import bytes_text
 from quern.core.metrics import NonFiniteError
 
 COMMAND = (sys.executable, "-m", "quern.pipeline.worker")
@@ -193,9 +194,7 @@ class Worker:
         self._looked = time.monotonic()
         used = _resident_bytes(self._process.pid)
         if used > self._launch.memory:
-            raise self._failed(
-                f"used {used / 1e9:.2f} GB of memory; it may use {self._launch.memory / 1e9:.2f} GB (--memory)"
-            )
+            raise self._failed(f"used {bytes_text(used)} of memory; its cap is {bytes_text(self._launch.memory)}")
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from quern.advisor.figures import bytes_text, limit_text, percent_text, seconds_text, significant
+from quern.core.figures import bytes_text, limit_text, percent_text, seconds_text, significant
 from quern.core.results import Results, Row
 from quern.report.provenance import prefill_fraction
 from quern.report.tools import has_tools_view

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from quern.advisor.figures import bytes_text, limit_text, seconds_text, significant
+from quern.core.figures import bytes_text, limit_text, seconds_text, significant
 from quern.core.results import Results, Row
 from quern.report.wording import protocol_text
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from quern.advisor.figures import bytes_text, percent_text, significant
 from quern.advisor.recommend import pareto_front, recommend
 from quern.advisor.scoring import WEIGHTS
+from quern.core.figures import bytes_text, percent_text, significant
 from quern.core.results import LayerError, Recommendation, Results, Row, Scenario, unquantized_row
 from quern.report.columns import COLUMNS, Column, columns_of
 from quern.report.provenance import flatten, machine_line, model_line, model_name, recipe_view, run_facts

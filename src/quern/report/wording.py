@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quern.advisor.deployment import maker_of
-from quern.advisor.figures import significant
 from quern.advisor.placement import SMALL, small_loss_limit
 from quern.advisor.scoring import SMALL_LOSS
+from quern.core.figures import significant
 from quern.core.results import FOREIGN_LIMIT, Protocol, Results, Row
 
 STAGES: dict[str, str] = {

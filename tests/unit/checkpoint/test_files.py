@@ -22,7 +22,7 @@ Usage = namedtuple("Usage", "total used free")
 
 def test_a_full_disk_is_named_before_the_first_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 93, 7))
-    with pytest.raises(UserError, match=r"file.*: 100 bytes are needed and 7 are free") as caught:
+    with pytest.raises(UserError, match=r"file.*: 100 bytes are needed and 7 bytes are free") as caught:
         files.write_bytes(tmp_path / "file", bytes(100))
     assert caught.value.exit_code == 2
     assert list(tmp_path.iterdir()) == []

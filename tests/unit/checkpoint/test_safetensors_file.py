@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from quern.checkpoint.safetensors_file import DTYPES, allocate_bytes, read_header, read_tensor, write_safetensors
 from quern.core.errors import BadFileError, UserError
+from quern.core.figures import bytes_text
 
 
 def one_of_each() -> dict[str, torch.Tensor]:
@@ -124,7 +125,7 @@ def test_a_truth_value_of_two_is_refused(tmp_path):
 
 def test_a_tensor_larger_than_memory_is_a_users_error():
     """More than any address space; a sparse file can keep every promise of its header and still not be held."""
-    with pytest.raises(UserError, match=f"large: one tensor needs {1 << 60} bytes of memory"):
+    with pytest.raises(UserError, match=f"large: one tensor needs {bytes_text(1 << 60)} of memory"):
         allocate_bytes("large", 1 << 60)
 
 

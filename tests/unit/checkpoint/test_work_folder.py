@@ -161,7 +161,7 @@ def test_another_fingerprint_is_refused_with_the_differences(tmp_path):
     assert "recipe.bits: 4 -> 3\n" in message
     assert "recipe.group: (absent) -> 64\n" in message
     assert "texts: [1, 2] -> [1, 3]\n" in message
-    assert "--fresh" in message
+    assert "pass fresh=True" in message
     assert "seed" not in message
     assert "abc" not in message
 

@@ -112,9 +112,8 @@ def test_plain_data():
 
 USER_ERRORS = [
     (["quantize"], "Missing argument"),
-    (["quantize", "m", "-o", "x", "--profile", "nope"], "--profile 'nope' does not exist"),
-    (["quantize", "m", "-o", "x", "--profile", "a", "--recipe", "b"], "both given"),
-    (["quantize", "m", "-o", "x", "--recipe", "nope.yaml"], "no such file"),
+    (["quantize", "m", "-o", "x", "--profile", "nope"], "no recipe 'nope': neither a file nor one of the shipped ones"),
+    (["quantize", "m", "-o", "x", "--recipe", "nope.yaml"], "no recipe 'nope.yaml'"),
     (["quantize", "m", "-o", "x", "--memory", "lots"], "--memory 'lots' is not a size"),
     (["quantize", "m", "-o", "x", "--device", "tpu"], "tpu"),
     (["quantize", "m", "-o", "x", "--threads", "0"], "--threads"),

@@ -16,6 +16,7 @@ SURFACE = {
     },
     "evaluate": {
         *("MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--engine", "--seed", "--json"),
+        "--no-speed",
     },
     "compare": {
         *("MODEL", "--output", "-o", "--recipes", "--calibration", "--text", "--choice", "--tokens", "--scenario"),
@@ -28,6 +29,8 @@ SURFACE = {
             "--json",
             "--peers",
             "--quick",
+            "--no-speed",
+            "--recipe",
             "--peer-time-limit",
         ),
     },

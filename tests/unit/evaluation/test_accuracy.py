@@ -232,7 +232,7 @@ class TestCache:
 
     def test_full_disk(self, tmp_path, key):
         with (
-            pytest.raises(UserError, match="reference logits need 4000000000000000 bytes"),
+            pytest.raises(UserError, match="reference logits need 4000 TB"),
             ReferenceWriter(tmp_path, key, scored=10**9, vocabulary_size=10**6),
         ):
             pass

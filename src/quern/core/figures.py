@@ -25,6 +25,12 @@ def bytes_text(count: float) -> str:
     return f"{significant(scaled)} {unit}"
 
 
+def rounded_up(count: int) -> int:
+    """``count`` with all but its first three digits raised away: what ``bytes_text`` says of it is enough."""
+    step: int = 10 ** max(len(str(count)) - 3, 0)
+    return -(-count // step) * step
+
+
 def seconds_text(seconds: float) -> str:
     """A duration: 0.0312 -> "31.2 ms", 95 -> "1 min 35 s", 4000 -> "1 h 6 min"."""
     if seconds < 1:
