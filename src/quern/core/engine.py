@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+import inspect
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -57,3 +58,11 @@ class LoadedModel(Protocol):
     def bytes_per_token(self) -> int:
         """Bytes of weights that decoding one token must read (an embedding row, not the whole embedding, unless tied)."""
         ...
+
+
+def cache_argument(model: Any) -> str:
+    """What transformers calls the key/value cache, in the call of ``model`` and in what it returns.
+
+    It was ``past_key_values`` until 5.23 and is ``cache`` since 5.24, which warns of the older name.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

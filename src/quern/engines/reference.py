@@ -17,6 +17,7 @@ from torch import Tensor
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.codecs.base import CODECS
 from quern.core.artifact import METHOD, quantization_of
+from quern.core.engine import cache_argument
 from quern.core.errors import QuernError, UserError
 from quern.core.recipe import Recipe
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
@@ -28,6 +29,7 @@ class ReferenceSession:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._argument = cache_argument(model)
         self._cache: Any = None
         self._length = 0
 
@@ -52,10 +54,9 @@ class ReferenceSession:
         if self._length > limit:
             raise UserError(f"{self._length} tokens do not fit: this model's context is {limit}. Shorten the prompt")
         with torch.inference_mode():
-            output = self._model(
-                torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1, return_dict=True
-            )
-        self._cache = output.past_key_values
+            cache = {self._argument: self._cache}
+            output = self._model(torch.tensor([ids]), **cache, use_cache=True, logits_to_keep=1, return_dict=True)
+        self._cache = output[self._argument]
         logits: Tensor = output.logits[0, -1].float()
         return logits
 

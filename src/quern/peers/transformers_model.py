@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quern.core.engine import cache_argument
 from quern.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 class TransformersSession:
     """One sequence with transformers' key/value cache; see ``core.engine.Session``."""
 
-    def __init__(self, model: Any, maximum_length: int, guard: Any) -> None:
+    def __init__(self, model: Any, argument: str, maximum_length: int, guard: Any) -> None:
         self._model = model
+        self._argument = argument
         self._guard = guard
         self._maximum_length = maximum_length
         self._cache: Any = None
@@ -46,10 +48,9 @@ class TransformersSession:
         if self._length > self._maximum_length:
             raise UserError(f"{self._length} tokens do not fit: this model's context is {self._maximum_length}")
         with self._guard():
-            output = self._model(
-                input_ids=torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            )
-        self._cache = output.past_key_values
+            cache = {self._argument: self._cache}
+            output = self._model(input_ids=torch.tensor([ids]), **cache, use_cache=True, logits_to_keep=1)
+        self._cache = output[self._argument]
         logits: torch.Tensor = output.logits[0, -1].float()
         return logits
 
@@ -82,7 +83,7 @@ class TransformersModel:
 
     def start(self) -> TransformersSession:
         """An empty session."""
-        return TransformersSession(self._runner, self.maximum_length, self._guard)
+        return TransformersSession(self._runner, cache_argument(self.model), self.maximum_length, self._guard)
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads."""
