@@ -84,6 +84,8 @@ class BoundDecoder {
       const CacheShape& cache = caches[i]->shape();
       require(cache.layers == shape.layers && cache.heads == shape.key_value_heads && cache.head_dim == shape.head_dim,
               "the cache was made for another model");
+      require(caches[i]->rotary() >= 0 && caches[i]->rotary() < static_cast<int32_t>(shape.frequencies.size()),
+              "the decoder has no such set of rotary frequencies");
       require(cache.precision == caches[0]->shape().precision, "caches of one call have the same precision");
       require(std::count(caches.begin(), caches.end(), caches[i]) == 1, "a cache is given twice");
       require(caches[i]->length() + static_cast<int64_t>(counts[i]) <= cache.capacity,
@@ -128,7 +130,11 @@ class BoundDecoder {
     require(s.heads > 0 && s.key_value_heads > 0 && s.heads % s.key_value_heads == 0,
             "query heads must be a multiple of key/value heads");
     require(s.head_dim > 0 && s.head_dim % 2 == 0, "head_dim must be even");
-    require(static_cast<int64_t>(s.frequencies.size()) == s.head_dim / 2, "one rotary frequency for two channels");
+    require(!s.frequencies.empty(), "at least one set of rotary frequencies");
+    for (const auto& frequencies : s.frequencies)
+      require(static_cast<int64_t>(frequencies.size()) == s.head_dim / 2, "one rotary frequency for two channels");
+    require(static_cast<int64_t>(s.windows.size()) == s.layers, "one window a layer");
+    for (const int32_t window : s.windows) require(window >= 0, "a window has at least one position, or is 0 for all");
     const int32_t query = s.heads * s.head_dim, key = s.key_value_heads * s.head_dim;
     const int32_t rows[] = {query, key, key, s.hidden, s.intermediate, s.intermediate, s.hidden};
     const int32_t columns[] = {s.hidden, s.hidden, s.hidden, query, s.hidden, s.hidden, s.intermediate};
@@ -165,6 +171,13 @@ CachePrecision precision_of(const std::string& name) {
   throw std::invalid_argument("unknown cache precision '" + name + "'; known: int8, float16, float32");
 }
 
+Activation activation_of(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  throw std::invalid_argument("unknown activation '" + name + "'; known: silu, gelu, gelu_tanh");
+}
+
 DecoderShape shape_of(const nb::dict& values) {
   const auto get = [&](const char* key) { return nb::cast<int32_t>(values[key]); };
   DecoderShape s;
@@ -175,10 +188,11 @@ DecoderShape shape_of(const nb::dict& values) {
   s.key_value_heads = get("key_value_heads");
   s.head_dim = get("head_dim");
   s.vocabulary = get("vocabulary");
-  s.window = get("window");
+  s.windows = nb::cast<std::vector<int32_t>>(values["windows"]);
+  s.activation = activation_of(nb::cast<std::string>(values["activation"]));
   s.epsilon = nb::cast<float>(values["epsilon"]);
   s.rotary_factor = nb::cast<float>(values["rotary_factor"]);
-  s.frequencies = nb::cast<std::vector<float>>(values["frequencies"]);
+  s.frequencies = nb::cast<std::vector<std::vector<float>>>(values["frequencies"]);
   return s;
 }
 
@@ -213,6 +227,12 @@ void bind_engine(nb::module_& module) {
                      require(length >= 0 && length <= cache.length(), "a cache can only be cut back");
                      cache.set_length(length);
                    })
+      .def_prop_rw("rotary", &KeyValueCache::rotary,
+                   [](KeyValueCache& cache, int32_t rotary) {
+                     require(cache.length() == 0, "only an empty cache can go by other rotary frequencies");
+                     cache.set_rotary(rotary);
+                   })
+      .def_prop_ro("overflowed", &KeyValueCache::overflowed)
       .def_prop_ro("capacity", [](const KeyValueCache& cache) { return cache.shape().capacity; });
   nb::class_<BoundDecoder>(module, "Decoder")
       .def("__init__",

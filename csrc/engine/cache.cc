@@ -44,12 +44,20 @@ int8_t code_of(float x, float scale) {
   return static_cast<int8_t>(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code == code ? code : 0.0f);
 }
 
+// Whether one of some float16 numbers is an infinity.
+bool any_infinite(const uint16_t* x, int32_t count) {
+  uint32_t found = 0;
+  for (int32_t i = 0; i < count; ++i) found |= (x[i] & 0x7fffu) == 0x7c00u;
+  return found != 0;
+}
+
 }  // namespace
 
 void KeyValueCache::put(const Operations& operations, int32_t layer, int32_t position, const float* keys,
                         const float* values) {
   const int32_t size = shape_.head_dim;
   const int64_t block = position / BLOCK, place = position % BLOCK;
+  bool overflow = false;
   for (int32_t h = 0; h < shape_.heads; ++h) {
     const int64_t head = static_cast<int64_t>(layer) * shape_.heads + h;
     const float* key = keys + static_cast<int64_t>(h) * size;
@@ -73,11 +81,14 @@ void KeyValueCache::put(const Operations& operations, int32_t layer, int32_t pos
       for (int32_t d = 0; d < size; d += BLOCK) {
         const int32_t here = size - d < BLOCK ? size - d : BLOCK;
         operations.to_float16(key + d, half, here);
+        overflow |= any_infinite(half, here);
         for (int32_t i = 0; i < here; ++i) reinterpret_cast<uint16_t*>(key_to)[(d + i) * BLOCK + place] = half[i];
       }
       operations.to_float16(value, reinterpret_cast<uint16_t*>(value_to), size);
+      overflow |= any_infinite(reinterpret_cast<const uint16_t*>(value_to), size);
     }
   }
+  if (overflow) overflowed_.store(true, std::memory_order_relaxed);
 }
 
 HeadCache KeyValueCache::head(int32_t layer, int32_t head) const {

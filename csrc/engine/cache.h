@@ -6,6 +6,7 @@
 // constant any more: they are stored with it, after the norm.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -37,6 +38,13 @@ class KeyValueCache {
   int32_t length() const { return length_; }
   void set_length(int32_t length) { length_ = length; }
 
+  // Which of the decoder's sets of rotary frequencies the sequence goes by.
+  int32_t rotary() const { return rotary_; }
+  void set_rotary(int32_t rotary) { rotary_ = rotary; }
+
+  // Whether a finite key or value was too large for float16, so that infinity was stored.
+  bool overflowed() const { return overflowed_.load(std::memory_order_relaxed); }
+
   // Keys and values of one position: (heads, head_dim) each; keys rotated, or bare for int8.
   void put(const Operations& operations, int32_t layer, int32_t position, const float* keys, const float* values);
 
@@ -45,7 +53,8 @@ class KeyValueCache {
 
  private:
   CacheShape shape_;
-  int32_t length_ = 0;
+  int32_t length_ = 0, rotary_ = 0;
+  std::atomic<bool> overflowed_{false};
   int64_t element_, head_bytes_, head_scales_;
   uint8_t* keys_ = nullptr;
   uint8_t* values_ = nullptr;

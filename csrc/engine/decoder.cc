@@ -30,7 +30,8 @@ Decoder::Decoder(DecoderShape shape, std::vector<DecoderBlock> blocks, Weight em
       final_norm_(final_norm),
       head_(head),
       pool_(threads),
-      operations_(&operations()) {}
+      operations_(&operations()),
+      tables_(shape_.frequencies.size()) {}
 
 // Products of linears that read the same inputs. Those that want them rotated or quantized alike share that work and run
 // as one piece of parallel work.
@@ -116,30 +117,33 @@ void Decoder::normalize(const float* weight, const std::vector<float>& from, int
   });
 }
 
-void Decoder::extend_tables(int32_t positions) {
+void Decoder::extend_tables(int32_t rotary, int32_t positions) {
+  const std::vector<float>& frequencies = shape_.frequencies[rotary];
+  RotaryTable& table = tables_[rotary];
   const int32_t half = shape_.head_dim / 2;
-  const int64_t blocks = (positions + BLOCK - 1) / BLOCK, before = cosines_.size() / (half * BLOCK);
+  const int64_t blocks = (positions + BLOCK - 1) / BLOCK, before = table.cosines.size() / (half * BLOCK);
   if (blocks <= before) return;
   const int64_t after = std::max(blocks, 2 * before);
-  cosines_.resize(after * half * BLOCK);
-  sines_.resize(after * half * BLOCK);
+  table.cosines.resize(after * half * BLOCK);
+  table.sines.resize(after * half * BLOCK);
   for (int64_t b = before; b < after; ++b)
     for (int32_t d = 0; d < half; ++d)
       for (int32_t p = 0; p < BLOCK; ++p) {
-        const float angle = static_cast<float>(b * BLOCK + p) * shape_.frequencies[d];
+        const float angle = static_cast<float>(b * BLOCK + p) * frequencies[d];
         const int64_t place = (b * half + d) * BLOCK + p;
-        cosines_[place] = std::cos(angle) * shape_.rotary_factor;
-        sines_[place] = std::sin(angle) * shape_.rotary_factor;
+        table.cosines[place] = std::cos(angle) * shape_.rotary_factor;
+        table.sines[place] = std::sin(angle) * shape_.rotary_factor;
       }
 }
 
-void Decoder::rotate_heads(float* states, int32_t heads, int32_t position, float scale) const {
+void Decoder::rotate_heads(const RotaryTable& table, float* states, int32_t heads, int32_t position,
+                           float scale) const {
   const int32_t half = shape_.head_dim / 2;
-  const int64_t table = static_cast<int64_t>(position / BLOCK) * half * BLOCK + position % BLOCK;
+  const int64_t place = static_cast<int64_t>(position / BLOCK) * half * BLOCK + position % BLOCK;
   for (int32_t h = 0; h < heads; ++h) {
     float* head = states + static_cast<int64_t>(h) * shape_.head_dim;
     for (int32_t d = 0; d < half; ++d) {
-      const float c = cosines_[table + d * BLOCK] * scale, s = sines_[table + d * BLOCK] * scale;
+      const float c = table.cosines[place + d * BLOCK] * scale, s = table.sines[place + d * BLOCK] * scale;
       const float x = head[d], y = head[d + half];
       head[d] = x * c - y * s;
       head[d + half] = y * c + x * s;
@@ -171,8 +175,9 @@ void Decoder::attention(const DecoderBlock& block, int32_t layer, const std::vec
     if (block.key_norm != nullptr)
       for (int32_t h = 0; h < shape_.key_value_heads; ++h)
         operations_->rms_norm(k + h * size, block.key_norm, size, shape_.epsilon, k + h * size);
-    rotate_heads(q, shape_.heads, rows[t].position, factor);
-    if (!bare) rotate_heads(k, shape_.key_value_heads, rows[t].position, 1.0f);
+    const RotaryTable& table = tables_[rows[t].cache->rotary()];
+    rotate_heads(table, q, shape_.heads, rows[t].position, factor);
+    if (!bare) rotate_heads(table, k, shape_.key_value_heads, rows[t].position, 1.0f);
     rows[t].cache->put(*operations_, layer, rows[t].position, k, values_.data() + t * key_width);
   });
 
@@ -181,6 +186,7 @@ void Decoder::attention(const DecoderBlock& block, int32_t layer, const std::vec
   for (int32_t t = 0; t < tokens; ++t)
     if (t == 0 || rows[t].cache != rows[t - 1].cache || t - starts.back() == QUERY_ROWS) starts.push_back(t);
   starts.push_back(tokens);
+  const int32_t window = shape_.windows[layer];
   const int32_t share = shape_.heads / shape_.key_value_heads, most = QUERY_ROWS * share;
   const int64_t stretch = attend_scratch(most, size) + 2 * static_cast<int64_t>(most) * size + 2 * most;
   const int64_t pieces = static_cast<int64_t>(starts.size() - 1) * shape_.key_value_heads;
@@ -195,15 +201,15 @@ void Decoder::attention(const DecoderBlock& block, int32_t layer, const std::vec
     int32_t* first = last + most;
     Attend a{};
     a.cache = rows[from].cache->head(layer, head);
-    a.cache.cosines = cosines_.data();
-    a.cache.sines = sines_.data();
+    a.cache.cosines = tables_[rows[from].cache->rotary()].cosines.data();
+    a.cache.sines = tables_[rows[from].cache->rotary()].sines.data();
     a.cache.key_bias = biased && block.key.bias != nullptr ? block.key.bias + static_cast<int64_t>(head) * size : nullptr;
     for (int32_t t = from; t < to; ++t)
       for (int32_t i = 0; i < share; ++i, ++a.rows) {
         memcpy(queries + static_cast<int64_t>(a.rows) * size,
                queries_.data() + t * query_width + static_cast<int64_t>(head * share + i) * size, sizeof(float) * size);
         last[a.rows] = rows[t].position;
-        first[a.rows] = shape_.window > 0 ? std::max(0, rows[t].position - shape_.window + 1) : 0;
+        first[a.rows] = window > 0 ? std::max(0, rows[t].position - window + 1) : 0;
       }
     a.queries = queries;
     a.first = first;
@@ -222,9 +228,7 @@ void Decoder::attention(const DecoderBlock& block, int32_t layer, const std::vec
 void Decoder::forward(const std::vector<Row>& rows, std::vector<float>& hidden) {
   const int32_t tokens = static_cast<int32_t>(rows.size());
   const int64_t width = shape_.hidden, inner = shape_.intermediate;
-  int32_t positions = 0;
-  for (const Row& row : rows) positions = std::max(positions, row.position + 1);
-  extend_tables(positions);
+  for (const Row& row : rows) extend_tables(row.cache->rotary(), row.position + 1);
   hidden.resize(tokens * width);
   branch_.resize(tokens * width);
   gate_.resize(tokens * inner);
@@ -233,6 +237,7 @@ void Decoder::forward(const std::vector<Row>& rows, std::vector<float>& hidden) 
   const auto join = [&] {
     pool_.each(tokens, [&](int64_t t) { operations_->add(hidden.data() + t * width, branch_.data() + t * width, width); });
   };
+  const auto activate = operations_->gated_product[static_cast<int32_t>(shape_.activation)];
   for (int32_t layer = 0; layer < shape_.layers; ++layer) {
     const DecoderBlock& block = blocks_[layer];
     normalize(block.input_norm, hidden, tokens, normed_);
@@ -242,7 +247,7 @@ void Decoder::forward(const std::vector<Row>& rows, std::vector<float>& hidden) 
     normalize(block.output_norm, hidden, tokens, normed_);
     project(normed_.data(), {&block.gate, &block.up}, {gate_.data(), up_.data()}, tokens);
     pool_.each(tokens, [&](int64_t t) {
-      operations_->silu_product(gate_.data() + t * inner, up_.data() + t * inner, shape_.intermediate);
+      activate(gate_.data() + t * inner, up_.data() + t * inner, shape_.intermediate);
     });
     project(gate_.data(), {&block.down}, {branch_.data()}, tokens);
     join();

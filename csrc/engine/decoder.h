@@ -15,9 +15,11 @@ namespace quern {
 struct DecoderShape {
   int32_t hidden, intermediate, layers, heads, key_value_heads, head_dim, vocabulary;
   float epsilon;            // of the norms
-  int32_t window;           // positions that attention sees back, itself included; 0: all
+  Activation activation;    // of the MLPs
+  std::vector<int32_t> windows;    // (layers,): positions that attention sees back, itself included; 0: all
   float rotary_factor;      // cosines and sines are multiplied by it (1 but for some scaling variants)
-  std::vector<float> frequencies;  // (head_dim / 2,): angle of a position = position * frequency
+  // Sets of (head_dim / 2,): angle of a position = position * frequency. A cache says by which set its sequence goes.
+  std::vector<std::vector<float>> frequencies;
 };
 
 // A linear: packed weight, bias (rows,) or null, and the signs of its inputs' rotation (see `rotate`) or null. The arrays
@@ -35,6 +37,11 @@ struct DecoderBlock {
   const float* query_norm = nullptr;  // (head_dim,) or null
   const float* key_norm = nullptr;
   Linear query, key, value, output, gate, up, down;
+};
+
+// Rotation by position: (positions / BLOCK, head_dim / 2, BLOCK), as attention reads them for int8 keys.
+struct RotaryTable {
+  std::vector<float> cosines, sines;
 };
 
 // One token at the next position of a sequence.
@@ -65,8 +72,8 @@ class Decoder {
                int32_t tokens);
   void multiply_fine(std::vector<Product>& products);
   void normalize(const float* weight, const std::vector<float>& from, int32_t tokens, std::vector<float>& to);
-  void extend_tables(int32_t positions);
-  void rotate_heads(float* states, int32_t heads, int32_t position, float scale) const;
+  void extend_tables(int32_t rotary, int32_t positions);
+  void rotate_heads(const RotaryTable& table, float* states, int32_t heads, int32_t position, float scale) const;
 
   DecoderShape shape_;
   std::vector<DecoderBlock> blocks_;
@@ -75,8 +82,7 @@ class Decoder {
   Linear head_;
   ThreadPool pool_;
   const Operations* operations_;
-  // Rotation by position: (positions / BLOCK, head_dim / 2, BLOCK), as attention reads them for int8 keys.
-  std::vector<float> cosines_, sines_;
+  std::vector<RotaryTable> tables_;  // one for each set of frequencies
   Activations activations_;
   std::vector<float> both_, sums_;  // inputs and what their int8 values leave over; products of both
   std::vector<float> rotated_, normed_, queries_, keys_, values_, attended_, gate_, up_, branch_;

@@ -109,13 +109,33 @@ void rms_norm(const float* x, const float* weight, int32_t count, float epsilon,
   for (; i < count; ++i) out[i] = x[i] * factor * weight[i];
 }
 
-QUERN_INLINE Lanes silu(Lanes gate, Lanes up) { return gate / (exponential(-gate) + 1.0f) * up; }
+QUERN_INLINE Lanes silu(Lanes x) { return x / (exponential(-x) + 1.0f); }
 
-void silu_product(float* gate, const float* up, int32_t count) {
+// (1 + tanh(y)) / 2 is the logistic function of 2 y; here y = sqrt(2 / pi) (x + 0.044715 x^3).
+QUERN_INLINE Lanes gelu_tanh(Lanes x) {
+  const Lanes inner = (x + 0.044715f * (x * x * x)) * 1.5957691216057308f;
+  return x / (exponential(-inner) + 1.0f);
+}
+
+// erf by Abramowitz and Stegun 1964, eq. 7.1.26, which is off by 1.5e-7 at most; the tail is taken from the side of its sign.
+QUERN_INLINE Lanes gelu(Lanes x) {
+  const Lanes size = (x < 0.0f ? -x : x) * 0.70710678118654752f;
+  const Lanes t = 1.0f / (size * 0.3275911f + 1.0f);
+  Lanes p = spread(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Lanes tail = p * t * exponential(-size * size) * 0.5f;
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+template <Lanes (*ACTIVATION)(Lanes)>
+void gated_product(float* gate, const float* up, int32_t count) {
   int32_t i = 0;
-  for (; i + LANES <= count; i += LANES) store(gate + i, silu(load(gate + i), load(up + i)));
+  for (; i + LANES <= count; i += LANES) store(gate + i, ACTIVATION(load(gate + i)) * load(up + i));
   if (i == count) return;
-  const Lanes last = silu(load_some(gate + i, count - i), load_some(up + i, count - i));
+  const Lanes last = ACTIVATION(load_some(gate + i, count - i)) * load_some(up + i, count - i);
   memcpy(gate + i, &last, sizeof(float) * (count - i));
 }
 
@@ -192,7 +212,7 @@ void from_float16(const uint16_t* x, float* out, int32_t count) {
 
 #include "engine/attention-inl.h"
 
-constexpr Operations TABLE = {rms_norm, silu_product, add, attend, to_float16, from_float16};
+constexpr Operations TABLE = {rms_norm, {gated_product<silu>, gated_product<gelu>, gated_product<gelu_tanh>}, add, attend, to_float16, from_float16};
 
 }  // namespace
 }  // namespace quern

@@ -9,6 +9,10 @@ namespace quern {
 // Positions of a key block. Keys of 16 positions lie side by side, so that 16 scores are computed at once.
 constexpr int32_t BLOCK = 16;
 
+// What the gate of an MLP goes through: x sigmoid(x), x Phi(x) with the normal distribution function, or with its
+// approximation by a hyperbolic tangent (Hendrycks and Gimpel 2016, arXiv 1606.08415).
+enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2 };
+
 // How keys and values are kept; the number is the bytes of one.
 enum class CachePrecision : int32_t { int8 = 1, float16 = 2, float32 = 4 };
 
@@ -46,8 +50,8 @@ inline int64_t attend_scratch(int32_t rows, int32_t head_dim) {
 struct Operations {
   // out = x / sqrt(mean(x^2) + epsilon) * weight
   void (*rms_norm)(const float* x, const float* weight, int32_t count, float epsilon, float* out);
-  // gate = silu(gate) * up
-  void (*silu_product)(float* gate, const float* up, int32_t count);
+  // gate = f(gate) * up, one function for each `Activation`
+  void (*gated_product[3])(float* gate, const float* up, int32_t count);
   // x += y
   void (*add)(float* x, const float* y, int64_t count);
   // Softmax attention of some rows (online: Milakov and Gimelshein 2018, arXiv 1805.02867).

@@ -61,9 +61,15 @@ CACHE_BLOCK: int
 """The capacity of a cache is a multiple of this."""
 
 class Cache:
-    """Keys and values of one sequence. ``length`` can be cut back."""
+    """Keys and values of one sequence. ``length`` can be cut back, ``rotary`` changed while it is 0."""
 
     length: int
+    rotary: int
+    """Which of the decoder's sets of rotary frequencies the sequence goes by."""
+    @property
+    def overflowed(self) -> bool:
+        """Whether float16 could not hold a key or value."""
+
     @property
     def capacity(self) -> int: ...
 

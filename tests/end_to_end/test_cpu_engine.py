@@ -267,8 +267,8 @@ def test_artifacts_are_checked_before_kernels_read_them(artifact, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"hidden_act": "gelu"}, "it knows the activation silu; config.json asks for 'gelu'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary scalings"),
+        ({"hidden_act": "relu"}, "it knows the activations silu, swish, gelu, .*; config.json asks for 'relu'"),
+        ({"rope_parameters": {"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}}, "rotary scalings"),
     ],
 )
 def test_what_it_does_not_know_it_leaves_to_the_reference(changes, reason, tmp_path):

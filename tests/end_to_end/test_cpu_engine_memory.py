@@ -57,7 +57,7 @@ def test_a_cache_larger_than_that_is_refused(model, room):
     room(50)
     loaded = load(model)
     assert loaded.new_cache(48)[0].capacity == 48
-    said = r"a key/value cache of 64 tokens takes .* GB; the free memory has room for 48 tokens"
+    said = r"a key/value cache of 64 tokens takes 24.6 kB; the free memory has room for 48 tokens"
     with pytest.raises(UserError, match=said):
         loaded.new_cache(49)
 
@@ -126,7 +126,7 @@ def test_the_limit_of_a_control_group_counts(version, tmp_path, monkeypatch):
 
 
 def test_the_engine_asks_for_that_limit(model, monkeypatch):
-    import quern.engines.cpu as engine
+    import quern.engines._cpu_model as engine
 
     monkeypatch.setattr(engine, "free_memory", lambda: int(EACH * 50.5 / 0.9))
     assert load(model).start().capacity == 48
@@ -136,11 +136,12 @@ def test_the_engine_asks_for_that_limit(model, monkeypatch):
 REFUSED = """
 import json, os, resource, sys
 from pathlib import Path
-import quern.engines.cpu as engine
+import quern.engines._cpu_model as engine
 from quern.core.errors import UserError
+from quern.engines.cpu import CpuEngine
 
 engine.free_memory = lambda: 1 << 60
-loaded = engine.CpuEngine().load(sys.argv[1], threads=1)
+loaded = CpuEngine().load(sys.argv[1], threads=1)
 loaded.logits(engine.torch.ones(1, 5, dtype=engine.torch.int64))
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), resource.RLIM_INFINITY))

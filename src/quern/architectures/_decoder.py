@@ -49,6 +49,16 @@ class GatedDecoder(Architecture):
         rotary: nn.Module = self._class("RotaryEmbedding")(self.config)
         return rotary
 
+    def windows(self) -> list[int]:
+        """For each block, how many positions its attention sees back, itself included; 0: all. A family may have more."""
+        return [0] * self.layers
+
     def build_norm(self) -> nn.Module:
         norm: nn.Module = self._class("RMSNorm")(self.config.hidden_size, eps=self.config.rms_norm_eps)
         return norm
+
+
+def windows_by_type(config: Any) -> list[int]:
+    """``GatedDecoder.windows`` of a family whose config says of each layer whether it is one of sliding attention."""
+    window = int(config.sliding_window or 0)
+    return [window if kind == "sliding_attention" else 0 for kind in config.layer_types]

@@ -13,3 +13,6 @@ class Mistral(GatedDecoder):
     model_type = "mistral"
     module = "transformers.models.mistral.modeling_mistral"
     class_prefix = "Mistral"
+
+    def windows(self) -> list[int]:
+        return [int(self.config.sliding_window or 0)] * self.layers

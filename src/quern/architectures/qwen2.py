@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quern.architectures._decoder import GatedDecoder
+from quern.architectures._decoder import GatedDecoder, windows_by_type
 from quern.architectures.base import ARCHITECTURES
 
 
@@ -13,3 +13,6 @@ class Qwen2(GatedDecoder):
     model_type = "qwen2"
     module = "transformers.models.qwen2.modeling_qwen2"
     class_prefix = "Qwen2"
+
+    def windows(self) -> list[int]:
+        return windows_by_type(self.config)

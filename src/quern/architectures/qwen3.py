@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quern.architectures._decoder import GatedDecoder
+from quern.architectures._decoder import GatedDecoder, windows_by_type
 from quern.architectures.base import ARCHITECTURES
 
 
@@ -13,3 +13,6 @@ class Qwen3(GatedDecoder):
     model_type = "qwen3"
     module = "transformers.models.qwen3.modeling_qwen3"
     class_prefix = "Qwen3"
+
+    def windows(self) -> list[int]:
+        return windows_by_type(self.config)

@@ -41,6 +41,22 @@ class LimitedSession(Session, Protocol):
         ...
 
 
+@runtime_checkable
+class SwitchingModel(Protocol):
+    """A model that may compute long texts in another way than short ones, from their first token on (``longrope``)."""
+
+    switch_length: int | None
+    """Tokens of the longest text that counts as short; None: all texts are alike."""
+
+
+@runtime_checkable
+class NotingModel(Protocol):
+    """A model that may have done other than it was told, and says so."""
+
+    notes: list[str]
+    """What a person should know, each a clause."""
+
+
 class LoadedModel(Protocol):
     """Packed weights ready to run."""
 

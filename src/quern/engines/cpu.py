@@ -7,11 +7,7 @@ product. Python is called once a token. The reference engine judges it (tests/en
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any
 
 from quern import _native
 from quern.architectures._decoder import GatedDecoder
@@ -19,155 +15,28 @@ from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.core.artifact import METHOD, module_schemes, quantization_of
 from quern.core.errors import QuernError, UserError
-from quern.core.figures import bytes_text
-from quern.core.memory import free_memory
 from quern.core.parallel import available_threads
 from quern.core.recipe import Recipe, parse_recipe
+from quern.engines._cpu_model import CachePrecision as CachePrecision
+from quern.engines._cpu_model import CpuModel
 from quern.engines._cpu_weights import MappedWeights, unsupported
+from quern.engines._rotary import frequencies
 from quern.engines.base import ENGINES, DtypeName, Engine
 
-CachePrecision = Literal["float32", "float16", "int8"]
-STATIC_ROTARY = ("default", "linear", "yarn", "llama3")
-"""Scaling variants whose frequencies do not change with the length of the text."""
-PROMPT_ROWS = 256
-"""Tokens whose logits are computed at a time."""
-SPARE = 0.9
-"""Share of the free memory that a key/value cache may plan with."""
-BLOCK = _native.CACHE_BLOCK
-"""A cache has room for a multiple of so many tokens."""
-
-
-class CpuSession:
-    """One sequence with its key/value cache."""
-
-    def __init__(self, model: CpuModel) -> None:
-        self._model = model
-        self._cache, self._limit = model.new_cache()
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit: the model's context, or what memory has room for."""
-        return min(self._cache.capacity, self._model.maximum_length)
-
-    @property
-    def limit(self) -> str:
-        """What limits them, as a clause."""
-        return self._limit
-
-    @property
-    def length(self) -> int:
-        """Tokens fed so far."""
-        return self._cache.length
-
-    def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens."""
-        self._cache.length = length
-
-    def feed(self, ids: list[int]) -> Tensor:
-        """Append ``ids``; float32 logits ``(vocabulary,)`` of the last position. Raises ``UserError`` past the maximum."""
-        length = self._cache.length + len(ids)
-        if length > self.capacity:
-            raise UserError(f"{length} tokens do not fit: {self._limit}. Shorten the prompt")
-        return self._model.feed([self._cache], [ids], all_positions=False)[0]
-
-
-class CpuModel:
-    """A loaded folder; see ``core.engine.LoadedModel``."""
-
-    def __init__(self, decoder: _native.Decoder, config: Any, bytes_per_token: int, cache: CachePrecision) -> None:
-        self._decoder, self._bytes_per_token = decoder, bytes_per_token
-        self._precision = cache
-        self.vocabulary_size = int(config.vocab_size)
-        self.maximum_length = int(config.max_position_embeddings)
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits float32 ``(batch, time, vocabulary)`` for int64 ``(batch, time)``.
-
-        Raises ``UserError`` for a time past the model's context or the free memory.
-        """
-        batch, time = ids.shape
-        if time > self.maximum_length:
-            raise UserError(f"{time} tokens do not fit: {self._context()}. Use shorter sequences")
-        logits = torch.empty(batch, time, self.vocabulary_size)
-        if time == 0:
-            return logits
-        cache, _ = self.new_cache(time)
-        for row in range(batch):
-            cache.length = 0
-            for start in range(0, time, PROMPT_ROWS):
-                piece = ids[row, start : start + PROMPT_ROWS].tolist()
-                logits[row, start : start + len(piece)] = self.feed([cache], [piece], all_positions=True)
-        return logits
-
-    def feed(self, caches: list[_native.Cache], ids: list[list[int]], *, all_positions: bool) -> Tensor:
-        """Append ``ids[i]`` to ``caches[i]``: logits float32 of each sequence's last position, or of every token fed.
-
-        Raises ``UserError`` for tokens outside the vocabulary, and where memory does not suffice for so many at once.
-        """
-        tokens = [token for sequence in ids for token in sequence]
-        outside = [token for token in tokens if not 0 <= token < self.vocabulary_size]
-        if outside:
-            raise UserError(
-                f"token {outside[0]} is outside the model's vocabulary of {self.vocabulary_size} tokens; "
-                "use the tokenizer that belongs to the model"
-            )
-        counts = [len(sequence) for sequence in ids]
-        try:
-            logits = self._decoder.feed(caches, counts, np.asarray(tokens, np.int32), all_positions)
-        except MemoryError:
-            raise UserError(
-                f"the system gives no memory to compute {len(tokens)} tokens at once. Shorten the prompt, use fewer "
-                "threads, or free memory"
-            ) from None
-        return torch.from_numpy(logits)
-
-    def start(self) -> CpuSession:
-        """An empty session. Raises ``UserError`` where memory has no room for any context."""
-        return CpuSession(self)
-
-    def new_cache(self, positions: int | None = None) -> tuple[_native.Cache, str]:
-        """A cache for ``positions`` tokens (None: as many as the model's context or memory allow), and what limits it.
-
-        Raises ``UserError`` with what fits where memory has no room for ``positions``, or for any.
-        """
-        each = self._decoder.bytes_per_position(self._precision)
-        wanted = -(-(self.maximum_length if positions is None else positions) // BLOCK) * BLOCK
-        fits = int(SPARE * free_memory() / each) // BLOCK * BLOCK
-        if fits < (BLOCK if positions is None else wanted):
-            raise UserError(
-                f"a key/value cache of {wanted} tokens takes {bytes_text(wanted * each)}; the free memory has room for "
-                f"{fits} tokens. Ask for a shorter context, use the int8 cache, or free memory"
-            )
-        limit = self._context() if fits >= wanted else f"the free memory has room for {fits} tokens of context"
-        wanted = min(wanted, fits)
-        try:
-            return self._decoder.cache(wanted, self._precision), limit
-        except MemoryError:
-            given = self._given(wanted)
-        if given == 0 or positions is not None:
-            raise UserError(
-                f"the system gives no memory for a key/value cache of {wanted} tokens ({bytes_text(wanted * each)}), "
-                f"only for one of {given}. Ask for a shorter context or use the int8 cache"
-            )
-        return self._decoder.cache(given, self._precision), f"the system gives memory for {given} tokens of context"
-
-    def _given(self, refused: int) -> int:
-        """Tokens of a cache that the system gives where it refused one, found by halving; a share stays free."""
-        size = refused
-        while (size := size // 2 // BLOCK * BLOCK) > 0:
-            try:
-                self._decoder.cache(size, self._precision)
-            except MemoryError:
-                continue
-            return max(BLOCK, int(SPARE * size) // BLOCK * BLOCK)
-        return 0
-
-    def _context(self) -> str:
-        return f"this model's context is {self.maximum_length}"
-
-    def bytes_per_token(self) -> int:
-        """Bytes of weights that one decoded token reads: everything but an untied embedding, of which it reads a row."""
-        return self._bytes_per_token
+ROTARY = ("default", "linear", "yarn", "llama3", "dynamic", "longrope")
+"""Scaling variants that are known; ``_rotary`` says how frequencies depend on the text's length."""
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+}
+"""Names in config.json, as transformers means them, and the native function that computes it."""
 
 
 @ENGINES.add("cpu")
@@ -197,9 +66,12 @@ class CpuEngine(Engine):
         *,
         dtype: DtypeName = "auto",
         threads: int | None = None,
-        cache: CachePrecision = "float16",
+        cache: CachePrecision | None = None,
     ) -> CpuModel:
-        """Load a folder. Hidden states are float32 whatever ``dtype`` says; ``cache`` is how keys and values are kept."""
+        """Load a folder. Hidden states are float32 whatever ``dtype`` says.
+
+        ``cache`` is how keys and values are kept; None: as float16, and as float32 for a text whose values that cannot hold.
+        """
         checkpoint = open_checkpoint(path)
         if (reason := self.runs(checkpoint)) is not None:
             raise UserError(f"the cpu engine does not run {path}: {reason}. Use the reference engine")
@@ -273,20 +145,16 @@ def _unknown(architecture: Architecture) -> str | None:
     if not isinstance(architecture, GatedDecoder):
         return f"it does not know the layout of {architecture.model_type}"
     rotary: Any = architecture.build_rotary()
-    if rotary.rope_type not in STATIC_ROTARY:
-        return f"it knows the rotary scalings {', '.join(STATIC_ROTARY)}; config.json asks for {rotary.rope_type!r}"
-    if config.hidden_act != "silu":
-        return f"it knows the activation silu; config.json asks for {config.hidden_act!r}"
-    if len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
-        return "it does not mix sliding and full attention in one model"
+    if rotary.rope_type not in ROTARY:
+        return f"it knows the rotary scalings {', '.join(ROTARY)}; config.json asks for {rotary.rope_type!r}"
+    if config.hidden_act not in ACTIVATIONS:
+        return f"it knows the activations {', '.join(ACTIVATIONS)}; config.json asks for {config.hidden_act!r}"
     return None
 
 
 def _shape(architecture: GatedDecoder) -> dict[str, Any]:
     config = architecture.config
-    rotary: Any = architecture.build_rotary()
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    window = (getattr(config, "sliding_window", None) or 0) if layer_types[0] == "sliding_attention" else 0
+    sets, factor = frequencies(architecture)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return {
         "hidden": config.hidden_size,
@@ -296,8 +164,9 @@ def _shape(architecture: GatedDecoder) -> dict[str, Any]:
         "key_value_heads": config.num_key_value_heads,
         "head_dim": head_dim,
         "vocabulary": config.vocab_size,
-        "window": int(window),
+        "windows": architecture.windows(),
+        "activation": ACTIVATIONS[config.hidden_act],
         "epsilon": float(config.rms_norm_eps),
-        "rotary_factor": float(rotary.attention_scaling),
-        "frequencies": [float(value) for value in rotary.inv_freq],
+        "rotary_factor": factor,
+        "frequencies": sets,
     }

@@ -21,63 +21,105 @@ from quern.core.engine import cache_argument
 from quern.core.errors import QuernError, UserError
 from quern.core.recipe import Recipe
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
+from quern.engines._rotary import switch_length
 from quern.engines.base import ENGINES, DtypeName, Engine
 
 
 class ReferenceSession:
-    """One sequence with transformers' key/value cache."""
+    """One sequence with transformers' key/value cache.
 
-    def __init__(self, model: Any) -> None:
+    After each token the logits are those of the whole text in one pass. Where what is cached does not serve any more (a
+    text that grew too long for its rotary frequencies, arithmetic that turned wider) all of it is computed again.
+    """
+
+    def __init__(self, model: ReferenceModel) -> None:
         self._model = model
-        self._argument = cache_argument(model)
-        self._cache: Any = None
-        self._length = 0
+        self._ids: list[int] = []
+        self._cache, self._long = _empty_cache(), False
 
     @property
     def length(self) -> int:
         """Tokens fed so far."""
-        return self._length
+        return len(self._ids)
 
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` tokens."""
-        assert 0 <= length <= self._length
-        if length == 0:
-            self._cache = None
-        elif length < self._length:
-            self._cache.crop(length - self._length)
-        self._length = length
+        assert 0 <= length <= len(self._ids)
+        cached = self._cache.get_seq_length()
+        if length < cached:
+            self._cache.crop(length - cached)
+        del self._ids[length:]
 
     def feed(self, ids: list[int]) -> Tensor:
         """Append ``ids``; float32 logits ``(vocabulary,)`` of the last position. Raises ``UserError`` past the maximum."""
-        self._length += len(ids)
-        limit = self._model.config.max_position_embeddings
-        if self._length > limit:
-            raise UserError(f"{self._length} tokens do not fit: this model's context is {limit}. Shorten the prompt")
-        with torch.inference_mode():
-            cache = {self._argument: self._cache}
-            output = self._model(torch.tensor([ids]), **cache, use_cache=True, logits_to_keep=1, return_dict=True)
-        self._cache = output[self._argument]
-        logits: Tensor = output.logits[0, -1].float()
-        return logits
+        whole, limit = [*self._ids, *ids], self._model.maximum_length
+        if len(whole) > limit:
+            raise UserError(f"{len(whole)} tokens do not fit: this model's context is {limit}. Shorten the prompt")
+        if (long := self._model.counts_as_long(len(whole))) != self._long:
+            self._cache, self._long = _empty_cache(), long
+        logits = self._model.forward([whole[self._cache.get_seq_length() :]], self._cache)
+        if not bool(logits.isfinite().all()) and self._model.widen():
+            self._cache = _empty_cache()
+            logits = self._model.forward([whole], self._cache)
+        self._ids = whole
+        return logits[0, -1]
+
+
+def _empty_cache() -> Any:
+    """A cache that keeps all positions of all layers, so that it can be cut back; masks see to sliding windows."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
 
 
 class ReferenceModel:
-    """A loaded folder; see ``core.engine.LoadedModel``."""
+    """A loaded folder; see ``core.engine.LoadedModel``, ``SwitchingModel`` and ``NotingModel``."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         self.vocabulary_size = int(model.config.vocab_size)
         self.maximum_length = int(model.config.max_position_embeddings)
+        self.switch_length = switch_length(model.config)
+        self.notes: list[str] = []
+        self._cache_argument = cache_argument(model)
+
+    def counts_as_long(self, length: int) -> bool:
+        """Whether a text of ``length`` tokens goes by the rotary frequencies of long texts."""
+        return self.switch_length is not None and length > self.switch_length
+
+    def forward(self, ids: list[list[int]], cache: Any) -> Tensor:
+        """Logits float32 ``(batch, 1, vocabulary)`` of the last position of ``ids``, which are added to ``cache``."""
+        options = {self._cache_argument: cache, "use_cache": True, "logits_to_keep": 1, "return_dict": True}
+        with torch.inference_mode():
+            logits: Tensor = self.model(torch.tensor(ids), **options).logits.float()
+        return logits
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits float32 ``(batch, time, vocabulary)`` for int64 ``(batch, time)``."""
+        logits = self._logits(ids)
+        if not bool(logits.isfinite().all()) and self.widen():
+            logits = self._logits(ids)
+        return logits
+
+    def _logits(self, ids: Tensor) -> Tensor:
         with torch.inference_mode():
             logits: Tensor = self.model(ids, use_cache=False).logits.float()
         return logits
 
+    def widen(self) -> bool:
+        """Go on in float32 where float16, whose greatest number is 65504, overflowed. Whether that changed anything."""
+        if self.model.dtype != torch.float16:
+            return False
+        self.model.float()
+        for module in self.model.modules():
+            if isinstance(module, QuantizedEmbedding):
+                module.dtype = torch.float32
+        self.notes.append("float16 arithmetic overflowed (its greatest number is 65504), so the model ran in float32")
+        return True
+
     def start(self) -> ReferenceSession:
         """An empty session."""
-        return ReferenceSession(self.model)
+        return ReferenceSession(self)
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: everything but an untied embedding, of which it reads a row."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quern.core.engine import LoadedModel
+from quern.core.engine import LoadedModel, SwitchingModel
 from quern.core.errors import UserError
 
 LOGITS_BYTES = 128 * 1024 * 1024
@@ -20,24 +20,28 @@ def batched_logits(
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Pairs of a sequence's number and its logits ``(time, vocabulary)``, longest sequences first.
 
-    Shorter sequences are padded on the right; a causal model's logits at the real tokens cannot see that. Raises
-    ``UserError`` for a sequence longer than the model's context.
+    Shorter sequences are padded on the right; a causal model's logits at the real tokens cannot see that, unless the length
+    decides how a text is computed: then short and long ones do not meet in a batch. Raises ``UserError`` for a sequence
+    longer than the model's context.
     """
     longest = max(map(len, sequences), default=0)
     if longest > model.maximum_length:
         raise UserError(
             f"a sequence has {longest} tokens, the model's context {model.maximum_length}. Use a shorter window or text"
         )
+    switch = model.switch_length if isinstance(model, SwitchingModel) else None
     order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number]))
     start = 0
     while start < len(order):
         longest = len(sequences[order[start]])
         size = max(1, logits_bytes // (4 * longest * model.vocabulary_size))
         members = order[start : start + size]
+        if switch is not None and longest > switch:
+            members = [number for number in members if len(sequences[number]) > switch]
         padded = torch.zeros(len(members), longest, dtype=torch.int64)
         for row, number in enumerate(members):
             padded[row, : len(sequences[number])] = torch.from_numpy(sequences[number])
         logits = model.logits(padded).detach().cpu().numpy()
         for row, number in enumerate(members):
             yield number, logits[row, : len(sequences[number])]
-        start += size
+        start += len(members)

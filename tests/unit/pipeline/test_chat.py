@@ -40,7 +40,7 @@ def test_an_answer_continues_what_the_template_writes(model, engine):
 
 
 def test_only_what_is_new_is_fed(model, monkeypatch):
-    from quern.engines.cpu import CpuSession
+    from quern.engines._cpu_model import CpuSession
 
     fed, feed = [], CpuSession.feed
     monkeypatch.setattr(CpuSession, "feed", lambda self, ids: (fed.append(len(ids)), feed(self, ids))[1])
