@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from quern.checkpoint.files import write_json
+from quern.checkpoint.files import write_bytes, write_json
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 
 STEPS = 3
@@ -54,8 +54,29 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def run_and_die(folder: Path, destination: Path, calls: int) -> None:
-    """``run_job`` that kills itself just before its ``calls``-th change of the disk's state."""
+LAST = ("index.json", "config.json", "quern.json")
+NEW = {"index.json": "new index", "config.json": "new config", "quern.json": "new", "model-1": "new weights", "z": "z"}
+OLD = {"index.json": "old index", "config.json": "old config", "quern.json": "old", "model-1": "old", "model-2": "old"}
+
+
+def run_into(destination: Path) -> None:
+    """Publishes ``NEW`` into the folder ``destination``, which exists, in place of ``OLD`` where that is there."""
+    old = destination / "quern.json"
+    if old.is_file() and old.read_text() == "new":
+        finish_removal(destination / ".quern-work", destination)
+        return
+    with WorkFolder.open(destination / ".quern-work", FINGERPRINT) as work:
+        if work.finish_publishing() is None:
+            for name, content in NEW.items():
+                write_bytes(work.path("artifact", name), content.encode())
+            replaced = [name for name in OLD if (destination / name).exists()]
+            work.publish(work.path("artifact"), destination, last=LAST, replaces=replaced)
+        else:
+            work.remove()
+
+
+def run_and_die(calls: int, job, *arguments) -> None:
+    """``job`` that kills itself just before its ``calls``-th change of the disk's state."""
     left = calls
 
     def lethal(function):
@@ -70,4 +91,4 @@ def run_and_die(folder: Path, destination: Path, calls: int) -> None:
 
     for name in ("fsync", "replace", "rename", "unlink", "rmdir", "ftruncate"):
         setattr(os, name, lethal(getattr(os, name)))
-    run_job(folder, destination)
+    job(*arguments)

@@ -24,6 +24,8 @@ JSON_LIMIT = 16 * 1024 * 1024
 """Most bytes of a configuration file; real ones have a few thousand."""
 _CHUNK = 1024 * 1024
 _AGAIN = "Download or copy the file again"
+_LONGEST_NAME = 240
+"""Bytes of a file's name that leave room for the ending of a temporary one (Linux: 255)."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -197,7 +199,7 @@ def atomic_output(path: Path, needed: int) -> Iterator[BinaryIO]:
     ``UserError`` when the disk is too full (said before the first byte where that can be known) or not writable; the
     temporary file is removed on every error.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{_shortened(path.name)}.tmp")
     with explain_write_errors(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         if needed > _free_bytes(path.parent):
@@ -212,6 +214,11 @@ def atomic_output(path: Path, needed: int) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+def _shortened(name: str) -> str:
+    """``name`` without its end where a few characters more would be too many for a file's name."""
+    return os.fsencode(name)[:_LONGEST_NAME].decode("utf-8", "ignore")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -231,5 +238,9 @@ def sync(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            # Network and shared file systems have nothing to do for a folder, and some say so.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+                raise
         finally:
             os.close(descriptor)

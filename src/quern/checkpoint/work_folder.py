@@ -12,11 +12,10 @@ k + 1 deletes should therefore be a step of their own.
 from __future__ import annotations
 
 import copy
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,9 @@ import torch
 
 from quern.checkpoint.files import explain_write_errors, read_json, sha256_of, sync, write_json
 from quern.checkpoint.journal import Record, append_record, read_journal
+from quern.checkpoint.lock import acquire
+from quern.checkpoint.output_place import OutputFolder
+from quern.checkpoint.publishing import is_moved, move_into, publishing_order, remove_entry, removing_order
 from quern.checkpoint.safetensors_file import read_tensors, write_safetensors
 from quern.core.errors import UserError, option
 
@@ -58,7 +60,7 @@ class WorkFolder:
         _check_is_ours(folder)
         with explain_write_errors(folder, 0):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = _acquire(folder)
+            lock = acquire(folder / _LOCK, folder)
         work = cls(folder, lock)
         try:
             with explain_write_errors(folder, 0):
@@ -70,6 +72,8 @@ class WorkFolder:
 
     def _begin(self, fingerprint: dict[str, Any], fresh: bool) -> None:
         known = self.folder / _FINGERPRINT
+        if fresh:
+            self._take_back()
         if fresh or not known.is_file():
             (self.folder / _JOURNAL).unlink(missing_ok=True)
         elif changed := differences(read_json(known), fingerprint):
@@ -112,11 +116,16 @@ class WorkFolder:
 
     def _is_intact(self, name: str, size: int, digest: str) -> bool:
         path = self.folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            return False
-        if self._hashed.get(name) != (_stamp(path), digest):
-            self._hashed[name] = (_stamp(path), sha256_of(path))
-        return self._hashed[name][1] == digest
+        return path.is_file() and path.stat().st_size == size and self._digest(name) == digest
+
+    def _digest(self, name: str) -> str:
+        """SHA-256 of a file, read once while its time stamp stays."""
+        path = self.folder / name
+        stamp, digest = self._hashed.get(name, (None, ""))
+        if stamp != _stamp(path):
+            digest = sha256_of(path)
+            self._hashed[name] = (_stamp(path), digest)
+        return digest
 
     def finish(self, step: str, files: list[Path], data: Mapping[str, Any]) -> None:
         """Record ``step`` as finished: its ``files`` (inside the folder) and plain JSON ``data``.
@@ -130,8 +139,7 @@ class WorkFolder:
             sync(path)
             for folder in inside.parents:
                 sync(self.folder / folder)
-            stored[inside.as_posix()] = (path.stat().st_size, sha256_of(path))
-            self._hashed[inside.as_posix()] = (_stamp(path), stored[inside.as_posix()][1])
+            stored[inside.as_posix()] = (path.stat().st_size, self._digest(inside.as_posix()))
         self._steps[step] = append_record(self.folder / _JOURNAL, step, stored, data)
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> Path:
@@ -144,32 +152,61 @@ class WorkFolder:
         """What ``write_tensors(name, ...)`` wrote."""
         return read_tensors(self.path(f"{name}.safetensors"))
 
-    def publish(self, artifact: Path, destination: str | Path) -> None:
+    def publish(
+        self, artifact: Path, destination: str | Path, *, last: Sequence[str] = (), replaces: Collection[str] = ()
+    ) -> None:
         """Move the finished folder ``artifact`` (inside the work folder) to ``destination`` and remove the work folder.
 
-        The move is one rename, so ``destination`` is complete or absent. Raises ``UserError`` when it exists and is not
-        an empty folder, lies on another disk or cannot be written; the work folder is kept then.
+        Where ``destination`` does not exist, the move is one rename. Into a folder that exists the files are moved one by
+        one, those called ``last`` at the end in their order, after the files ``replaces`` of an older artifact were
+        removed; ``finish_publishing`` goes on with that after a kill. Raises ``UserError`` when the folder holds anything
+        else or cannot be written; the work folder is kept then.
         """
         destination = Path(os.path.abspath(destination))
-        if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-            raise UserError(
-                f"{destination} already exists. Remove it or choose another output folder; the work is kept"
+        record: dict[str, Any] = {"artifact": artifact.relative_to(self.folder).as_posix(), "to": str(destination)}
+        kept: list[Path] = []
+        if os.path.lexists(destination):
+            if not destination.is_dir():
+                raise UserError(f"{destination} already exists. Remove it or choose another output; the work is kept")
+            OutputFolder(destination, self.folder).refuse_others(
+                replaces, "Move it away or choose another output folder; the work is kept"
             )
-        self.finish(_PUBLISH, [], {"artifact": artifact.relative_to(self.folder).as_posix(), "to": str(destination)})
+            record |= {"order": publishing_order(artifact, last), "replaces": removing_order([*replaces], last)}
+            kept = sorted(path for path in artifact.rglob("*") if path.is_file())
         _sync_tree(artifact)
-        with explain_write_errors(destination, 0):
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(artifact, destination)
-            sync(destination.parent)
+        self.finish(_PUBLISH, kept, record)
+        if kept:
+            move_into(artifact, destination, record["order"], record["replaces"])
+        else:
+            with explain_write_errors(destination, 0):
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                os.rename(artifact, destination)
+                sync(destination.parent)
         self.remove()
 
-    def published(self) -> Path | None:
-        """Where ``publish`` put the artifact, if it did and was killed before the work folder was gone; else None."""
+    def finish_publishing(self) -> Path | None:
+        """Where ``publish`` put the artifact, if it was killed before the work folder was gone; else None.
+
+        A publication that was stopped among its files is finished first. Raises ``UserError`` as ``publish`` does.
+        """
         record = self._steps.get(_PUBLISH)
-        if record is None or (self.folder / record.data["artifact"]).exists():
+        if record is None:
             return None
-        destination = Path(record.data["to"])
-        return destination if destination.is_dir() else None
+        artifact, destination = self.folder / record.data["artifact"], Path(record.data["to"])
+        if "order" in record.data:
+            move_into(artifact, destination, record.data["order"], record.data["replaces"])
+            return destination
+        return destination if destination.is_dir() and not artifact.exists() else None
+
+    def _take_back(self) -> None:
+        """Remove what a publication that was stopped among its files has moved; a complete one stays."""
+        data = publication(self.folder)
+        if data is None or is_moved(self.folder / data["artifact"], data["order"]):
+            return
+        destination = Path(data["to"])
+        for name in [*data["replaces"], *reversed(data["order"])]:
+            if name in data["replaces"] or not os.path.lexists(self.folder / data["artifact"] / name):
+                remove_entry(destination / name)
 
     def remove(self) -> None:
         """Delete the work folder and release it."""
@@ -209,8 +246,16 @@ def finish_removal(folder: str | Path, destination: str | Path) -> None:
     _remove_leftover(folder)
     if (folder / _FINGERPRINT).is_file():
         with WorkFolder.open(folder, read_json(folder / _FINGERPRINT)) as work:
-            if work.published() == Path(os.path.abspath(destination)):
+            if work.finish_publishing() == Path(os.path.abspath(destination)):
                 work.remove()
+
+
+def publication(folder: Path) -> dict[str, Any] | None:
+    """What is being published file by file from ``folder`` (``artifact``, ``to``, ``order``, ``replaces``), or None."""
+    if not (folder / _FINGERPRINT).is_file():
+        return None
+    record = read_journal(folder / _JOURNAL).get(_PUBLISH)
+    return record.data if record is not None and "order" in record.data else None
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -247,35 +292,6 @@ def _check_is_ours(folder: Path) -> None:
                 f"{folder} is not a quern work folder (it holds {strange[0]!r} and no {_FINGERPRINT}), so nothing in "
                 "it is touched. Choose another output folder"
             )
-
-
-def _acquire(folder: Path) -> int:
-    """A descriptor that holds the folder's lock. The lock goes with the process, however it ends."""
-    while True:
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-            os.close(descriptor)
-            raise UserError(
-                f"another process (id {owner or 'unknown'}) is working in {folder}. Wait for it, or choose another"
-                " output"
-            ) from None
-        if _is_still_there(folder / _LOCK, descriptor):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-            return descriptor
-        os.close(descriptor)
-
-
-def _is_still_there(path: Path, descriptor: int) -> bool:
-    """Whether ``path`` is the file that is open: its last holder may have removed the folder meanwhile."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return False
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:

@@ -15,13 +15,13 @@ from torch import Tensor
 import quern
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.files import explain_write_errors, read_json, write_json
+from quern.checkpoint.files import write_json
 from quern.checkpoint.safetensors_file import read_header
 from quern.checkpoint.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer
-from quern.checkpoint.work_folder import WorkFolder, differences, finish_removal
+from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.codecs.base import CODECS
 from quern.core.artifact import PROVENANCE
-from quern.core.errors import BadFileError, OutOfMemoryCapError, UserError, option
+from quern.core.errors import OutOfMemoryCapError, UserError, option
 from quern.core.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, WeightScheme, load_recipe
@@ -33,6 +33,7 @@ from quern.pipeline import sensitivity
 from quern.pipeline.blocks import CHAIN, layer_error, quantize_blocks
 from quern.pipeline.calibration_text import calibration_documents, calibration_sequences, text_sha256
 from quern.pipeline.job import Job, decoder_linears, quantized_modules
+from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
 
@@ -82,21 +83,24 @@ def quantize(
     ``BadFileError`` for damaged input.
     """
     progress = progress or Silent()
-    output = Path(output)
+    target = output_target(output, model, fresh)
+    output = Path(os.path.expanduser(output))
     checkpoint, chosen = open_checkpoint(model, progress=progress), _recipe(recipe, format)
     architecture = architecture_of(checkpoint.config)
     checkpoint.validate(architecture.expected_shapes())
     schemes, where = _check(chosen, architecture), _device(device)
     documents = calibration_documents(calibration) if chosen.needs_calibration else []
     fingerprint = _fingerprint(checkpoint, chosen, documents, seed, device, progress)
-    folder = output.with_name(output.name + ".quern-work")
-    if (report := _finished(output, fingerprint, checkpoint, fresh)) is not None:
-        finish_removal(folder, output)
-        return report
+    if (layers := finished_layers(target, fingerprint, fresh)) is not None:
+        finish_removal(target.work, target.path)
+        return _finished(output, chosen, checkpoint, layers)
     started = time.perf_counter()
     memory_plan.forget_peak()
     sequences = _sequences(checkpoint, architecture, chosen, documents, seed)
-    with WorkFolder.open(folder, fingerprint, fresh) as work, deterministic_workers(threads) as workers:
+    with WorkFolder.open(target.work, fingerprint, fresh) as work, deterministic_workers(threads) as workers:
+        if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:
+            work.remove()
+            return _finished(output, chosen, checkpoint, layers)
         resumed = work.done("started") is not None
         job = Job(
             checkpoint,
@@ -125,10 +129,8 @@ def quantize(
         _start_chain(job)
         quantize_blocks(job)
         layers = _write_metadata(job, schemes, fingerprint)
-        if fresh and output.exists():
-            with explain_write_errors(output, 0):
-                os.rename(output, work.path("replaced"))  # one step, and gone with the work folder
-        work.publish(work.path("artifact"), output)
+        replaced = artifact_names(target.path) if fresh else ()
+        work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
     notes = [*job.notes, *job.format.notes()]
     return _report(output, chosen, checkpoint, time.perf_counter() - started + spared, layers, resumed, notes)
 
@@ -269,23 +271,8 @@ def _write_metadata(job: Job, schemes: dict[str, WeightScheme], fingerprint: dic
     return errors
 
 
-def _finished(output: Path, fingerprint: dict[str, Any], checkpoint: Checkpoint, fresh: bool) -> QuantizeReport | None:
-    """The report of an artifact that an earlier run of the same job finished. Refuses to touch anything else."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    try:
-        provenance = read_json(output / PROVENANCE)
-        then, layers = dict(provenance["fingerprint"]), list(provenance["layers"])
-    except (BadFileError, KeyError, TypeError, ValueError):
-        raise UserError(f"{output} exists and is not an artifact of quern. Choose another output folder") from None
-    if fresh:
-        return None
-    if changed := differences(then, fingerprint):
-        raise UserError(
-            f"{output} holds the result of another job. {changed}\n"
-            f"Choose another output folder, or pass {option('fresh=True', '--fresh')} to replace it"
-        )
-    recipe = Recipe.model_validate(fingerprint["recipe"])
+def _finished(output: Path, recipe: Recipe, checkpoint: Checkpoint, layers: list[dict[str, Any]]) -> QuantizeReport:
+    """The report of an artifact that an earlier run of the same job made."""
     return _report(output, recipe, checkpoint, None, layers, True, ["was finished already"])
 
 
@@ -299,7 +286,7 @@ def _report(
     notes: list[str],
 ) -> QuantizeReport:
     artifact = open_checkpoint(output)
-    size = sum(path.stat().st_size for path in output.iterdir())
+    size = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
     data = sum(artifact.info(name).stored_bytes for name in artifact.names())
     return QuantizeReport(
         path=output,

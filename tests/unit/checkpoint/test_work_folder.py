@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from work_folder_job import FINGERPRINT, hashes, run_and_die, run_job
+from work_folder_job import FINGERPRINT, LAST, NEW, OLD, hashes, run_and_die, run_into, run_job
 
+from quern.checkpoint.files import write_bytes
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.core.errors import UserError
 
@@ -49,19 +50,132 @@ def test_a_kill_before_any_change_of_the_disk_loses_nothing(processes, expected,
     while True:
         calls += 1
         work, out = tmp_path / f"{calls}.work", tmp_path / str(calls)
-        code = run(processes, run_and_die, work, out, calls)
+        code = run(processes, run_and_die, calls, run_job, work, out)
         if code == 0:
             break
         assert code == KILLED
         # Not before the rename that publishes it may anything be seen.
         assert not out.exists() or hashes(out) == expected
         if calls % 3 == 0:
-            run(processes, run_and_die, work, out, 1 + calls % 7)
+            run(processes, run_and_die, 1 + calls % 7, run_job, work, out)
         run_job(work, out)
         assert hashes(out) == expected
         assert not work.exists()
         assert not work.with_name(f"{work.name}.removing").exists()
     assert calls > 40
+
+
+@pytest.mark.parametrize("before", [{}, OLD], ids=["empty", "older artifact"])
+def test_kills_while_files_are_moved_into_a_folder_never_leave_a_mixture(processes, tmp_path, before):
+    """Exhaustive: what says that a folder is complete (``LAST``) is never there together with files of two artifacts."""
+    calls = 0
+    while True:
+        calls += 1
+        out = tmp_path / str(calls)
+        write(out, before)
+        code = run(processes, run_and_die, calls, run_into, out)
+        assert code in (0, KILLED)
+        found = {name: (out / name).read_text() for name in {*NEW, *OLD} if (out / name).exists()}
+        if any(name in found for name in LAST[1:]):
+            whole = OLD if found.get("config.json", found.get("quern.json", "")).startswith("old") else NEW
+            assert {name: found[name] for name in found if name in whole} == {
+                name: whole[name] for name in whole if name in found
+            }
+            weights = [name for name in whole if name not in LAST]
+            assert all(name in found for name in weights)
+        if calls % 3 == 0:
+            run(processes, run_and_die, 1 + calls % 5, run_into, out)
+        run_into(out)
+        assert {path.name: path.read_text() for path in out.iterdir()} == NEW
+        if code == 0:
+            break
+    assert calls > 20
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+
+
+def test_a_stranger_in_the_way_of_a_file_is_kept(tmp_path):
+    write(tmp_path / "out", {})
+    with WorkFolder.open(tmp_path / "out" / ".quern-work", FINGERPRINT) as work:
+        for name, content in NEW.items():
+            write_bytes(work.path("artifact", name), content.encode())
+        (tmp_path / "out" / "mine").write_text("mine")
+        with pytest.raises(UserError, match="holds 'mine', which quern did not write"):
+            work.publish(work.path("artifact"), tmp_path / "out", last=LAST)
+    assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def stopped_among_its_files(out: Path, monkeypatch, before: dict[str, str], moved: int = 2) -> None:
+    """A publication into ``out`` that ended after so many files."""
+    write(out, before)
+    real, left = os.rename, [moved]
+
+    def rename(source, target):
+        if Path(target).parent == out:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            run_into(out)
+
+
+def test_a_publication_in_whose_way_a_file_appeared_is_refused_until_it_is_gone(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stopped_among_its_files(out, monkeypatch, {})
+    (out / "config.json").write_text("mine")
+    with pytest.raises(UserError, match=r"config.json has appeared meanwhile.*the work is kept"):
+        run_into(out)
+    assert (out / "config.json").read_text() == "mine"
+    (out / "config.json").unlink()
+    run_into(out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == NEW
+
+
+def test_a_publication_that_lost_a_file_says_so_and_fresh_takes_the_rest_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stopped_among_its_files(out, monkeypatch, OLD)
+    (out / "model-1").unlink()
+    with pytest.raises(UserError, match=r"model-1 is gone.*fresh=True"):
+        run_into(out)
+    WorkFolder.open(out / ".quern-work", FINGERPRINT, fresh=True).close()
+    assert [path.name for path in out.iterdir()] == [".quern-work"]
+
+
+def test_fresh_keeps_what_was_published_whole(tmp_path):
+    out = tmp_path / "out"
+    write(out, {})
+    with WorkFolder.open(out / ".quern-work", FINGERPRINT) as work:
+        for name, content in NEW.items():
+            write_bytes(work.path("artifact", name), content.encode())
+        work.remove = work.close  # as if killed in between
+        work.publish(work.path("artifact"), out, last=LAST)
+    WorkFolder.open(out / ".quern-work", FINGERPRINT, fresh=True).close()
+    assert {path.name: path.read_text() for path in out.iterdir() if path.is_file()} == NEW
+
+
+def test_a_folder_that_came_to_lie_on_another_disk_gets_copies(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    real = os.rename
+
+    def rename(source, target):
+        if Path(target).parent == out:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        real(source, target)
+
+    with finished(tmp_path / "work") as work, monkeypatch.context() as patch:
+        out.mkdir()
+        patch.setattr(os, "rename", rename)
+        work.publish(work.path("artifact"), out)
+    assert [path.name for path in out.iterdir()] == ["x.safetensors"]
+    assert not (tmp_path / "work").exists()
 
 
 def test_kills_at_random_moments_lose_nothing(processes, expected, tmp_path):
@@ -247,7 +361,7 @@ def test_publishing_needs_a_free_place(tmp_path):
     out.mkdir()
     (out / "mine").write_text("mine")
     with finished(tmp_path / "work") as work:
-        with pytest.raises(UserError, match="already exists"):
+        with pytest.raises(UserError, match="holds 'mine', which quern did not write.*the work is kept"):
             work.publish(work.path("artifact"), out)
         assert work.path("artifact", "x.safetensors").exists()
         (out / "mine").unlink()

@@ -1,0 +1,217 @@
+"""Where a command may write: tried out before the work, so that nothing is refused after it.
+
+A folder that does not exist yet is made beside the work and appears by one rename. One that exists (an empty folder, a
+mount point) is kept as it is: the work folder lies inside it, and its files are moved in one by one. Symbolic links are
+followed first: what they point to is written, and the links stay.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from quern.checkpoint.files import explain_write_errors, write_bytes
+from quern.core.errors import UserError
+
+BESIDE = ".quern-work"
+"""Ending of the work folder beside an output folder, and the name of the one inside."""
+_PROBE = ".quern-probe-"
+_HOUSEKEEPING = (BESIDE, f"{BESIDE}.removing", "lost+found")
+"""Names that an output folder may hold before anything is written: quern's own, and what a new file system comes with."""
+_NO_NEW_FILE = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder to write: its absolute ``path`` without links, and where the ``work`` for it is kept."""
+
+    path: Path
+    work: Path
+
+    @property
+    def inside(self) -> bool:
+        """Whether the work folder lies inside the output folder."""
+        return self.work.parent == self.path
+
+    def entries(self) -> list[str]:
+        """Names in the output folder, sorted, without housekeeping; empty where it does not exist."""
+        with explain_write_errors(self.path, 0):
+            names = os.listdir(self.path) if self.path.is_dir() else []
+        return sorted(name for name in names if name not in _HOUSEKEEPING and not name.startswith(_PROBE))
+
+    def refuse_others(self, own: Collection[str], advice: str = "Choose another output folder") -> None:
+        """Raise ``UserError`` for the first entry that is not among ``own``."""
+        others = [name for name in self.entries() if name not in own]
+        if others:
+            more = f" and {len(others) - 1} more" if others[1:] else ""
+            raise UserError(f"{self.path} holds {others[0]!r}{more}, which quern did not write. {advice}")
+
+    def tried(self) -> OutputFolder:
+        """This place, once all that publishing will do was tried in it, and nothing left behind.
+
+        Where the work folder cannot lie beside (its name is too long there, or a folder cannot be renamed), it is put
+        inside. Raises ``UserError`` where neither is possible.
+        """
+        with explain_write_errors(self.path, 0):
+            if self.inside:
+                _try_inside(self.path)
+                return self
+            try:
+                _try_beside(self.path)
+            except OSError:
+                if not _possible_inside(self.path):
+                    raise
+                return OutputFolder(self.path, self.path / BESIDE)
+            return self
+
+
+def output_folder(given: str | Path, model: str | Path | None = None) -> OutputFolder:
+    """Where the folder ``given`` is, and where the work for it goes. Nothing is written; ``tried`` tries it.
+
+    Raises ``UserError`` for a path that is no folder, cannot be one, or is the ``model`` (a path or a Hub id) itself.
+    """
+    path = resolved(given)
+    with explain_write_errors(path, 0):
+        status = _status(path)
+    if status is not None and not stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{path} exists and is no folder. Choose another output folder")
+    if model is not None and path == resolved(model):
+        raise UserError(f"the output folder {path} is the model itself. Choose another output folder")
+    beside = path.with_name(f"{path.name}{BESIDE}") if path.name else None
+    if beside is not None and (status is None or os.path.isdir(beside)):  # one of an interrupted run is continued
+        return OutputFolder(path, beside)
+    return OutputFolder(path, path / BESIDE)
+
+
+def output_file(given: str | Path, is_ours: Callable[[Path], bool]) -> Path:
+    """Where the file ``given`` is (absolute, links followed), once it is clear that it may and can be written.
+
+    An existing file is replaced if it is empty or ``is_ours`` says that quern wrote it. Raises ``UserError`` for every other
+    one, for folders and special files, and where nothing can be written.
+    """
+    path = resolved(given)
+    with explain_write_errors(path, 0):
+        status = _status(path)
+        if os.fspath(given).endswith(os.sep) or (status is not None and stat.S_ISDIR(status.st_mode)):
+            raise UserError(f"{os.fspath(given)!r} is a folder, and a file is to be written. Add the file's name to it")
+        if status is not None and not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} exists and is not a regular file. Choose another name for the output")
+        if status is not None and status.st_size > 0 and not is_ours(path):
+            raise UserError(f"{path} exists and was not written by quern. Move it away or choose another output")
+        try:
+            _try_file(path)
+        except OSError:
+            if status is None or not os.access(path, os.W_OK):
+                raise
+    return path
+
+
+def write_output(path: Path, data: bytes) -> None:
+    """Write a file that ``output_file`` allowed: whole or not at all wherever the folder takes a new file.
+
+    A file that can only be written in place (it is mounted by itself, or its folder is read-only) is.
+    """
+    try:
+        write_bytes(path, data)
+    except UserError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _NO_NEW_FILE and os.access(path, os.W_OK) and path.is_file():
+            with explain_write_errors(path, len(data)), open(path, "r+b") as file:
+                file.write(data)
+                file.truncate()
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            raise
+
+
+def resolved(given: str | Path) -> Path:
+    """``given`` as an absolute path: ``~`` is the home folder, links are followed. Raises ``UserError`` for no path."""
+    text = os.fspath(given)
+    if not text or "\0" in text:
+        raise UserError(f"{text!r} is no path to write to. Give the path of a file or folder")
+    return Path(os.path.realpath(os.path.expanduser(text)))
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above ``path`` that exists."""
+    return next(folder for folder in path.parents if os.path.lexists(folder))
+
+
+def _possible_inside(path: Path) -> bool:
+    """Whether ``path``, which does not exist, can be made and written into."""
+    try:
+        os.mkdir(path)
+        try:
+            _try_inside(path)
+        finally:
+            os.rmdir(path)
+    except OSError:
+        return False
+    return True
+
+
+def _try_beside(path: Path) -> None:
+    """A file in a folder with the longest name that the work folder will have, and that folder's rename."""
+    folder = _existing(path)
+    made = folder / f"{_PROBE}{secrets.token_hex(4)}"
+    # With the name itself: file systems differ in what they allow.
+    moved = folder / f"{path.name}{BESIDE}.removing.{secrets.token_hex(2)}"
+    os.mkdir(made)
+    try:
+        _write_probe(made / "file")
+        os.rename(made, moved)
+    finally:
+        for place in (made, moved):
+            with suppress(OSError):
+                (place / "file").unlink(missing_ok=True)
+                place.rmdir()
+
+
+def _try_inside(path: Path) -> None:
+    """A file in a folder inside ``path``, and its move to where an artifact's files go."""
+    made = path / f"{_PROBE}{secrets.token_hex(4)}"
+    moved = path / f"{made.name}-moved"
+    os.mkdir(made)
+    try:
+        _write_probe(made / "file")
+        os.rename(made / "file", moved)
+    finally:
+        with suppress(OSError):
+            moved.unlink(missing_ok=True)
+            (made / "file").unlink(missing_ok=True)
+            made.rmdir()
+
+
+def _try_file(path: Path) -> None:
+    """A temporary file where ``path`` will be, and its rename within the folder."""
+    folder = _existing(path)
+    made = folder / f"{_PROBE}{secrets.token_hex(4)}"
+    try:
+        _write_probe(made)
+        os.rename(made, folder / f"{made.name}-moved")
+    finally:
+        for place in (made, folder / f"{made.name}-moved"):
+            with suppress(OSError):
+                place.unlink(missing_ok=True)
+
+
+def _write_probe(path: Path) -> None:
+    """A file of one byte, on the disk: a full disk takes the name and not the byte."""
+    with open(path, "xb") as file:
+        file.write(b"\0")
+        file.flush()
+        os.fsync(file.fileno())
