@@ -287,7 +287,7 @@ def test_compressed_tensors_rotations_are_what_its_own_package_applies(untied_mo
 
     folder = tmp_path / "compressed-tensors"
     page = (Path(__file__).resolve().parents[2] / "docs" / "compressed-tensors.md").read_text("utf-8")
-    example = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[-1]
     names: dict[str, Any] = {}
     exec(example.replace('"quantized"', repr(str(folder))).replace("(folder)", "(folder, dtype='float32')"), names)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
+from artifacts import INT8
 from sample_results import HQQ, LLAMA, make_reference, make_row, sample_rows, sample_tool_results, sample_tool_rows
 
 from quern.advisor.deployment import licence_of, maker_of, runtime_target, targets_of
@@ -103,17 +105,35 @@ def test_every_runtime_of_the_adapters_is_a_target_that_it_declares():
         assert runtime_target(make_row("a", tool=tool)) in adapter.targets
 
 
+W4 = {"name": "a", "format": "compressed-tensors"}
+
+
 @pytest.mark.parametrize(
     ("recipe", "targets"),
     [
         ({"name": "a"}, {"quern", "transformers"}),
         ({"name": "a", "format": "quern"}, {"quern", "transformers"}),
         ({"name": "a", "format": "compressed-tensors"}, {"quern", "transformers", "vllm"}),
+        (W4 | {"weights": {"bits": 4, "symmetric": False}}, {"quern", "vllm"}),
+        (W4 | {"overrides": [{"pattern": "*.o_proj", "symmetric": False}]}, {"quern", "vllm"}),
+        (W4 | {"transforms": [{"method": "hadamard", "random_signs": False}]}, {"quern"}),
+        (W4 | {"weights": {"bits": 3}}, {"quern", "transformers"}),
+        (W4 | {"weights": INT8, "activations": {"mode": "dynamic"}}, {"quern", "transformers", "vllm"}),
+        (W4 | {"weights": {"codec": "from another version"}, "more": 1}, {"quern"}),
         (None, {"quern", "transformers", "vllm"}),
     ],
 )
 def test_what_loads_our_own_formats(recipe, targets):
     assert set(targets_of(make_row("a", recipe=recipe))) == targets
+
+
+def test_a_row_that_a_runtime_does_not_run_says_why():
+    asymmetric = make_row("a", recipe=W4 | {"weights": {"bits": 4, "symmetric": False}})
+    outcome = recommend([make_reference(), asymmetric], "storage", target="transformers", max_loss=10.0)
+    assert "a" not in [entry.name for entry in outcome.ranking]
+    assert re.search(
+        r"does not load in transformers; .*asymmetric weights only by .*dequantize=True", reasons(outcome)["a"]
+    )
 
 
 def test_licence():

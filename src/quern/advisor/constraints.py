@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from quern.advisor.deployment import licence_of, targets_of
+from quern.advisor.deployment import licence_of, obstacle_to, targets_of
 from quern.advisor.scoring import Yardstick, loss_of, positive
 from quern.core.errors import UserError
 from quern.core.figures import bytes_text, percent_text, significant
@@ -96,6 +96,8 @@ class Constraints:
             yield from self._agreement_miss(row.top1_agreement, self.min_agreement)
         if self.target is not None and self.target not in (known := targets_of(row)):
             text = f"does not load in {self.target}; it loads in {', '.join(known) or 'nothing that is known'}"
+            if why := obstacle_to(row, self.target):
+                text += f" ({why})"
             yield Miss("target", text, math.inf)
         if self.licences is not None:
             yield from self._licence_miss(row, self.licences)

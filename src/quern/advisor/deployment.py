@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pydantic import ValidationError
+
+from quern.core.readers import obstacles_of, readers_of
+from quern.core.recipe import Recipe
 from quern.core.results import Row, Target
 
 QUERN_LICENCE = "Apache-2.0"
 
 _UNQUANTIZED: tuple[Target, ...] = ("transformers", "vllm", "quern")
 """What loads a Hugging Face checkpoint without a conversion."""
-_BY_FORMAT: dict[str, tuple[Target, ...]] = {
-    # transformers loads it through the plug-in that `import quern` registers.
-    "quern": ("quern", "transformers"),
-    "compressed-tensors": ("vllm", "transformers", "quern"),
-}
-
 _BY_RUNTIME: dict[str, Target] = {
     "transformers": "transformers",
     "vllm": "vllm",
@@ -33,7 +31,23 @@ def targets_of(row: Row) -> tuple[str, ...]:
         return tuple(row.tool.targets)
     if row.recipe is None:
         return _UNQUANTIZED
-    return _BY_FORMAT.get(row.recipe.get("format", "quern"), ("quern",))
+    recipe = _recipe_of(row)
+    return ("quern",) if recipe is None else readers_of(recipe)
+
+
+def obstacle_to(row: Row, target: Target) -> str:
+    """Why ``target`` does not run the row's artifact as it is, where more is known than that it does not read its format."""
+    recipe = _recipe_of(row)
+    found = [] if recipe is None else [obstacle for obstacle in obstacles_of(recipe) if obstacle.target == target]
+    return "; ".join(f"{obstacle.target} {obstacle.reason}" for obstacle in found)
+
+
+def _recipe_of(row: Row) -> Recipe | None:
+    """The recipe of a row that quern made; None where this version does not know it."""
+    try:
+        return Recipe.model_validate(row.recipe) if row.tool is None and row.recipe is not None else None
+    except ValidationError:
+        return None
 
 
 def runtime_of(row: Row) -> str:

@@ -162,7 +162,7 @@ class ReferenceEngine(Engine):
             )
         if threads is not None:
             torch.set_num_threads(threads)
-        model = _from_pretrained(Path(checkpoint.path), dtype, _has_zero_points(config))
+        model = _from_pretrained(Path(checkpoint.path), dtype, _has_zero_points(config, checkpoint.path))
         if method == "compressed-tensors":
             _decompress(model, checkpoint.path)
             if config.get("transform_config"):
@@ -170,12 +170,18 @@ class ReferenceEngine(Engine):
         return ReferenceModel(model)
 
 
-def _has_zero_points(config: dict[str, Any]) -> bool:
-    """Whether a compressed-tensors configuration stores packed zero points."""
+def _has_zero_points(config: dict[str, Any], path: Path) -> bool:
+    """Whether a compressed-tensors configuration stores packed zero points; ``UserError`` where it has several schemes."""
     groups = config.get("config_groups")
     known = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
     weights = [group["weights"] for group in known if isinstance(group.get("weights"), dict)]
-    return any(not found.get("symmetric", True) for found in weights)
+    found = any(not one.get("symmetric", True) for one in weights)
+    if found and len(weights) > 1:  # transformers 5.24 decompresses all by the scheme of one
+        raise UserError(
+            f"{path} holds asymmetric weights beside weights of another scheme, which transformers does not decompress "
+            "rightly. Quantize the checkpoint again with one scheme, or with symmetric ones"
+        )
+    return found
 
 
 def _from_pretrained(folder: Path, dtype: DtypeName, decompress: bool) -> Any:

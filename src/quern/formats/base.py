@@ -49,8 +49,8 @@ class Format(ABC):
         """What goes into config.json. ``unquantized``: the linears, by full name, that keep the checkpoint's weights;
         ``shapes`` as in ``check``."""
 
-    def notes(self) -> list[str]:
-        """What whoever quantizes should know of the artifact's readers."""
+    def notes(self, biased: Sequence[str]) -> list[str]:
+        """What whoever quantizes should know of the artifact's readers. ``biased``: the quantized modules with a bias."""
         return []
 
 

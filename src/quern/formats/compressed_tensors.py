@@ -11,7 +11,7 @@ width, where each of our groups has signs of its own, and its readers multiply b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from quern.codecs._bits import pack
 from quern.codecs._rotation import block_size
 from quern.core.errors import UserError, option
 from quern.core.packed import QuantizedWeight
+from quern.core.readers import obstacles_of
 from quern.core.recipe import Recipe, WeightScheme
 from quern.formats.base import FORMATS, Format
 
@@ -37,21 +38,23 @@ class CompressedTensors(Format):
     extra = "compressed-tensors"
 
     def check(self, schemes: dict[str, WeightScheme], shapes: dict[str, tuple[int, ...]]) -> None:
+        problems: dict[str, list[str]] = {}
+        if self.recipe.random_signs:
+            problems["its Hadamard rotation has no random signs; set random_signs: false in transform hadamard"] = []
         for module, scheme in schemes.items():
-            problem = _problem(module, scheme, shapes[module], self.recipe)
-            if problem:
-                raise UserError(
-                    f"format compressed-tensors cannot store {module} of recipe {self.recipe.name!r}: {problem}. "
-                    f"Change the recipe, or use {_QUERN}"
-                )
-        for fused in FUSED:
-            for module in schemes:
-                stem, _, last = module.rpartition(".")
-                if last in fused and any(schemes.get(f"{stem}.{name}") != schemes[module] for name in fused):
-                    raise UserError(
-                        f"format compressed-tensors: {', '.join(fused)} of {stem} need one scheme, because vLLM joins "
-                        f"them into one matrix. Change the recipe's overrides, or use {_QUERN}"
-                    )
+            for problem in _problems(module, scheme, shapes[module], self.recipe):
+                problems.setdefault(problem, []).append(module)
+        for problem in _torn(schemes):
+            problems[problem] = []
+        linears = {module: scheme for module, scheme in schemes.items() if not module.endswith("embed_tokens")}
+        if len(self._alike(linears)) > 1 and not all(scheme.symmetric for scheme in linears.values()):
+            problems["asymmetric weights need one scheme for all, because transformers decompresses all by one"] = []
+        if problems:
+            raise UserError(
+                f"format compressed-tensors cannot store recipe {self.recipe.name!r}:\n"
+                + "\n".join(f"  {problem}{_examples(modules)}" for problem, modules in problems.items())
+                + f"\nChange the recipe, or use {_QUERN}"
+            )
 
     def encode(
         self, module: str, weight: QuantizedWeight, input_scale: float | None, input_signs: Tensor | None = None
@@ -80,9 +83,7 @@ class CompressedTensors(Format):
     def quantization_config(
         self, schemes: dict[str, WeightScheme], unquantized: Sequence[str], shapes: dict[str, tuple[int, ...]]
     ) -> dict[str, Any]:
-        alike: dict[tuple[WeightScheme, str], list[str]] = {}
-        for module, scheme in sorted(schemes.items()):
-            alike.setdefault((scheme, _activation_mode(module, self.recipe)), []).append(module)
+        alike = self._alike(schemes)
         groups, formats = {}, set()
         for position, ((scheme, mode), modules) in enumerate(alike.items()):
             name = "pack-quantized" if mode == "none" else "int-quantized"
@@ -108,10 +109,22 @@ class CompressedTensors(Format):
             config["transform_config"] = {"config_groups": _rotations(widths)}
         return config
 
-    def notes(self) -> list[str]:
-        if not self.recipe.rotated:
-            return []
-        return ["transformers does not rotate inputs by itself; docs/compressed-tensors.md has the lines that make it"]
+    def _alike(self, schemes: dict[str, WeightScheme]) -> dict[tuple[WeightScheme, str], list[str]]:
+        """The modules of each scheme and mode of activations: the groups of the configuration."""
+        alike: dict[tuple[WeightScheme, str], list[str]] = {}
+        for module, scheme in sorted(schemes.items()):
+            alike.setdefault((scheme, _activation_mode(module, self.recipe)), []).append(module)
+        return alike
+
+    def notes(self, biased: Sequence[str]) -> list[str]:
+        found = [f"{obstacle.target} {obstacle.reason}" for obstacle in obstacles_of(self.recipe)]
+        if self.recipe.rotated and (rotated := [module for module in biased if _in_block(module)]):
+            names = sorted({module.rpartition(".")[2] for module in rotated})
+            found.append(
+                f"vllm refuses this artifact: it rotates no inputs of linears with a bias, and {', '.join(names)} of this "
+                "model have one; leave the rotation away, or keep them out of it by overrides of codec none"
+            )
+        return found
 
 
 def _activation_mode(module: str, recipe: Recipe) -> str:
@@ -145,20 +158,40 @@ def _rotations(widths: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _problem(module: str, scheme: WeightScheme, shape: tuple[int, ...], recipe: Recipe) -> str | None:
+def _problems(module: str, scheme: WeightScheme, shape: tuple[int, ...], recipe: Recipe) -> Iterator[str]:
+    """Everything about ``module`` that the format, or vLLM with it, cannot say."""
     if scheme.codec != "integer":
-        return f"it stores integers, not codec {scheme.codec!r}"
-    if recipe.random_signs:
-        return "its Hadamard rotation has no random signs; set random_signs: false in transform hadamard"
+        yield f"it stores integers, not codec {scheme.codec!r}; set codec: integer"
     if module.endswith("embed_tokens"):
-        return "vLLM reads no quantized embedding; set embedding: {codec: none}"
+        yield "vLLM reads no quantized embedding; set embedding: {codec: none}"
+        return
     if scheme.group_size is not None and shape[1] % scheme.group_size:
-        return f"the rows have {shape[1]} inputs, which is not a multiple of the group size {scheme.group_size}"
+        yield f"the rows have {shape[1]} inputs, which is not a multiple of the group size {scheme.group_size}"
     if scheme.bits < 2:
-        return "1-bit integers are not part of it"
+        yield "1-bit integers are not part of it"
     if _activation_mode(module, recipe) == "none" and scheme.granularity == "tensor":
-        return "weight-only quantization per tensor is not part of it; use granularity channel or group"
-    return None
+        yield "weight-only quantization per tensor is not part of it; use granularity channel or group"
+
+
+def _torn(schemes: dict[str, WeightScheme]) -> list[str]:
+    """Linears that vLLM joins into one matrix and that have several schemes."""
+    found: dict[str, None] = {}
+    for fused in FUSED:
+        for module in schemes:
+            stem, _, last = module.rpartition(".")
+            if last in fused and any(schemes.get(f"{stem}.{name}") != schemes[module] for name in fused):
+                found[f"{', '.join(fused)} of {stem}"] = None
+    return [
+        f"{names} need one scheme, because vLLM joins them into one matrix; change the overrides" for names in found
+    ]
+
+
+def _examples(modules: Sequence[str]) -> str:
+    """One module's name and how many more there are; nothing where a line names its modules itself."""
+    if not modules:
+        return ""
+    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+    return f" ({modules[0]}{more})"
 
 
 def _packed(scheme: WeightScheme, codes: Tensor) -> Tensor:

@@ -131,7 +131,8 @@ def quantize(
         layers = _write_metadata(job, schemes, fingerprint)
         replaced = artifact_names(target.path) if fresh else ()
         work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
-    notes = [*job.notes, *job.format.notes()]
+    biased = [module for module in schemes if f"{module}.bias" in architecture.expected_shapes()]
+    notes = [*job.notes, *job.format.notes(biased)]
     return _report(output, chosen, checkpoint, time.perf_counter() - started + spared, layers, resumed, notes)
 
 
@@ -153,7 +154,7 @@ def _check(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme
     unused = [o.pattern for o in recipe.overrides if not any(o.matches(name) for name in linears)]
     if unused:
         raise UserError(
-            f"recipe {recipe.name!r}: no linear matches the pattern {unused[0]!r}; names look like "
+            f"recipe {recipe.name!r}: no linear matches {' or '.join(map(repr, unused))}; names look like "
             f"{architecture.block_prefix(0)}{next(architecture.linears())}"
         )
     shapes = {name.removesuffix(".weight"): shape for name, shape in architecture.expected_shapes().items()}
