@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from quern.advisor.recommend import recommend
     from quern.core.recipe import Recipe, load_recipe
     from quern.core.results import load_results
+    from quern.pipeline.chat import Chat
     from quern.pipeline.compare import compare
     from quern.pipeline.evaluate import evaluate
     from quern.pipeline.generate import generate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chat",
     "Recipe",
     "__version__",
     "compare",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Chat": "quern.pipeline.chat",
     "Recipe": "quern.core.recipe",
     "compare": "quern.pipeline.compare",
     "evaluate": "quern.pipeline.evaluate",

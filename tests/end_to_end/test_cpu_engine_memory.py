@@ -212,7 +212,7 @@ def test_a_cache_that_the_system_refuses_says_how_much_fits(tmp_path):
     assert 0.4 * (1 << 28) <= capacity * EACH <= 1 << 28
     assert first == f"{capacity} the system gives memory for {capacity} tokens of context"
     assert second.startswith(
-        f"the system gives no memory for a key/value cache of {1 << 22} tokens (1.6 GB), only for one of "
+        f"the system gives no memory for a key/value cache of {1 << 22} tokens (1.61 GB), only for one of "
     )
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from quern.cli import options
-from quern.cli.outcome import say, show, verb, working
+from quern.cli.outcome import say, show, tell, verb, working
 
 
 @verb("quern chat quantized --system 'Answer in one sentence.'")
@@ -42,6 +42,7 @@ def chat(
             threads=threads,
             engine=engine,
             cache=cache,
+            tell=tell,
         )
     turns = []
     for message in _messages():

@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from quern.cli import options
-from quern.cli.outcome import show, verb, working
+from quern.cli.outcome import show, tell, verb, working
 
 
 @verb('quern generate quantized --prompt "def add(a, b):" --max-tokens 40')
@@ -40,6 +40,7 @@ def generate(
             threads=threads,
             engine=engine,
             cache=cache,
+            tell=tell,
         )
         text = "".join(pieces) if json else None
     if json:

@@ -120,6 +120,11 @@ def say(message: str, stderr: bool = False) -> None:
     console(stderr).print(Text(message), soft_wrap=True)
 
 
+def tell(note: str) -> None:
+    """Print a note to stderr."""
+    say(f"note: {note}", stderr=True)
+
+
 def show(result: object, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
     """Print ``result`` as JSON, or what ``render`` makes of it for a person."""
     if as_json:

@@ -50,7 +50,8 @@ def engine_for(checkpoint: Checkpoint, name: str = AUTO) -> str:
         if (reason := ENGINES.get(name)().runs(checkpoint)) is not None:
             raise UserError(
                 f"the {name} engine does not run {checkpoint.path}: {reason}. "
-                f"Use {option(f'engine={AUTO!r}', f'--engine {AUTO}')}"
+                f"Use {option(f'engine={AUTO!r}', f'--engine {AUTO}')}, which takes the reference engine where it must: "
+                "slower, but it runs what transformers runs"
             )
         return name
     return next((known for known in PREFERRED if ENGINES.get(known)().runs(checkpoint) is None), "reference")

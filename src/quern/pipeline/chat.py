@@ -12,8 +12,9 @@ from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import UserError
 from quern.engines.base import AUTO
 from quern.pipeline.detokenize import Detokenizer
-from quern.pipeline.generate import continuation, end_tokens, load_model, pieces
+from quern.pipeline.generate import Tell, continuation, load_model, noted, pieces, warn
 from quern.pipeline.sampling import Sampler, SamplingOptions
+from quern.pipeline.stopping import end_tokens
 
 
 class Chat:
@@ -35,6 +36,7 @@ class Chat:
         threads: int | None = None,
         engine: str = AUTO,
         cache: str | None = None,
+        tell: Tell = warn,
     ) -> None:
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; give how many tokens an answer may have, 1 or more")
@@ -46,8 +48,8 @@ class Chat:
                 f"the tokenizer of {path} has no chat template, so it is not a model for conversations; "
                 "continue a text with `quern generate` instead"
             )
-        self._max_tokens, self._end = max_tokens, end_tokens(checkpoint)
-        self._model = load_model(checkpoint, engine, threads, cache)
+        self._max_tokens, self._end = max_tokens, end_tokens(checkpoint, self._tokenizer)
+        self._tell, self._model = tell, load_model(checkpoint, engine, threads, cache, tell)
         self._messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self._session, self._fed = self._model.start(), list[int]()
 
@@ -72,7 +74,7 @@ class Chat:
         self._session.rewind(kept)
         given, spoken, said = ids[kept:], list[int](), list[str]()
         decode = partial(self._tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        tokens = continuation(self._session, given, count, self._sampler, self._end)
+        tokens = noted(continuation(self._session, given, count, self._sampler, self._end), self._model, self._tell)
         try:
             for piece in pieces(_remembered(tokens, spoken), Detokenizer(decode, ids)):
                 said.append(piece)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.files import read_json
 from quern.checkpoint.tokenizer import load_tokenizer
-from quern.core.engine import LimitedSession
-from quern.core.errors import BadFileError, UserError, option
+from quern.core.engine import LimitedSession, NotingModel
+from quern.core.errors import UserError, option
 from quern.engines.base import AUTO, ENGINES, engine_for
 from quern.engines.cpu import CachePrecision, CpuEngine
 from quern.pipeline.detokenize import Detokenizer
 from quern.pipeline.sampling import Sampler, SamplingOptions
+from quern.pipeline.stopping import end_tokens
+from quern.texts.tokens import text_ids
 
 if TYPE_CHECKING:
     from quern.core.engine import LoadedModel, Session
 
 CACHES: tuple[str, ...] = get_args(CachePrecision)
+Tell = Callable[[str], None]
+"""Takes what a person should know about how a model runs."""
+warn: Tell = logging.getLogger("quern").warning
 
 
 def generate(
@@ -36,12 +41,15 @@ def generate(
     threads: int | None = None,
     engine: str = AUTO,
     cache: str | None = None,
+    tell: Tell = warn,
 ) -> Iterator[str]:
     """Load the model at ``path`` (artifact, folder, Hub id) and return its continuation of ``prompt``, piece by piece.
 
-    Ends at an end-of-sequence token, after ``max_tokens`` tokens, or when the model's context is full, or as much of it
-    as memory has room for. The pieces hold whole characters and join to the text. The same seed gives the same text.
-    ``cache``: how the cpu engine keeps keys and values, ``float16`` (None), ``int8`` or ``float32``. Raises
+    Ends at a token that ends texts or turns (``stopping.end_tokens``), after ``max_tokens`` tokens, or when the model's
+    context is full, or as much of it as memory has room for. The pieces hold whole characters and join to the text. The
+    same seed gives the same text.
+    ``cache``: how the cpu engine keeps keys and values, ``float16``, ``int8`` or ``float32``; None: ``float16``, and
+    ``float32`` where a value is too large for that. ``tell`` is called with notes; without it they are logged. Raises
     ``UserError`` for options out of range and for a prompt that is empty or does not fit; all of it before the first
     piece.
     """
@@ -51,7 +59,7 @@ def generate(
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.path)
     ids = _encode(tokenizer, prompt)
-    model = load_model(checkpoint, engine, threads, cache)
+    model = load_model(checkpoint, engine, threads, cache, tell)
     room = model.maximum_length - len(ids)
     if room < 1:
         raise UserError(
@@ -60,13 +68,16 @@ def generate(
         )
     decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     session = model.start()
-    tokens = continuation(session, ids, fitting(session, ids, min(max_tokens, room)), sampler, end_tokens(checkpoint))
-    return pieces(tokens, Detokenizer(decode, ids))
+    end = end_tokens(checkpoint, tokenizer)
+    tokens = continuation(session, ids, fitting(session, ids, min(max_tokens, room)), sampler, end)
+    return pieces(noted(tokens, model, tell), Detokenizer(decode, ids))
 
 
-def load_model(checkpoint: Checkpoint, engine: str, threads: int | None, cache: str | None) -> LoadedModel:
+def load_model(checkpoint: Checkpoint, engine: str, threads: int | None, cache: str | None, tell: Tell) -> LoadedModel:
     """The model in the engine called ``engine``, or in the fastest that runs it. Raises ``UserError``."""
     chosen = engine_for(checkpoint, engine)
+    if engine == AUTO and (reason := ENGINES.get("cpu")().runs(checkpoint)) is not None:
+        tell(f"runs on the {chosen} engine, which is slower than the cpu engine, because {reason}")
     if cache is None:
         return ENGINES.get(chosen)().load(checkpoint.path, threads=threads)
     given = option(f"cache={cache!r}", f"--cache {cache}")
@@ -103,6 +114,18 @@ def continuation(session: Session, ids: list[int], count: int, sampler: Sampler,
         given = [token]
 
 
+def noted(tokens: Iterator[int], model: LoadedModel, tell: Tell) -> Iterator[int]:
+    """``tokens``; calls ``tell`` with each note that ``model`` makes meanwhile."""
+    notes = model.notes if isinstance(model, NotingModel) else []
+    told = len(notes)
+    for token in chain(tokens, [None]):  # also after the last one
+        for note in notes[told:]:
+            tell(note)
+        told = len(notes)
+        if token is not None:
+            yield token
+
+
 def pieces(tokens: Iterator[int], detokenizer: Detokenizer) -> Iterator[str]:
     """The text of ``tokens`` as it grows."""
     for token in tokens:
@@ -112,27 +135,12 @@ def pieces(tokens: Iterator[int], detokenizer: Detokenizer) -> Iterator[str]:
         yield rest
 
 
-def end_tokens(checkpoint: Checkpoint) -> frozenset[int]:
-    """Tokens that end a text, as ``generation_config.json`` says or, where it does not, the model's config."""
-    generation = checkpoint.path / "generation_config.json"
-    configs = [read_json(generation)] if generation.is_file() else []
-    for config in (*configs, checkpoint.config):
-        found = config.get("eos_token_id")
-        if found is None:
-            continue
-        tokens = found if isinstance(found, list) else [found]
-        if not all(isinstance(token, int) for token in tokens):
-            raise BadFileError(checkpoint.path, f"eos_token_id is {json.dumps(found)[:80]}, which is no token number")
-        return frozenset(tokens)
-    return frozenset()
-
-
 def _encode(tokenizer: Any, prompt: str) -> list[int]:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise UserError("the prompt is not valid UTF-8; give it as text in your terminal's encoding") from None
-    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    ids = text_ids(tokenizer, prompt)
     if not ids:
         raise UserError("the prompt is empty; give at least one character to continue")
     return ids

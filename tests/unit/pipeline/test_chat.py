@@ -39,6 +39,29 @@ def test_an_answer_continues_what_the_template_writes(model, engine):
         written += answer + ";"
 
 
+DROPPING = TEMPLATE.replace("m['content']", "m['content'][-2:] if m['role'] == 'assistant' else m['content']")
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+@pytest.mark.parametrize("windows", [["full_attention", "sliding_attention"], ["sliding_attention"] * 2])
+def test_a_template_that_rewrites_answers_rewinds_past_a_window(windows, engine, tmp_path):
+    """Of an answer the template keeps the end: the tokens that were spoken are taken back."""
+    config = tiny_config(
+        torch_dtype="float32", eos_token_id=None, max_position_embeddings=256, num_hidden_layers=2,
+        use_sliding_window=True, sliding_window=6, layer_types=windows,
+    )  # fmt: skip
+    folder = write_model(tmp_path / "model", config)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": DROPPING}))
+    options = {"engine": engine, "cache": "float32" if engine == "cpu" else None}
+    chat, written = Chat(folder, max_tokens=12, temperature=0, **options), ""
+    for text in ("one", "two", "three"):
+        written += f"[user]{text};[assistant]"
+        answer = "".join(chat.reply(text))
+        assert answer == "".join(generate(folder, written, max_tokens=12, **options))
+        written += answer[-2:] + ";"
+
+
 def test_only_what_is_new_is_fed(model, monkeypatch):
     from quern.engines._cpu_model import CpuSession
 
@@ -70,9 +93,9 @@ def test_refusals(model, tiny_model):
         UserError, match=r"the conversation has \d+ tokens and the model's context 256; start a new one"
     ):
         Chat(model, engine="cpu").reply("word " * 300)
-    with pytest.raises(UserError, match="--cache int8 is for the cpu engine"):
+    with pytest.raises(UserError, match="cache='int8' is for the cpu engine"):
         Chat(model, engine="reference", cache="int8")
-    with pytest.raises(UserError, match="--cache 'int3' is not known; give one of float32, float16, int8"):
+    with pytest.raises(UserError, match="cache='int3' is not known; give one of float32, float16, int8"):
         Chat(model, engine="cpu", cache="int3")
 
 

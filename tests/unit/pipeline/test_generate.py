@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config, write_model
 
-from quern.core.errors import BadFileError, UserError
-from quern.pipeline.generate import end_tokens, generate
+from quern.core.errors import UserError
+from quern.pipeline.generate import generate
 
 PROMPT = "abc"
 
@@ -66,22 +67,6 @@ def test_ends_when_the_context_is_full(model):
     assert text != "".join(generate(model, prompt, max_tokens=3))
 
 
-def test_end_tokens(model, tmp_path):
-    from quern.checkpoint.checkpoint import open_checkpoint
-
-    folder = shutil.copytree(model, tmp_path / "model")
-    assert end_tokens(open_checkpoint(folder)) == set()
-    (folder / "config.json").write_text(json.dumps(tiny_config(eos_token_id=256)))
-    assert end_tokens(open_checkpoint(folder)) == {256}
-    (folder / "generation_config.json").write_text('{"eos_token_id": null}')
-    assert end_tokens(open_checkpoint(folder)) == {256}
-    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
-    assert end_tokens(open_checkpoint(folder)) == {3}
-    (folder / "generation_config.json").write_text('{"eos_token_id": "stop"}')
-    with pytest.raises(BadFileError, match="eos_token_id"):
-        end_tokens(open_checkpoint(folder))
-
-
 @pytest.mark.parametrize(
     ("prompt", "options", "said"),
     [
@@ -101,3 +86,29 @@ def test_no_tokenizer(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(UserError, match="tokenizer"):
         generate(folder, "x")
+
+
+def test_notes_are_told_once(tmp_path, caplog):
+    """Values that float16 cannot hold: the cache turns wider on the first step, and says so."""
+    folder = write_model(tmp_path / "model", tiny_config(torch_dtype="float32", eos_token_id=None))
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if "v_proj" in name or "o_proj.weight" in name]:
+        weights[name] = weights[name] * (1e5 if "v_proj" in name else 1e-5)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    notes: list[str] = []
+    text = "".join(generate(folder, PROMPT, max_tokens=5, engine="cpu", tell=notes.append))
+    assert text == "".join(generate(folder, PROMPT, max_tokens=5, engine="cpu", cache="float32"))
+    assert len(notes) == 1
+    assert "kept as float32" in notes[0]
+    with caplog.at_level("WARNING", "quern"):
+        "".join(generate(folder, PROMPT, max_tokens=1, engine="cpu"))
+    assert [record.getMessage() for record in caplog.records] == notes
+
+
+def test_the_reference_engine_is_named_where_it_runs_in_place_of_the_other(tmp_path):
+    folder = write_model(tmp_path / "model", tiny_config(torch_dtype="float32", hidden_act="relu"))
+    notes: list[str] = []
+    generate(folder, PROMPT, max_tokens=1, tell=notes.append)
+    assert len(notes) == 1
+    assert "reference engine, which is slower than the cpu engine" in notes[0]
+    assert "config.json asks for 'relu'" in notes[0]

@@ -1,0 +1,56 @@
+"""Which tokens end a text: what the files say, and what the chat template writes behind an answer.
+
+Chat models are often made from base models whose configuration still names the base's token, so that no single place is
+to be trusted: generation ends at any token that one of them names.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.files import read_json
+from quern.core.errors import BadFileError
+
+ANSWER = "quern"
+"""Stands for what a model says, in the conversation that shows how a template ends turns."""
+
+
+def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
+    """The union of ``eos_token_id`` in generation_config.json and config.json, the tokenizer's, and the turn's end.
+
+    Raises ``BadFileError`` where a file names something that is no token.
+    """
+    generation = checkpoint.path / "generation_config.json"
+    configs = [read_json(generation)] if generation.is_file() else []
+    found: set[int] = set()
+    for config in (*configs, checkpoint.config):
+        named = config.get("eos_token_id")
+        tokens = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(token) is int for token in tokens):
+            raise BadFileError(checkpoint.path, f"eos_token_id is {json.dumps(named)[:80]}, which is no token number")
+        found.update(tokens)
+    ends = (tokenizer.eos_token_id, turn_end(tokenizer))
+    return frozenset(found.union(token for token in ends if token is not None))
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The token that the chat template writes behind an answer; None where there is no template or no such token.
+
+    Where nothing stands behind the last answer, it is what separates an answer from the next turn.
+    """
+    if not tokenizer.chat_template:
+        return None
+    question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    for messages in ([question, answer], [question, answer, question]):
+        try:
+            written = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # a template is a program of its author's, and fails as it likes
+            continue
+        _, mark, behind = written.rpartition(ANSWER)
+        starts = [token for token in added if token and mark and behind.lstrip().startswith(token)]
+        if starts:
+            return int(added[max(starts, key=len)])
+    return None
