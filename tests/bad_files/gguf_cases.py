@@ -78,7 +78,7 @@ splice("a type that was removed", "unknown type", b"token_embd.weight", 20, "<I"
 splice("a tensor that is not aligned", "not a multiple", b"token_embd.weight", 24, "<Q", 33)
 splice("a tensor beyond the file", "ends at byte", b"token_embd.weight", 24, "<Q", 1 << 40)
 splice("overlapping tensors", "overlaps", b"output_norm.weight", 16, "<Q", 0)
-splice("a tensor of another family", "do not have", b"blk.0.ffn_u", -1, "1s", b"x")
+splice("a tensor with a name of another family", "do not have", b"blk.0.ffn_u", -1, "1s", b"x")
 splice("the same tensor twice", "twice", b"blk.1.ffn_up", -8, "1s", b"0")
 splice("another architecture", "models that are read", b"general.architecture", 12, "5s", b"bloom")
 
@@ -115,11 +115,70 @@ def _experts(folder: Path) -> Path:
     return write_gguf(folder / GGUF_NAME, weights(), CONFIG, extra=lambda writer: writer.add_expert_count(8))
 
 
-@case("GGUF: strange rotary factors", GGUF_NAME, "Llama 3")
-def _rotary(folder: Path) -> Path:
-    factors = np.linspace(1, 7, HIDDEN // HEADS // 2, dtype=np.float32)
+def _rotary(name: str, says: str, factors: np.ndarray) -> None:
+    @case(f"GGUF: rotary factors {name}", GGUF_NAME, says)
+    def _build(folder: Path) -> Path:
+        return write_gguf(
+            folder / GGUF_NAME, weights(), CONFIG, extra=lambda writer: writer.add_tensor("rope_freqs.weight", factors)
+        )
+
+
+HALF = HIDDEN // HEADS // 2
+_rotary("of 0", "not above 0", np.zeros(HALF, np.float32))
+_rotary("that are NaN", "not above 0", np.full(HALF, np.nan, np.float32))
+_rotary("of another size", "the head size calls for", np.ones(HALF + 1, np.float32))
+_rotary("in half precision", "no list of float32", np.ones(HALF, np.float16))
+_rotary("in two dimensions", "no list of float32", np.ones((HALF, 1), np.float32))
+
+
+def _says(name: str, says: str, key: str, value: Any) -> None:
+    """A good file whose metadata say one thing more."""
+
+    @case(f"GGUF: {name}", GGUF_NAME, says)
+    def _build(folder: Path) -> Path:
+        def extra(writer: gguf.GGUFWriter) -> None:
+            kind = gguf.GGUFValueType.get_type(value)
+            writer.add_key_value(
+                f"llama.{key}", value, kind, gguf.GGUFValueType.get_type(value[0]) if kind == 9 else None
+            )
+
+        return write_gguf(folder / GGUF_NAME, weights(), CONFIG, extra=extra)
+
+
+_says("softcapped logits", "final_logit_softcapping", "final_logit_softcapping", 30.0)
+_says("scaled embeddings", "embedding_scale", "embedding_scale", 12.0)
+_says("attention in both directions", "attention.causal", "attention.causal", False)
+_says("values of another size", "attention.value_length", "attention.value_length", 8)
+_says("a part of each head rotated", "rope.dimension_count", "rope.dimension_count", 8)
+_says("a scaling twice", "rope.scaling.factor", "rope.scaling.type", "linear")
+_says("an unknown rotary scaling", "'dynamic'", "rope.scaling.type", "dynamic")
+_says("a window that is a text", "sliding window", "attention.sliding_window", "all")
+_says("a window below 0", "sliding window", "attention.sliding_window", -5)
+
+
+@case("GGUF: windows for other layers than there are", GGUF_NAME, "for each of its 2 layers")
+def _windows(folder: Path) -> Path:
+    def extra(writer: gguf.GGUFWriter) -> None:
+        writer.add_sliding_window(16)
+        writer.add_sliding_window_pattern([True, False, True])
+
+    return write_gguf(folder / GGUF_NAME, weights(), CONFIG, extra=extra)
+
+
+@case("GGUF: windows in some layers of a llama", GGUF_NAME, "some layers only")
+def _some_windows(folder: Path) -> Path:
+    def extra(writer: gguf.GGUFWriter) -> None:
+        writer.add_sliding_window(16)
+        writer.add_sliding_window_pattern([True, False])
+
+    return write_gguf(folder / GGUF_NAME, weights(), CONFIG, extra=extra)
+
+
+@case("GGUF: a tensor of another family", GGUF_NAME, "do not have")
+def _stranger(folder: Path) -> Path:
+    extra = np.ones(HIDDEN, np.float32)
     return write_gguf(
-        folder / GGUF_NAME, weights(), CONFIG, extra=lambda writer: writer.add_tensor("rope_freqs.weight", factors)
+        folder / GGUF_NAME, weights(), CONFIG, extra=lambda writer: writer.add_tensor("blk.0.attn_sinks.weight", extra)
     )
 
 

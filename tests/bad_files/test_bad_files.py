@@ -11,17 +11,18 @@ from bad_files import corpus
 from bad_files.gguf_cases import ALL as CASES
 
 from quern.checkpoint import gguf_file, safetensors_file
-from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.tokenizer import check_tokenizer, load_tokenizer
 from quern.core.errors import UserError
+from quern.loading.fitting import open_model, require_unquantized
 
 MOST_BYTES = 4 * 1024 * 1024
 
 
 def use(model: Path) -> Checkpoint:
     """What quantization does to a checkpoint before it computes anything."""
-    checkpoint = open_checkpoint(model)
-    checkpoint.validate(corpus.expected_shapes(checkpoint.config))
+    checkpoint = open_model(model)
+    require_unquantized(checkpoint)
     for name in checkpoint.names():
         checkpoint.read(name, finite=True)
     if checkpoint.path.is_dir():

@@ -11,10 +11,10 @@ import torch
 from bad_files import corpus
 from safetensors.torch import save
 
-from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.gguf_file import open_gguf
+from quern.checkpoint.checkpoint import open_checkpoint
 from quern.checkpoint.safetensors_file import read_header, read_tensor
 from quern.core.errors import UserError
+from quern.loading.fitting import open_model
 
 ROUNDS = 3000
 NUMBERS = [b"0", b"-1", b"1", b"255", b"4294967296", b"9223372036854775807", b"9223372036854775808", b"1e9", b"1e999"]
@@ -103,8 +103,7 @@ def test_safetensors(tmp_path, keep_length):
 
 
 def use_gguf(path: Path) -> None:
-    checkpoint = Checkpoint(path, *open_gguf(path))
-    checkpoint.validate(corpus.expected_shapes(checkpoint.config))
+    checkpoint = open_model(path)
     for name in checkpoint.names():
         checkpoint.read(name, finite=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,22 +16,20 @@ from typing import Any, Protocol
 import torch
 
 from quern.checkpoint.files import sha256_into
-from quern.checkpoint.folder import CONFIG, INDEX, PICKLES, open_folder, pickle_refused
+from quern.checkpoint.folder import CONFIG, INDEX, open_folder
+from quern.checkpoint.head import EMBEDDING, HEAD, with_true_head
 from quern.checkpoint.hub import download, is_hub_id
 from quern.checkpoint.safetensors_file import TensorInfo
+from quern.checkpoint.strangers import cached_snapshot, single_file
 from quern.checkpoint.tokenizer import tokenizer_files
 from quern.core.errors import BadFileError, UserError
 from quern.core.progress import Progress, Silent
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-_WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 _LARGEST = {
     "hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": 2**16, "num_attention_heads": 2**16,
     "head_dim": 2**16, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1,
 }  # fmt: skip
 """Far beyond every model; what is larger would have model classes loop, or allocate, for ever."""
-_SHOWN = 5
 _CHUNK = 1 << 22
 _ALLOWED = (
     "Give a Hugging Face folder (config.json and *.safetensors), a Hub id such as Qwen/Qwen2.5-0.5B, or a .gguf file"
@@ -55,6 +53,10 @@ class TensorSource(Protocol):
         """The file that holds a tensor, between its info's ``begin`` and ``end``."""
         ...
 
+    def plain(self, name: str) -> bool:
+        """Whether a tensor's bytes in its file are what ``read`` returns."""
+        ...
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor in fresh memory on the CPU."""
         ...
@@ -65,10 +67,12 @@ class Checkpoint:
     """One model's configuration and weights. Tensors are read when asked for and not kept."""
 
     path: Path
-    """The folder or the GGUF file."""
+    """The folder or the GGUF file; of several, the first one."""
     config: dict[str, Any]
     """What ``config.json`` says (or what a GGUF's metadata amounts to)."""
     source: TensorSource
+    notes: tuple[str, ...] = field(default=())
+    """What whoever measures or quantizes the model should know of it."""
 
     @property
     def model_type(self) -> str:
@@ -108,22 +112,11 @@ class Checkpoint:
     def _repeats_embedding(self, name: str) -> bool:
         return self.config.get("tie_word_embeddings") is True and name == HEAD and EMBEDDING in self.source.infos
 
-    def _head_is_embedding(self) -> bool:
-        head, embedding = self.info(HEAD), self.info(EMBEDDING)
-        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
-            return False
-        return self._stored_sha256(HEAD) == self._stored_sha256(EMBEDDING)
-
-    def _stored_sha256(self, name: str) -> str:
-        info, digest = self.source.infos[name], hashlib.sha256()
-        sha256_into(digest, self.source.place(name), begin=info.begin, end=info.end)
-        return digest.hexdigest()
-
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """Files that make up the checkpoint: configuration, weights and tokenizer."""
         if self.path.is_file():
-            return (self.path,)
+            return self.source.weight_files
         extra = [self.path / name for name in (CONFIG, INDEX) if (self.path / name).is_file()]
         return tuple(sorted({*extra, *self.source.weight_files, *tokenizer_files(self.path)}))
 
@@ -146,44 +139,6 @@ class Checkpoint:
         task.done()
         return digest.hexdigest()
 
-    def validate(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare names and shapes with what the configuration calls for. Raises ``UserError`` or ``BadFileError``.
-
-        Two kinds of extra tensors are let pass: old checkpoints' rotary frequencies, which models compute themselves,
-        and a tied head that is stored although it is equal to the embedding.
-        """
-        if "quantization_config" in self.config:
-            raise UserError(
-                f"{self.path} is already quantized (its config.json has a quantization_config); quern starts from "
-                "unquantized weights. Give the original checkpoint"
-            )
-        problems = self._differences(expected)
-        if problems:
-            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-            raise BadFileError(
-                self.path,
-                f"config and weights disagree: {'; '.join(problems[:_SHOWN])}{more}",
-                "Check that config.json belongs to these weights",
-            )
-
-    def _differences(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-        infos = self.source.infos
-        problems = [f"tensor {name!r} is missing" for name in sorted(set(expected) - set(infos))]
-        for name in sorted(set(infos) - set(expected)):
-            if name.endswith("rotary_emb.inv_freq"):
-                continue
-            if name != HEAD or EMBEDDING not in infos:
-                problems.append(f"tensor {name!r} is not part of such a model")
-            elif not self._head_is_embedding():
-                problems.append(f"the head is tied to the embedding, but {name!r} holds other values")
-        for name in sorted(set(expected) & set(infos)):
-            info = infos[name]
-            if info.shape != tuple(expected[name]):
-                problems.append(f"tensor {name!r} has shape {info.shape}, the config calls for {tuple(expected[name])}")
-            elif info.dtype not in _WEIGHT_DTYPES:
-                problems.append(f"tensor {name!r} has dtype {info.dtype}, weights have {', '.join(_WEIGHT_DTYPES)}")
-        return problems
-
 
 def count_non_finite(tensor: torch.Tensor) -> int:
     """How many values of a tensor are NaN or infinite; memory for a few million values only."""
@@ -199,7 +154,8 @@ def count_non_finite(tensor: torch.Tensor) -> int:
 def open_checkpoint(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
     """Open a folder, a Hub id (downloaded if need be) or a GGUF file. Raises ``UserError`` or ``BadFileError``.
 
-    Headers are read and checked, weights are not read yet.
+    Headers are read and checked, weights are not read yet. Whether the tensors are those that the configuration calls for
+    is checked by ``quern.loading``, which everything that uses a model's weights goes through.
     """
     text = str(model)
     if not text.strip():
@@ -207,6 +163,8 @@ def open_checkpoint(model: str | Path, *, progress: Progress | None = None) -> C
     path = Path(model)
     if path.is_file():
         return _checked(_open_file(path))
+    if path.is_dir() and (snapshot := cached_snapshot(path)) is not None:
+        path = snapshot
     if not path.is_dir():
         if not is_hub_id(text):
             raise UserError(f"MODEL {text!r} does not exist. {_ALLOWED}")
@@ -231,14 +189,14 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
             checkpoint.path, f"its configuration has {config['num_hidden_layers']} layers, its weights {tensors} tensors",
             "Check that config.json belongs to these weights",
         )  # fmt: skip
-    return checkpoint
+    return with_true_head(checkpoint)
 
 
 def _open_file(path: Path) -> Checkpoint:
     if path.suffix.lower() == ".gguf":
-        from quern.checkpoint.gguf_file import open_gguf
+        from quern.checkpoint.gguf_file import open_gguf, rounding_note
 
-        return Checkpoint(path, *open_gguf(path))
-    if path.suffix.lower() in PICKLES:
-        raise pickle_refused(path, path.name)
-    raise UserError(f"MODEL {path} is a file of another kind. {_ALLOWED}")
+        config, source = open_gguf(path)
+        note = rounding_note(source)
+        return Checkpoint(source.weight_files[0], config, source, (note,) if note else ())
+    raise single_file(path, _ALLOWED)

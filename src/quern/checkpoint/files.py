@@ -26,6 +26,8 @@ _CHUNK = 1024 * 1024
 _AGAIN = "Download or copy the file again"
 _LONGEST_NAME = 240
 """Bytes of a file's name that leave room for the ending of a temporary one (Linux: 255)."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_LARGEST_POINTER = 1024
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -90,6 +92,16 @@ class InputFile:
         return bytes(buffer)
 
 
+def refuse_pointer(file: InputFile) -> None:
+    """Raise ``BadFileError`` where a file is what git-lfs puts in place of one that it has not downloaded."""
+    if file.size <= _LARGEST_POINTER and file.read(0, min(file.size, len(_POINTER))) == _POINTER:
+        raise BadFileError(
+            file.path,
+            "is only a pointer of git-lfs: the repository was cloned without its large files",
+            "Run `git lfs install` and `git lfs pull` in that folder",
+        )
+
+
 def parse_json_object(path: str | Path, raw: bytes, what: str) -> dict[str, Any]:
     """``raw`` as a JSON object, strictly: UTF-8, no key twice, no NaN or Infinity. ``what`` names it in errors."""
 
@@ -128,6 +140,7 @@ def _short(value: object) -> str:
 def read_json(path: str | Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """The JSON object in a file of at most ``limit`` bytes. Raises ``BadFileError``."""
     with InputFile(path) as file:
+        refuse_pointer(file)
         if file.size > limit:
             raise BadFileError(
                 path,

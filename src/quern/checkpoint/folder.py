@@ -1,8 +1,9 @@
-"""Hugging Face folders: ``config.json`` and the weights in one safetensors file or in shards with an index."""
+"""Hugging Face folders: ``config.json`` and the weights in one safetensors file or in shards, with an index or without."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 
 from quern.checkpoint.files import read_json
 from quern.checkpoint.safetensors_file import HEADER_LIMIT, TensorInfo, read_header, read_tensor
+from quern.checkpoint.strangers import ADAPTER_WEIGHTS, CONSOLIDATED, what_else
 from quern.core.errors import BadFileError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _AGAIN = "Download or copy the checkpoint again"
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", re.DOTALL)
+_MOST_SHARDS = 100_000
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class FolderSource:
         """The file or shard that holds a tensor."""
         return self.places[name]
 
+    def plain(self, name: str) -> bool:
+        """Whether a tensor's bytes in the file are its numbers in their order."""
+        return True
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor in fresh memory on the CPU."""
         return read_tensor(self.places[name], self.infos[name])
@@ -44,47 +52,32 @@ class FolderSource:
 def open_folder(folder: Path) -> tuple[dict[str, Any], FolderSource]:
     """The configuration and the tensors of a Hugging Face folder. Raises ``BadFileError``."""
     if not (folder / CONFIG).is_file():
-        raise BadFileError(folder, f"holds no {CONFIG}", _what_else(folder))
+        raise what_else(folder, f"holds no {CONFIG}")
     config = read_json(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
         raise BadFileError(folder / CONFIG, "names no model_type", "Give the config.json that belongs to the weights")
+    if config.get("quantization_config", config) is None:
+        del config["quantization_config"]  # some tools write null for none
     if (folder / SINGLE).is_file():
         infos = read_header(folder / SINGLE)
         source = FolderSource(infos, dict.fromkeys(infos, folder / SINGLE))
     elif (folder / INDEX).is_file():
-        source = _open_shards(folder)
+        source = _open_indexed(folder)
     else:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        if pickles:
-            raise pickle_refused(folder, pickles[0])
-        raise BadFileError(folder, f"holds neither {SINGLE} nor {INDEX}", _what_else(folder))
+        source = _open_without_index(folder)
     if not source.infos:
         raise BadFileError(folder, "holds no tensors", "Give a folder with weights")
     return config, source
 
 
-def _what_else(folder: Path) -> str:
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() == ".gguf":
-            return f"It holds {path.name}: give that file as MODEL"
-    return f"Give a folder with {CONFIG} and {SINGLE} (or its shards), a Hub id, or a .gguf file"
-
-
-def pickle_refused(path: Path, name: str) -> BadFileError:
-    """The error for weights in the pickle called ``name``."""
-    return BadFileError(
-        path,
-        f"has its weights in {name}, a pickle, which can run any code when it is read, so quern does not",
-        "Convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
-    )
-
-
-def _open_shards(folder: Path) -> FolderSource:
+def _open_indexed(folder: Path) -> FolderSource:
     index = folder / INDEX
     weight_map = read_json(index, HEADER_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise BadFileError(index, "has no weight_map from tensor names to file names", _AGAIN)
-    headers = {shard: read_header(_shard_path(index, shard)) for shard in sorted(set(weight_map.values()))}
+    shards = sorted(set(weight_map.values()))
+    _check_shards(index, shards)
+    headers = {shard: read_header(folder / shard) for shard in shards}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise BadFileError(folder / shard, f"lacks tensor {name!r}, which {INDEX} places there", _AGAIN)
@@ -98,15 +91,63 @@ def _open_shards(folder: Path) -> FolderSource:
     )
 
 
-def _shard_path(index: Path, shard: str) -> Path:
-    plain = shard.endswith(".safetensors") and not any(character in shard for character in "/\\\0")
-    if not plain:
-        raise BadFileError(
-            index,
-            f"names the shard {shard[:200]!r}; only plain *.safetensors names inside the folder are allowed",
-            _AGAIN,
-        )
-    path = index.parent / shard
-    if not path.exists():
-        raise BadFileError(index, f"names the shard {shard[:200]!r}, which is missing", "Download the missing file")
-    return path
+def _check_shards(index: Path, shards: Iterable[str]) -> None:
+    missing = []
+    for shard in shards:
+        if not shard.endswith(".safetensors") or any(character in shard for character in "/\\\0"):
+            raise BadFileError(
+                index,
+                f"names the shard {shard[:200]!r}; only plain *.safetensors names inside the folder are allowed",
+                _AGAIN,
+            )
+        if not (index.parent / shard).exists():
+            missing.append(shard[:200])
+    if missing:
+        raise BadFileError(index, f"names {_listed(missing)}, which {_is(missing)} missing", _DOWNLOAD)
+
+
+_DOWNLOAD = "Download the missing files into the same folder"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"the shard{'s' if len(names) > 1 else ''} {', '.join(map(repr, names[:_SHOWN]))}{more}"
+
+
+def _is(names: list[str]) -> str:
+    return "are" if len(names) > 1 else "is"
+
+
+def _open_without_index(folder: Path) -> FolderSource:
+    """All safetensors files of a folder, which name their tensors themselves."""
+    files = sorted(
+        path.name
+        for path in folder.glob("*.safetensors")
+        if not path.name.startswith((CONSOLIDATED, ADAPTER_WEIGHTS)) and path.is_file()
+    )
+    if not files:
+        raise what_else(folder, f"holds neither {SINGLE} nor {INDEX}")
+    _check_numbers(folder, files)
+    infos: dict[str, TensorInfo] = {}
+    places: dict[str, Path] = {}
+    for file in files:
+        for name, info in read_header(folder / file).items():
+            if name in infos:
+                raise BadFileError(
+                    folder / file,
+                    f"holds tensor {name[:200]!r}, which {places[name].name} holds too, and no {INDEX} says which counts",
+                    "Remove the file that does not belong to the model, or get its index",
+                )
+            infos[name], places[name] = info, folder / file
+    return FolderSource(infos, places)
+
+
+def _check_numbers(folder: Path, files: list[str]) -> None:
+    """Names like ``model-00001-of-00003.safetensors`` say how many there must be."""
+    numbered = [match for file in files if (match := _SHARD.fullmatch(file))]
+    for stem, count in sorted({(match[1], match[3]) for match in numbered}):
+        if int(count) > _MOST_SHARDS:
+            raise BadFileError(folder, f"holds one of {int(count)} shards, which no model has", _AGAIN)
+        wanted = [f"{stem}-{number + 1:05d}-of-{count}.safetensors" for number in range(int(count))]
+        if missing := sorted(set(wanted) - set(files)):
+            raise BadFileError(folder, f"lacks {_listed(missing)} of {int(count)}", _DOWNLOAD)

@@ -1,31 +1,35 @@
 """GGUF files as checkpoints: configuration, names and weights of the Llama, Mistral and Qwen families.
 
-llama.cpp's converter (``convert_hf_to_gguf.py``) renames tensors, reorders the rows of Llama's q and k for its own
-rotary embedding, and puts Llama 3's frequency scaling into a tensor; all three are undone here. Weights are dequantized
-one tensor at a time, a few rows at a time, to float32 (float16 and bfloat16 stay as they are).
+llama.cpp's converter (``convert_hf_to_gguf.py``) renames tensors and reorders the rows of Llama's q and k for its own
+rotary embedding; both are undone here, and ``gguf_config.py`` makes a configuration of the metadata. Weights are
+dequantized one tensor at a time, a few rows at a time, to float32 (float16 and bfloat16 stay as they are).
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quern.checkpoint.files import InputFile
-from quern.checkpoint.gguf_header import GgufArray, GgufHeader, GgufTensor, read_gguf_header
+from quern.checkpoint.gguf_config import FAMILIES, OTHER, ROPE_FREQUENCIES, WINDOWED_LAYERS, config_of
+from quern.checkpoint.gguf_header import GgufTensor
+from quern.checkpoint.gguf_split import GgufParts, read_parts
 from quern.checkpoint.safetensors_file import DTYPES, TensorInfo, allocate_bytes
 from quern.core.errors import BadFileError, UserError
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""``general.architecture`` to the class that transformers has for it. Mistral's files call themselves llama."""
-_VALUES_AT_ONCE = 1 << 20
-_OTHER = "Give another file of a whole model"
+_VALUES_AT_ONCE = 1 << 18
+"""Numbers that are decoded at a time, which bounds what the decoders make on the way."""
+F32 = 0
+GGML_DTYPES = {F32: "F32", 1: "F16", 30: "BF16"}
+"""Types of ggml that are dtypes of torch: read as they are stored."""
+MOST_FREQUENCIES = 1 << 16
 
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -45,51 +49,82 @@ _INSIDE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_BLOCK = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)")
-_ROPE_FREQUENCIES = "rope_freqs.weight"
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Constants that all Llama 3 models share; a GGUF holds the resulting factors only."""
+_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)")
+
+
+_KEPT = frozenset(family + WINDOWED_LAYERS for family in FAMILIES)
 
 
 @dataclass(frozen=True)
 class GgufSource:
-    """The tensors of a GGUF file under transformers' names."""
+    """The tensors of a GGUF, in one file or in several, under transformers' names."""
 
-    path: Path
+    weight_files: tuple[Path, ...]
+    """The files; the first one holds the metadata."""
+    places: Mapping[str, Path]
     stored: Mapping[str, GgufTensor]
     infos: Mapping[str, TensorInfo]
     heads: Mapping[str, int]
     """Tensors whose rows are reordered, with their number of heads."""
 
-    @property
-    def weight_files(self) -> tuple[Path, ...]:
-        """The file."""
-        return (self.path,)
-
     def place(self, name: str) -> Path:
-        """The file."""
-        return self.path
+        """The file that holds a tensor."""
+        return self.places[name]
+
+    def plain(self, name: str) -> bool:
+        """Whether a tensor's bytes in the file are its numbers in their order."""
+        return name not in self.heads and GGML_DTYPES.get(self.stored[name].kind) is not None
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantized, in fresh memory on the CPU."""
-        tensor = _dequantized(self.path, self.stored[name], self.infos[name])
+        tensor = _dequantized(self.places[name], self.stored[name], self.infos[name])
         return restore_row_order(tensor, self.heads[name]) if name in self.heads else tensor
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], GgufSource]:
-    """The configuration (as ``config.json`` would say it) and the tensors of a GGUF file.
+    """The configuration (as ``config.json`` would say it) and the tensors of a GGUF file, or of all parts of a split one.
 
     Raises ``BadFileError`` for a malformed file, ``UserError`` for a model of another family.
     """
-    header = read_gguf_header(path)
-    config = _config(path, header)
-    names = {_name(path, stored): stored for stored in header.tensors if stored != _ROPE_FREQUENCIES}
+    parts = read_parts(path, _KEPT)
+    first, header = parts.paths[0], parts.header
+    config = config_of(first, header, _rotary_factors(parts))
+    names = {_name(first, stored): stored for stored in header.tensors if stored != ROPE_FREQUENCIES}
     stored = {name: header.tensors[gguf_name] for name, gguf_name in names.items()}
+    places = {name: parts.places[gguf_name] for name, gguf_name in names.items()}
     infos = {
-        name: TensorInfo(_read_dtype(path, name, tensor.kind), tensor.shape, tensor.begin, tensor.end)
+        name: TensorInfo(_read_dtype(places[name], name, tensor.kind), tensor.shape, tensor.begin, tensor.end)
         for name, tensor in stored.items()
     }
-    return config, GgufSource(path, stored, infos, _reordered(path, config, infos))
+    return config, GgufSource(parts.paths, places, stored, infos, _reordered(first, config, infos))
+
+
+def _rotary_factors(parts: GgufParts) -> NDArray[np.float64] | None:
+    """What the frequencies of the rotary embedding are divided by; None where the file does not say."""
+    tensor = parts.header.tensors.get(ROPE_FREQUENCIES)
+    if tensor is None:
+        return None
+    place = parts.places[ROPE_FREQUENCIES]
+    if len(tensor.shape) != 1 or tensor.shape[0] > MOST_FREQUENCIES or tensor.kind != F32:
+        raise BadFileError(place, f"{ROPE_FREQUENCIES} is no list of float32 numbers of a head's size", OTHER)
+    info = TensorInfo("F32", tensor.shape, tensor.begin, tensor.end)
+    return np.asarray(_dequantized(place, tensor, info).double().numpy())
+
+
+def rounding_note(source: GgufSource) -> str | None:
+    """What should be known of a file whose weights are rounded already; None where they are whole floats."""
+    from gguf import GGMLQuantizationType
+
+    kinds = {tensor.kind for tensor in source.stored.values()} - set(GGML_DTYPES)
+    if not kinds:
+        return None
+    stored = sum(info.stored_bytes for info in source.infos.values())
+    bits = 8 * stored / sum(info.elements for info in source.infos.values())
+    names = ", ".join(sorted(GGMLQuantizationType(kind).name for kind in kinds))
+    return (
+        f"the weights in {source.weight_files[0].name} were rounded before, to {bits:.1f} bits each ({names}): what that "
+        "cost stays, and losses are measured against the rounded weights"
+    )
 
 
 def _name(path: Path, stored: str) -> str:
@@ -98,131 +133,8 @@ def _name(path: Path, stored: str) -> str:
         return _OUTSIDE[stored]
     match = _BLOCK.fullmatch(stored)
     if match is None or match[2] not in _INSIDE:
-        raise BadFileError(path, f"holds tensor {stored!r}, which these model families do not have", _OTHER)
+        raise BadFileError(path, f"holds tensor {stored!r}, which these model families do not have", OTHER)
     return f"model.layers.{int(match[1])}.{_INSIDE[match[2]]}.{match[3]}"
-
-
-def _config(path: Path, header: GgufHeader) -> dict[str, Any]:
-    metadata, tensors = header.metadata, header.tensors
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
-        raise UserError(f"{path} holds a {architecture!r} model; GGUF models that are read: {', '.join(FAMILIES)}")
-    if metadata.get(f"{architecture}.expert_count", 0) != 0:
-        raise UserError(f"{path} holds a mixture of experts; only dense models are read. Give another model")
-    if "token_embd.weight" not in tensors:
-        raise BadFileError(path, "holds no token_embd.weight", _OTHER)
-    field = _fields(path, metadata, architecture)
-    heads = field("attention.head_count", int)
-    vocabulary = tensors["token_embd.weight"].shape[0]
-    config = {
-        "model_type": architecture,
-        "architectures": [FAMILIES[architecture]],
-        "hidden_size": field("embedding_length", int),
-        "intermediate_size": field("feed_forward_length", int),
-        "num_hidden_layers": field("block_count", int),
-        "num_attention_heads": heads,
-        "num_key_value_heads": field("attention.head_count_kv", int, heads),
-        "max_position_embeddings": field("context_length", int),
-        "rms_norm_eps": field("attention.layer_norm_rms_epsilon", float),
-        "vocab_size": vocabulary,
-        "hidden_act": "silu",
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_theta": field("rope.freq_base", float, 10000.0),
-        "head_dim": field("attention.key_length", int, config_head_size(field("embedding_length", int), heads)),
-    }
-    if architecture in ("llama", "qwen3"):
-        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    if scaling := _rope_scaling(path, header, config, field):
-        config["rope_scaling"] = scaling
-    _name_mistral(config, metadata)
-    _add_token_ids(path, config, metadata)
-    return config
-
-
-def config_head_size(hidden: int, heads: int) -> int:
-    """Channels of one attention head where the file does not say; at least 1, so that nonsense fails later by name."""
-    return max(hidden // heads, 1)
-
-
-def _fields(path: Path, metadata: Mapping[str, Any], architecture: str) -> Callable[..., Any]:
-    """A reader of the architecture's own metadata that checks type and sign; without a default, absence is an error."""
-
-    def field(key: str, kind: type[int] | type[float], default: Any = None) -> Any:
-        name = f"{architecture}.{key}"
-        value: Any = metadata.get(name, default)
-        if isinstance(value, float) and kind is float:
-            # Files hold float32; the shortest text of it is what the model's authors wrote.
-            value = float(str(np.float32(value)))
-        if type(value) is not kind or not 0 < value < 2**31:
-            what = f"{value.count} values" if isinstance(value, GgufArray) else repr(value)[:40]
-            raise BadFileError(path, f"metadata {name!r} must be one positive {kind.__name__}, got {what}", _OTHER)
-        return value
-
-    return field
-
-
-def _name_mistral(config: dict[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Call a Mistral by its name; it computes what a Llama does (llama.cpp drops the first version's window)."""
-    if config["model_type"] == "llama" and "mistral" in str(metadata.get("general.name", "")).lower():
-        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-        del config["attention_bias"]
-
-
-def _add_token_ids(path: Path, config: dict[str, Any], metadata: Mapping[str, Any]) -> None:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, GgufArray) and tokens.count > config["vocab_size"]:
-        raise BadFileError(
-            path, f"its tokenizer has {tokens.count} tokens, its embedding {config['vocab_size']}", _OTHER
-        )
-    for key in ("bos", "eos", "padding"):
-        value = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if type(value) is int and value < config["vocab_size"]:
-            config[f"{'pad' if key == 'padding' else key}_token_id"] = value
-
-
-def _rope_scaling(
-    path: Path, header: GgufHeader, config: Mapping[str, Any], field: Callable[..., Any]
-) -> dict[str, Any] | None:
-    if _ROPE_FREQUENCIES in header.tensors:
-        return _llama3_scaling(path, header.tensors[_ROPE_FREQUENCIES], config)
-    kind = header.metadata.get(f"{header.metadata['general.architecture']}.rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": field("rope.scaling.factor", float)}
-    if kind == "yarn":
-        return {
-            "rope_type": "yarn",
-            "factor": field("rope.scaling.factor", float),
-            "original_max_position_embeddings": field("rope.scaling.original_context_length", int),
-        }
-    raise UserError(
-        f"{path} scales its rotary embedding by {str(kind)[:40]!r}; none, linear, yarn and Llama 3's are read"
-    )
-
-
-def _llama3_scaling(path: Path, tensor: GgufTensor, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Llama 3's scaling, found again from the factors that divide the frequencies (arXiv:2407.21783, and the code of
-    llama.cpp's converter). The largest factor is the scaling itself; the others must then follow.
-    """
-    half = config["head_dim"] // 2
-    if tensor.shape != (half,):
-        raise BadFileError(
-            path, f"{_ROPE_FREQUENCIES} has shape {tensor.shape}, the head size calls for {(half,)}", _OTHER
-        )
-    factors = _dequantized(path, tensor, TensorInfo("F32", tensor.shape, tensor.begin, tensor.end)).double().numpy()
-    factor = float(f"{factors.max():.6g}")  # float32 holds no more digits
-    if not math.isfinite(factor) or factor < 1 or not np.allclose(factors, _llama3_factors(config, factor), rtol=1e-5):
-        raise UserError(f"{path} scales its rotary embedding in a way other than Llama 3's, which is not read")
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
-
-
-def _llama3_factors(config: Mapping[str, Any], factor: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-    half = config["head_dim"] // 2
-    wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(half) / half)
-    low, high, context = _LLAMA3.values()
-    smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
-    return np.asarray(1 / ((1 - smooth) / factor + smooth))
 
 
 def _reordered(path: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> dict[str, int]:
@@ -235,7 +147,7 @@ def _reordered(path: Path, config: Mapping[str, Any], infos: Mapping[str, Tensor
             if f".{part}." in name:
                 if info.shape[0] % (2 * config[key]):
                     raise BadFileError(
-                        path, f"{name} has {info.shape[0]} rows, not pairs for {config[key]} heads", _OTHER
+                        path, f"{name} has {info.shape[0]} rows, not pairs for {config[key]} heads", OTHER
                     )
                 result[name] = config[key]
     return result
@@ -255,14 +167,13 @@ def _read_dtype(path: Path, name: str, kind: int) -> str:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
-    kinds = GGMLQuantizationType
-    kept = {kinds.F16: "F16", kinds.BF16: "BF16", kinds.F32: "F32"}
-    if kind in kept:
-        return kept[kinds(kind)]
+    if kind in GGML_DTYPES:
+        return GGML_DTYPES[kind]
+    known = GGMLQuantizationType(kind)
     try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[kinds(kind)][1]), np.uint8), kinds(kind))
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[known][1]), np.uint8), known)
     except NotImplementedError:
-        raise UserError(f"{path}: tensor {name!r} has type {kinds(kind).name}, which cannot be decoded here") from None
+        raise UserError(f"{path}: tensor {name!r} has type {known.name}, which cannot be decoded here") from None
     return "F32"
 
 
@@ -273,9 +184,8 @@ def _dequantized(path: Path, tensor: GgufTensor, info: TensorInfo) -> torch.Tens
 
     dtype = DTYPES[info.dtype]
     result = allocate_bytes(path, info.elements * dtype.itemsize)
-    kept = info.elements * dtype.itemsize == tensor.end - tensor.begin
     with InputFile(path) as file:
-        if kept:
+        if tensor.kind in GGML_DTYPES:
             file.fill(result.numpy().data, tensor.begin)
             return result.view(dtype).view(info.shape)
         values = result.view(dtype).view(-1, info.shape[-1])
@@ -285,6 +195,6 @@ def _dequantized(path: Path, tensor: GgufTensor, info: TensorInfo) -> torch.Tens
             rows = min(step, values.shape[0] - row)
             raw = np.frombuffer(file.read(tensor.begin + row * row_bytes, rows * row_bytes), np.uint8)
             with np.errstate(all="ignore"):  # damaged scales give NaN, which whoever uses the weights checks for
-                decoded = dequantize(raw.reshape(rows, row_bytes), GGMLQuantizationType(tensor.kind))
-            values[row : row + rows] = torch.from_numpy(np.ascontiguousarray(decoded))
+                decoded = dequantize(raw.reshape(1, -1), GGMLQuantizationType(tensor.kind))
+            values[row : row + rows] = torch.from_numpy(np.ascontiguousarray(decoded)).view(rows, -1)
     return result.view(dtype).view(info.shape)

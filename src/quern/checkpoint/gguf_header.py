@@ -25,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quern.checkpoint.files import InputFile
+from quern.checkpoint.files import InputFile, refuse_pointer
 from quern.core.errors import BadFileError
 
 MOST_METADATA = 1 << 16
 MOST_TENSORS = 1 << 20
 MOST_ELEMENTS_OF_AN_ARRAY = 1 << 23
+MOST_KEPT = 1 << 21
+"""Values of an array that is read and not only counted; vocabularies have a tenth of that."""
 LONGEST_NAME = 1 << 10
 LONGEST_TEXT = 1 << 23
 _LARGEST = 2**63 - 1
@@ -65,7 +67,8 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata (numbers, texts, and arrays by their length) and tensors by name, in the order of the file."""
+    """Metadata (numbers, texts; arrays as tuples where they were asked for, else by their length) and tensors by name, in
+    the order of the file."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
@@ -74,8 +77,8 @@ class GgufHeader:
 class _Walker:
     """Reads a file from the front through a window of a megabyte; every step is checked against the file's size."""
 
-    def __init__(self, file: InputFile) -> None:
-        self.file = file
+    def __init__(self, file: InputFile, kept: frozenset[str]) -> None:
+        self.file, self.kept = file, kept
         self.position = 0
         self._window = b""
         self._begin = 0
@@ -128,12 +131,15 @@ class _Walker:
             return self._array(key)
         if kind not in _NUMBERS:
             raise self.bad(f"metadata {key!r} has the unknown value type {kind}")
+        return self._scalar(key, kind)
+
+    def _scalar(self, key: str, kind: int) -> Any:
         value = self.number(_NUMBERS[kind])
         if kind == _BOOL and value > 1:
             raise self.bad(f"metadata {key!r} has the truth value {value}")
         return bool(value) if kind == _BOOL else value
 
-    def _array(self, key: str) -> GgufArray:
+    def _array(self, key: str) -> GgufArray | tuple[Any, ...]:
         kind: int = self.number("<I")
         count: int = self.number("<Q")
         least = 8 if kind == _STRING else _SIZES.get(kind)
@@ -141,6 +147,12 @@ class _Walker:
             raise self.bad(f"metadata {key!r} is an array of the unknown or unsupported value type {kind}")
         if count > MOST_ELEMENTS_OF_AN_ARRAY or count * least > self.file.size - self.position:
             raise self.bad(f"metadata {key!r} claims {count} values; {self._limits(MOST_ELEMENTS_OF_AN_ARRAY)}")
+        if key in self.kept:
+            if count > MOST_KEPT:
+                raise self.bad(f"metadata {key!r} claims {count} values; at most {MOST_KEPT} are read")
+            if kind == _STRING:
+                return tuple(self.text(f"a text in {key!r}", LONGEST_TEXT) for _ in range(count))
+            return tuple(self._scalar(key, kind) for _ in range(count))
         if kind != _STRING:
             self.skip(count * least)
         else:
@@ -149,10 +161,14 @@ class _Walker:
         return GgufArray(kind, count)
 
 
-def read_gguf_header(path: str | Path) -> GgufHeader:
-    """Metadata and tensors of the GGUF file at ``path``. Raises ``BadFileError``."""
+def read_gguf_header(path: str | Path, kept: frozenset[str] = frozenset()) -> GgufHeader:
+    """Metadata and tensors of the GGUF file at ``path``. Raises ``BadFileError``.
+
+    ``kept`` names arrays of the metadata whose values are wanted; of others only the length is kept.
+    """
     with InputFile(path) as file:
-        walker = _Walker(file)
+        refuse_pointer(file)
+        walker = _Walker(file, kept)
         tensor_count, metadata_count = _counts(walker)
         metadata: dict[str, Any] = {}
         for _ in range(metadata_count):

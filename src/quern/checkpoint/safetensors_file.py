@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from quern.checkpoint.files import InputFile, atomic_output, parse_json_object
+from quern.checkpoint.files import InputFile, atomic_output, parse_json_object, refuse_pointer
 from quern.core.errors import BadFileError, UserError
 from quern.core.figures import bytes_text
 
@@ -87,6 +87,7 @@ class TensorInfo:
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
     """Names and places of all tensors of a file, in the order of their data. Raises ``BadFileError``."""
     with InputFile(path) as file:
+        refuse_pointer(file)
         if file.size < 8:
             raise BadFileError(path, f"has {file.size} bytes, too short for a safetensors file", _AGAIN)
         length = int.from_bytes(file.read(0, 8), "little")

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quern.checkpoint.files import InputFile, read_json, write_bytes
-from quern.checkpoint.gguf_header import read_gguf_header
+from quern.checkpoint.files import InputFile, read_json, refuse_pointer, write_bytes
+from quern.checkpoint.gguf_tokenizer import load_gguf_tokenizer
 from quern.core.errors import BadFileError, UserError
 
 if TYPE_CHECKING:
@@ -44,15 +44,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """
     path = Path(path)
     if path.is_file():
-        read_gguf_header(path)  # transformers' own reader trusts the file
-        tokenizer = _load(path, path.parent, gguf_file=path.name)
-    else:
-        if not any((path / name).is_file() for name in _SUFFICIENT):
-            raise UserError(
-                f"{path} has no tokenizer ({', '.join(_SUFFICIENT)}). Copy the model's tokenizer.json and "
-                "tokenizer_config.json into it"
-            )
-        tokenizer = _load(path, path)
+        return load_gguf_tokenizer(path)
+    if not any((path / name).is_file() for name in _SUFFICIENT):
+        raise UserError(
+            f"{path} has no tokenizer ({', '.join(_SUFFICIENT)}). Copy the model's tokenizer.json and "
+            "tokenizer_config.json into it"
+        )
+    for file in tokenizer_files(path):
+        with InputFile(file) as opened:
+            refuse_pointer(opened)
+    tokenizer = _load(path)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"{path} has a tokenizer without a fast version ({type(tokenizer).__name__}). Convert it to tokenizer.json "
@@ -61,22 +62,22 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _load(path: Path, folder: Path, **options: str) -> PreTrainedTokenizerFast:
+def _load(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
         with _quiet():
             tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=False, local_files_only=True, **options
+                str(folder), trust_remote_code=False, local_files_only=True
             )
         return tokenizer
     except Exception as error:  # the tokenizer libraries raise bare Exception for a malformed file
         for file in tokenizer_files(folder):
-            if file.suffix == ".json" and not options:
+            if file.suffix == ".json":
                 read_json(file, _JSON_LIMIT)  # names the file where it is no JSON at all
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         hint = "Give a folder that holds the model's tokenizer.json and tokenizer_config.json"
-        raise BadFileError(path, f"its tokenizer cannot be loaded: {first}", hint) from None
+        raise BadFileError(folder, f"its tokenizer cannot be loaded: {first}", hint) from None
 
 
 @contextmanager
@@ -114,6 +115,7 @@ def copy_tokenizer(source: Path, destination: Path) -> list[Path]:
     copies: list[Path] = []
     for path in tokenizer_files(source):
         with InputFile(path) as file:
+            refuse_pointer(file)
             write_bytes(destination / path.name, file.read(0, file.size))
         copies.append(destination / path.name)
     return copies

@@ -55,7 +55,7 @@ def compare(
     text: options.Texts = None,
     choice: options.Choices = None,
     tokens: options.Tokens = 4096,
-    scenario: options.ScenarioName = "overall",
+    scenario: options.ScenarioName = "balanced",
     memory: options.Memory = None,
     threads: options.Threads = None,
     engine: options.EngineName = "auto",

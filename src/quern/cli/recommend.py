@@ -13,8 +13,6 @@ from quern.core.results import Recommendation, Scenario, Target
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-CEILING = "what an unquantized model of its size would lose"
-
 
 @verb("quern recommend demo/results.json --scenario storage --max-loss 0.05")
 def recommend(
@@ -22,7 +20,8 @@ def recommend(
     scenario: Annotated[
         Scenario,
         typer.Option(
-            parser=options.scenario_named, metavar="NAME", help=f"{options.SCENARIOS}; mix: as --weights says."
+            help="storage: many copies, little memory; speed: real-time translation, voice; balanced: a bit of each; "
+            "mix: as --weights says."
         ),
     ],
     weights: Annotated[
@@ -42,7 +41,7 @@ def recommend(
     ] = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(metavar="KL", min=0, help="Largest mean KL divergence to the original.", show_default=CEILING),
+        typer.Option(metavar="KL", min=0, help="Largest mean KL divergence to the original.", show_default="any"),
     ] = None,
     min_agreement: Annotated[
         float | None,

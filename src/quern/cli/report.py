@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,11 +16,12 @@ from quern.cli.outcome import show, verb
 def report(
     results: options.ResultsPath,
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="FILE.html", help="File to write.", show_default=False)
+        Path, typer.Option("--output", "-o", metavar="FILE.html", help="File to write.", show_default=False)
     ],
     json: options.Json = False,
 ) -> None:
     """Write RESULTS.json as one HTML page that needs nothing else."""
     from quern.report.html import write_report
 
-    show({"report": write_report(results, output)}, json, lambda written: Text(f"wrote {written['report']}"))
+    write_report(results, output)
+    show({"report": output.absolute()}, json, lambda written: Text(f"wrote {written['report']}"))

@@ -15,6 +15,15 @@ READ_VERSIONS = (1, 2)
 """Versions that are read: 1 had neither trellis codes nor rotations."""
 PROVENANCE = "quern.json"
 """File with what the artifact was made from and what rounding cost."""
+INPUT_SCALE = "input_scale"
+"""Last part of a tensor's name: the scale of static activations."""
+INPUT_SIGNS = "input_signs"
+"""The packed signs of the rotation that a module's inputs want."""
+
+
+def in_block(module: str) -> bool:
+    """Whether a module lies in a decoder block, where inputs may be quantized and rotated."""
+    return ".layers." in module
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -17,10 +17,10 @@ from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import CODECS
 from quern.codecs.integer import IntegerCodec
 from quern.codecs.trellis import TrellisCodec
+from quern.core.artifact import INPUT_SIGNS
 from quern.core.errors import BadFileError
 from quern.core.recipe import UNQUANTIZED, WeightScheme
 
-SIGNS = "input_signs"
 NATIVE_BITS = 4
 """Integer codes of this width are read as they are stored, and so are symmetric bytes."""
 INPUT_GROUP = 64
@@ -44,29 +44,24 @@ def unsupported(scheme: WeightScheme) -> str | None:
 
 
 class MappedWeights:
-    """The weights of one folder, file by file in one read-only mapping."""
+    """The weights of one model, file by file in one read-only mapping.
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        schemes: dict[str, WeightScheme],
-        expected: frozenset[str],
-        rotated: frozenset[str],
-    ) -> None:
-        """``expected``: names of the unquantized model's tensors; ``rotated``: linears whose inputs are rotated."""
+    The checkpoint fits its configuration (``quern.loading``), so its tensors have the names, shapes and dtypes that are
+    asked for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, schemes: dict[str, WeightScheme]) -> None:
         self._checkpoint, self._schemes = checkpoint, schemes
-        self._expected = expected | {f"{linear}.{SIGNS}" for linear in rotated}
         self._files: dict[Path, NDArray[np.uint8]] = {}
         self.read_bytes = 0
         """Bytes of all linears and vectors handed out so far."""
 
     def linear(self, name: str, shape: tuple[int, int], *, scale_per_token: bool) -> _native.Linear:
-        """The linear called ``name``, ``(rows, columns)``, with bias and rotation signs where it must have them.
+        """The linear called ``name``, ``(rows, columns)``, with bias and rotation signs where it has them.
 
-        ``scale_per_token``: whether the artifact was made for int8 inputs with one scale a token. Raises ``BadFileError``
-        where one of them is missing or there without need.
+        ``scale_per_token``: whether the artifact was made for int8 inputs with one scale a token.
         """
-        bias, signs = f"{name}.bias", f"{name}.{SIGNS}"
+        bias, signs = f"{name}.bias", f"{name}.{INPUT_SIGNS}"
         matrix = self.matrix(name, shape, None if scale_per_token or self._has(signs) else INPUT_GROUP)
         self.read_bytes += matrix.bytes
         return _native.Linear(
@@ -82,10 +77,7 @@ class MappedWeights:
         return scheme.quantized and scheme.codec == "integer" and scheme.bits >= FINE_BITS
 
     def matrix(self, name: str, shape: tuple[int, int], input_group: int | None = None) -> _native.Matrix:
-        """The packed weight of module ``name``; integers with one scale a row repeat it for every ``input_group`` columns.
-
-        Raises ``BadFileError`` where a part has not the shape it must have.
-        """
+        """The packed weight of module ``name``; integers with one scale a row repeat it for ``input_group`` columns each."""
         scheme = self._schemes.get(name, UNQUANTIZED)
         if not scheme.quantized:
             return self._plain(f"{name}.weight", shape)
@@ -100,40 +92,26 @@ class MappedWeights:
         return self._integer(name, codec, shape, parts, input_group)
 
     def vector(self, name: str, length: int) -> NDArray[np.float32]:
-        """A small tensor of ``length`` numbers as float32. Raises ``BadFileError`` where it has another shape."""
+        """A small tensor of ``length`` numbers as float32."""
         info = self._checkpoint.info(name)
-        if info.shape != (length,):
-            raise BadFileError(
-                self._checkpoint.source.place(name), f"tensor {name!r} has shape {info.shape}; the model calls for "
-                f"{(length,)}", "The artifact is damaged or belongs to another config.json; quantize again",
-            )  # fmt: skip
+        assert info.shape == (length,)
         self.read_bytes += info.stored_bytes
         return self._checkpoint.read(name, finite=True).float().numpy()
 
     def optional_vector(self, name: str, length: int) -> NDArray[np.float32] | None:
-        """The same, or None where the model has none of that name. Raises ``BadFileError`` where the files disagree."""
+        """The same, or None where the model has none of that name."""
         return self.vector(name, length) if self._has(name) else None
 
     def _has(self, name: str) -> bool:
-        """Whether the model has a tensor called ``name``. Files with one too many belong to another model or recipe."""
-        if name not in self._expected and name in self._checkpoint.source.infos:
-            raise BadFileError(
-                self._checkpoint.source.place(name), f"tensor {name!r} is not part of such a model",
-                "The artifact is damaged or belongs to another config.json; quantize again",
-            )  # fmt: skip
-        return name in self._expected
+        return name in self._checkpoint.source.infos
 
     def _mapped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> NDArray[np.uint8]:
-        """The stored bytes of a tensor that must have ``shape`` and ``dtype``, aligned to its numbers.
+        """The stored bytes of a tensor of ``shape`` and ``dtype``, aligned to its numbers.
 
         Files may hold tensors anywhere; those that kernels cannot read where they lie are copied.
         """
         info, place = self._checkpoint.info(name), self._checkpoint.source.place(name)
-        if info.shape != shape or DTYPES[info.dtype] != dtype:
-            raise BadFileError(
-                place, f"tensor {name!r} is {info.dtype} {info.shape}; the model calls for {dtype} {shape}",
-                "The artifact is damaged or belongs to another config.json; quantize again",
-            )  # fmt: skip
+        assert (info.shape, DTYPES[info.dtype]) == (shape, dtype)
         if place not in self._files:
             self._files[place] = _map(place)
         if len(self._files[place]) < info.end:
@@ -143,12 +121,13 @@ class MappedWeights:
 
     def _plain(self, name: str, shape: tuple[int, int]) -> _native.Matrix:
         stored = DTYPES[self._checkpoint.info(name).dtype]
-        if stored in (torch.bfloat16, torch.float32):
+        kernel = stored if stored in (torch.bfloat16, torch.float32) else torch.float32
+        if stored is kernel and self._checkpoint.source.plain(name):
             codes = self._mapped(name, shape, stored)
-            return _native.Matrix(str(stored).removeprefix("torch."), *shape, codes)
-        self._mapped(name, shape, stored)
-        values = self._checkpoint.read(name, finite=True).float().numpy()
-        return _native.Matrix("float32", *shape, values.reshape(-1).view(np.uint8))
+        else:
+            values = self._checkpoint.read(name, finite=True).to(kernel)
+            codes = values.reshape(-1).view(torch.uint8).numpy()
+        return _native.Matrix(str(kernel).removeprefix("torch."), *shape, codes)
 
     def _integer(
         self, name: str, codec: IntegerCodec, shape: tuple[int, int], parts: dict[str, Any], input_group: int | None

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quern.core.artifact import METHOD, module_schemes
-from quern.core.errors import UserError
-from quern.core.recipe import parse_recipe
-from quern.engines._modules import QuantizedEmbedding, QuantizedLinear, TiedHead
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.folder import FolderSource
+from quern.checkpoint.head import with_true_head
+from quern.checkpoint.safetensors_file import TensorInfo, read_header
+from quern.core.artifact import METHOD
+from quern.engines._build import insert_packed
+from quern.loading.fitting import fitted
 
 _registered = False
+
+
+def _check_fit(model: Any, quantization: dict[str, Any], files: list[Path]) -> None:
+    """Hold an artifact to the tensors that it must have, as quern's own commands do. Raises ``UserError``."""
+    infos: dict[str, TensorInfo] = {}
+    places: dict[str, Path] = {}
+    for file in files:
+        for name, info in read_header(file).items():
+            infos[name], places[name] = info, file
+    config = {**model.config.to_dict(), "quantization_config": quantization}
+    fitted(with_true_head(Checkpoint(files[0].parent, config, FolderSource(infos, places))))
 
 
 class QuernConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -45,32 +58,9 @@ class QuernQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
-        recipe = parse_recipe(config.get("recipe"), "of the artifact")
-        dtype = model.dtype
-        for name, scheme in module_schemes(config).items():
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise UserError(f"the artifact names a module {name!r} that the model does not have") from None
-            replacement: nn.Module
-            with torch.device("meta"):
-                if isinstance(module, nn.Embedding):
-                    replacement = QuantizedEmbedding(scheme, (module.num_embeddings, module.embedding_dim), dtype)
-                elif isinstance(module, nn.Linear):
-                    in_block = ".layers." in name
-                    mode = recipe.activations.mode if in_block else "none"
-                    shape = (module.out_features, module.in_features)
-                    replacement = QuantizedLinear(
-                        scheme, shape, module.bias is not None, dtype, mode, in_block and recipe.rotated
-                    )
-                else:
-                    raise UserError(f"the artifact quantizes {name!r}, which is neither a linear nor an embedding")
-            model.set_submodule(name, replacement)
-        embedding = model.get_input_embeddings()
-        if isinstance(embedding, QuantizedEmbedding) and model.config.tie_word_embeddings:
-            model.set_output_embeddings(TiedHead(embedding))
-            model._tied_weights_keys = {}
-            model.all_tied_weights_keys = {}
+        insert_packed(model, config, model.dtype)
+        if files := kwargs.get("checkpoint_files"):
+            _check_fit(model, config, [Path(file) for file in files])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         return model

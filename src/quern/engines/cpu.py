@@ -12,7 +12,7 @@ from typing import Any
 from quern import _native
 from quern.architectures._decoder import GatedDecoder
 from quern.architectures.base import Architecture, architecture_of
-from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.checkpoint import Checkpoint
 from quern.core.artifact import METHOD, module_schemes, quantization_of
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import available_threads
@@ -22,6 +22,7 @@ from quern.engines._cpu_model import CpuModel
 from quern.engines._cpu_weights import MappedWeights, unsupported
 from quern.engines._rotary import frequencies
 from quern.engines.base import ENGINES, DtypeName, Engine
+from quern.loading.fitting import model_config, open_model
 
 ROTARY = ("default", "linear", "yarn", "llama3", "dynamic", "longrope")
 """Scaling variants that are known; ``_rotary`` says how frequencies depend on the text's length."""
@@ -56,9 +57,7 @@ class CpuEngine(Engine):
         return None
 
     def runs(self, checkpoint: Checkpoint) -> str | None:
-        if checkpoint.path.is_file():
-            return "it runs folders, not single files"
-        return super().runs(checkpoint) or _unknown(_architecture(checkpoint))
+        return super().runs(checkpoint) or _unknown(architecture_of(model_config(checkpoint)))
 
     def load(
         self,
@@ -68,20 +67,19 @@ class CpuEngine(Engine):
         threads: int | None = None,
         cache: CachePrecision | None = None,
     ) -> CpuModel:
-        """Load a folder. Hidden states are float32 whatever ``dtype`` says.
+        """Load a model. Hidden states are float32 whatever ``dtype`` says.
 
         ``cache`` is how keys and values are kept; None: as float16, and as float32 for a text whose values that cannot hold.
         """
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_model(path)
         if (reason := self.runs(checkpoint)) is not None:
             raise UserError(f"the cpu engine does not run {path}: {reason}. Use the reference engine")
         config = quantization_of(checkpoint.config)
         schemes = {} if config is None else module_schemes(config)
         recipe = None if config is None else parse_recipe(config.get("recipe"), "of the artifact")
-        architecture = _architecture(checkpoint)
+        architecture = architecture_of(model_config(checkpoint))
         assert isinstance(architecture, GatedDecoder)
-        rotated = frozenset(name for name in schemes if recipe is not None and recipe.rotated and ".layers." in name)
-        weights = MappedWeights(checkpoint, schemes, frozenset(architecture.expected_shapes()), rotated)
+        weights = MappedWeights(checkpoint, schemes)
         # Whether the blocks were made for int8 activations with one scale a token.
         scale_per_token = recipe is not None and recipe.activations.mode == "dynamic"
         try:
@@ -133,10 +131,6 @@ def _decoder(
     norm = weights.vector(f"{architecture.final_norm}.weight", hidden)
     bytes_per_token = weights.read_bytes + (0 if architecture.tied else embedding.bytes // config.vocab_size)
     return _native.Decoder(shape, blocks, embedding, norm, head, threads), bytes_per_token
-
-
-def _architecture(checkpoint: Checkpoint) -> Architecture:
-    return architecture_of({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
 
 
 def _unknown(architecture: Architecture) -> str | None:

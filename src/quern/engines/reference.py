@@ -1,7 +1,7 @@
 """The reference engine: transformers' model classes on torch, packed weights unpacked as they are used.
 
-Slow and plain: it judges every other engine. It runs unquantized folders, quern's artifacts and, where the
-compressed-tensors package is installed, compressed-tensors artifacts.
+Slow and plain: it judges every other engine. It runs unquantized folders and GGUF files, quern's artifacts and, where the
+compressed-tensors package is installed, compressed-tensors artifacts (the only ones that transformers itself reads).
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.checkpoint import Checkpoint
 from quern.codecs.base import CODECS
 from quern.core.artifact import METHOD, quantization_of
 from quern.core.engine import cache_argument
 from quern.core.errors import QuernError, UserError
 from quern.core.recipe import Recipe
+from quern.engines._build import build, stored_dtype
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
 from quern.engines._rotary import switch_length
 from quern.engines.base import ENGINES, DtypeName, Engine
+from quern.loading.fitting import open_model
 
 
 class ReferenceSession:
@@ -149,7 +151,7 @@ class ReferenceEngine(Engine):
         return super().runs(checkpoint) if config.get("quant_method") == METHOD else None  # load() says what is missing
 
     def load(self, path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> ReferenceModel:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_model(path)
         config = quantization_of(checkpoint.config) or {}
         method = config.get("quant_method")
         if method == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
@@ -162,12 +164,18 @@ class ReferenceEngine(Engine):
             )
         if threads is not None:
             torch.set_num_threads(threads)
+        if method != "compressed-tensors":
+            return ReferenceModel(build(checkpoint, stored_dtype(checkpoint) if dtype == "auto" else _dtype(dtype)))
         model = _from_pretrained(Path(checkpoint.path), dtype, _has_zero_points(config, checkpoint.path))
-        if method == "compressed-tensors":
-            _decompress(model, checkpoint.path)
-            if config.get("transform_config"):
-                _add_transforms(model, config["transform_config"], checkpoint.path)
+        _decompress(model, checkpoint.path)
+        if config.get("transform_config"):
+            _add_transforms(model, config["transform_config"], checkpoint.path)
         return ReferenceModel(model)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def _has_zero_points(config: dict[str, Any], path: Path) -> bool:
@@ -189,14 +197,16 @@ def _from_pretrained(folder: Path, dtype: DtypeName, decompress: bool) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
+    options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else _dtype(dtype)}
     if decompress:
         # compressed-tensors 0.20 allocates zero points unpacked, so that packed ones only load by its other path.
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the configuration above overrides the artifact's
-            model, found = _load_either(transformers.AutoModelForCausalLM, folder, options)
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
             lost = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
             if lost:  # transformers would make them up
                 raise UserError(
@@ -237,14 +247,6 @@ def _add_transforms(model: Any, config: Any, path: Path) -> None:
         raise
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"{path} has an unusable transform_config: {error}") from None
-
-
-def _load_either(auto_class: Any, folder: Path, options: dict[str, Any]) -> Any:
-    """The model and what transformers noticed while it loaded."""
-    options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    if folder.is_file():
-        return auto_class.from_pretrained(folder.parent, gguf_file=folder.name, **options)
-    return auto_class.from_pretrained(folder, local_files_only=True, **options)
 
 
 def load(path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> ReferenceModel:

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 
 from quern.codecs.base import CODECS
-from quern.core.artifact import METHOD, VERSION
+from quern.core.artifact import INPUT_SCALE, INPUT_SIGNS, METHOD, VERSION
 from quern.core.packed import QuantizedWeight
 from quern.core.recipe import WeightScheme
 from quern.formats.base import FORMATS, Format
-
-INPUT_SCALE = "input_scale"
-INPUT_SIGNS = "input_signs"
 
 
 @FORMATS.add("quern")

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quern.checkpoint.checkpoint import open_checkpoint
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import UserError
 from quern.engines.base import AUTO
+from quern.loading.fitting import open_model
 from quern.pipeline.detokenize import Detokenizer
 from quern.pipeline.generate import Tell, continuation, load_model, noted, pieces, warn
 from quern.pipeline.sampling import Sampler, SamplingOptions
@@ -41,7 +41,7 @@ class Chat:
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; give how many tokens an answer may have, 1 or more")
         self._sampler = Sampler(SamplingOptions(temperature, top_k, top_p), seed)
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_model(path)
         self._tokenizer = load_tokenizer(checkpoint.path)
         if not self._tokenizer.chat_template:
             raise UserError(

@@ -16,8 +16,8 @@ import quern
 from quern.advisor.hardware import probe
 from quern.advisor.recommend import recommend
 from quern.architectures.base import architecture_of
-from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.output_place import write_output
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.files import write_bytes
 from quern.core.errors import UserError, option
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
@@ -26,8 +26,8 @@ from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenar
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.evaluation.texts import Text
+from quern.loading.fitting import open_model
 from quern.peers.base import Choice, choices_of
-from quern.pipeline.comparison_folder import ComparisonFolder
 from quern.pipeline.inputs import Inputs, Settings, prepare_inputs
 from quern.pipeline.making import Making, make_artifact
 from quern.pipeline.measure import Measurement, measure_all
@@ -35,7 +35,7 @@ from quern.pipeline.measured_cache import MeasuredCache
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
 from quern.pipeline.rows import Contender
 from quern.pipeline.worker_process import OURS, as_other_tools
-from quern.report.html import render
+from quern.report.html import write_report
 
 DEFAULT_RECIPES = ("compact", "fast", "balanced", "rtn4")
 QUICK_TOKENS, QUICK_ROUNDS, QUICK_DECODE = 4, 1, 16
@@ -65,7 +65,7 @@ def compare(
     threads: int | None = None,
     seed: int = 0,
     fresh: bool = False,
-    scenario: Scenario = "overall",
+    scenario: Scenario = "balanced",
     engine: str = AUTO,
     progress: Progress | None = None,
 ) -> Results:
@@ -81,63 +81,49 @@ def compare(
     again; ``fresh`` makes and measures all anew. ``speed_rounds`` 0 leaves speed out. ``engine`` runs quern's results, and
     the unquantized model beside the reference engine (``auto``: the fastest that can). Raises ``UserError``.
     """
-    progress = progress or Silent()
+    progress, folder = progress or Silent(), Path(output)
     if scenario == "mix":
         raise UserError(f"a mix needs weights: compare with another scenario, then {_WEIGH}")
     chosen = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
     others = choices_of(peers)
     _check_distinct([*(recipe.name for recipe in chosen), *(choice.row for choice in others)])
-    folder = ComparisonFolder(output, model)
-    folder.check(model, [recipe.name for recipe in chosen], [choice.row for choice in others], fresh)
-    checkpoint = open_checkpoint(model, progress=progress)
+    checkpoint = open_model(model, progress=progress)
     usual = Settings(
         tokens=tokens, window=window, threads=threads, seed=seed,
         speed_rounds=speed_rounds, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)  # fmt: skip
     settings = _quick(usual) if quick else usual
+    inputs = prepare_inputs(checkpoint, folder / "cache", texts=texts, choices=choices, settings=settings)
+    hardware = probe(threads=threads or available_threads())
+    making = Making(
+        checkpoint=checkpoint,
+        model_sha256=checkpoint.sha256(progress),
+        folder=folder,
+        calibration=calibration,
+        memory=memory,
+        threads=threads,
+        seed=seed,
+        fresh=fresh,
+        progress=progress,
+    )
     tools = (peer_time_limit, None if environments is None else Path(environments))
-    with folder.locked():
-        inputs = prepare_inputs(checkpoint, folder.cache, texts=texts, choices=choices, settings=settings)
-        hardware = probe(threads=threads or available_threads())
-        making = Making(
-            checkpoint=checkpoint,
-            model_sha256=checkpoint.sha256(progress),
-            folder=folder.path,
-            calibration=calibration,
-            memory=memory,
-            threads=threads,
-            seed=seed,
-            fresh=fresh,
-            progress=progress,
-        )
-        measurement = _make_and_measure(making, chosen, others, tools, engine, inputs, settings, hardware)
-        results = _results(making, measurement, inputs, hardware, scenario, _protocol(usual, settings, inputs))
-        write_output(folder.results, (results.model_dump_json(indent=2) + "\n").encode())
-        write_output(folder.report, render(results).encode())
-    return results
-
-
-def _results(
-    making: Making,
-    measurement: Measurement,
-    inputs: Inputs,
-    hardware: dict[str, Any],
-    scenario: Scenario,
-    protocol: Protocol,
-) -> Results:
-    return Results(
+    measurement = _make_and_measure(making, chosen, others, tools, engine, inputs, settings, hardware)
+    results = Results(
         metrics_version=METRICS_VERSION,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         quern_version=quern.__version__,
-        model=_model(making.checkpoint, making.model_sha256),
+        model=_model(checkpoint, making.model_sha256),
         hardware=hardware,
         versions=_versions(),
         texts=list(inputs.sources),
-        seed=making.seed,
-        protocol=protocol,
+        seed=seed,
+        protocol=_protocol(usual, settings, inputs),
         rows=measurement.rows,
         failures=measurement.failures,
         recommendation=recommend(measurement.rows, scenario),
     )
+    write_bytes(path := folder / "results.json", (results.model_dump_json(indent=2) + "\n").encode())
+    write_report(path, folder / "report.html")
+    return results
 
 
 def _make_and_measure(
@@ -156,7 +142,11 @@ def _make_and_measure(
         made, failures = make_all(making, Tools(Path(scratch), *tools), others)
         launch = as_other_tools() if others else OURS
         reference = Contender(
-            name="unquantized", path=making.checkpoint.path, sha256=making.model_sha256, launch=launch
+            name="unquantized",
+            path=making.checkpoint.path,
+            sha256=making.model_sha256,
+            launch=launch,
+            notes=making.checkpoint.notes,
         )
         measurement = measure_all(
             [*_unquantized(making, reference, engine), *ours, *made],

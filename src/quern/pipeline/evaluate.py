@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quern.advisor.hardware import measured_rates
-from quern.checkpoint.checkpoint import open_checkpoint
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import Row
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.evaluation.texts import Text
+from quern.loading.fitting import open_model
 from quern.pipeline.inputs import Settings, prepare_inputs
 from quern.pipeline.measure import measure_all
 from quern.pipeline.rows import Contender, contender_of
@@ -54,7 +54,7 @@ def evaluate(
         decode_tokens=decode_tokens,
     )
     progress = progress or Silent()
-    checkpoint = open_checkpoint(model, progress=progress)
+    checkpoint = open_model(model, progress=progress)
     contender = contender_of(checkpoint, engine_for(checkpoint, engine))
     if reference is not None:
         original: Contender | None = Contender(name="reference", path=reference, timed=False)
@@ -63,7 +63,7 @@ def evaluate(
         if original is not None and original.engine != "reference":  # which is what reference logits come from
             original = Contender(name="reference", path=checkpoint.path, timed=False)
     with tempfile.TemporaryDirectory(prefix="quern-evaluate-") as folder:
-        source = checkpoint if reference is None else open_checkpoint(reference, progress=progress)
+        source = checkpoint if reference is None else open_model(reference, progress=progress)
         inputs = prepare_inputs(source, Path(folder), texts=texts, choices=choices, settings=settings)
         rates = measured_rates([threads or available_threads()]) if speed_rounds else None
         others = [] if original is contender else [contender]

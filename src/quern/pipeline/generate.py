@@ -9,12 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.engine import LimitedSession, NotingModel
 from quern.core.errors import UserError, option
 from quern.engines.base import AUTO, ENGINES, engine_for
 from quern.engines.cpu import CachePrecision, CpuEngine
+from quern.loading.fitting import open_model
 from quern.pipeline.detokenize import Detokenizer
 from quern.pipeline.sampling import Sampler, SamplingOptions
 from quern.pipeline.stopping import end_tokens
@@ -56,7 +57,7 @@ def generate(
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; give how many tokens to write at most, 1 or more")
     sampler = Sampler(SamplingOptions(temperature, top_k, top_p), seed)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_model(path)
     tokenizer = load_tokenizer(checkpoint.path)
     ids = _encode(tokenizer, prompt)
     model = load_model(checkpoint, engine, threads, cache, tell)

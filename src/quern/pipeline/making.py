@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json, write_json
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe
 from quern.engines.base import engine_for
+from quern.loading.fitting import open_model
 from quern.pipeline.quantize import quantize
 from quern.pipeline.rows import Contender
 
@@ -49,7 +50,7 @@ def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
         cache=making.folder / "cache",
         progress=making.progress,
     )
-    made = open_checkpoint(artifact)
+    made = open_model(artifact)
     sha256 = made.sha256()
     if report.seconds is not None and not report.resumed:
         record = {"quantize_seconds": report.seconds, "quantize_peak_rss_bytes": report.peak_rss_bytes}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import quern
 from quern.architectures.base import Architecture, architecture_of
-from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import write_json
 from quern.checkpoint.safetensors_file import read_header
 from quern.checkpoint.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer
@@ -27,6 +27,7 @@ from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, WeightScheme, load_recipe
 from quern.core.results import LayerError
 from quern.formats.base import FORMATS
+from quern.loading.fitting import open_model, require_unquantized
 from quern.observers.base import OBSERVERS
 from quern.pipeline import memory as memory_plan
 from quern.pipeline import sensitivity
@@ -85,9 +86,9 @@ def quantize(
     progress = progress or Silent()
     target = output_target(output, model, fresh)
     output = Path(os.path.expanduser(output))
-    checkpoint, chosen = open_checkpoint(model, progress=progress), _recipe(recipe, format)
+    checkpoint, chosen = open_model(model, progress=progress), _recipe(recipe, format)
+    require_unquantized(checkpoint)
     architecture = architecture_of(checkpoint.config)
-    checkpoint.validate(architecture.expected_shapes())
     schemes, where = _check(chosen, architecture), _device(device)
     documents = calibration_documents(calibration) if chosen.needs_calibration else []
     fingerprint = _fingerprint(checkpoint, chosen, documents, seed, device, progress)
@@ -132,7 +133,7 @@ def quantize(
         replaced = artifact_names(target.path) if fresh else ()
         work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
     biased = [module for module in schemes if f"{module}.bias" in architecture.expected_shapes()]
-    notes = [*job.notes, *job.format.notes(biased)]
+    notes = [*checkpoint.notes, *job.notes, *job.format.notes(biased)]
     return _report(output, chosen, checkpoint, time.perf_counter() - started + spared, layers, resumed, notes)
 
 
@@ -286,7 +287,7 @@ def _report(
     resumed: bool,
     notes: list[str],
 ) -> QuantizeReport:
-    artifact = open_checkpoint(output)
+    artifact = open_model(output)
     size = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
     data = sum(artifact.info(name).stored_bytes for name in artifact.names())
     return QuantizeReport(

@@ -54,7 +54,7 @@ def contender_of(checkpoint: Checkpoint, engine: str = "reference") -> Contender
     quantization = checkpoint.config.get("quantization_config")
     name = checkpoint.path.name
     if not isinstance(quantization, dict):
-        return Contender(name=name, path=checkpoint.path, engine=engine)
+        return Contender(name=name, path=checkpoint.path, engine=engine, notes=checkpoint.notes)
     recipe, layers, made_from = quantization, [], None
     provenance = checkpoint.path / PROVENANCE
     if provenance.is_file():
@@ -65,8 +65,9 @@ def contender_of(checkpoint: Checkpoint, engine: str = "reference") -> Contender
         except (KeyError, TypeError, ValueError) as error:
             raise BadFileError(provenance, f"is not what quern writes: {error}", "Quantize the model again") from None
     return Contender(
-        name=name, path=checkpoint.path, recipe=recipe, layers=tuple(layers), engine=engine, original_sha256=made_from
-    )
+        name=name, path=checkpoint.path, recipe=recipe, layers=tuple(layers), engine=engine, original_sha256=made_from,
+        notes=checkpoint.notes,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,6 @@ def test_reads_what_was_saved(kind, request):
     for name, tensor in tensors.items():
         assert torch.equal(checkpoint.read(name, finite=True), tensor)
         assert checkpoint.info(name).shape == tuple(tensor.shape)
-    checkpoint.validate(corpus.expected_shapes())
 
 
 def test_only_the_tensor_asked_for_is_read(sharded):
@@ -111,31 +110,6 @@ def test_a_tied_head_counts_once_wherever_it_is_stored(tmp_path):
     one = open_checkpoint(tied_folder(tmp_path / "one", None))
     two = open_checkpoint(tied_folder(tmp_path / "two", embedding.clone()))
     assert one.parameters == two.parameters == STORED - embedding.numel()
-    shapes = corpus.expected_shapes(one.config)
-    one.validate(shapes)
-    two.validate(shapes)
-
-
-def test_a_tied_head_of_other_values_or_dtype_is_refused(tmp_path):
-    embedding = corpus.weights()[corpus.EMBEDDING]
-    changed = embedding.clone()
-    changed[-1, -1] += 1
-    for index, head in enumerate((changed, embedding.float())):
-        checkpoint = open_checkpoint(tied_folder(tmp_path / str(index), head))
-        with pytest.raises(BadFileError, match="tied"):
-            checkpoint.validate(corpus.expected_shapes(checkpoint.config))
-
-
-def test_rotary_frequencies_of_old_checkpoints_are_let_pass(single):
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    save_file({**corpus.weights(), name: torch.ones(8)}, single / corpus.SINGLE)
-    open_checkpoint(single).validate(corpus.expected_shapes())
-
-
-def test_the_first_differences_are_named_and_the_rest_counted(single):
-    wrong = {f"tensor {index}": (1,) for index in range(20)}
-    with pytest.raises(BadFileError, match=r"'tensor 0' is missing.*'tensor 12' is missing; and 36 more"):
-        open_checkpoint(single).validate(wrong)
 
 
 def test_hash_depends_on_config_weights_and_names_only(single, tmp_path):
@@ -190,7 +164,7 @@ def test_links_to_shards_are_followed(sharded, tmp_path):
     for shard in corpus.SHARDS:
         (sharded / shard).rename(tmp_path / "blobs" / shard)
         (sharded / shard).symlink_to(tmp_path / "blobs" / shard)
-    open_checkpoint(sharded).validate(corpus.expected_shapes())
+    assert len(open_checkpoint(sharded).names()) == len(corpus.expected_shapes())
 
 
 @pytest.mark.parametrize("model", ["", "  ", "nowhere/at/all", "a b", "./nothing", "nothing.gguf"])

@@ -10,6 +10,7 @@ from bad_files import corpus
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from quern.architectures.base import architecture_of
 from quern.checkpoint import gguf_file
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.gguf_file import restore_row_order
@@ -166,16 +167,24 @@ def test_llama_3s_rotary_scaling_is_found_again(factor, tmp_path):
     assert open_checkpoint(path).config["rope_scaling"] == {"rope_type": "llama3", **scaling}
 
 
-def test_other_constants_than_llama_3s_are_refused(tmp_path):
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 8192}
+def test_any_other_factors_divide_the_frequencies_exactly(tmp_path):
+    """llama.cpp divides each frequency by its factor, whatever it is; the constants here are none of Llama 3's."""
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 32}
+    factors = llama3_factors(scaling)
+    assert 1 < factors[-2] != factors[-1]
     path = corpus.write_gguf(
         tmp_path / "model.gguf",
         corpus.weights(),
         corpus.CONFIG,
-        extra=lambda writer: writer.add_tensor("rope_freqs.weight", llama3_factors(scaling)),
+        extra=lambda writer: writer.add_tensor("rope_freqs.weight", factors),
     )
-    with pytest.raises(UserError, match="other than Llama 3's"):
-        open_checkpoint(path)
+    rotary = architecture_of(open_checkpoint(path).config).build_rotary()
+    plain = corpus.CONFIG["rope_theta"] ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    assert torch.allclose(rotary.inv_freq.double(), plain / torch.from_numpy(factors).double(), rtol=1e-6, atol=0)
+    assert rotary.attention_scaling == 1
+    far = rotary(torch.zeros(1, 1, 16), torch.tensor([[299]]))[0][0, 0, :8].double()  # beyond the context too
+    # Float32 angles of up to 299 are off by 299 x 2^-24 = 2e-5.
+    assert torch.allclose(far, (299 * plain / torch.from_numpy(factors).double()).cos(), rtol=0, atol=1e-4)
 
 
 def test_linear_and_yarn_scaling(tmp_path):
