@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 import quern
-from quern.cli.progress import RichProgress
+from quern.cli.progress import progress_on
 from quern.core.results import Results
 
 HERE = Path(__file__).parent
@@ -53,7 +53,7 @@ def _meant(recipe: str) -> bool:
 
 
 def _compare(options: argparse.Namespace, theme: str, recipes: list[str], choices: list[str]) -> Results:
-    with RichProgress(Console(stderr=True)) as progress:
+    with progress_on(Console(stderr=True)) as progress:
         results = quern.compare(
             options.model,
             options.output,

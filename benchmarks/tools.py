@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 import quern
-from quern.cli.progress import RichProgress
+from quern.cli.progress import progress_on
 from quern.core.results import Row, load_results
 
 HERE = Path(__file__).parent
@@ -59,7 +59,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     ours = {path.stem: str(path) for path in (HERE / "recipes").glob("*.yaml")}
-    with RichProgress(Console(stderr=True)) as progress:
+    with progress_on(Console(stderr=True)) as progress:
         results = quern.compare(
             options.model,
             options.output,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quern.core.errors import UserError
@@ -12,6 +17,8 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,9
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 UNWANTED = ["*/*", "*.bin", "*.py", "consolidated*"]
 """Subfolders hold other formats of the same weights, ``consolidated*`` Mistral's second copy of them."""
+TELL_S = 10.0
+"""Seconds between two lines about a download."""
 
 
 def is_hub_id(text: str) -> bool:
@@ -26,7 +33,8 @@ def download(repository: str, progress: Progress) -> Path:
 
     progress.log(f"getting {repository} from the Hugging Face Hub")
     try:
-        return Path(snapshot_download(repository, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        with _telling_what_came(repository, progress):
+            return Path(snapshot_download(repository, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except GatedRepoError:
         raise UserError(
             f"the Hub model {repository} is gated. Accept its licence on https://huggingface.co/{repository} and run "
@@ -45,6 +53,40 @@ def download(repository: str, progress: Progress) -> Path:
             f"MODEL {repository!r} is no local folder, and getting it from the Hub failed: {_first_line(error)}. Check "
             "the network and the free space, or give the path of a folder; what was downloaded is kept"
         ) from None
+
+
+@contextmanager
+def _telling_what_came(repository: str, progress: Progress) -> Iterator[None]:
+    """A line now and then where there is no terminal; on one the Hub's library draws bars itself."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
+    over, before = threading.Event(), _bytes_in(folder)
+
+    def tell() -> None:
+        while not over.wait(TELL_S):
+            progress.log(f"getting {repository}: {(_bytes_in(folder) - before) / 1e6:,.0f} MB have come")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    if not sys.stderr.isatty():
+        teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if teller.is_alive():
+            teller.join()
+
+
+def _bytes_in(folder: Path) -> int:
+    """On the disk; what is still being downloaded counts, and files come and go meanwhile."""
+    total = 0
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            with suppress(OSError):
+                total += 512 * entry.stat().st_blocks  # a file may get its size before its bytes
+    return total
 
 
 def _first_line(error: Exception) -> str:

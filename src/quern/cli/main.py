@@ -16,7 +16,7 @@ from quern.cli.compare import compare
 from quern.cli.evaluate import evaluate
 from quern.cli.generate import generate
 from quern.cli.inspect import inspect
-from quern.cli.outcome import settings
+from quern.cli.outcome import end_by_exception, settings
 from quern.cli.peers import app as peers
 from quern.cli.probe import probe
 from quern.cli.quantize import quantize
@@ -72,6 +72,7 @@ app.add_typer(peers, name="peers")
 
 def run() -> None:
     """Entry point of the console script."""
+    end_by_exception()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what the terminal cannot show comes out escaped instead of failing
             stream.reconfigure(errors="backslashreplace")

@@ -1,7 +1,7 @@
 """How every verb ends: its result on stdout, or one message on stderr and an exit code.
 
 0: done. 1: it failed (or nothing meets the constraints). 2: the request cannot be carried out as it was made.
-130: interrupted from the keyboard.
+130: interrupted from the keyboard. 143 and 129: ended by SIGTERM or SIGHUP, after everything that was started is ended.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from quern.cli.progress import RichProgress
+from quern.cli.progress import LineProgress, RichProgress, progress_on
 from quern.core.errors import QuernError
 
 P = ParamSpec("P")
@@ -29,6 +30,27 @@ R = TypeVar("R")
 
 WIDTH_WITHOUT_TERMINAL = 120
 INTERRUPTED = 130
+CONTINUES = " The same command continues where this one stopped."
+
+
+class Ended(BaseException):
+    """The process is asked to end; raised so that worker processes and temporary files go first."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(self.signal.name)
+
+
+def end_by_exception() -> None:
+    """Make SIGTERM and SIGHUP raise ``Ended``; one that is ignored (nohup) stays so."""
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once: what is cleaned up is not interrupted again
+        raise Ended(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 @dataclasses.dataclass
@@ -67,7 +89,9 @@ def _errors_as_messages(resumes: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        fail("interrupted." + (" The same command continues where this one stopped." if resumes else ""), INTERRUPTED)
+        fail("interrupted." + (CONTINUES if resumes else ""), INTERRUPTED)
+    except Ended as error:
+        fail(f"ended by {error.signal.name}." + (CONTINUES if resumes else ""), 128 + error.signal)
     except BrokenPipeError:
         # Whoever read stdout is gone. Python flushes it once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -109,9 +133,9 @@ def console(stderr: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def working() -> Iterator[RichProgress]:
-    """Progress bars; and whatever a library prints meanwhile goes to stderr, so that stdout holds the result alone."""
-    with contextlib.redirect_stdout(sys.stderr), RichProgress(console(stderr=True)) as progress:
+def working() -> Iterator[RichProgress | LineProgress]:
+    """Progress; and whatever a library prints meanwhile goes to stderr, so that stdout holds the result alone."""
+    with contextlib.redirect_stdout(sys.stderr), progress_on(console(stderr=True)) as progress:
         yield progress
 
 

@@ -1,7 +1,10 @@
-"""Progress bars on stderr, with the time left; only log lines where stderr is not a terminal."""
+"""How far a job is, on stderr: bars on a terminal, elsewhere (a log file) a line now and then; both with the time left."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -15,8 +18,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from quern.core.progress import Task
+
 SPEED_WINDOW_S = 24 * 3600
 """A step of a large model takes minutes, so the time left is estimated from all steps, not from the last seconds."""
+LINE_INTERVAL_S = 10.0
+"""Least time between two lines where there is no terminal."""
+FIRST_LINE_S = 2.0
+"""What takes no longer needs no line."""
+_COUNTABLE = 1_000_000
+"""Larger numbers of steps (bytes) are told as a share."""
+
+
+def progress_on(console: Console) -> RichProgress | LineProgress:
+    """Bars or lines, whatever suits ``console``."""
+    return RichProgress(console) if console.is_terminal else LineProgress(console)
 
 
 class RichTask:
@@ -37,12 +53,12 @@ class RichTask:
 
 
 class RichProgress:
-    """The ``Progress`` of core/progress.py, drawn while its ``with`` block runs."""
+    """The ``Progress`` of core/progress.py as bars, drawn while its ``with`` block runs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -50,7 +66,6 @@ class RichProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
             speed_estimate_period=SPEED_WINDOW_S,
         )
 
@@ -63,10 +78,86 @@ class RichProgress:
     ) -> None:
         self._bars.stop()
 
-    def task(self, description: str, total: float) -> RichTask:
+    def task(self, description: str, total: float, done: float = 0) -> Task:
         """A new bar."""
-        return RichTask(self._bars, self._bars.add_task(description, total=total))
+        return RichTask(self._bars, self._bars.add_task(description, total=total, completed=int(done)))
 
     def log(self, message: str) -> None:
         """A line above the bars."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+class LineTask:
+    """A task that is told in lines."""
+
+    def __init__(self, lines: LineProgress, description: str, total: float, done: float) -> None:
+        self._lines = lines
+        self._description = description
+        self._total = total
+        self._done = self._begin = done
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        lines.tell(self._line)
+
+    def advance(self, steps: float = 1) -> None:
+        """Tell it, if it is time."""
+        with self._lock:  # scoring advances one task from several threads
+            self._done += steps
+        self._lines.tell(self._line)
+
+    def done(self) -> None:
+        """Nothing more to tell."""
+
+    def _line(self) -> str:
+        worked, left = self._done - self._begin, self._total - self._done
+        elapsed = time.monotonic() - self._started
+        far = (
+            f"{self._done:,.0f} of {self._total:,.0f}"
+            if self._total < _COUNTABLE
+            else f"{100 * self._done / self._total:.0f} %"
+        )
+        remaining = f", about {_duration(elapsed / worked * left)} left" if worked > 0 and left > 0 else ""
+        return f"{self._description}: {far}{remaining}"
+
+
+class LineProgress:
+    """The ``Progress`` of core/progress.py as lines: one in ``LINE_INTERVAL_S`` at most, and what is logged."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._due = time.monotonic() + FIRST_LINE_S
+
+    def __enter__(self) -> LineProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def task(self, description: str, total: float, done: float = 0) -> Task:
+        """A task to be told of."""
+        return LineTask(self, description, total, done)
+
+    def log(self, message: str) -> None:
+        """A line, whenever it comes."""
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self._console.file.flush()
+
+    def tell(self, line: Callable[[], str]) -> None:
+        """Print ``line()`` if the last one is long enough ago."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._due:
+                return
+            self._due = now + LINE_INTERVAL_S
+            self.log(line())
+
+
+def _duration(seconds: float) -> str:
+    """Two units at most, rounded: ``45 s``, ``3 min``, ``2 h 10 min``."""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

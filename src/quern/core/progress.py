@@ -20,8 +20,8 @@ class Task(Protocol):
 class Progress(Protocol):
     """Whoever listens."""
 
-    def task(self, description: str, total: float) -> Task:
-        """A new bar of ``total`` steps."""
+    def task(self, description: str, total: float, done: float = 0) -> Task:
+        """A new bar of ``total`` steps, of which an earlier run has ``done`` some: the time left is that of the rest."""
         ...
 
     def log(self, message: str) -> None:
@@ -40,7 +40,7 @@ class _SilentTask:
 class Silent:
     """Listens to nothing."""
 
-    def task(self, description: str, total: float) -> Task:
+    def task(self, description: str, total: float, done: float = 0) -> Task:
         return _SilentTask()
 
     def log(self, message: str) -> None:

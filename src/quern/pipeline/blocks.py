@@ -49,10 +49,10 @@ ROTATED_TOKENS = 512
 def quantize_blocks(job: Job) -> None:
     """All blocks that are not done yet; each leaves a shard of the artifact and the next one's inputs."""
     layers = job.architecture.layers
-    task = job.progress.task("quantizing blocks", layers)
-    for index in range(layers):
-        if job.work.done(f"block {index}") is None:
-            quantize_block(job, index)
+    pending = [index for index in range(layers) if job.work.done(f"block {index}") is None]
+    task = job.progress.task("quantizing blocks", layers, layers - len(pending))
+    for index in pending:
+        quantize_block(job, index)
         task.advance()
     task.done()
 

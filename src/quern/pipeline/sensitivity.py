@@ -107,18 +107,26 @@ def _put_into(shared: Path, job: Job, seconds: float) -> None:
 
 def _compute(job: Job) -> None:
     layers = job.architecture.layers
-    task = job.progress.task("token weights", 2 * layers + 1)
+    task = job.progress.task("token weights", 2 * layers + 1, _behind(job))
     _forward(job, task)
-    _output_gradients(job)
-    task.advance()
+    if not _has_output_gradients(job):
+        _output_gradients(job)
+        task.advance()
     for index in reversed(range(layers)):
         if job.work.done(f"weights {index}") is None:
             _backward(job, index)
             release_freed()
+            task.advance()
         # Only now: a run that is stopped in block ``index`` needs these gradients again.
         job.activations(GRADIENTS, index + 1).path.unlink(missing_ok=True)
-        task.advance()
     task.done()
+
+
+def _behind(job: Job) -> int:
+    """Steps of ``_compute`` that an earlier run has done."""
+    layers = job.architecture.layers
+    steps = [*(f"inputs {index + 1}" for index in range(layers)), *(f"weights {index}" for index in range(layers))]
+    return sum(job.work.done(step) is not None for step in steps) + _has_output_gradients(job)
 
 
 def _forward(job: Job, task: Task) -> None:
@@ -138,7 +146,7 @@ def _forward(job: Job, task: Task) -> None:
             following.write(partial(_run_wave, job, block, source))
             job.work.finish(f"inputs {index + 1}", [following.path], {})
             release_freed()
-        task.advance()
+            task.advance()
 
 
 def _run_wave(job: Job, block: Block, source: ActivationFile, start: int, stop: int) -> Tensor:
@@ -172,12 +180,15 @@ def _block(job: Job, index: int) -> Block:
     return Block(job.architecture, index, job.read, job.compute_dtype, job.sequences.shape[1])
 
 
+def _has_output_gradients(job: Job) -> bool:
+    """Whether the gradients after the last block are there, or are needed no more."""
+    layers = job.architecture.layers
+    return any(job.work.done(step) is not None for step in (f"gradients {layers}", f"weights {layers - 1}"))
+
+
 def _output_gradients(job: Job) -> None:
     """dL/d(hidden states) after the last block."""
     architecture = job.architecture
-    steps = (f"gradients {architecture.layers}", f"weights {architecture.layers - 1}")
-    if any(job.work.done(step) is not None for step in steps):
-        return
     with torch.device("meta"):
         norm = architecture.build_norm()
     weight = job.read(f"{architecture.final_norm}.weight").to(job.compute_dtype)

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from quern.checkpoint import hub
 from quern.checkpoint.hub import is_hub_id
 
 COMMIT = "a" * 40
@@ -131,3 +132,31 @@ def test_is_an_id(text):
 @pytest.mark.parametrize("text", ["", "model", "/a/b", "./a", "a/b/c", "../a", "a/..", "a b/c", "a/b\n", "~/a", "a/"])
 def test_is_no_id(text):
     assert not is_hub_id(text)
+
+
+def test_a_download_tells_what_has_come_where_there_is_no_terminal(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    blobs = tmp_path / "models--some--model" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "old").write_bytes(b"x" * 5_000_000)
+    told, said = threading.Event(), []
+
+    class Listener:
+        def log(self, message):
+            said.append(message)
+            if len(said) > 2:
+                told.set()
+
+    def download(repository, **_):
+        (blobs / "new.incomplete").write_bytes(b"x" * 3_000_000)
+        assert told.wait(60)
+        return str(tmp_path)
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "TELL_S", 0.01)
+    assert hub.download("some/model", Listener()) == tmp_path
+    assert said[0] == "getting some/model from the Hugging Face Hub"
+    assert said[-1] == "getting some/model: 3 MB have come"

@@ -2,18 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import typer
 from rich.text import Text
 from typer.testing import CliRunner
 
 from quern.cli import main as cli
-from quern.cli.outcome import plain, settings, show, verb, working
+from quern.cli.outcome import end_by_exception, plain, settings, show, verb, working
 from quern.core.errors import BadFileError, QuernError, UserError
 
 
@@ -171,3 +173,48 @@ def test_a_reader_that_leaves_early():
     process.stderr.close()
     assert process.wait(60) == 1
     assert said == b""
+
+
+WORKING = """
+import sys, tempfile
+import typer
+from quern.cli.outcome import end_by_exception, verb, working
+from quern.pipeline.worker_process import Launch, Worker
+app = typer.Typer()
+end_by_exception()
+
+@app.command()
+@verb("quern job", resumes=True)
+def job():
+    command = (sys.executable, "-c", "import time; time.sleep(600)")
+    with working(), tempfile.TemporaryDirectory(dir=sys.argv[1]), Worker("contender", Launch(command=command)) as worker:
+        print(worker.process_id, flush=True, file=sys.__stdout__)
+        worker.ask({})
+
+app(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_whoever_ends_it_ends_its_processes_too(number, code, tmp_path):
+    command = [sys.executable, "-c", WORKING, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in said
+    assert "The same command continues where this one stopped." in said
+    assert not psutil.pid_exists(worker)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    try:
+        end_by_exception()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGTERM, before[1])

@@ -66,7 +66,7 @@ class Counter:
     def __init__(self):
         self.bars = {}
 
-    def task(self, description, total):
+    def task(self, description, total, done=0):
         bar = self.bars[description] = [0, total]
 
         class Task:
