@@ -96,7 +96,7 @@ def _facts(results: Results, source: str) -> str:
         f"- Texts: {', '.join(f'{text.name} ({text.tokens:,} tokens)' for text in results.texts) or 'none'}",
     ]
     if results.protocol is not None:
-        lines.append(f"- Protocol: {protocol_text(results.protocol)}")
+        lines.append(f"- Protocol: {protocol_text(results.protocol, results.rows)}")
     lines.append(f"- Whole results: [{source}](../{source})")
     return "\n".join(map(_plain, lines)) + "\n"
 

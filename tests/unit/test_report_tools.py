@@ -132,7 +132,7 @@ def test_every_stage_has_words():
     assert set(STAGES) == set(get_args(Failure.model_fields["stage"].annotation))
     protocol = sample_tool_results().protocol
     assert protocol is not None
-    assert "1 thread." in protocol_text(protocol.model_copy(update={"threads": 1}))
+    assert "1 thread." in protocol_text(protocol.model_copy(update={"threads": 1}), [])
 
 
 def test_what_fractions_refer_to_can_be_traced():

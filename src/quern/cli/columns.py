@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +15,8 @@ from quern.core.figures import bytes_text, percent_text, seconds_text
 from quern.core.results import Row
 
 NOT_MEASURED = "-"
+UNLIMITED = 10_000
+"""Characters of a line that nothing breaks."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,6 @@ class Column:
     heading: str
     """Broken at spaces on a terminal."""
     cell: Callable[[Row], str]
-    dispensable: int = 0
-    """Where the terminal is too narrow, columns are left out, that with the greatest number first; never one with 0."""
 
 
 def size(count: float | None) -> str:
@@ -54,16 +56,16 @@ def interval(limits: tuple[float, float] | None, form: str) -> str:
 COLUMNS = (
     Column("name", lambda row: row.name),
     Column("size", lambda row: size(row.bytes)),
-    Column("smaller by", lambda row: percent(row.compression), dispensable=1),
+    Column("smaller by", lambda row: percent(row.compression)),
     Column("bits/ weight", lambda row: number(row.bits_per_weight, ".2f")),
     Column("KL diver- gence", lambda row: number(row.kl_mean, ".4f")),
-    Column("95 % interval", lambda row: interval(row.kl_ci95, ".4f"), dispensable=7),
-    Column("per- plexity", lambda row: number(row.perplexity, ".2f"), dispensable=3),
+    Column("95 % interval", lambda row: interval(row.kl_ci95, ".4f")),
+    Column("per- plexity", lambda row: number(row.perplexity, ".2f")),
     Column("top-1", lambda row: percent(row.top1_agreement)),
-    Column("choice", lambda row: percent(row.choice_accuracy), dispensable=2),
-    Column("prefill tok/s", lambda row: number(row.prefill_tokens_per_s, ".0f"), dispensable=4),
+    Column("choice", lambda row: percent(row.choice_accuracy)),
+    Column("prefill tok/s", lambda row: number(row.prefill_tokens_per_s, ".0f")),
     Column("decode tok/s", lambda row: number(row.decode_tokens_per_s, ".1f")),
-    Column("peak RAM", lambda row: size(row.peak_rss_bytes), dispensable=5),
+    Column("peak RAM", lambda row: size(row.peak_rss_bytes)),
 )
 
 
@@ -77,9 +79,21 @@ def add(table: Table, *texts: str | Text, style: str | None = None) -> None:
     table.add_row(*(Text(text) if isinstance(text, str) else text for text in texts), style=style)
 
 
+class WholeTable(Table):
+    """A table that never breaks a word: where the terminal is narrower than that takes, its lines run on."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        unlimited = options.update(max_width=UNLIMITED)
+        for column in self.columns:
+            cells = [column.header, *column.cells]
+            column.min_width = max(Measurement.get(console, unlimited, cell).minimum for cell in cells)
+        least = self.__rich_measure__(console, unlimited).minimum
+        yield from super().__rich_console__(console, options.update(max_width=max(options.max_width, least)))
+
+
 def table(headings: Sequence[str], right: Iterable[int] = (), gap: int = 2) -> Table:
     """An empty table; the columns at the places ``right`` are aligned to the right, ``gap`` characters between all."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False)
+    made = WholeTable(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False)
     to_the_right = set(right)
     for index, heading in enumerate(headings):
         made.add_column(heading, justify="right" if index in to_the_right else "left", overflow="fold")

@@ -42,7 +42,9 @@ def compare(
     peers: Peers = "",
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A quarter of the tokens and one short timed round: wider intervals, sooner."),
+        typer.Option(
+            "--quick", help="A quarter of the tokens and one short timed round: sooner, with wider intervals or none."
+        ),
     ] = False,
     no_speed: options.NoSpeed = False,
     peer_time_limit: Annotated[

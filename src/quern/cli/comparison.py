@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
 from rich.text import Text
 
 from quern.advisor.deployment import has_other_tools
@@ -20,18 +22,16 @@ from quern.report.wording import (
     under_foreign_load,
 )
 
-WIDE = 120
-"""Characters of a terminal from which columns stand further apart."""
 EDGES = 2
 """Characters that a table takes beside its columns."""
 NAME_WIDTH = 36
-"""Longer names may be broken rather than push columns out."""
+"""Longer names take several lines."""
 PLACES = {"dominated": "dominated", "unquantized": "", "not placed": "-"}
 """Kinds of places that are not written as they are called."""
 
 
 class Comparison:
-    """The rows as a table of as many columns as the terminal is wide enough for."""
+    """The rows as a table; columns that the terminal is too narrow for follow in a further table of the same rows."""
 
     def __init__(self, results: Results) -> None:
         self._results = results
@@ -39,9 +39,14 @@ class Comparison:
         self._places = dict(zip((row.name for row in results.rows), placements(results.rows), strict=False))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        gap = 2 if options.max_width >= WIDE else 1
-        columns = self._fitting(options.max_width, gap)
-        headings = [column.heading.replace(" ", "\n") for column in columns]
+        ways = [(whole, gap) for whole in (True, False) for gap in (2, 1)]
+        layouts = [(self._tables(options.max_width, whole, gap), gap) for whole, gap in ways]
+        tables, gap = min(layouts, key=lambda layout: len(layout[0]))
+        for columns in tables:
+            yield self._table(columns, gap)
+
+    def _table(self, columns: Sequence[Column], gap: int) -> Table:
+        headings = [_broken(column.heading) for column in columns]
         made = table(headings, right=range(1, len(columns)), gap=gap)
         for row in self._results.rows:
             chosen = row.name == self._results.recommendation.choice
@@ -49,46 +54,61 @@ class Comparison:
             if self._other_tools:
                 cells[0].append(f"\n{tool_text(row, self._results.quern_version)}", style="not bold dim")
             add(made, *cells, style="bold green" if chosen else None)
-        yield made
+        return made
 
-    def _fitting(self, width: int, gap: int) -> list[Column]:
-        """The columns without those that must go for the table to be no wider than ``width``."""
-        place = Column("place", self._place, dispensable=4 if self._other_tools else 8)
-        columns = [*(self._marked(column) for column in COLUMNS), place]
-        while sum(map(self._width, columns)) + gap * (len(columns) - 1) + EDGES > width:
-            least = max(columns, key=lambda column: column.dispensable)
-            if least.dispensable == 0:
-                break
-            columns.remove(least)
-        return columns
+    def _tables(self, width: int, whole: bool, gap: int) -> list[list[Column]]:
+        """All columns, in as many tables as it takes for each to be no wider than ``width``; each begins with the names,
+        the long ones ``whole`` or in parts."""
+        names, *others = map(self._marked, COLUMNS)
+        name = Column(names.heading, lambda row: names.cell(row) if whole else _in_parts(names.cell(row)))
+        others.append(Column("place", self._place))
+        tables, room = [[name]], width - EDGES - self._width(name)
+        for column in others:
+            taken = self._width(column) + gap
+            if taken > room and len(tables[-1]) > 1:
+                tables.append([name])
+                room = width - EDGES - self._width(name)
+            tables[-1].append(column)
+            room -= taken
+        return tables
 
     def _width(self, column: Column) -> int:
-        texts = [column.heading.replace(" ", "\n"), *(column.cell(row) for row in self._results.rows)]
+        texts = [_broken(column.heading), *(column.cell(row) for row in self._results.rows)]
         if column.heading == "name" and self._other_tools:
             texts += [tool_text(row, self._results.quern_version) for row in self._results.rows]
-        longest = max(len(line) for text in texts for line in text.split("\n"))
-        return min(longest, NAME_WIDTH) if column.heading == "name" else longest
+        return max(len(line) for text in texts for line in text.split("\n"))
 
     @staticmethod
     def _marked(column: Column) -> Column:
         """Speeds with a mark where other programs disturbed them."""
         if "tok/s" not in column.heading:
             return column
-        return Column(
-            column.heading,
-            lambda row: column.cell(row) + "*" * under_foreign_load(row),
-            dispensable=column.dispensable,
-        )
+        return Column(column.heading, lambda row: column.cell(row) + "*" * under_foreign_load(row))
 
     def _place(self, row: Row) -> str:
         kind = self._places[row.name].kind
         return PLACES.get(kind, kind)
 
 
+def _in_parts(name: str) -> str:
+    """A long name on several lines, broken behind hyphens."""
+    lines = [""]
+    for part in re.findall(r"[^-]*-|[^-]+$", name):
+        if lines[-1] and len(lines[-1]) + len(part) > NAME_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _broken(heading: str) -> str:
+    """The heading on several lines; a percent sign stays with its number."""
+    return heading.replace(" ", "\n").replace("\n%", " %")
+
+
 def remarks(results: Results) -> Iterator[Text]:
     """Lines below the table: how much was measured, foreign load, places, failures."""
     if results.protocol is not None:
-        yield Text(protocol_text(results.protocol), style="dim")
+        yield Text(protocol_text(results.protocol, results.rows), style="dim")
     disturbed = [f"{row.name} ({load_text(row)})" for row in results.rows if under_foreign_load(row)]
     if disturbed:
         yield Text(f"* timed under foreign load: {', '.join(disturbed)}", style="yellow")

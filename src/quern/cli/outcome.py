@@ -22,13 +22,13 @@ from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from quern.cli.columns import UNLIMITED
 from quern.cli.progress import LineProgress, RichProgress, progress_on
 from quern.core.errors import QuernError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-WIDTH_WITHOUT_TERMINAL = 120
 INTERRUPTED = 130
 CONTINUES = " The same command continues where this one stopped."
 
@@ -127,9 +127,9 @@ def fail(message: str, code: int) -> None:
 
 
 def console(stderr: bool = False) -> Console:
-    """The terminal, or lines of a width that fits the tables where there is none."""
+    """The terminal; where there is none, lines that end where a table or a sentence ends, or at ``COLUMNS`` characters."""
     plain = Console(stderr=stderr)
-    return plain if plain.is_terminal else Console(stderr=stderr, width=WIDTH_WITHOUT_TERMINAL)
+    return plain if plain.is_terminal or "COLUMNS" in os.environ else Console(stderr=stderr, width=UNLIMITED)
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def show(result: object, as_json: bool, render: Callable[[Any], RenderableType])
     if as_json:
         print(json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False))
     else:
-        console().print(render(result))
+        console().print(render(result), crop=False)
 
 
 def plain(value: Any) -> Any:

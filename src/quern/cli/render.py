@@ -30,9 +30,9 @@ def results(found: Results) -> RenderableType:
 def recommendation(answer: Recommendation) -> RenderableType:
     """What to use and why, what else, and what not and why not."""
     if answer.choice is None:
-        lines = [Text(f"Nothing measured meets the constraints ({answer.scenario}).", style="bold red")]
+        lines = [Text(f"Nothing measured meets the constraints (scenario {answer.scenario}).", style="bold red")]
     else:
-        lines = [Text(f"Recommended for {answer.scenario}: {answer.choice}", style="bold green")]
+        lines = [Text(f"Recommended for the scenario {answer.scenario}: {answer.choice}", style="bold green")]
     lines += [Text(f"  {reason}") for reason in answer.reasons]
     lines += [Text(f"{place}. {item.name}: {item.reason}") for place, item in enumerate(answer.ranking, start=1)]
     lines += [Text(f"Excluded: {item.name}: {item.reason}", style="dim") for item in answer.excluded]
@@ -51,7 +51,9 @@ def row(found: Row) -> RenderableType:
     add(table, "prefill, share of the machine's limit", percent(found.prefill_limit_fraction))
     add(table, "time to first token", duration(found.time_to_first_token_s))
     add(table, "energy, J/token", number(found.energy_joules_per_token))
-    return Group(table, *_notes(found.notes))
+    missing = found.recipe is not None and found.kl_mean is None
+    hint = [Text("What accuracy it lost is not measured: name the unquantized model with --reference", style="dim")]
+    return Group(table, *_notes(found.notes), *(hint if missing else []))
 
 
 def quantize_report(report: QuantizeReport) -> RenderableType:

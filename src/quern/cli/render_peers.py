@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from quern.cli.columns import table
 
 if TYPE_CHECKING:
     from quern.pipeline.peers import Health
 
 
 def peers(tools: Sequence[dict[str, Any]]) -> RenderableType:
-    """A line for each tool; variants that its name alone asks for are bold."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("Name", "Installed", "Written for", "Licence", "Devices", "Measured in", "Loads in", "Variants"):
-        table.add_column(heading, overflow="fold")
+    """A line for each tool; variants that its name alone asks for are marked."""
+    made = table(("Name", "Installed", "Written for", "Licence", "Devices", "Measured in", "Loads in", "Variants"))
     for tool in tools:
         variants = Text(", ").join(
-            Text(variant["name"], style="bold" if variant["default"] else "dim") for variant in tool["variants"]
+            Text(variant["name"] + "*" * variant["default"], style="" if variant["default"] else "dim")
+            for variant in tool["variants"]
         )
-        table.add_row(
+        made.add_row(
             Text(tool["name"], style="bold"),
             Text(tool["installed"] or "no", style="green" if tool["installed"] else "dim"),
             tool["written_for"],
@@ -34,17 +33,15 @@ def peers(tools: Sequence[dict[str, Any]]) -> RenderableType:
             variants,
         )
     return Group(
-        table,
-        Text("\nInstall one with `quern peers install NAME`; `quern compare --peers NAME` does it too."),
-        Text("NAME alone means its bold variants, NAME:VARIANT one of them; --json shows bits and settings too."),
+        made,
+        Text("Install one with `quern peers install NAME`; `quern compare --peers NAME` does it too."),
+        Text("NAME alone means its variants with a *, NAME:VARIANT any one; --json shows bits and settings too."),
     )
 
 
 def health(found: Sequence[Health]) -> RenderableType:
     """A line for each tool: whether it starts, or what is wrong."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("Name", "Installed", "Written for", "State"):
-        table.add_column(heading, overflow="fold")
+    made = table(("Name", "Installed", "Written for", "State"))
     for one in found:
         if one.healthy is None:
             state = Text("not installed", style="dim")
@@ -52,5 +49,5 @@ def health(found: Sequence[Health]) -> RenderableType:
             state = Text("starts", style="green")
         else:
             state = Text(one.problem or "does not start", style="red")
-        table.add_row(Text(one.name, style="bold"), one.installed or "-", one.written_for, state)
-    return table
+        made.add_row(Text(one.name, style="bold"), one.installed or "-", one.written_for, state)
+    return made

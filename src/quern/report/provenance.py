@@ -132,7 +132,7 @@ def _tool(row: Row) -> str:
 def run_facts(results: Results) -> list[tuple[str, str]]:
     """Name and value of what identifies the run."""
     model = results.model
-    measured = [("Measured", protocol_text(results.protocol))] if results.protocol else []
+    measured = [("Measured", protocol_text(results.protocol, results.rows))] if results.protocol else []
     return [
         ("Model", model.path),
         ("Model SHA-256", model.sha256),

@@ -33,7 +33,7 @@ def tools_view(results: Results) -> dict[str, Any] | None:
             _filter("licence", "Licence", (licence for row in rows if (licence := licence_of(row)))),
         ],
         "scale": scale_text(rows),
-        "protocol": protocol_text(results.protocol) if results.protocol else "",
+        "protocol": protocol_text(results.protocol, results.rows) if results.protocol else "",
         "failures": [
             {"name": f.name, "tool": f.tool, "stage": STAGES[f.stage], "reason": f.reason} for f in results.failures
         ],

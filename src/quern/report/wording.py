@@ -36,18 +36,26 @@ def scale_text(rows: Sequence[Row]) -> str:
     )
 
 
-def protocol_text(protocol: Protocol) -> str:
+def protocol_text(protocol: Protocol, rows: Sequence[Row]) -> str:
     """How much was measured and, of a quick run, what that does to the intervals."""
-    text = (
-        f"Scored {protocol.tokens:,} tokens; timed a prompt of {protocol.prompt_tokens} tokens and "
-        f"{protocol.decode_tokens} more, {protocol.speed_rounds} rounds, {protocol.threads} "
-        f"thread{'' if protocol.threads == 1 else 's'}."
+    timed = (
+        f"timed a prompt of {protocol.prompt_tokens} tokens and {protocol.decode_tokens} more, "
+        f"{_counted(protocol.speed_rounds, 'round')}, {_counted(protocol.threads, 'thread')}"
+        if protocol.speed_rounds
+        else "speed was left out"
     )
-    return f"{text} {quick_text(protocol)}" if protocol.quick else text
+    text = f"Scored {protocol.tokens:,} tokens; {timed}."
+    return f"{text} {_quick_text(protocol, rows)}" if protocol.quick else text
 
 
-def quick_text(protocol: Protocol) -> str:
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def _quick_text(protocol: Protocol, rows: Sequence[Row]) -> str:
     """How much less a quick run can tell."""
+    if all(row.kl_ci95 is None for row in rows):
+        return "This was a quick run, of too few tokens for intervals."
     return (
         f"This was a quick run: its intervals are about {significant(protocol.interval_factor, 2)} times as wide as those "
         "of the usual number of tokens."

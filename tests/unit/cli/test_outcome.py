@@ -103,6 +103,19 @@ def test_json_refuses_numbers_that_json_has_not():
     assert run_verb(body=lambda: show({"x": float("nan")}, True, str)).exit_code == 1
 
 
+LINE = "word " * 60
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(None, 1), ("50", 6), ("500", 1)])
+def test_what_is_piped_is_cut_nowhere_but_at_columns(columns, lines, monkeypatch):
+    """Whoever reads a pipe has no width, unless COLUMNS gives one."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    ended = run_verb(body=lambda: show({}, False, lambda _: Text(LINE.strip())))
+    assert len(ended.stdout.splitlines()) == lines
+
+
 def test_plain_data():
     @dataclass
     class Pair:

@@ -78,16 +78,47 @@ def test_cells_of_what_was_not_measured():
     assert list(cells(UNMEASURED).values())[4:] == ["-"] * 8
 
 
-@pytest.mark.parametrize("width", [80, 120])
-def test_the_table_fits_and_names_stay_whole(width):
+def printed(results, width) -> str:
     console = Console(width=width)
     with console.capture() as capture:
-        console.print(render.results(sample_results()))
-    lines = capture.get().split("Recommended")[0].splitlines()
-    assert max(map(len, lines)) <= width
-    assert all(sum(line.split()[:1] == [row.name] for line in lines) == 1 for row in sample_results().rows)
-    assert any("to 0.0" in line for line in lines if line.startswith(" ")) is (width == 120)
-    assert "KL noise floor: 0.00038 nats a token" in lines
+        console.print(Comparison(results), crop=False)
+    return capture.get()
+
+
+@pytest.mark.parametrize("results", [sample_results(), sample_tool_results()], ids=["one tool", "several tools"])
+@pytest.mark.parametrize("width", [60, 80, 120, 200, 10_000])
+def test_every_column_is_there_at_every_width(width, results):
+    """What one table has no room for follows in another, of the same rows."""
+    text = printed(results, width)
+    assert max(map(len, text.splitlines())) <= width
+    shown = text.split()
+    for column in (*render.COLUMNS, "place"):
+        words = column.split() if isinstance(column, str) else column.heading.split()
+        assert all(word in shown for word in words)
+        for row in results.rows:
+            cell = [] if isinstance(column, str) or column.heading == "name" else column.cell(row).split()
+            assert all(word in shown or f"{word}*" in shown for word in cell)
+    lines = text.splitlines()
+    tables = sum("name" in line.split()[:1] for line in lines)
+    assert tables > 1 or width > 80
+    assert tables == 1 or width < 200
+    for row in results.rows:
+        if len(row.name) <= 36 or width >= 200:
+            assert sum(line.split()[:1] == [row.name] for line in lines) == tables, "names stay whole"
+        else:
+            parts = row.name.replace("-", "- ").split()
+            assert all(any(part in line for line in lines) for part in parts), "and break behind hyphens"
+
+
+def test_words_of_other_tables_stay_whole():
+    tensors = [
+        TensorRow(f"model.layers.{i}.post_attention_layernorm.weight", (64,), "bf16", "-", 16, 128) for i in (0, 1)
+    ]
+    console = Console(width=40)
+    with console.capture() as capture:
+        console.print(render.inspection(Inspection(Path("x"), 128, tensors, 16, 256, None)), crop=False)
+    words = capture.get().split()
+    assert all(tensor.name in words for tensor in tensors)
 
 
 def cells_of(text: str, name: str) -> list[str]:
@@ -128,14 +159,22 @@ def test_a_quick_run_says_what_it_is():
     assert "quick" not in usual
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, 200])
-def test_a_table_of_several_tools_fits_and_keeps_what_counts(width):
-    console = Console(width=width)
-    with console.capture() as capture:
-        console.print(Comparison(sample_tool_results()))
-    text = capture.get()
-    assert max(map(len, text.splitlines())) <= width
-    assert {"3.99", "4.50", "0.0284", "418.0"} <= set(cells_of(text, "balanced"))
+def test_a_quick_run_without_intervals_promises_none():
+    results = sample_tool_results(quick=True)
+    rows = [row.model_copy(update={"kl_ci95": None}) for row in results.rows]
+    protocol = results.protocol.model_copy(update={"speed_rounds": 1})
+    text = shown(render.results(results.model_copy(update={"rows": rows, "protocol": protocol})))
+    assert "too few tokens for intervals" in text
+    assert "times as wide" not in text
+    assert "64 more, 1 round, 2 threads" in " ".join(text.split())
+    unhurried = protocol.model_copy(update={"speed_rounds": 0})
+    assert "speed was left out" in shown(render.results(results.model_copy(update={"protocol": unhurried})))
+
+
+def test_a_row_without_a_reference_is_told_how_to_get_one():
+    assert "--reference" in shown(render.row(UNMEASURED))
+    assert "--reference" not in shown(render.row(MEASURED))
+    assert "--reference" not in shown(render.row(UNMEASURED.model_copy(update={"recipe": None})))
 
 
 def test_row():
@@ -161,7 +200,7 @@ RECOMMENDATION = Recommendation(
 def test_recommendation():
     lines = shown(render.recommendation(RECOMMENDATION)).splitlines()
     assert [line.strip() for line in lines] == [
-        "Recommended for storage: compact",
+        "Recommended for the scenario storage: compact",
         "It is the smallest.",
         "1. compact: 81 % smaller",
         "Excluded: rtn4: loses more than compact and is larger",
@@ -171,7 +210,7 @@ def test_recommendation():
 def test_no_recommendation():
     nothing = RECOMMENDATION.model_copy(update={"choice": None, "reasons": ["compact comes nearest"], "ranking": []})
     text = shown(render.recommendation(nothing))
-    assert "Nothing measured meets the constraints (storage)." in text
+    assert "Nothing measured meets the constraints (scenario storage)." in text
     assert "compact comes nearest" in text
 
 
