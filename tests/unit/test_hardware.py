@@ -4,12 +4,23 @@ import json
 import os
 import stat
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from quern.advisor import hardware
-from quern.advisor.hardware import gemm_rate, gpus, instruction_sets, measured_rates, probe, read_bandwidth
+from quern.advisor.hardware import (
+    gemm_rate,
+    gpus,
+    instruction_sets,
+    measured_rates,
+    probe,
+    rate_warnings,
+    read_bandwidth,
+)
+from quern.core import foreign_load
+from quern.core.foreign_load import ForeignLoad
 
 X86 = "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2 fma avx512f avx512vbmi avx512_vnni amx_int8 ht\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp asimdhp i8mm bf16 sve\n"
@@ -73,6 +84,47 @@ def test_measured_rates_by_threads(monkeypatch):
         assert min(rates.values()) > 0
     assert found["foreign_load"] >= 0
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+MEASURED = {
+    "foreign_load": 0.1,
+    "read_bandwidth_gb_s": {"1": 10.0, "2": 12.0},
+    "gemm_gop_s": {"float32": {"1": 60.0, "2": 110.0}, "bfloat16": {"1": 1261.0, "2": 1010.0}, "int8": None},
+}
+
+
+def test_rates_of_a_machine_that_others_use_come_with_a_warning():
+    assert rate_warnings(MEASURED) == []
+    (busy,) = rate_warnings({**MEASURED, "foreign_load": 1.31})
+    assert busy.startswith("other programs kept 1.3 processors busy meanwhile, so these rates are not what")
+    slower = {**MEASURED, "gemm_gop_s": {**MEASURED["gemm_gop_s"], "bfloat16": {"1": 1261.0, "2": 179.0}}}
+    (said,) = rate_warnings(slower)
+    assert said.startswith("matrix products in bfloat16: 179 with 2 threads, but 1261 with 1: not all of these threads")
+    (said,) = rate_warnings({**MEASURED, "read_bandwidth_gb_s": {"1": 10.0, "2": 30.0, "16": 20.0}})
+    assert said.startswith("reading memory: 20 with 16 threads, but 30 with 2")
+
+
+def test_what_others_did_while_it_was_measured_is_told(monkeypatch):
+    """And what this process did itself is none of it."""
+    monkeypatch.setattr(hardware, "BUFFER_BYTES", 1 << 22)
+    monkeypatch.setattr(hardware, "GEMM_SHAPE", (4, 8, 8))
+    monkeypatch.setattr(foreign_load, "SHORTEST_S", 0.0)
+    busy, own = iter([100.0, 107.0]), iter([10.0, 12.0])
+    clock = iter([0.0, 0.0, 2.0])
+    monkeypatch.setattr(foreign_load, "_busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(foreign_load, "_seconds_of", lambda _: next(own))
+    monkeypatch.setattr(foreign_load, "time", SimpleNamespace(perf_counter=lambda: next(clock), sleep=lambda _: None))
+    assert measured_rates([1])["foreign_load"] == 2.5
+    monkeypatch.undo()
+    monkeypatch.setattr(hardware, "measured_rates", lambda threads: {**MEASURED, "foreign_load": 2.5})
+    assert probe()["warnings"] == rate_warnings({**MEASURED, "foreign_load": 2.5})
+    assert probe(measure=False)["warnings"] == []
+
+
+def test_a_look_is_never_too_short():
+    load = ForeignLoad()
+    assert load.processors() >= 0
+    assert load.seconds >= foreign_load.SHORTEST_S
 
 
 def test_bandwidth_is_bytes_over_seconds(monkeypatch):

@@ -8,9 +8,10 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ import numpy as np
 import psutil
 
 from quern import _native
+from quern.core.foreign_load import ForeignLoad
 from quern.core.parallel import available_threads
+from quern.core.results import FOREIGN_LIMIT
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +43,8 @@ GEMM_SHAPE = (512, 2048, 2048)
 GEMM_SECONDS = 0.25
 """Time after which no further product of one kind is timed."""
 GEMM_REPEATS = 5
+SLOWER = 0.8
+"""A rate with more threads below this share of the one with fewer is doubtful."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -54,11 +59,13 @@ def probe(measure: bool = True, threads: int | None = None) -> dict[str, Any]:
     ``kernels_in_use``, ``physical_cores``, ``logical_cores``, ``usable_cores`` (by affinity),
     ``ram_bytes`` (what a container may use, where it is limited), ``ram_free_bytes``,
     ``last_level_cache_bytes``, ``os``, ``gpus``, ``load_average`` (1, 5, 15 minutes), and ``measured``, null without
-    ``measure``: ``foreign_load`` (processors busy just before), ``read_bandwidth_gb_s`` (10^9 bytes/s) and
+    ``measure``: ``foreign_load`` (processors that others kept busy meanwhile), ``read_bandwidth_gb_s`` (10^9 bytes/s) and
     ``gemm_gop_s`` (10^9 operations/s, a multiplication and an addition being two) of ``float32``, ``bfloat16`` and
     ``int8``, each by number of threads: 1, all usable cores, and ``threads`` if given. Unknown is null.
+    ``warnings`` says what makes the measured rates doubtful.
     """
     memory = psutil.virtual_memory()
+    measured = measured_rates(sorted({1, available_threads(), threads or 1})) if measure else None
     return {
         "cpu_model": _cpu_model(),
         "architecture": platform.machine(),
@@ -74,8 +81,29 @@ def probe(measure: bool = True, threads: int | None = None) -> dict[str, Any]:
         "os": _operating_system(),
         "gpus": gpus(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "measured": measured_rates(sorted({1, available_threads(), threads or 1})) if measure else None,
+        "measured": measured,
+        "warnings": [] if measured is None else rate_warnings(measured),
     }
+
+
+def rate_warnings(measured: Mapping[str, Any]) -> list[str]:
+    """Why what ``measured_rates`` returned is not what the machine can do, a sentence each."""
+    found = []
+    if (load := measured["foreign_load"]) > FOREIGN_LIMIT:
+        found.append(
+            f"other programs kept {load:.2g} processors busy meanwhile, so these rates are not what the machine can do. "
+            "Measure again when nothing else runs"
+        )
+    products = {f"matrix products in {name}": rates for name, rates in measured["gemm_gop_s"].items() if rates}
+    for what, rates in {"reading memory": measured["read_bandwidth_gb_s"], **products}.items():
+        counts = sorted(rates, key=int)
+        for fewer, more in pairwise(counts):
+            if rates[more] < SLOWER * rates[fewer]:
+                found.append(
+                    f"{what}: {rates[more]:g} with {more} threads, but {rates[fewer]:g} with {fewer}: not all of these "
+                    "threads had a processor, because of other programs or of a limit on this process"
+                )
+    return found
 
 
 def this_processor() -> dict[str, Any]:
@@ -87,7 +115,7 @@ def measured_rates(thread_counts: Sequence[int]) -> dict[str, Any]:
     """The ``measured`` part of ``probe`` for these numbers of threads."""
     import torch
 
-    foreign = psutil.cpu_percent(interval=0.1) / 100 * (psutil.cpu_count() or 1)
+    load = ForeignLoad()
     before = torch.get_num_threads()
     try:
         bandwidth = read_bandwidth(thread_counts, BUFFER_BYTES)
@@ -95,7 +123,7 @@ def measured_rates(thread_counts: Sequence[int]) -> dict[str, Any]:
     finally:
         torch.set_num_threads(before)
     return {
-        "foreign_load": round(foreign, 2),
+        "foreign_load": round(load.processors(), 2),
         "read_bandwidth_gb_s": _by_threads(bandwidth),
         "gemm_gop_s": {name: rates and _by_threads(rates) for name, rates in gemm.items()},
     }

@@ -92,7 +92,7 @@ def hardware(found: dict[str, Any]) -> RenderableType:
     """What the machine is and what it was measured to do."""
     table = plain_table(("what", "value"))
     for key, value in found.items():
-        if key != "measured":
+        if key not in ("measured", "warnings"):
             add(table, key.replace("_", " "), _words(key, value))
     for key, value in (found["measured"] or {}).items():
         if key == "gemm_gop_s":
@@ -102,7 +102,7 @@ def hardware(found: dict[str, Any]) -> RenderableType:
             add(table, "reading memory, GB/s", _by_threads(value))
         else:
             add(table, key.replace("_", " "), _words(key, value))
-    return table
+    return Group(table, *(Text(f"warning: {warning}", style="yellow") for warning in found["warnings"]))
 
 
 def _by_threads(rates: dict[str, float] | None) -> str:

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from quern.advisor.hardware import measured_rates
+from quern.advisor.hardware import measured_rates, rate_warnings
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import Row
@@ -66,6 +66,8 @@ def evaluate(
         source = checkpoint if reference is None else open_model(reference, progress=progress)
         inputs = prepare_inputs(source, Path(folder), texts=texts, choices=choices, settings=settings)
         rates = measured_rates([threads or available_threads()]) if speed_rounds else None
+        for warning in [] if rates is None else rate_warnings(rates):
+            progress.log(f"warning: {warning}")
         others = [] if original is contender else [contender]
         measurement = measure_all(
             others, original, inputs, settings=settings, hardware={"measured": rates}, progress=progress

@@ -12,12 +12,12 @@ from statistics import median
 from typing import Any
 
 from quern.core.errors import QuernError
+from quern.core.foreign_load import SHORTEST_S, ForeignLoad
 from quern.core.metrics import NonFiniteError
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress
 from quern.core.results import FOREIGN_LIMIT, Failure
 from quern.evaluation.accuracy import Accuracy, DocumentScore, summarize_scores
-from quern.evaluation.foreign_load import ForeignLoad
 from quern.evaluation.speed import SpeedRound, summarize_rounds
 from quern.pipeline.inputs import Inputs, Settings
 from quern.pipeline.rows import Contender, Measured
@@ -28,8 +28,6 @@ WARM_UP_TOKENS = 4
 """Decoded in the round that is not timed."""
 REPEATS = 2
 """Rounds at most that are timed again because others kept the machine busy."""
-SHORTEST_SWEEP_S = 0.5
-"""What others did in less time than this cannot be told."""
 
 
 @dataclass
@@ -143,7 +141,8 @@ class Group:
 def alternate_rounds(group: Group) -> None:
     """``speed_rounds`` rounds of each timed contender after one to warm up, in another order every time.
 
-    A sweep over all of them in which other programs kept processors busy is repeated, at most ``REPEATS`` times.
+    A sweep over all of them in which other programs kept processors busy is repeated, at most ``REPEATS`` times. Sweeps
+    that are too short to tell share one look at what others did.
     """
     settings = group.settings
     turns = [member for member in group.members if member.contender.timed and settings.speed_rounds]
@@ -152,41 +151,50 @@ def alternate_rounds(group: Group) -> None:
     task = group.progress.task("timing", len(turns) * (settings.speed_rounds + 1))
     _sweep(group, turns, min(settings.decode_tokens, WARM_UP_TOKENS), task.advance)
     sweeps: list[_Sweep] = []
-    while len(sweeps) < settings.speed_rounds + REPEATS and _quiet(sweeps) < settings.speed_rounds:
-        turns = [*turns[1:], *turns[:1]]
-        again = len(sweeps) >= settings.speed_rounds
-        sweeps.append(_sweep(group, turns, settings.decode_tokens, None if again else task.advance))
-    for sweep in sorted(sweeps, key=lambda sweep: sweep.foreign or 0.0)[: settings.speed_rounds]:
+    most = settings.speed_rounds + REPEATS
+    while (wanted := min(settings.speed_rounds - _quiet(sweeps), most - len(sweeps))) > 0:
+        load = ForeignLoad([member.worker.process_id for member in turns if member in group.members])
+        rounds: list[list[_Timed]] = []
+        while not rounds or (len(rounds) < wanted and load.seconds < SHORTEST_S):
+            turns = [*turns[1:], *turns[:1]]
+            again = len(sweeps) + len(rounds) >= settings.speed_rounds
+            rounds.append(_sweep(group, turns, settings.decode_tokens, None if again else task.advance))
+        foreign = load.processors()
+        sweeps += [_Sweep(each, foreign) for each in rounds]
+    for sweep in sorted(sweeps, key=lambda sweep: sweep.foreign)[: settings.speed_rounds]:
         for member, measured in sweep.rounds:
             member.rounds.append(measured)
-            if sweep.foreign is not None:
-                member.foreign.append(sweep.foreign)
+            member.foreign.append(sweep.foreign)
     for member in group.members:
         if member.rounds:
             member.notes = (*member.notes, *group.inputs.notes)
     task.done()
 
 
+_Timed = tuple[Loaded, SpeedRound]
+
+
 @dataclass(frozen=True)
 class _Sweep:
     """One timed round of every contender."""
 
-    rounds: list[tuple[Loaded, SpeedRound]]
-    foreign: float | None
-    """Processors that others kept busy; None for a sweep that was too short to tell."""
+    rounds: list[_Timed]
+    foreign: float
+    """Processors that others kept busy."""
 
     @property
     def disturbed(self) -> bool:
-        return self.foreign is not None and self.foreign > FOREIGN_LIMIT
+        return self.foreign > FOREIGN_LIMIT
 
 
 def _quiet(sweeps: Sequence[_Sweep]) -> int:
     return sum(not sweep.disturbed for sweep in sweeps)
 
 
-def _sweep(group: Group, turns: Sequence[Loaded], decode_tokens: int, advance: Callable[[], None] | None) -> _Sweep:
-    load = ForeignLoad([member.worker.process_id for member in turns if member in group.members])
-    rounds = []
+def _sweep(
+    group: Group, turns: Sequence[Loaded], decode_tokens: int, advance: Callable[[], None] | None
+) -> list[_Timed]:
+    rounds: list[_Timed] = []
     for member in turns:
         if member not in group.members:
             continue
@@ -196,7 +204,7 @@ def _sweep(group: Group, turns: Sequence[Loaded], decode_tokens: int, advance: C
             rounds.append((member, SpeedRound(**answer["round"])))
         if advance is not None:
             advance()
-    return _Sweep(rounds, load.processors() if load.seconds > SHORTEST_SWEEP_S else None)
+    return rounds
 
 
 def score_all(group: Group, cache: dict[str, Any]) -> None:

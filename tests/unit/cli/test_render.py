@@ -260,7 +260,9 @@ def test_hardware():
             "read_bandwidth_gb_s": {"1": 21.5, "2": 40.25},
             "gemm_gop_s": {"float32": {"1": 60.0, "2": 120.0}, "int8": None},
         },
+        "warnings": [],
     }
+    assert "warning: others [were] here" in shown(render.hardware({**found, "warnings": ["others [were] here"]}))
     lines = two_columns(render.hardware(found))
     assert lines == {
         "what": "value",

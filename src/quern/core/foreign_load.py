@@ -9,12 +9,15 @@ from collections.abc import Sequence
 
 import psutil
 
+SHORTEST_S = 0.5
+"""What others did in less time than this cannot be told."""
+
 
 class ForeignLoad:
     """Processors kept busy since it was made, by others than this process and the groups of ``leaders``.
 
-    Time that a hypervisor took away counts as others' work. None of this is exact for less than about half a second: the
-    kernel counts in hundredths.
+    Time that a hypervisor took away counts as others' work. The kernel counts in hundredths of a second, so ``SHORTEST_S``
+    have to pass before there is anything to tell.
     """
 
     def __init__(self, leaders: Sequence[int] = ()) -> None:
@@ -24,7 +27,8 @@ class ForeignLoad:
         self._own = self._own_seconds()
 
     def processors(self) -> float:
-        """The mean number since the start."""
+        """The mean number since the start; waits until that is long enough ago."""
+        time.sleep(max(0.0, SHORTEST_S - self.seconds))
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         foreign = (_busy_seconds() - self._busy) - (self._own_seconds() - self._own)
         return max(0.0, foreign / elapsed)
