@@ -39,10 +39,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, *arguments: str, code: int = 0) -> str:
+    before = set(folder.rglob("*"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         ended = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"}, catch_exceptions=False)
     assert ended.exit_code == code, ended.stderr
+    if "-o" not in arguments:
+        assert set(folder.rglob("*")) == before, "written without being asked to"
     return ended.stdout
 
 

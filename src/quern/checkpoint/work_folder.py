@@ -57,7 +57,7 @@ class WorkFolder:
         """
         folder = Path(os.path.abspath(path))
         _remove_leftover(folder)
-        _check_is_ours(folder)
+        check_work_folder(folder)
         with explain_write_errors(folder, 0):
             folder.mkdir(parents=True, exist_ok=True)
             lock = acquire(folder / _LOCK, folder)
@@ -282,7 +282,8 @@ def _remove_leftover(folder: Path) -> None:
         doomed.rmdir()
 
 
-def _check_is_ours(folder: Path) -> None:
+def check_work_folder(folder: Path) -> None:
+    """Raise ``UserError`` where something else has the place of the work folder."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"the work folder {folder} cannot be made: a file of that name exists. Move it away")
     if folder.is_dir() and not (folder / _FINGERPRINT).is_file():

@@ -39,6 +39,8 @@ CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 BOOT = Path(__file__).parent / "boot.py"
 _EVERYWHERE = ("transformers", "torch")
 """What all environments have, and on whose versions figures depend too."""
+_MARKS = ("constraints.txt", "installed.json", "install.log")
+"""One of them is in every folder that an environment was made in."""
 _CHANGES = 5
 """Changed distributions that a message names."""
 _TAIL = 1500
@@ -160,9 +162,19 @@ class Environment:
         beside = [f"{name} {known[name]}" for name in (*self.peer.also, *_EVERYWHERE) if name in known]
         return f"{self.peer.package} {installed.version} with {', '.join(beside)}" if beside else None
 
+    def _check_ours(self) -> None:
+        """Raise ``PeerError`` for a folder of somebody else's: it may be named by the caller."""
+        marked = any((self.folder / name).is_file() for name in _MARKS)
+        if self.folder.exists() and not marked and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise PeerError(f"{self.folder} was not made by quern, so nothing in it is touched. Move it away")
+
     def install(self, progress: Progress) -> Installed:
         """Make the environment anew, if it is not there and complete. Raises ``PeerError``."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_ours()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PeerError(f"{self.peer.tool} could not be installed: {error}") from None
         with _locked(self.folder.parent / f".{self.name}.lock"):
             if (found := self.installed()) is not None:
                 return found
@@ -177,9 +189,11 @@ class Environment:
             return self._record()
 
     def remove(self) -> bool:
-        """Delete the environment; False if there was none."""
+        """Delete the environment; False if there was none. Raises ``PeerError``."""
+        self._check_ours()
         there = self.folder.exists()
         (self.folder / "installed.json").unlink(missing_ok=True)
+        shutil.rmtree(self.prefix, ignore_errors=True)  # before what tells that the folder is quern's
         shutil.rmtree(self.folder, ignore_errors=True)
         return there
 

@@ -17,7 +17,7 @@ from quern.advisor.hardware import probe
 from quern.advisor.recommend import recommend
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.files import write_bytes
+from quern.checkpoint.output_place import write_output
 from quern.core.errors import UserError, option
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
@@ -28,6 +28,7 @@ from quern.evaluation.choice import ChoiceSet
 from quern.evaluation.texts import Text
 from quern.loading.fitting import open_model
 from quern.peers.base import Choice, choices_of
+from quern.pipeline.comparison_folder import ComparisonFolder
 from quern.pipeline.inputs import Inputs, Settings, prepare_inputs
 from quern.pipeline.making import Making, make_artifact
 from quern.pipeline.measure import Measurement, measure_all
@@ -35,7 +36,7 @@ from quern.pipeline.measured_cache import MeasuredCache
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
 from quern.pipeline.rows import Contender
 from quern.pipeline.worker_process import OURS, as_other_tools
-from quern.report.html import write_report
+from quern.report.html import render
 
 DEFAULT_RECIPES = ("compact", "fast", "balanced", "rtn4")
 QUICK_TOKENS, QUICK_ROUNDS, QUICK_DECODE = 4, 1, 16
@@ -81,49 +82,63 @@ def compare(
     again; ``fresh`` makes and measures all anew. ``speed_rounds`` 0 leaves speed out. ``engine`` runs quern's results, and
     the unquantized model beside the reference engine (``auto``: the fastest that can). Raises ``UserError``.
     """
-    progress, folder = progress or Silent(), Path(output)
+    progress = progress or Silent()
     if scenario == "mix":
         raise UserError(f"a mix needs weights: compare with another scenario, then {_WEIGH}")
     chosen = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
     others = choices_of(peers)
     _check_distinct([*(recipe.name for recipe in chosen), *(choice.row for choice in others)])
+    folder = ComparisonFolder(output, model)
+    folder.check(model, [recipe.name for recipe in chosen], [choice.row for choice in others], fresh)
     checkpoint = open_model(model, progress=progress)
     usual = Settings(
         tokens=tokens, window=window, threads=threads, seed=seed,
         speed_rounds=speed_rounds, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)  # fmt: skip
     settings = _quick(usual) if quick else usual
-    inputs = prepare_inputs(checkpoint, folder / "cache", texts=texts, choices=choices, settings=settings)
-    hardware = probe(threads=threads or available_threads())
-    making = Making(
-        checkpoint=checkpoint,
-        model_sha256=checkpoint.sha256(progress),
-        folder=folder,
-        calibration=calibration,
-        memory=memory,
-        threads=threads,
-        seed=seed,
-        fresh=fresh,
-        progress=progress,
-    )
     tools = (peer_time_limit, None if environments is None else Path(environments))
-    measurement = _make_and_measure(making, chosen, others, tools, engine, inputs, settings, hardware)
-    results = Results(
+    with folder.locked():
+        inputs = prepare_inputs(checkpoint, folder.cache, texts=texts, choices=choices, settings=settings)
+        hardware = probe(threads=threads or available_threads())
+        making = Making(
+            checkpoint=checkpoint,
+            model_sha256=checkpoint.sha256(progress),
+            folder=folder.path,
+            calibration=calibration,
+            memory=memory,
+            threads=threads,
+            seed=seed,
+            fresh=fresh,
+            progress=progress,
+        )
+        measurement = _make_and_measure(making, chosen, others, tools, engine, inputs, settings, hardware)
+        results = _results(making, measurement, inputs, hardware, scenario, _protocol(usual, settings, inputs))
+        write_output(folder.results, (results.model_dump_json(indent=2) + "\n").encode())
+        write_output(folder.report, render(results).encode())
+    return results
+
+
+def _results(
+    making: Making,
+    measurement: Measurement,
+    inputs: Inputs,
+    hardware: dict[str, Any],
+    scenario: Scenario,
+    protocol: Protocol,
+) -> Results:
+    return Results(
         metrics_version=METRICS_VERSION,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         quern_version=quern.__version__,
-        model=_model(checkpoint, making.model_sha256),
+        model=_model(making.checkpoint, making.model_sha256),
         hardware=hardware,
         versions=_versions(),
         texts=list(inputs.sources),
-        seed=seed,
-        protocol=_protocol(usual, settings, inputs),
+        seed=making.seed,
+        protocol=protocol,
         rows=measurement.rows,
         failures=measurement.failures,
         recommendation=recommend(measurement.rows, scenario),
     )
-    write_bytes(path := folder / "results.json", (results.model_dump_json(indent=2) + "\n").encode())
-    write_report(path, folder / "report.html")
-    return results
 
 
 def _make_and_measure(

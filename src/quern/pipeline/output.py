@@ -9,7 +9,7 @@ from typing import Any
 from quern.checkpoint.files import read_json
 from quern.checkpoint.output_place import OutputFolder, output_folder
 from quern.checkpoint.tokenizer import COPIED
-from quern.checkpoint.work_folder import differences, publication
+from quern.checkpoint.work_folder import check_work_folder, differences, publication
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError, UserError, option
 
@@ -29,6 +29,7 @@ def output_target(output: str | Path, model: str | Path, fresh: bool) -> OutputF
     if holds_artifact and not fresh:
         return target  # it is looked at, not written to
     target.refuse_others(_own_names(target), "Move it away or choose another output folder")
+    check_work_folder(target.work)
     return target.tried()
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from quern.architectures.base import architecture_of
-from quern.checkpoint.files import read_json, write_bytes, write_json
+from quern.checkpoint.files import explain_write_errors, read_json, write_bytes, write_json
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import available_threads
@@ -157,20 +157,32 @@ def _quantized(making: Making, choice: Choice, installed: Installed, launch: Lau
     try:
         with Worker(choice.row, launch) as worker:
             answer = worker.ask(request)
-        stored = stored_folder(unfinished)
-        shutil.rmtree(artifact, ignore_errors=True)
-        os.replace(unfinished, artifact)
+        record = {
+            "fingerprint": fingerprint,
+            "artifact_sha256": stored_folder(unfinished).sha256,
+            "quantize_seconds": float(answer["seconds"]),
+            "quantize_peak_rss_bytes": int(answer["peak_rss_bytes"]),
+            "notes": [str(note) for note in answer["notes"]],
+        }
+        _replace(artifact, unfinished, record_path, record)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    record = {
-        "fingerprint": fingerprint,
-        "artifact_sha256": stored.sha256,
-        "quantize_seconds": float(answer["seconds"]),
-        "quantize_peak_rss_bytes": int(answer["peak_rss_bytes"]),
-        "notes": [str(note) for note in answer["notes"]],
-    }
-    write_json(record_path, record)
     return record
+
+
+def _replace(artifact: Path, unfinished: Path, record_path: Path, record: dict[str, Any]) -> None:
+    """The new artifact and its record in place of the old ones. After a kill in between there is no artifact.
+
+    Never is there one beside the record of another, and never one without a record, which would not be known as quern's.
+    """
+    old = unfinished.with_name(f".{artifact.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    with explain_write_errors(artifact, 0):
+        if artifact.is_dir():
+            os.replace(artifact, old)
+        write_json(record_path, record)
+        os.replace(unfinished, artifact)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _calibration(making: Making) -> tuple[Path, Path, str]:

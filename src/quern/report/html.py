@@ -16,12 +16,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from quern.checkpoint.files import write_bytes
+from quern.checkpoint.output_place import output_file, write_output
 from quern.core.results import Results, load_results
 from quern.report.view import page_data, page_view, unbroken
 
 STYLES = ("page.css", "parts.css", "tools.css")
 SCRIPTS = ("common.js", "table.js", "chart.js", "labels.js", "layers.js", "tools.js", "export.js", "page.js")
+_MARKS = (b'<meta name="generator" content="quern">', b": quantized side by side</title>")
+"""What tells quern's pages from others: the mark of page.html, and the title of pages written before there was one."""
+_HEAD_BYTES = 64 * 1024
 
 
 def render(results: Results) -> str:
@@ -47,14 +50,23 @@ def render(results: Results) -> str:
     )
 
 
-def write_report(results_path: str | Path, output: str | Path) -> None:
-    """Write the page for the results file at ``results_path`` to ``output`` (folders are made; whole or not at all).
+def write_report(results_path: str | Path, output: str | Path) -> Path:
+    """Write the page for the results file at ``results_path`` to ``output``; where it is, absolute, links followed.
 
-    Raises:
+    Folders are made. Raises:
         BadFileError: The results file is missing, malformed or of another version.
-        UserError: The page cannot be written.
+        UserError: ``output`` is a folder or a file that quern did not write, or cannot be written.
     """
-    write_bytes(Path(output), render(load_results(results_path)).encode())
+    path = output_file(output, is_report)
+    write_output(path, render(load_results(results_path)).encode())
+    return path
+
+
+def is_report(path: Path) -> bool:
+    """Whether the file is a page that quern wrote."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    return any(mark in head for mark in _MARKS)
 
 
 def embedded_json(data: dict[str, Any]) -> str:
