@@ -185,7 +185,7 @@ def sample_rows() -> list[Row]:
     ]  # fmt: skip
 
 
-def sample_results(scenario: Scenario = "balanced", **constraints: Any) -> Results:
+def sample_results(scenario: Scenario = "overall", **constraints: Any) -> Results:
     """The sample comparison with its recommendation."""
     rows = sample_rows()
     return sample_with(rows, recommend(rows, scenario, **constraints))
@@ -276,7 +276,7 @@ def sample_tool_rows() -> list[Row]:
     ]  # fmt: skip
 
 
-def sample_tool_results(scenario: Scenario = "balanced", *, quick: bool = False, **constraints: Any) -> Results:
+def sample_tool_results(scenario: Scenario = "overall", *, quick: bool = False, **constraints: Any) -> Results:
     """A comparison with other tools, two of which failed."""
     rows = sample_tool_rows()
     protocol = Protocol(tokens=1024 if quick else 4096, prompt_tokens=512, decode_tokens=64, speed_rounds=3, threads=2,

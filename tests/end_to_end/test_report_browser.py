@@ -294,7 +294,7 @@ def test_hostile_names_do_not_run(page: Page):
     rows[2] = rows[2].model_copy(
         update={"name": "<img src=x onerror=document.title='broken'></script><script>1</script>"}
     )
-    page.open(sample_with(rows, recommend(rows, "balanced")))
+    page.open(sample_with(rows, recommend(rows, "overall")))
     page.browser.execute_script("document.querySelector('.point[data-id=\"2\"]').focus()")
     assert "<img src=x" in page.one("#tip").text
     assert page.browser.title == "python-7m: quantized side by side"

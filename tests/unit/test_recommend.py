@@ -12,14 +12,14 @@ from sample_results import SCENARIOS, make_reference, make_row, sample_results, 
 from quern.advisor.recommend import pareto_front, recommend
 from quern.advisor.scoring import SCALING_EXPONENT, WEIGHTS, Yardstick
 from quern.core.errors import UserError
-from quern.core.results import Row, Spread, unquantized_row
+from quern.core.results import Recommendation, Row, Spread, unquantized_row
 
 
 def by_name(rows: list[Row], name: str) -> Row:
     return next(row for row in rows if row.name == name)
 
 
-@pytest.mark.parametrize(("scenario", "choice"), [("storage", "compact"), ("speed", "fast"), ("balanced", "balanced")])
+@pytest.mark.parametrize(("scenario", "choice"), [("storage", "compact"), ("speed", "fast"), ("overall", "balanced")])
 def test_each_scenario_picks_its_own_profile_from_the_sample(scenario, choice):
     assert recommend(sample_results(), scenario).choice == choice
 
@@ -51,7 +51,7 @@ def test_order_of_rows_does_not_matter(scenario):
 def test_score_is_the_documented_sum():
     rows = [make_reference(), make_row("half", bytes=250, kl_mean=0.03, decode_tokens_per_s=200.0)]
     loss = math.log2(1 + 0.03 / math.log(20.0)) / SCALING_EXPONENT
-    for scenario, gain in (("storage", 2 * 2), ("speed", 2 * 0.5), ("balanced", 2 + 0.5)):
+    for scenario, gain in (("storage", 2 * 2), ("speed", 2 * 0.5), ("overall", 2 + 0.5)):
         entry = recommend(rows, scenario).ranking[0]
         assert entry.name == "half"
         assert entry.score == pytest.approx((gain - loss) / 3, abs=1e-12)
@@ -59,7 +59,7 @@ def test_score_is_the_documented_sum():
 
 
 def test_unquantized_model_scores_zero():
-    entry = recommend([make_reference()], "balanced").ranking[0]
+    entry = recommend([make_reference()], "overall").ranking[0]
     assert (entry.name, entry.score) == ("reference", 0.0)
 
 
@@ -92,12 +92,12 @@ def test_unquantized_model_wins_when_nothing_else_meets_max_loss():
 
 
 def test_noise_measured_for_the_reference_does_not_exclude_it():
-    assert recommend([make_reference(kl_mean=0.0004)], "balanced", max_loss=0.0).choice == "reference"
+    assert recommend([make_reference(kl_mean=0.0004)], "overall", max_loss=0.0).choice == "reference"
 
 
 def test_plain_rounding_can_win():
     rows = [make_reference(), make_row("gptq", kl_mean=0.02), make_row("rtn", kl_mean=0.01)]
-    assert recommend(rows, "balanced").choice == "rtn"
+    assert recommend(rows, "overall").choice == "rtn"
 
 
 def test_constraints_exclude_and_say_by_how_much():
@@ -110,6 +110,16 @@ def test_constraints_exclude_and_say_by_how_much():
     assert any("size at most 4 MB" in reason for reason in outcome.reasons)
 
 
+def test_the_scenarios_former_name_is_taken():
+    """Of old scripts and old files; there is a recipe of that name, and nothing says which is meant."""
+    now, then = recommend(sample_rows(), "overall"), recommend(sample_rows(), "balanced")
+    assert then == now
+    assert then.scenario == "overall"
+    old = now.model_dump_json().replace('"scenario":"overall"', '"scenario":"balanced"')
+    assert '"scenario":"balanced"' in old
+    assert Recommendation.model_validate_json(old) == now
+
+
 def test_limits_themselves_are_allowed():
     row = make_row("edge", bytes=500, kl_mean=0.02, decode_tokens_per_s=80.0)
     outcome = recommend([row], "storage", max_size=500, max_loss=0.02, min_speed=80.0)
@@ -117,7 +127,7 @@ def test_limits_themselves_are_allowed():
 
 
 def test_nothing_meets_the_constraints_names_the_nearest_row():
-    outcome = recommend(sample_rows(), "balanced", max_size=3_000_000, max_loss=0.05)
+    outcome = recommend(sample_rows(), "overall", max_size=3_000_000, max_loss=0.05)
     assert outcome.choice is None
     assert outcome.ranking == []
     assert len(outcome.excluded) == len(sample_rows())
@@ -156,7 +166,7 @@ def test_nothing_left_names_the_least_lossy_row_and_what_to_change():
     assert recommend(rows, "storage", max_loss=0.040).choice == "large"
     (reason,) = recommend(rows, "storage", max_size=800, min_speed=120.5, max_loss=0.001).reasons
     assert (
-        "large loses least (KL 0.04); to accept it, allow a size of 1010 bytes and ask for at most 100 tokens/s and "
+        "large loses least (KL 0.04); to accept it, allow a size of 1.01 kB and ask for at most 100 tokens/s and "
         "allow a loss of 0.040." in reason
     )
 
@@ -178,7 +188,7 @@ def test_an_order_in_speed_that_hangs_on_the_machine_is_told():
 
 def test_impossible_loss_still_names_the_nearest_row():
     rows = [make_row("a", kl_mean=0.02), make_row("b", kl_mean=0.01)]
-    outcome = recommend(rows, "balanced", max_loss=0.0)
+    outcome = recommend(rows, "overall", max_loss=0.0)
     assert outcome.choice is None
     assert "b comes nearest" in outcome.reasons[0]
 
@@ -191,7 +201,7 @@ def test_dominated_row_says_what_dominates_it_and_with_which_figures():
 
 def test_row_is_dominated_only_by_rows_that_meet_the_constraints():
     rows = [make_row("accurate", kl_mean=0.01, decode_tokens_per_s=120.0), make_row("plain", kl_mean=0.02)]
-    assert [entry.name for entry in recommend(rows, "balanced").ranking] == ["accurate"]
+    assert [entry.name for entry in recommend(rows, "overall").ranking] == ["accurate"]
     # Once a constraint removes the row that dominated, the other one must be back.
     rows[0] = make_row("accurate", kl_mean=0.01, decode_tokens_per_s=120.0, bytes=400)
     rows[1] = make_row("plain", kl_mean=0.02, bytes=400, time_to_first_token_s=0.05)
@@ -202,7 +212,7 @@ def test_row_is_dominated_only_by_rows_that_meet_the_constraints():
 
 def test_ties_are_kept_and_ordered_by_name():
     rows = [make_row("b"), make_row("a"), make_row("c")]
-    outcome = recommend(rows, "balanced")
+    outcome = recommend(rows, "overall")
     assert [entry.name for entry in outcome.ranking] == ["a", "b", "c"]
     assert outcome.excluded == []
     assert pareto_front(rows) == {"a", "b", "c"}
@@ -281,7 +291,7 @@ def test_rows_with_missing_numbers():
         make_row("no-kl", kl_mean=None, bytes=100),
         make_row("no-speed", decode_tokens_per_s=None, time_to_first_token_s=None),
     ]
-    reasons = {entry.name: entry.reason for entry in recommend(rows, "balanced").excluded}
+    reasons = {entry.name: entry.reason for entry in recommend(rows, "overall").excluded}
     assert "KL was not measured" in reasons["no-kl"]
     assert "speed was not measured" in reasons["no-speed"]
     assert "no-speed" in [entry.name for entry in recommend(rows, "storage").ranking]
@@ -294,7 +304,7 @@ def test_rows_with_missing_numbers():
 def test_speed_that_no_row_has_does_not_count():
     nothing = {"decode_tokens_per_s": None, "time_to_first_token_s": None}
     rows = [make_reference(**nothing), make_row("half", **nothing)]
-    outcome = recommend(rows, "balanced")
+    outcome = recommend(rows, "overall")
     assert outcome.choice == "half"
     assert "Speed: not measured." in outcome.reasons
     assert pareto_front(rows) == {"reference", "half"}
@@ -343,7 +353,7 @@ def test_limits_that_are_none_are_refused(constraints):
 def test_no_rows_and_unknown_scenarios_are_refused():
     with pytest.raises(UserError, match="no rows"):
         recommend([], "storage")
-    with pytest.raises(UserError, match="known ones: storage, speed, balanced, mix"):
+    with pytest.raises(UserError, match="known ones: storage, speed, overall, mix"):
         recommend(sample_rows(), "cheapest")  # type: ignore[arg-type]
     assert pareto_front([]) == set()
 

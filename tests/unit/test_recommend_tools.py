@@ -26,7 +26,7 @@ def ranked(outcome: Recommendation) -> set[str]:
 
 
 def test_every_row_of_every_tool_is_ranked_or_excluded_with_a_reason():
-    outcome = recommend(sample_tool_results(), "balanced")
+    outcome = recommend(sample_tool_results(), "overall")
     assert sorted([*ranked(outcome), *reasons(outcome)]) == sorted(row.name for row in sample_tool_rows())
     assert "KL 2.9 is 11.2 times" in reasons(outcome)["hqq-int2-g64"]
 
@@ -61,6 +61,26 @@ def test_least_agreement():
     assert recommend(rows, "storage", min_agreement=1.0).choice == "reference"
 
 
+def test_what_cannot_do_the_wanted_thing_is_never_the_nearest():
+    """`loads` could be used if it were smaller; `small` could never be loaded, whatever was allowed."""
+    small = make_row("small", tool=LLAMA, bytes=100, kl_mean=0.02)
+    loads = make_row("loads", recipe=W4, bytes=490, kl_mean=0.02)
+    (told,) = recommend([small, loads], "storage", target="vllm", max_size=200, max_loss=0.1).reasons
+    assert re.search(r"loads comes nearest: 490 bytes is 1\d\d\.\d % over", told)
+    (told,) = recommend([small], "storage", target="vllm", max_loss=0.1).reasons
+    assert "nearest" not in told
+    assert "None of them loads in vllm; quern writes such in format compressed-tensors" in told
+    (told,) = recommend([small], "storage", target="openvino", max_loss=0.1).reasons
+    assert "None of them loads in openvino; another tool has to make one" in told
+    (told,) = recommend([loads], "storage", licences=["MIT", "ISC"], max_loss=0.1).reasons
+    assert "nearest" not in told
+    assert "None of them was made by a tool under MIT or ISC" in told
+    unknown = loads.model_copy(update={"decode_tokens_per_s": None})
+    (told,) = recommend([unknown], "storage", min_speed=5.0, max_loss=0.1).reasons
+    assert "nearest" not in told
+    assert "measure its speed" in told
+
+
 def test_the_nearest_row_misses_the_agreement_by_the_fewest_doublings():
     rows = [make_row("a", top1_agreement=0.90), make_row("b", top1_agreement=0.95, bytes=900)]
     outcome = recommend(rows, "storage", min_agreement=0.99)
@@ -69,11 +89,11 @@ def test_the_nearest_row_misses_the_agreement_by_the_fewest_doublings():
 
 
 def test_target_runtime():
-    outcome = recommend(sample_tool_results(), "balanced", target="vllm", max_loss=10.0)
+    outcome = recommend(sample_tool_results(), "overall", target="vllm", max_loss=10.0)
     assert all(name.split("-")[0] not in ("llama.cpp", "onnxruntime", "openvino") for name in ranked(outcome))
     assert "does not load in vllm; it loads in llama.cpp" in reasons(outcome)["llama.cpp-q4_k_m"]
     assert "does not load in vllm; it loads in quern, transformers" in reasons(outcome)["balanced"]
-    assert recommend(sample_tool_results(), "balanced", target="llama.cpp").choice == "llama.cpp-q4_k_m"
+    assert recommend(sample_tool_results(), "overall", target="llama.cpp").choice == "llama.cpp-q4_k_m"
 
 
 def test_a_runtime_that_was_not_measured_is_told():
@@ -94,7 +114,7 @@ def test_a_runtime_that_was_not_measured_is_told():
 def test_a_target_that_leaves_only_a_large_row_of_small_loss_gets_it():
     large = make_row("large", bytes=1010, kl_mean=0.004, tool=LLAMA)
     rows = [make_reference(), large, make_row("small", bytes=300, kl_mean=0.3, tool=LLAMA)]
-    for scenario in ("storage", "speed", "balanced"):
+    for scenario in ("storage", "speed", "overall"):
         assert recommend(rows, scenario, target="llama.cpp").choice == "large"
     assert recommend(rows, "storage").choice == "reference"
 
@@ -138,10 +158,10 @@ def test_a_row_that_a_runtime_does_not_run_says_why():
 
 def test_licence():
     results = sample_tool_results()
-    outcome = recommend(results, "balanced", licences=["apache-2.0"])
+    outcome = recommend(results, "overall", licences=["apache-2.0"])
     assert outcome.choice == "balanced", "quern is Apache-2.0"
     assert reasons(outcome)["bitsandbytes-nf4"] == "its tool's licence is MIT; allowed: apache-2.0"
-    only = recommend(results, "balanced", licences=["MIT"])
+    only = recommend(results, "overall", licences=["MIT"])
     assert ranked(only) <= {"reference", *(row.name for row in results.rows if row.tool and row.tool.licence == "MIT")}
     assert "its tool's licence is Apache-2.0; allowed: MIT" in reasons(only)["balanced"]
 
@@ -176,7 +196,7 @@ def test_mix_is_the_weighted_sum():
 def test_mix_of_equal_parts_is_balanced():
     mix, balanced = (
         recommend(sample_rows(), "mix", weights={"loss": 7, "size": 7, "speed": 7}),
-        recommend(sample_rows(), "balanced"),
+        recommend(sample_rows(), "overall"),
     )
     assert [entry.name for entry in mix.ranking] == [entry.name for entry in balanced.ranking]
     assert [entry.score for entry in mix.ranking] == pytest.approx([entry.score for entry in balanced.ranking])

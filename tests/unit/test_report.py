@@ -105,7 +105,7 @@ def test_hostile_text_is_shown_and_never_becomes_markup():
             "layers": [LayerError(linear=f"model.layers.0.{HOSTILE}", bits_per_weight=4, relative_error=0.1)],
         }
     )
-    results = sample_with(rows, recommend(rows, "balanced"))
+    results = sample_with(rows, recommend(rows, "overall"))
     results = results.model_copy(
         update={
             "hardware": {HOSTILE: HOSTILE, "nested": {HOSTILE: [HOSTILE]}, "cpu_model": HOSTILE},

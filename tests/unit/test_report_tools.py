@@ -106,7 +106,7 @@ def test_what_a_tool_says_never_becomes_markup():
     tool = Tool(name=HOSTILE, version=HOSTILE, licence=HOSTILE, runtime=HOSTILE, targets=[HOSTILE], homepage=HOSTILE)
     recipe = {"peer": HOSTILE, "name": HOSTILE, "bits": 4, "settings": {HOSTILE: HOSTILE}}
     rows[9] = rows[9].model_copy(update={"name": HOSTILE, "tool": tool, "recipe": recipe, "notes": [HOSTILE]})
-    results = sample_with(rows, recommend(rows, "balanced"))
+    results = sample_with(rows, recommend(rows, "overall"))
     failure = Failure(name=HOSTILE, tool=HOSTILE, stage="load", reason=HOSTILE)
     text = render(results.model_copy(update={"failures": [failure]}))
     clean, hostile = Page(render(sample_tool_results())), Page(text)

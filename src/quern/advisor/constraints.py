@@ -22,8 +22,9 @@ class Miss:
     text: str
     doublings: float
     """log2 of the ratio between the row's number and the limit (of the disagreement with the unquantized model, where
-    agreement is limited); infinite when not measured, when the limit is 0, and where there is nothing between yes and
-    no."""
+    agreement is limited); infinite when the limit is 0, and where ``by_degree`` is false."""
+    by_degree: bool = True
+    """False when not measured, and where there is nothing between yes and no: such a row comes near to nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class Constraints:
             text = f"does not load in {self.target}; it loads in {', '.join(known) or 'nothing that is known'}"
             if why := obstacle_to(row, self.target):
                 text += f" ({why})"
-            yield Miss("target", text, math.inf)
+            yield Miss("target", text, math.inf, by_degree=False)
         if self.licences is not None:
             yield from self._licence_miss(row, self.licences)
         yield from self._loss_miss(row, yardstick, (yardstick.small_loss or 0.0) if small_loss_passes else 0.0)
@@ -107,7 +108,7 @@ class Constraints:
     def _memory_miss(row: Row, most: int) -> Iterator[Miss]:
         if row.peak_rss_bytes is None:
             text = f"its memory was not measured, so nothing shows that it keeps within {bytes_text(most)}"
-            yield Miss("memory", text, math.inf)
+            yield Miss("memory", text, math.inf, by_degree=False)
         elif row.peak_rss_bytes > most:
             text, doublings = _too_many_bytes(row.peak_rss_bytes, most)
             yield Miss("memory", f"peak memory {text}", doublings)
@@ -117,7 +118,10 @@ class Constraints:
         asked = f"the {significant(least)} tokens/s asked for"
         if decode is None:
             yield Miss(
-                "speed", f"its decode speed was not measured, so nothing shows that it reaches {asked}", math.inf
+                "speed",
+                f"its decode speed was not measured, so nothing shows that it reaches {asked}",
+                math.inf,
+                by_degree=False,
             )
         elif decode < least:
             text = f"decodes {significant(decode)} tokens/s, {percent_text(1 - decode / least)} below {asked}"
@@ -128,7 +132,7 @@ class Constraints:
         asked = f"the {percent_text(least)} asked for"
         if agreement is None:
             text = f"its top-1 agreement was not measured, so nothing shows that it reaches {asked}"
-            yield Miss("agreement", text, math.inf)
+            yield Miss("agreement", text, math.inf, by_degree=False)
         elif agreement < least:
             text = f"top-1 agreement {percent_text(agreement)} is below {asked}"
             yield Miss("agreement", text, math.log2((1 - agreement) / (1 - least)) if least < 1 else math.inf)
@@ -137,7 +141,9 @@ class Constraints:
     def _licence_miss(row: Row, allowed: tuple[str, ...]) -> Iterator[Miss]:
         licence = licence_of(row)
         if licence is not None and licence.casefold() not in {name.strip().casefold() for name in allowed}:
-            yield Miss("licence", f"its tool's licence is {licence}; allowed: {', '.join(allowed)}", math.inf)
+            yield Miss(
+                "licence", f"its tool's licence is {licence}; allowed: {', '.join(allowed)}", math.inf, by_degree=False
+            )
 
     def _loss_miss(self, row: Row, yardstick: Yardstick, passes: float) -> Iterator[Miss]:
         loss = loss_of(row)
@@ -145,7 +151,7 @@ class Constraints:
         if loss is None:
             if self.max_loss is not None:
                 text = f"its KL was not measured, so nothing shows that it is at most {significant(self.max_loss)}"
-                yield Miss("loss", text, math.inf)
+                yield Miss("loss", text, math.inf, by_degree=False)
             return
         if limit is None or loss <= limit:
             return

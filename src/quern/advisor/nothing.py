@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from quern.advisor.constraints import Constraints, Miss
 from quern.advisor.deployment import licence_of, targets_of
 from quern.advisor.scoring import loss_of, positive
-from quern.core.figures import significant
+from quern.core.figures import bytes_text, rounded_up, significant
+from quern.core.readers import FORMATS_READ
 from quern.core.results import Row
 
 
@@ -23,10 +24,14 @@ def nothing_text(
     def distance(place: int) -> tuple[float, float, str]:
         return sum(miss.doublings for miss in misses[place]), *_loss_first(rows[place])
 
-    nearest = min(misses, key=distance)
     default = "the default ceiling of the loss" if constraints.max_loss is None else ""
     text = f"No row keeps within every limit ({'; '.join(filter(None, [str(constraints), default]))}). "
-    text += f"{rows[nearest].name} comes nearest: {refused[nearest]}. "
+    comparable = [place for place in misses if all(miss.by_degree for miss in misses[place])]
+    if comparable:
+        nearest = min(comparable, key=distance)
+        text += f"{rows[nearest].name} comes nearest: {refused[nearest]}. "
+    else:
+        text += _out_of_reach(misses, constraints)
     if constraints.max_loss is None:
         only_loss = [place for place in misses if [miss.limit for miss in misses[place]] == ["loss"]]
         if only_loss:
@@ -34,6 +39,19 @@ def nothing_text(
             text += f"{row.name} misses only the ceiling of the loss; to accept it, allow {_loss_to_allow(row)}."
             return text if len(only_loss) == 1 else text[:-1] + ": it loses least of those that miss nothing else."
     return text + _least_lossy_text(rows, misses)
+
+
+def _out_of_reach(misses: Mapping[int, Sequence[Miss]], constraints: Constraints) -> str:
+    """Where no row comes nearest, because each misses something that is no matter of degree: what no row has at all."""
+    lacking = {miss.limit for missed in misses.values() for miss in missed if not miss.by_degree}
+    every = [limit for limit in lacking if all(limit in {miss.limit for miss in missed} for missed in misses.values())]
+    if "target" in every:
+        writes = [name for name in FORMATS_READ if constraints.target in FORMATS_READ[name]]
+        hint = f"quern writes such in format {' or '.join(writes)}" if writes else "another tool has to make one"
+        return f"None of them loads in {constraints.target}; {hint}. "
+    if "licence" in every:
+        return f"None of them was made by a tool under {' or '.join(constraints.licences or ())}. "
+    return ""
 
 
 def _loss_first(row: Row) -> tuple[float, str]:
@@ -56,8 +74,10 @@ def _change(miss: Miss, row: Row) -> str:
     """What would let ``row`` pass the limit."""
     decode = positive(row.decode_tokens_per_s)
     changes = {
-        "size": f"allow a size of {row.bytes} bytes",
-        "memory": f"allow a peak memory of {row.peak_rss_bytes} bytes" if row.peak_rss_bytes else None,
+        "size": f"allow a size of {bytes_text(rounded_up(row.bytes))}",
+        "memory": f"allow a peak memory of {bytes_text(rounded_up(row.peak_rss_bytes))}"
+        if row.peak_rss_bytes
+        else None,
         "speed": f"ask for at most {_floor(decode)} tokens/s" if decode else None,
         "agreement": None
         if row.top1_agreement is None

@@ -4,7 +4,7 @@ Scenarios:
 
 - ``storage``: many copies or little memory. Score = 2/3 size gain - 1/3 loss.
 - ``speed``: real-time translation, voice, customer service. Score = 2/3 speed gain - 1/3 loss.
-- ``balanced``: all three alike. Score = 1/3 size gain + 1/3 speed gain - 1/3 loss.
+- ``overall``: all three alike. Score = 1/3 size gain + 1/3 speed gain - 1/3 loss.
 - ``mix``: as the user weighs them.
 
 Size gain is in halvings of bytes against the bf16 checkpoint; speed gain is the mean of the doublings of decode speed
@@ -28,7 +28,7 @@ from quern.advisor.nothing import nothing_text
 from quern.advisor.scoring import WEIGHTS, Scored, Weights, Yardstick, dominators, pareto_front
 from quern.advisor.wording import choice_reasons, dominated_text, elsewhere_text, place_text
 from quern.core.errors import UserError
-from quern.core.results import Excluded, Ranked, Recommendation, Results, Row, Scenario, Target
+from quern.core.results import FORMER_SCENARIOS, Excluded, Ranked, Recommendation, Results, Row, Scenario, Target
 
 __all__ = ["pareto_front", "recommend"]
 
@@ -53,7 +53,7 @@ def recommend(
 
     Args:
         results_or_rows: What ``quern compare`` wrote, or its rows (at least one).
-        scenario: ``storage``, ``speed``, ``balanced`` or ``mix``.
+        scenario: ``storage``, ``speed``, ``overall`` (once called ``balanced``) or ``mix``.
         weights: What ``size``, ``speed`` and ``loss`` count in ``mix`` (and only there), in any unit; 0 if left out.
         max_size: Largest size on disk in bytes.
         max_memory: Largest peak resident memory in bytes while it runs.
@@ -75,6 +75,7 @@ def recommend(
     rows = list(results_or_rows.rows if isinstance(results_or_rows, Results) else results_or_rows)
     if not rows:
         raise UserError("there is nothing to recommend: the results hold no rows; run `quern compare` first")
+    scenario = FORMER_SCENARIOS.get(scenario, scenario)
     counted = _weights(scenario, weights)
     constraints = Constraints(
         max_size=max_size,

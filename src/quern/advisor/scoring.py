@@ -62,7 +62,7 @@ class Weights:
 WEIGHTS: dict[Scenario, Weights] = {
     "storage": Weights(size=2 / 3, speed=0.0, loss=1 / 3),
     "speed": Weights(size=0.0, speed=2 / 3, loss=1 / 3),
-    "balanced": Weights(size=1 / 3, speed=1 / 3, loss=1 / 3),
+    "overall": Weights(size=1 / 3, speed=1 / 3, loss=1 / 3),
 }
 """Of the scenarios that bring their own; those of ``mix`` are the user's."""
 

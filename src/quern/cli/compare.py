@@ -57,7 +57,7 @@ def compare(
     text: options.Texts = None,
     choice: options.Choices = None,
     tokens: options.Tokens = 4096,
-    scenario: options.ScenarioName = "balanced",
+    scenario: options.ScenarioName = "overall",
     memory: options.Memory = None,
     threads: options.Threads = None,
     engine: options.EngineName = "auto",

@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, cast, get_args
 
 import typer
 
 from quern.core.errors import UserError
+from quern.core.results import FORMER_SCENARIOS, Scenario
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a Hub id or a GGUF file.", show_default=False)
@@ -78,12 +79,22 @@ NoSpeed = Annotated[
     bool, typer.Option("--no-speed", help="Leave out the timed rounds: size, accuracy and memory are measured.")
 ]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of text to score.")]
-ScenarioName = Annotated[
-    Literal["storage", "speed", "balanced"],
-    typer.Option(
-        help="storage: many copies, little memory; speed: real-time translation, voice; balanced: a bit of each."
-    ),
-]
+
+
+def scenario_named(name: str) -> Scenario:
+    """The scenario called ``name``, by its former name too."""
+    known = get_args(Scenario)
+    if (today := FORMER_SCENARIOS.get(name, name)) not in known:
+        raise typer.BadParameter(
+            f"no scenario is called {name!r}; there are {', '.join(known)}", param_hint="--scenario"
+        )
+    return cast(Scenario, today)
+
+
+SCENARIOS = (
+    "storage: many copies, little memory; speed: real-time translation, voice; overall: size, speed and loss alike"
+)
+ScenarioName = Annotated[Scenario, typer.Option(parser=scenario_named, metavar="NAME", help=f"{SCENARIOS}.")]
 
 REPEATABLE = ("--calibration", "--text", "--choice")
 

@@ -13,6 +13,8 @@ from quern.core.results import Recommendation, Scenario, Target
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+CEILING = "what an unquantized model of its size would lose"
+
 
 @verb("quern recommend demo/results.json --scenario storage --max-loss 0.05")
 def recommend(
@@ -20,8 +22,7 @@ def recommend(
     scenario: Annotated[
         Scenario,
         typer.Option(
-            help="storage: many copies, little memory; speed: real-time translation, voice; balanced: a bit of each; "
-            "mix: as --weights says."
+            parser=options.scenario_named, metavar="NAME", help=f"{options.SCENARIOS}; mix: as --weights says."
         ),
     ],
     weights: Annotated[
@@ -41,7 +42,7 @@ def recommend(
     ] = None,
     max_loss: Annotated[
         float | None,
-        typer.Option(metavar="KL", min=0, help="Largest mean KL divergence to the original.", show_default="any"),
+        typer.Option(metavar="KL", min=0, help="Largest mean KL divergence to the original.", show_default=CEILING),
     ] = None,
     min_agreement: Annotated[
         float | None,

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from quern.core.recipe import Recipe
 from quern.core.results import Target
 
-_READERS: dict[str, tuple[Target, ...]] = {
+FORMATS_READ: dict[str, tuple[Target, ...]] = {
     "quern": ("quern", "transformers"),
     "compressed-tensors": ("vllm", "transformers", "quern"),
 }
+"""By format: the runtimes that load what has no obstacle in it."""
 _VLLM_BITS = (4, 8)
 
 
@@ -32,7 +33,7 @@ class Obstacle:
 def readers_of(recipe: Recipe) -> tuple[Target, ...]:
     """The runtimes that load what ``recipe`` writes and compute with it what quern does, without further settings."""
     stopped = {obstacle.target for obstacle in obstacles_of(recipe)}
-    return tuple(target for target in _READERS.get(recipe.format, ("quern",)) if target not in stopped)
+    return tuple(target for target in FORMATS_READ.get(recipe.format, ("quern",)) if target not in stopped)
 
 
 def obstacles_of(recipe: Recipe) -> Iterator[Obstacle]:

@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from quern.core.errors import BadFileError
 
 METRICS_VERSION = 2
 """Rules of measuring, described in docs/results.md. 2: all options of a choice are scored from one place."""
 
-Scenario = Literal["storage", "speed", "balanced", "mix"]
-"""What counts. ``mix``: the user's own weights."""
+Scenario = Literal["storage", "speed", "overall", "mix"]
+"""What counts. ``overall``: size, speed and loss alike; ``mix``: the user's own weights."""
+
+FORMER_SCENARIOS: dict[str, Scenario] = {"balanced": "overall"}
+"""Names that results of earlier versions and old scripts may give; a recipe has that name too."""
 
 WeightName = Literal["size", "speed", "loss"]
 
@@ -194,7 +197,7 @@ class MeasuredOn(_Strict):
 class Recommendation(_Strict):
     """Which row to use."""
 
-    scenario: Scenario
+    scenario: Annotated[Scenario, BeforeValidator(lambda name: FORMER_SCENARIOS.get(name, name))]
     weights: dict[WeightName, float] | None = None
     """What a halving of size, a doubling of speed and a halving's worth of loss counted; they add up to 1."""
     choice: str | None

@@ -66,7 +66,7 @@ def compare(
     threads: int | None = None,
     seed: int = 0,
     fresh: bool = False,
-    scenario: Scenario = "balanced",
+    scenario: Scenario = "overall",
     engine: str = AUTO,
     progress: Progress | None = None,
 ) -> Results:

@@ -17,7 +17,7 @@ from quern.report.tools import has_tools_view, tool_rows, tools_view
 SCENARIO_TEXTS: dict[Scenario, tuple[str, str]] = {
     "storage": ("Storage", "Many copies, little memory"),
     "speed": ("Speed", "Real-time translation, voice, customer service"),
-    "balanced": ("Balanced", "Size, speed and accuracy alike"),
+    "overall": ("Overall", "Size, speed and accuracy alike"),
 }
 _DEPTH = re.compile(r"^(?:.*?\.)??(\d{1,6})\.(.+)$")
 

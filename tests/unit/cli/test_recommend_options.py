@@ -35,8 +35,8 @@ def asked(results, *options, code=0):
     ],
 )
 def test_limits_arrive(results, options, arguments):
-    expected = recommend(sample_tool_results(), "balanced", **arguments)
-    found = asked(results, "--scenario", "balanced", *options)
+    expected = recommend(sample_tool_results(), "overall", **arguments)
+    found = asked(results, "--scenario", "overall", *options)
     assert {**found, "warnings": []} == expected.model_dump(mode="json")
 
 
