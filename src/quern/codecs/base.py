@@ -17,6 +17,15 @@ from quern.core.recipe import WeightScheme
 from quern.core.registry import Registry
 
 Parts = dict[str, Tensor]
+TINY = 2.0**-24
+"""Scale of weights that are all zero, and least float16 scale: the smallest float16 above zero."""
+
+
+def least_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scale``, but never so small that ``dtype`` would make nothing of it; ``TINY`` for no scale at all."""
+    if dtype == torch.float16:
+        return scale.clamp(min=TINY)
+    return torch.where(scale == 0, TINY, scale.clamp(min=torch.finfo(dtype).tiny))
 
 
 class Encoder(ABC):
@@ -66,6 +75,13 @@ class Codec(ABC):
         ``whole`` is the whole matrix (any float dtype) for parameters that all rows share. ``refit`` allows parameters
         to be fitted during rounding.
         """
+
+    def ideal_scales(self, weight: Tensor) -> Tensor | None:
+        """About what the scales of float32 ``weight`` ``(rows, columns)`` would be if every number could be stored.
+
+        0 where all weights under a scale are. None: the codec's scales do not depend on ``scale_dtype``.
+        """
+        return None
 
     def join(self, slabs: list[Parts]) -> Parts:
         """Parts of a matrix from those of its slabs, in order."""

@@ -16,16 +16,13 @@ import torch
 from torch import Tensor
 
 from quern.codecs import _bits
-from quern.codecs.base import CODECS, Codec, Encoder, Parts
+from quern.codecs.base import CODECS, Codec, Encoder, Parts, least_scale
 from quern.core.errors import UserError
 from quern.core.recipe import WeightScheme
 from quern.observers.base import OBSERVERS
 
 if TYPE_CHECKING:
     from quern.observers.base import Observer
-
-TINY = 2.0**-24
-"""Least scale: the smallest float16 above zero, so that a scale never rounds to nothing."""
 
 
 class Grid:
@@ -48,7 +45,7 @@ class Grid:
         return scale, (-low / scale).round_().clamp_(0, self.levels)
 
     def _stored(self, scale: Tensor) -> Tensor:
-        return scale.clamp(min=TINY).to(self.scale_dtype).to(torch.float32)
+        return least_scale(scale, self.scale_dtype).to(self.scale_dtype).to(torch.float32)
 
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes (integers in float32) nearest to ``values``; ties go to the even code."""
@@ -146,6 +143,19 @@ class IntegerCodec(Codec):
 
     def encoder(self, weight: Tensor, whole: Tensor, refit: bool) -> IntegerEncoder:
         return IntegerEncoder(self, weight, whole, refit)
+
+    def ideal_scales(self, weight: Tensor) -> Tensor:
+        if self.scheme.granularity == "tensor":
+            weight = weight.reshape(1, -1)
+        width, (rows, columns) = self.group_width(weight.shape[1]), weight.shape
+        whole = columns // width * width
+        parts = [weight[:, :whole].reshape(rows, -1, width)]
+        if whole < columns:
+            parts.append(weight[:, None, whole:])
+        low, high = (torch.cat(ends, dim=1) for ends in zip(*(part.aminmax(dim=-1) for part in parts), strict=True))
+        if self.scheme.symmetric:
+            return torch.maximum(low.abs(), high.abs()) * (2 / self.grid.levels)
+        return (high.clamp(min=0) - low.clamp(max=0)) / self.grid.levels
 
     def join(self, slabs: list[Parts]) -> Parts:
         joined = super().join(slabs)

@@ -21,14 +21,12 @@ import torch
 from torch import Tensor
 
 from quern import _native
-from quern.codecs.base import CODECS, Codec, Encoder, Parts
+from quern.codecs.base import CODECS, Codec, Encoder, Parts, least_scale
 from quern.core.errors import UserError
 from quern.core.recipe import WeightScheme
 
 TABLES = "trellis_tables.json"
 TILE, LANE_ROWS, BLOCK, LANES = 256, 16, 4, 64
-TINY = 2.0**-24
-"""Least scale of a row that is not zero: the smallest float16 above zero."""
 
 
 @dataclass(frozen=True)
@@ -131,18 +129,21 @@ class TrellisCodec(Codec):
 
     def row_scales(self, weight: Tensor) -> Tensor:
         """Scales as they will be stored, float32 ``(rows,)``: the table's unit for weights of each row's variance."""
-        largest = weight.detach().cpu().abs().amax(dim=1)
-        relative = (
-            weight.detach().cpu() / torch.where(largest > 0, largest, 1.0)[:, None]
-        )  # its squares cannot overflow
-        scale = largest * relative.square().mean(dim=1).sqrt() * self.table.unit
-        stored = torch.where(largest > 0, scale.clamp(min=TINY), 0.0).to(self.scale_dtype).float()
+        scale = self.ideal_scales(weight)
+        least = least_scale(scale, self.scale_dtype)
+        stored = torch.where(scale > 0, least, 0.0).to(self.scale_dtype).float()
         if not bool((stored * (2 * 127)).isfinite().all()):
             raise UserError(
-                f"weights up to {float(largest.max()):.3g} are too large for scales in scale_dtype "
+                f"weights up to {float(weight.abs().max()):.3g} are too large for scales in scale_dtype "
                 f"{self.scheme.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"
             )
         return stored
+
+    def ideal_scales(self, weight: Tensor) -> Tensor:
+        weight = weight.detach().cpu()
+        largest = weight.abs().amax(dim=1)
+        relative = weight / torch.where(largest > 0, largest, 1.0)[:, None]  # its squares cannot overflow
+        return largest * relative.square().mean(dim=1).sqrt() * self.table.unit
 
     def encoder(self, weight: Tensor, whole: Tensor, refit: bool) -> TrellisEncoder:
         return TrellisEncoder(self, weight)

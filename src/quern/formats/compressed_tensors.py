@@ -2,7 +2,7 @@
 
 Field names and layouts follow compressed-tensors 0.20. Its packed integers are quern's ``integer`` codes as they are: the
 signed value plus 2^(bits-1), dense in 32-bit words along the row, zero points down the rows. Scales keep the recipe's
-``scale_dtype``, which vLLM's kernels want to be the model's own dtype.
+``scale_dtype``, or the wider one that a module got; vLLM turns them into the model's own dtype when it loads.
 
 A Hadamard rotation of inputs becomes a ``transform_config`` of type ``hadamard`` (Sylvester's matrix, as ours), a scheme for
 each block size. Random signs have no place in it: type ``random-hadamard`` stores one dense matrix for all linears of a
@@ -83,6 +83,9 @@ class CompressedTensors(Format):
     def quantization_config(
         self, schemes: dict[str, WeightScheme], unquantized: Sequence[str], shapes: dict[str, tuple[int, ...]]
     ) -> dict[str, Any]:
+        unsaid = not all(scheme.symmetric for scheme in schemes.values()) and len(_scale_dtypes(schemes)) > 1
+        if unsaid:  # transformers decompresses asymmetric weights by one scheme for all, with scales as they are stored
+            schemes = {name: scheme.model_copy(update={"scale_dtype": "float32"}) for name, scheme in schemes.items()}
         alike = self._alike(schemes)
         groups, formats = {}, set()
         for position, ((scheme, mode), modules) in enumerate(alike.items()):
@@ -90,7 +93,7 @@ class CompressedTensors(Format):
             formats.add(name)
             groups[f"group_{position}"] = {
                 "targets": modules,
-                "weights": _arguments(scheme),
+                "weights": _arguments(scheme) | ({"scale_dtype": None} if unsaid else {}),
                 "input_activations": _activations(mode),
                 "output_activations": None,
                 "format": name,
@@ -192,6 +195,10 @@ def _examples(modules: Sequence[str]) -> str:
         return ""
     more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
     return f" ({modules[0]}{more})"
+
+
+def _scale_dtypes(schemes: dict[str, WeightScheme]) -> set[str]:
+    return {scheme.scale_dtype for scheme in schemes.values()}
 
 
 def _packed(scheme: WeightScheme, codes: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from quern.codecs.base import CODECS, Codec
 from quern.core.heap import release_freed
 from quern.core.parallel import pieces
 from quern.observers.base import OBSERVERS
-from quern.pipeline import sensitivity
+from quern.pipeline import scales, sensitivity
 from quern.pipeline.job import Job
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
@@ -67,10 +67,11 @@ def quantize_block(job: Job, index: int) -> None:
         work.quantize_group(group)
         release_freed()
     tensors = work.tensors | work.unquantized()
+    record = {"layers": work.errors, "scale_dtypes": work.scale_dtypes}
     shard = job.work.write_tensors(f"artifact/{job.shard(index + 1).removesuffix('.safetensors')}", tensors)
     if work.source is not None and index + 1 < job.architecture.layers:
         work.write_outputs(job.activations(CHAIN, index + 1), work.source)
-    job.work.finish(f"block {index}", [shard], {"layers": work.errors, "seconds": time.perf_counter() - started})
+    job.work.finish(f"block {index}", [shard], {**record, "seconds": time.perf_counter() - started})
     if work.source is not None:
         work.source.path.unlink()  # the block is done: nobody needs its inputs any more
 
@@ -95,25 +96,30 @@ class _BlockWork:
         self.scalings = [transform for transform in transforms if isinstance(transform, ChannelScaling)]
         self.rotation = next((transform for transform in transforms if isinstance(transform, InputRotation)), None)
         self.tensors: dict[str, Tensor] = {}
+        self.scale_dtypes: dict[str, str] = {}
         self.errors: list[dict[str, Any]] = []
 
     def transform(self) -> None:
         """Rewrite the block: every scaling of the recipe along every rescaling of the architecture, in order."""
+        groups = [[name for name in group.linears if name in self.codecs] for group in self.job.architecture.groups]
+        fitted: dict[str, Codec] = {}
+        for linears in groups if self.scalings else []:
+            fitted |= self._fitting(linears)
         for scaling in self.scalings:
             for rescaling in self.job.architecture.rescalings:
-                codecs = {name: self.codecs[name] for name in rescaling.targets if name in self.codecs}
+                codecs = {name: fitted[name] for name in rescaling.targets if name in fitted}
                 if not codecs:
                     continue
                 statistics = self._channels(rescaling.targets[0])
                 repeat = self._repeat(rescaling)
                 targets = [self.block.linear(name).weight.data for name in codecs]
-                scales = scaling.scales(targets, list(codecs.values()), statistics, repeat, self.job.workers)
+                wanted = scaling.scales(targets, list(codecs.values()), statistics, repeat, self.job.workers)
                 source = self.block.module.get_submodule(rescaling.source)
                 stored = self._stored_dtype(f"{rescaling.source}.weight")
                 fold(
                     rescaling,
                     self.block.module.get_submodule,
-                    foldable(rescaling, source, scales, self.codecs, stored),
+                    foldable(rescaling, source, wanted, self.codecs, stored),
                     repeat,
                 )
 
@@ -130,16 +136,25 @@ class _BlockWork:
         hessians, input_scale = self._statistics(linears, signs)
         factor: Factor | None = None
         for name in linears:
+            self._turn(self.block.linear(name).weight.data, signs, rotate)
+        codecs = self._fitting(linears)
+        dtypes = scales.changes({name: self.codecs[name].scheme for name in linears}, codecs)
+        self.scale_dtypes |= {self.prefix + name: dtype for name, dtype in dtypes.items()}
+        for name in linears:
             if name in hessians:
                 settings = self.job.recipe.rounding
                 factor = factorize(hessians.pop(name), settings.damping, settings.activation_order, self.job.workers)
             linear = self.block.linear(name)
-            self._turn(linear.weight.data, signs, rotate)
-            rounded = rounding.round(linear.weight.data, self.codecs[name], factor, self.job.workers)
+            rounded = rounding.round(linear.weight.data, codecs[name], factor, self.job.workers)
             linear.weight.data = rounded.decoded
             self._turn(linear.weight.data, signs, rotate_back)
             self.tensors |= self.job.format.encode(self.prefix + name, rounded.weight, input_scale, signs)
             self.errors.append(layer_error(self.prefix + name, rounded, signs))
+
+    def _fitting(self, linears: list[str]) -> dict[str, Codec]:
+        """The codecs of ``linears``, which share an input, with scales that can be stored for their weights as they are."""
+        weights = {name: self.block.linear(name).weight.data for name in linears}
+        return scales.fitting({name: self.codecs[name] for name in linears}, weights, self.job.workers)
 
     def _turn(self, weight: Tensor, signs: Tensor | None, turn: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Rotate the rows of ``weight`` in place, if they are rotated at all."""

@@ -30,10 +30,11 @@ from quern.formats.base import FORMATS
 from quern.loading.fitting import open_model, require_unquantized
 from quern.observers.base import OBSERVERS
 from quern.pipeline import memory as memory_plan
-from quern.pipeline import sensitivity
-from quern.pipeline.blocks import CHAIN, layer_error, quantize_blocks
+from quern.pipeline import scales, sensitivity
+from quern.pipeline.blocks import quantize_blocks
 from quern.pipeline.calibration_text import calibration_documents, calibration_sequences, text_sha256
 from quern.pipeline.job import Job, decoder_linears, quantized_modules
+from quern.pipeline.outer import quantize_outer, start_chain
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
@@ -122,12 +123,12 @@ def quantize(
                 work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
             raise
         work.finish("started", [], {})
-        _quantize_outer(job)
+        quantize_outer(job)
         spared = 0.0
         if sensitivity.needed(job):
             shared = None if cache is None else sensitivity.shared_folder(Path(cache), fingerprint, job)
             spared = sensitivity.run(job, shared)
-        _start_chain(job)
+        start_chain(job)
         quantize_blocks(job)
         layers = _write_metadata(job, schemes, fingerprint)
         replaced = artifact_names(target.path) if fresh else ()
@@ -200,68 +201,30 @@ def _sequences(
     return calibration_sequences(documents, tokenizer, recipe.calibration, context, config.vocab_size, seed)
 
 
-def _start_chain(job: Job) -> None:
-    """Inputs of the first block: the embedding as the artifact stores it."""
-    if job.sequences is None or job.work.done(f"{CHAIN} 0") is not None or job.work.done("block 0") is not None:
-        return
-    name, sequences = job.architecture.embedding, job.sequences
-    stored = job.work.read_tensors(f"artifact/{job.shard(0).removesuffix('.safetensors')}")
-    scheme, shape = job.recipe.embedding, job.checkpoint.info(f"{name}.weight").shape
-    if scheme.quantized:
-        codec = CODECS.get(scheme.codec)(scheme)
-        parts = job.format.parts(name, scheme, (shape[0], shape[1]), stored)
-        rows, index = torch.unique(sequences, return_inverse=True)
-        table = codec.decode_rows((shape[0], shape[1]), parts, rows)
-    else:
-        table, index = stored[f"{name}.weight"], sequences
-    store = job.activations(CHAIN, 0)
-    store.write(lambda start, stop: table[index[start:stop]])
-    job.work.finish(f"{CHAIN} 0", [store.path], {})
-
-
-def _quantize_outer(job: Job) -> None:
-    """Embedding, final norm and head: each rounded to nearest or taken over."""
-    architecture, recipe = job.architecture, job.recipe
-    last = architecture.layers + 1
-    places = [(architecture.embedding, recipe.embedding, 0), (architecture.final_norm, None, last)]
-    if not architecture.tied:
-        places.append((architecture.head, recipe.head, last))
-    nearest = ROUNDINGS.get("nearest")(recipe.rounding)
-    for position in (0, last):
-        if job.work.done(f"outer {position}") is not None:
-            continue
-        started, tensors, errors = time.perf_counter(), {}, []
-        for module, scheme, where in places:
-            if where != position:
-                continue
-            weight = job.read(f"{module}.weight")
-            if scheme is None or not scheme.quantized:
-                tensors[f"{module}.weight"] = weight
-                continue
-            rounded = nearest.round(weight, CODECS.get(scheme.codec)(scheme), None, job.workers)
-            tensors |= job.format.encode(module, rounded.weight, None)
-            errors.append(layer_error(module, rounded))
-        path = job.work.write_tensors(f"artifact/{job.shard(position).removesuffix('.safetensors')}", tensors)
-        job.work.finish(f"outer {position}", [path], {"layers": errors, "seconds": time.perf_counter() - started})
-
-
 def _write_metadata(job: Job, schemes: dict[str, WeightScheme], fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
-    """Everything beside the shards: index, config.json, provenance, tokenizer. Returns the errors of all layers."""
+    """Everything beside the shards: index, config.json, provenance, tokenizer. Returns the errors of all layers.
+
+    ``schemes`` are the recipe's; where scales were stored otherwise, the artifact says so, and a note.
+    """
     layers = job.architecture.layers
     steps = ["outer 0", *(f"block {index}" for index in range(layers)), f"outer {layers + 1}"]
     records = [job.work.done(step) for step in steps]
     errors: list[dict[str, Any]] = []
+    dtypes: dict[str, str] = {}
     weight_map, total = {}, 0
     for position, record in enumerate(records):
         if record is None:
             raise UserError(f"the work folder lost step {steps[position]!r}; run the same command again")
         errors += record["layers"]
+        dtypes |= record.get("scale_dtypes", {})
         for name, info in read_header(job.artifact_path(job.shard(position))).items():
             weight_map[name] = job.shard(position)
             total += info.stored_bytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(job.artifact_path("model.safetensors.index.json"), index)
     config = {**job.checkpoint.config}
+    schemes = scales.changed(schemes, dtypes)
+    job.notes.extend(scales.note(dtypes))
     if schemes:
         kept = [name for name in (*decoder_linears(job.architecture), job.architecture.head) if name not in schemes]
         stored = job.architecture.expected_shapes()
