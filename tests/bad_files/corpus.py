@@ -471,10 +471,3 @@ def _code(folder: Path) -> Path:
     (model / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Tokenizer", null]}}')
     (model / "evil.py").write_text("raise SystemExit('code of a checkpoint was run')")
     return model
-
-
-@case("a tokenizer larger than the embedding", "tokenizer", "1 of 97 tokens")
-def _large_tokenizer(folder: Path) -> Path:
-    model = good_folder(folder / "model")
-    write_tokenizer(model, VOCABULARY + 1)
-    return model

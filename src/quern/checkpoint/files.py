@@ -6,6 +6,7 @@ promises to keep under a cap.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from quern.core.encoding import foreign_encoding
 from quern.core.errors import BadFileError, UserError
 from quern.core.figures import bytes_text
 
@@ -119,12 +121,17 @@ def parse_json_object(path: str | Path, raw: bytes, what: str) -> dict[str, Any]
     try:
         data = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except UnicodeDecodeError as error:
+        if encoding := foreign_encoding(raw):
+            raise BadFileError(path, f"{what} is {encoding}", "Save it as UTF-8") from None
         raise BadFileError(path, f"{what} is not UTF-8: {error.reason} at byte {error.start}", _AGAIN) from None
     except RecursionError:
         raise BadFileError(path, f"{what} is nested too deeply", _AGAIN) from None
     except BadFileError:
         raise
     except ValueError as error:
+        if raw.startswith(codecs.BOM_UTF8):  # which libraries that read the same file do not take either
+            hint = "Save it as UTF-8 without one"
+            raise BadFileError(path, f"{what} begins with a byte order mark, which JSON must not have", hint) from None
         raise BadFileError(path, f"{what} is not JSON: {error}", _AGAIN) from None
     if not isinstance(data, dict):
         raise BadFileError(path, f"{what} is not a JSON object but a {type(data).__name__}", _AGAIN)

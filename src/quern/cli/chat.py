@@ -11,6 +11,7 @@ from rich.text import Text
 
 from quern.cli import options
 from quern.cli.outcome import say, show, tell, verb, working
+from quern.core.encoding import decode_utf8
 
 
 @verb("quern chat quantized --system 'Answer in one sentence.'")
@@ -56,14 +57,14 @@ def chat(
 
 
 def _messages() -> Iterator[str]:
-    """Lines of stdin, with a prompt in front where a person types them."""
+    """Lines of stdin in UTF-8, with a prompt in front where a person types them."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True, file=sys.stderr)
-        line = sys.stdin.readline()
+        line = decode_utf8("standard input", sys.stdin.buffer.readline())
         if not line.strip():
             return
-        yield line.rstrip("\n")
+        yield line.rstrip("\r\n")
 
 
 def _stream(pieces: Iterator[str]) -> None:

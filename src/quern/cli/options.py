@@ -27,7 +27,7 @@ Calibration = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="TEXT",
-        help="Text file for the calibration statistics; one or several.",
+        help="Text or records (JSON, CSV, Parquet) for the calibration statistics; one or several.",
         exists=True,
         dir_okay=False,
         show_default=False,
@@ -37,7 +37,7 @@ Texts = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE",
-        help="Text file to score; one or several.",
+        help="Text or records (JSON, CSV, Parquet) to score; one or several.",
         exists=True,
         dir_okay=False,
         show_default=False,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
 
 RECIPE_PACKAGE = "quern.recipes"
@@ -240,9 +241,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         raise UserError(
             f"no recipe {text!r}: neither a file nor one of the shipped ones ({', '.join(profile_names())})"
         )
+    content = decode_utf8(f"recipe {path}", path.read_bytes())
     try:
-        content = path.read_text("utf-8")
         data = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise UserError(f"recipe {path} is neither YAML nor JSON: {error}") from None
     return parse_recipe(data, text)

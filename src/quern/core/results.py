@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from quern.core.encoding import decode_utf8
 from quern.core.errors import BadFileError
 
 METRICS_VERSION = 2
@@ -166,6 +167,8 @@ class TextSource(_Strict):
     name: str
     sha256: str
     tokens: int
+    taken: str | None = None
+    """What was taken of a file of records: format, fields, number. Null for plain text."""
 
 
 class Excluded(_Strict):
@@ -238,8 +241,8 @@ def unquantized_row(rows: Sequence[Row]) -> Row | None:
 def load_results(path: str | Path) -> Results:
     """Read and check a ``results.json``. Raises ``BadFileError``."""
     try:
-        return Results.model_validate_json(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return Results.model_validate_json(decode_utf8(path, Path(path).read_bytes()))
+    except OSError as error:
         raise BadFileError(
             path, f"cannot be read: {error}", "Give the results.json that `quern compare` wrote"
         ) from None

@@ -7,7 +7,6 @@ let be. An item is right if the right option is strictly more likely than every 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -18,11 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quern.checkpoint.files import write_bytes
+from quern.checkpoint.files import sha256_of, write_bytes
 from quern.core import metrics
+from quern.core.encoding import whole_characters
 from quern.core.engine import LoadedModel
 from quern.core.errors import BadFileError, UserError
 from quern.evaluation.batches import batched_logits
+from quern.texts.stream import characters, first_bytes, lines
 from quern.texts.tokens import Tokenizer, begun, check_vocabulary, leading_special, plain_ids
 
 _FORMS = '{"sentence_good": "...", "sentence_bad": "..."} or {"prompt": "...", "choices": ["...", "..."], "answer": 0}'
@@ -61,19 +62,14 @@ class Option:
 
 
 def read_choices(path: str | Path) -> ChoiceSet:
-    """Items of a JSONL file. Raises ``BadFileError`` with the line number of a line that is neither form."""
+    """Items of a JSONL file, also gzipped. Raises ``BadFileError`` with the line number of a line that is neither form."""
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-        lines = raw.decode("utf-8").split("\n")
-    except OSError as error:
-        raise BadFileError(path, f"cannot be read: {error.strerror}", "Give a JSONL file of choices") from None
-    except UnicodeDecodeError as error:
-        raise BadFileError(path, f"is not UTF-8 text (byte {error.start})", "Give a JSONL file in UTF-8") from None
-    items = [_item(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    first_bytes(path)
+    rows = enumerate(lines(characters(path)), start=1)
+    items = [_item(path, number, line) for number, line in rows if line.strip()]
     if not items:
         raise BadFileError(path, "holds no items", f"Each line is {_FORMS}")
-    return ChoiceSet(path.name, tuple(items), hashlib.sha256(raw).hexdigest())
+    return ChoiceSet(path.name, tuple(items), sha256_of(path))
 
 
 def _item(path: Path, number: int, line: str) -> Choice:
@@ -102,7 +98,7 @@ def _parse(data: Any) -> Choice | str:
         return f"needs at least two options that differ; it has {len(set(options))}"
     if type(answer) is not int or not 0 <= answer < len(options):
         return f"has the answer {answer!r}; it must be the number of a choice, 0 to {len(options) - 1}"
-    return Choice(prompt, tuple(options), answer)
+    return Choice(whole_characters(prompt), tuple(map(whole_characters, options)), answer)
 
 
 def encode_choices(sets: Sequence[ChoiceSet], tokenizer: Tokenizer, *, vocabulary_size: int) -> list[Option]:

@@ -17,7 +17,7 @@ from quern.core.engine import LoadedModel
 from quern.core.errors import UserError
 from quern.evaluation.batches import batched_logits
 from quern.evaluation.choice import common_start
-from quern.texts.tokens import Tokenizer, plain_ids, text_ids
+from quern.texts.tokens import Tokenizer, check_vocabulary, plain_ids, text_ids
 
 DEFAULT_NEW_TOKENS = 256
 """lm-eval's own default for tasks that name no ``max_gen_toks``; half the context where that is less."""
@@ -106,6 +106,8 @@ class Requests:
         return [whole[surplus:] for whole in encoded], start - surplus
 
     def _score(self, inputs: list[Any], scored: list[Any]) -> list[tuple[float, bool]]:
+        most = self._model.vocabulary_size
+        check_vocabulary((token for ids in (*inputs, *scored) for token in ids), self._tokenizer, most)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(inputs)
         for number, logits in batched_logits(self._model, inputs):
             target = scored[number]
@@ -121,6 +123,7 @@ class Requests:
         stops = [until] if isinstance(until, str) else list(until)
         most = int(arguments.get("max_gen_toks") or min(DEFAULT_NEW_TOKENS, self._model.maximum_length // 2))
         prompt = text_ids(self._tokenizer, context) or [self._prefix]
+        check_vocabulary(prompt, self._tokenizer, self._model.vocabulary_size)
         if most >= self._model.maximum_length:
             raise UserError(
                 f"max_gen_toks {most} leaves no room for a prompt in a context of {self._model.maximum_length}"

@@ -1,17 +1,14 @@
-"""Texts to score: files or strings become documents, documents become windows of token ids.
+"""Windows: what is scored of the texts, in token ids.
 
-A *document* is what the interval of a mean resamples: a file, an element of a JSON list of strings, or an article of
-WikiText. A *window* is a run of tokens inside one document that the model sees at once; it starts with the tokenizer's
-beginning-of-sequence token where the tokenizer has that habit. Position t of a window predicts token t + 1, so its
-first token is not scored.
+A *document* is what the interval of a mean resamples (``texts/source.py``). A *window* is a run of tokens inside one
+document that the model sees at once; it starts with the tokenizer's beginning-of-sequence token where the tokenizer has
+that habit. Position t of a window predicts token t + 1, so its first token is not scored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,31 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quern.checkpoint.files import write_bytes
-from quern.core.errors import BadFileError, UserError
+from quern.core.errors import UserError
 from quern.core.results import TextSource
-from quern.texts.tokens import Tokenizer, check_vocabulary, leading_special
+from quern.texts.records import chat_of
+from quern.texts.source import Text, TextFile
+from quern.texts.tokens import Tokenizer, check_vocabulary, document_ids, leading_special
 
 Ids = NDArray[np.int64]
-
-_HEADING = re.compile(r"(?m)^ ?= (?!=)[^\n]*(?<!=) = ?$")
-"""`` = Title = `` of WikiText; deeper headings have `` = = Title = = ``."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A named text in documents. ``sha256`` is that of the file's bytes, or of the strings as a JSON list."""
-
-    name: str
-    documents: tuple[str, ...]
-    sha256: str
-
-    @classmethod
-    def of(cls, name: str, documents: Iterable[str]) -> Text:
-        """A text that lies in memory. Raises ``UserError`` if nothing but white space is in it."""
-        strings = [document for document in documents if document.strip()]
-        if not strings:
-            raise UserError(f"text {name!r} is empty; give text to score")
-        return cls(name, tuple(strings), hashlib.sha256(json.dumps(strings).encode()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -78,66 +57,20 @@ class Windows:
         return digest.hexdigest()
 
 
-def read_text(path: str | Path) -> Text:
-    """The documents of a UTF-8 file: a ``.json`` list of strings, WikiText cut at its articles, or one document.
-
-    Lines end by ``\\n``, whichever system wrote the file.
-    Raises ``BadFileError`` for a file that cannot be read, is not UTF-8, is empty, or is JSON of another kind.
-    """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-        content = raw.decode("utf-8").replace("\r\n", "\n")
-    except OSError as error:
-        raise BadFileError(path, f"cannot be read: {error.strerror}", "Give a text file") from None
-    except UnicodeDecodeError as error:
-        raise BadFileError(path, f"is not UTF-8 text (byte {error.start})", "Give a text file in UTF-8") from None
-    documents = _json_strings(path, content) if path.suffix == ".json" else split_articles(content)
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise BadFileError(path, "holds no text", "Give a file with text to score")
-    return Text(path.name, tuple(documents), hashlib.sha256(raw).hexdigest())
-
-
-def _json_strings(path: Path, content: str) -> list[str]:
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BadFileError(path, f"is not JSON: {error}", "Give a list of strings, or a plain text as .txt") from None
-    if not isinstance(data, list) or not all(isinstance(item, str) for item in data):
-        raise BadFileError(path, "is not a JSON list of strings", "Give a list of strings, or a plain text as .txt")
-    return data
-
-
-def split_articles(content: str) -> list[str]:
-    """WikiText at its top-level headings; any other text (its first line is no such heading) whole."""
-    first = content.lstrip("\n ").split("\n", 1)[0]
-    if not _HEADING.fullmatch(first.rstrip() + " "):
-        return [content]
-    starts = [match.start() for match in _HEADING.finditer(content)]
-    return [content[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(content)])]
-
-
 def cut_windows(
-    texts: Sequence[Text], tokenizer: Tokenizer, *, vocabulary_size: int, tokens: int, window: int
+    texts: Sequence[Text | TextFile], tokenizer: Tokenizer, *, vocabulary_size: int, tokens: int, window: int
 ) -> Windows:
     """``tokens`` token ids of ``texts`` in windows of at most ``window``, from as many documents as possible.
 
     First every document gives its first window, then every one its second, until there are ``tokens``; the windows are
-    then put in the order of the text. Raises ``UserError`` where the texts are too short, or where the tokenizer makes
-    ids that are not in the vocabulary.
+    then put in the order of the text. No more is read and tokenized than that takes. Raises ``UserError`` where the texts
+    are too short, or where a token to score is not in the vocabulary.
     """
     if window < 2 or tokens < 2:
         raise UserError(f"a window needs at least 2 tokens, one to read and one to score; got {window} of {tokens}")
-    encoded = [
-        tokenizer.encode(document, add_special_tokens=False, verbose=False)
-        for text in texts
-        for document in text.documents
-    ]
-    prefix = leading_special(tokenizer)
-    check_vocabulary(prefix + [token for ids in encoded for token in ids], tokenizer, vocabulary_size)
+    beginnings = _Beginnings(texts, tokenizer, window, tokens)
     chosen, total = [], 0
-    for document, start, ids in _by_turns(encoded, prefix, window):
+    for document, start, ids in beginnings.by_turns():
         ids = ids[: tokens - total]
         if len(ids) >= 2:
             chosen.append((document, start, ids))
@@ -147,27 +80,84 @@ def cut_windows(
     if tokens - total >= 2:
         names = ", ".join(text.name for text in texts)
         raise UserError(
-            f"too little text: {tokens} tokens are asked for, {names} have {total}. "
+            f"too little text: {tokens} tokens are asked for, {names} {'has' if len(texts) == 1 else 'have'} {total}. "
             f"Give more text{f', or ask for at most {total} tokens' if total else ''}"
         )
+    check_vocabulary((token for _, _, ids in chosen for token in ids), tokenizer, vocabulary_size)
     windows = tuple(Window(document, np.array(ids, dtype=np.int64)) for document, _, ids in sorted(chosen))
-    return Windows(windows, _sources(texts, windows))
+    return Windows(windows, beginnings.sources(windows))
 
 
-def _by_turns(encoded: list[list[int]], prefix: list[int], window: int) -> Iterator[tuple[int, int, list[int]]]:
-    step = window - len(prefix)
-    for start in range(0, max(map(len, encoded), default=0), step):
-        for document, ids in enumerate(encoded):
-            if len(ids) > start:
-                yield document, start, prefix + ids[start : start + step]
+class _Beginnings:
+    """The beginnings of all documents as token ids: as many windows of each as it takes to have ``tokens``.
 
+    Texts are read again with twice as many windows of each document until that is enough, so that of a long document only
+    the part is tokenized that gets scored, and of many documents only the first.
+    """
 
-def _sources(texts: Sequence[Text], windows: Sequence[Window]) -> tuple[TextSource, ...]:
-    owner = [number for number, text in enumerate(texts) for _ in text.documents]
-    counts = [0] * len(texts)
-    for window in windows:
-        counts[owner[window.document]] += len(window.ids) - 1
-    return tuple(TextSource(name=text.name, sha256=text.sha256, tokens=count) for text, count in zip(texts, counts))
+    def __init__(self, texts: Sequence[Text | TextFile], tokenizer: Tokenizer, window: int, tokens: int) -> None:
+        self._texts, self._tokenizer, self._tokens = texts, tokenizer, tokens
+        self._prefix = leading_special(tokenizer)
+        self._step = window - len(self._prefix)
+        self._rounds = 1
+        while not self._read():
+            self._rounds *= 2
+
+    def _read(self) -> bool:
+        """Read the documents; whether that was enough, or all that there is."""
+        self._ids: list[list[int]] = []
+        self._owners: list[int] = []
+        self._notes: list[str | None] = [None] * len(self._texts)
+        total, cut, chat = 0, False, chat_of(self._tokenizer)
+        for number, text in enumerate(self._texts):
+            reading = text.read(chat)
+            for document in reading:
+                ids, ended = self._beginning(document)
+                cut |= not ended
+                self._ids.append(ids)
+                self._owners.append(number)
+                total += self._windowed(len(ids))
+                if self._rounds == 1 and self._tokens - total < 2:
+                    break
+            self._notes[number] = reading.note
+            if self._rounds == 1 and self._tokens - total < 2:
+                return True
+        return self._tokens - total < 2 or not cut
+
+    def _beginning(self, document: Iterable[str]) -> tuple[list[int], bool]:
+        """Its first token ids, and whether they are all of them."""
+        most = self._rounds * self._step
+        ids: list[int] = []
+        for piece in document_ids(self._tokenizer, document):
+            ids += piece
+            if len(ids) > most + 1:
+                break
+        if self._prefix and ids[:1] == self._prefix:
+            del ids[0]  # the text spells the token that every window begins with
+        return ids[:most], len(ids) <= most
+
+    def _windowed(self, count: int) -> int:
+        """How many tokens the windows of a document have, its first ``count`` taken; a lone one cannot be scored."""
+        full, rest = divmod(count, self._step)
+        with_prefix = rest + len(self._prefix)
+        return full * (self._step + len(self._prefix)) + (with_prefix if rest and with_prefix > 1 else 0)
+
+    def by_turns(self) -> Iterator[tuple[int, int, list[int]]]:
+        """Number of the document, place in it, and ids of each window: first windows, then second ones and so on."""
+        for start in range(0, max(map(len, self._ids), default=0), self._step):
+            for document, ids in enumerate(self._ids):
+                if len(ids) > start:
+                    yield document, start, self._prefix + ids[start : start + self._step]
+
+    def sources(self, windows: Sequence[Window]) -> tuple[TextSource, ...]:
+        """Each text with the number of its tokens that get a score."""
+        counts = [0] * len(self._texts)
+        for window in windows:
+            counts[self._owners[window.document]] += len(window.ids) - 1
+        return tuple(
+            TextSource(name=text.name, sha256=text.sha256, tokens=count, taken=note)
+            for text, count, note in zip(self._texts, counts, self._notes)
+        )
 
 
 def save_windows(path: Path, windows: Windows) -> None:

@@ -15,6 +15,7 @@ from quern.pipeline.detokenize import Detokenizer
 from quern.pipeline.generate import Tell, continuation, load_model, noted, pieces, warn
 from quern.pipeline.sampling import Sampler, SamplingOptions
 from quern.pipeline.stopping import end_tokens
+from quern.texts.tokens import check_vocabulary
 
 
 class Chat:
@@ -57,6 +58,7 @@ class Chat:
         """The answer to ``text``, piece by piece. Raises ``UserError`` when the conversation outgrows the context."""
         messages = [*self._messages, {"role": "user", "content": text}]
         ids = self._encode(messages)
+        check_vocabulary(ids, self._tokenizer, self._model.vocabulary_size)
         room = self._model.maximum_length - len(ids)
         if room < 1:
             raise UserError(

@@ -25,7 +25,6 @@ from quern.core.recipe import Recipe, load_recipe
 from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenario
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
-from quern.evaluation.texts import Text
 from quern.loading.fitting import open_model
 from quern.peers.base import Choice, choices_of
 from quern.pipeline.comparison_folder import ComparisonFolder
@@ -37,6 +36,7 @@ from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
 from quern.pipeline.rows import Contender
 from quern.pipeline.worker_process import OURS, as_other_tools
 from quern.report.html import render
+from quern.texts.source import Text
 
 DEFAULT_RECIPES = ("compact", "fast", "balanced", "rtn4")
 QUICK_TOKENS, QUICK_ROUNDS, QUICK_DECODE = 4, 1, 16
@@ -51,7 +51,7 @@ def compare(
     *,
     recipes: Sequence[str | Path | Recipe] = DEFAULT_RECIPES,
     peers: Sequence[str] = (),
-    calibration: Sequence[str | Path] = (),
+    calibration: Sequence[str | Path | Text] = (),
     texts: Sequence[str | Path | Text] = (),
     choices: Sequence[str | Path | ChoiceSet] = (),
     tokens: int = 4096,
@@ -98,6 +98,8 @@ def compare(
     tools = (peer_time_limit, None if environments is None else Path(environments))
     with folder.locked():
         inputs = prepare_inputs(checkpoint, folder.cache, texts=texts, choices=choices, settings=settings)
+        for note in inputs.taken:
+            progress.log(note)
         hardware = probe(threads=threads or available_threads())
         making = Making(
             checkpoint=checkpoint,

@@ -12,11 +12,11 @@ from quern.core.progress import Progress, Silent
 from quern.core.results import Row
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
-from quern.evaluation.texts import Text
 from quern.loading.fitting import open_model
 from quern.pipeline.inputs import Settings, prepare_inputs
 from quern.pipeline.measure import measure_all
 from quern.pipeline.rows import Contender, contender_of
+from quern.texts.source import Text
 
 
 def evaluate(
@@ -72,4 +72,5 @@ def evaluate(
         measurement = measure_all(
             others, original, inputs, settings=settings, hardware={"measured": rates}, progress=progress
         )
-    return measurement.rows[-1]
+    row = measurement.rows[-1]
+    return row.model_copy(update={"notes": [*inputs.taken, *row.notes]})

@@ -19,7 +19,7 @@ from quern.loading.fitting import open_model
 from quern.pipeline.detokenize import Detokenizer
 from quern.pipeline.sampling import Sampler, SamplingOptions
 from quern.pipeline.stopping import end_tokens
-from quern.texts.tokens import text_ids
+from quern.texts.tokens import check_vocabulary, text_ids
 
 if TYPE_CHECKING:
     from quern.core.engine import LoadedModel, Session
@@ -61,6 +61,7 @@ def generate(
     tokenizer = load_tokenizer(checkpoint.path)
     ids = _encode(tokenizer, prompt)
     model = load_model(checkpoint, engine, threads, cache, tell)
+    check_vocabulary(ids, tokenizer, model.vocabulary_size)
     room = model.maximum_length - len(ids)
     if room < 1:
         raise UserError(

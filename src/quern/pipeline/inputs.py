@@ -14,7 +14,8 @@ from quern.evaluation.choice import ChoiceSet, encode_choices, read_choices, sav
 from quern.evaluation.heldout import held_out_text
 from quern.evaluation.reference_cache import ReferenceKey
 from quern.evaluation.speed import prompt_of
-from quern.evaluation.texts import Text, cut_windows, read_text, save_windows
+from quern.evaluation.texts import cut_windows, save_windows
+from quern.texts.source import Text, TextFile, read_text
 from quern.texts.tokens import Tokenizer
 
 HELD_OUT = "held-out text of the Python standard library"
@@ -68,6 +69,11 @@ class Inputs:
     prompt: tuple[int, ...]
     notes: tuple[str, ...]
 
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """What was taken of texts that are files of records."""
+        return tuple(source.taken for source in self.sources if source.taken)
+
 
 def prepare_inputs(
     checkpoint: Checkpoint,
@@ -85,9 +91,13 @@ def prepare_inputs(
     """
     tokenizer = tokenizer or load_tokenizer(checkpoint.path)
     vocabulary, context = _whole(checkpoint, "vocab_size"), _whole(checkpoint, "max_position_embeddings")
-    loaded = [text if isinstance(text, Text) else read_text(text) for text in texts] or [_held_out()]
+    loaded: list[Text | TextFile] = [text if isinstance(text, Text) else read_text(text) for text in texts]
     windows = cut_windows(
-        loaded, tokenizer, vocabulary_size=vocabulary, tokens=settings.tokens, window=min(settings.window, context)
+        loaded or [_held_out()],
+        tokenizer,
+        vocabulary_size=vocabulary,
+        tokens=settings.tokens,
+        window=min(settings.window, context),
     )
     save_windows(folder / "windows.npz", windows)
     sets = [item if isinstance(item, ChoiceSet) else read_choices(item) for item in choices]

@@ -14,6 +14,7 @@ from quern.engines.base import engine_for
 from quern.loading.fitting import open_model
 from quern.pipeline.quantize import quantize
 from quern.pipeline.rows import Contender
+from quern.texts.source import Text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Making:
     model_sha256: str
     folder: Path
     """Of the comparison; artifacts go into ``artifacts/``."""
-    calibration: Sequence[str | Path]
+    calibration: Sequence[str | Path | Text]
     memory: int | None
     threads: int | None
     seed: int

@@ -25,7 +25,7 @@ from quern.core.recipe import Calibration
 from quern.core.results import Failure, Tool
 from quern.peers.base import PEERS, Choice
 from quern.peers.environment import Environment, Installed
-from quern.pipeline.calibration_text import calibration_documents, calibration_sequences
+from quern.pipeline.calibration_text import CalibrationText
 from quern.pipeline.making import Making
 from quern.pipeline.rows import Contender
 from quern.pipeline.stored import stored_folder
@@ -193,14 +193,8 @@ def _calibration(making: Making) -> tuple[Path, Path, str]:
     folder = making.folder / "cache"
     config = architecture_of(making.checkpoint.config).config
     tokenizer = load_tokenizer(making.checkpoint.path)
-    tokens = calibration_sequences(
-        calibration_documents(making.calibration),
-        tokenizer,
-        Calibration(),
-        config.max_position_embeddings,
-        config.vocab_size,
-        making.seed,
-    ).numpy()
+    calibration = CalibrationText(making.calibration, tokenizer, Calibration())
+    tokens = calibration.sequences(config.max_position_embeddings, config.vocab_size, making.seed).numpy()
     digest = hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
     sequences, text = folder / f"calibration-{digest[:16]}.npy", folder / f"calibration-{digest[:16]}.txt"
     if not (sequences.is_file() and text.is_file()):

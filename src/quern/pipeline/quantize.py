@@ -17,7 +17,7 @@ from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import write_json
 from quern.checkpoint.safetensors_file import read_header
-from quern.checkpoint.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer
+from quern.checkpoint.tokenizer import copy_tokenizer, usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.codecs.base import CODECS
 from quern.core.artifact import PROVENANCE
@@ -32,12 +32,13 @@ from quern.observers.base import OBSERVERS
 from quern.pipeline import memory as memory_plan
 from quern.pipeline import scales, sensitivity
 from quern.pipeline.blocks import quantize_blocks
-from quern.pipeline.calibration_text import calibration_documents, calibration_sequences, text_sha256
+from quern.pipeline.calibration_text import CalibrationText
 from quern.pipeline.job import Job, decoder_linears, quantized_modules
 from quern.pipeline.outer import quantize_outer, start_chain
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
+from quern.texts.source import Text
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def quantize(
     output: str | Path,
     *,
     recipe: str | Path | Recipe = "balanced",
-    calibration: Sequence[str | Path] = (),
+    calibration: Sequence[str | Path | Text] = (),
     memory: int | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -78,7 +79,8 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``.
 
-    ``calibration``: UTF-8 text files (default: modules of the running Python's standard library). ``memory``: cap of the
+    ``calibration``: texts, or files of text or records (docs/texts.md; default: modules of the running Python's standard
+    library). ``memory``: cap of the
     resident set in bytes. ``cache``: a folder for what other recipes can use again for the same model and calibration; the
     time that this spares counts in the report's ``seconds``. An interrupted run continues where it stopped; the same
     arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met and
@@ -91,14 +93,15 @@ def quantize(
     require_unquantized(checkpoint)
     architecture = architecture_of(checkpoint.config)
     schemes, where = _check(chosen, architecture), _device(device)
-    documents = calibration_documents(calibration) if chosen.needs_calibration else []
-    fingerprint = _fingerprint(checkpoint, chosen, documents, seed, device, progress)
+    tokenizer = usable_tokenizer(checkpoint.path, chosen.needs_calibration)
+    text = CalibrationText(calibration, tokenizer, chosen.calibration) if chosen.needs_calibration else None
+    fingerprint = _fingerprint(checkpoint, chosen, text, seed, device, progress)
     if (layers := finished_layers(target, fingerprint, fresh)) is not None:
         finish_removal(target.work, target.path)
         return _finished(output, chosen, checkpoint, layers)
     started = time.perf_counter()
     memory_plan.forget_peak()
-    sequences = _sequences(checkpoint, architecture, chosen, documents, seed)
+    sequences = _sequences(architecture, text, seed)
     with WorkFolder.open(target.work, fingerprint, fresh) as work, deterministic_workers(threads) as workers:
         if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:
             work.remove()
@@ -134,7 +137,7 @@ def quantize(
         replaced = artifact_names(target.path) if fresh else ()
         work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
     biased = [module for module in schemes if f"{module}.bias" in architecture.expected_shapes()]
-    notes = [*checkpoint.notes, *job.notes, *job.format.notes(biased)]
+    notes = [*checkpoint.notes, *(text.notes if text else ()), *job.notes, *job.format.notes(biased)]
     return _report(output, chosen, checkpoint, time.perf_counter() - started + spared, layers, resumed, notes)
 
 
@@ -165,14 +168,14 @@ def _check(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, documents: list[tuple[str, str]], seed: int, device: str, progress: Progress
+    checkpoint: Checkpoint, recipe: Recipe, text: CalibrationText | None, seed: int, device: str, progress: Progress
 ) -> dict[str, Any]:
     """Everything that the bytes of the artifact depend on."""
     return {
         "quern": quern.__version__,
         "model_sha256": checkpoint.sha256(progress),
         "recipe": recipe.to_json(),
-        "calibration_sha256": text_sha256(documents) if documents else None,
+        "calibration_sha256": None if text is None else text.sha256,
         "seed": seed,
         "device": device,
     }
@@ -187,18 +190,14 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _sequences(
-    checkpoint: Checkpoint, architecture: Architecture, recipe: Recipe, documents: list[tuple[str, str]], seed: int
-) -> Tensor | None:
-    if not recipe.needs_calibration:
+def _sequences(architecture: Architecture, text: CalibrationText | None, seed: int) -> Tensor | None:
+    if text is None:
         return None
     config = architecture.config
     context = config.max_position_embeddings
     if getattr(config, "sliding_window", None):
         context = min(context, config.sliding_window)  # within one window attention is plainly causal
-    tokenizer = load_tokenizer(checkpoint.path)
-    check_tokenizer(tokenizer, config.vocab_size)
-    return calibration_sequences(documents, tokenizer, recipe.calibration, context, config.vocab_size, seed)
+    return text.sequences(context, config.vocab_size, seed)
 
 
 def _write_metadata(job: Job, schemes: dict[str, WeightScheme], fingerprint: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 PIECE = 256 * 1024
 """Most characters that are tokenized at once. A tokenizer takes some 200 bytes of memory for each."""
 
-_LINE = re.compile(r"\n(?=\S)")
+# Not at longer white space: tokenizers split that by what follows it.
+_LINE = re.compile(r"(?<=\S)\n(?=\S)")
 _WORD = re.compile(r"(?<=\S) (?=\S)")
 _SPAN = 4096
 """Characters at the end of a piece in which the place of the cut is searched."""

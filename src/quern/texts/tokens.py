@@ -70,11 +70,13 @@ def document_ids(tokenizer: Tokenizer, strings: Iterable[str]) -> Iterator[list[
 
 
 def check_vocabulary(ids: Iterable[int], tokenizer: Tokenizer, vocabulary_size: int) -> None:
-    """Raises ``UserError`` if one of ``ids`` is not a row of the embedding."""
-    largest = max(ids, default=0)
+    """Raises ``UserError`` if one of ``ids`` is not a row of the embedding.
+
+    A tokenizer may know more tokens than the embedding has rows (added ones, such as padding): only those that occur count.
+    """
+    largest = int(max(ids, default=0))
     if largest >= vocabulary_size:
         raise UserError(
-            f"the tokenizer does not fit the model: it makes token {largest} ({tokenizer.decode([int(largest)])!r}), the "
-            f"vocabulary has {vocabulary_size} entries, 0 to {vocabulary_size - 1}. "
-            "Use the tokenizer files that belong to these weights"
+            f"the text has token {largest} ({tokenizer.decode([largest])!r}), and the embedding has {vocabulary_size} rows, "
+            f"0 to {vocabulary_size - 1}. Leave that token out of the text, or use the tokenizer that belongs to this model"
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
 from pathlib import Path
 
 import gguf
 import pytest
 from bad_files import corpus
+from tiny_model import calibration_text
 
-from quern.checkpoint.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer, tokenizer_files
+from quern.checkpoint.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_files, usable_tokenizer
 from quern.core.errors import UserError
 
 
@@ -17,26 +20,96 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def test_loads_and_fits(tmp_path):
+def test_loads(tmp_path):
     tokenizer = load_tokenizer(corpus.good_folder(tmp_path / "model"))
     assert tokenizer("A~ ").input_ids == [33, 94, 0]
-    check_tokenizer(tokenizer, corpus.VOCABULARY)
-    check_tokenizer(tokenizer, corpus.VOCABULARY + 100)
 
 
-def test_one_row_too_few_is_named(tmp_path):
-    tokenizer = load_tokenizer(corpus.good_folder(tmp_path / "model"))
-    with pytest.raises(
-        UserError, match=r"embedding of 95 rows: 1 of 96 tokens have no row, for instance '\\x7f', id 95"
-    ):
-        check_tokenizer(tokenizer, corpus.VOCABULARY - 1)
+def test_a_model_without_one_needs_none_unless_text_is_read(tmp_path):
+    assert usable_tokenizer(tmp_path, needed=False) is None
+    with pytest.raises(UserError, match="has no tokenizer"):
+        usable_tokenizer(tmp_path, needed=True)
+    model = corpus.good_folder(tmp_path / "model")
+    (model / "tokenizer.json").write_text("{{")
+    for needed in (False, True):
+        with pytest.raises(UserError, match="not JSON"):
+            usable_tokenizer(model, needed)
 
 
-def test_added_tokens_count_too(tmp_path):
-    tokenizer = load_tokenizer(corpus.good_folder(tmp_path / "model"))
-    tokenizer.add_tokens(["<extra>"])
-    with pytest.raises(UserError, match=r"'<extra>', id 96"):
-        check_tokenizer(tokenizer, corpus.VOCABULARY)
+def packed(folder: Path) -> Path:
+    """A folder whose tokenizer is a SentencePiece model only, as Llama 2's first ones were."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    folder.mkdir()
+    trainer.train(
+        sentence_iterator=iter(calibration_text()[:20_000].splitlines()),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": False}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+TEXT = "def add(a, b):\n    return a + b  # Grüße"
+
+
+def test_a_sentencepiece_model_is_read_and_its_copy_needs_no_other_package(tmp_path, monkeypatch):
+    source = packed(tmp_path / "model")
+    ids = load_tokenizer(source).encode(TEXT, add_special_tokens=False)
+    (tmp_path / "copy").mkdir()
+    copies = copy_tokenizer(source, tmp_path / "copy")
+    assert {copy.name for copy in copies} == {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
+    assert (tmp_path / "copy" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    hide(monkeypatch, "sentencepiece", "google.protobuf")
+    assert load_tokenizer(tmp_path / "copy").encode(TEXT, add_special_tokens=False) == ids
+
+
+def hide(monkeypatch, *modules):
+    """The modules, as if they were not installed."""
+    find = importlib.util.find_spec
+
+    def without(name, *rest):
+        if any(name == module or name.startswith(f"{module}.") for module in modules):
+            raise ModuleNotFoundError(name)
+        return find(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+
+
+@pytest.mark.parametrize(
+    ("first", "hidden", "advice"),
+    [
+        (
+            b"\n\x0e",
+            ["sentencepiece"],
+            "SentencePiece model, .*needs sentencepiece and protobuf.*pip install sentencepiece",
+        ),
+        (b"\n\x0e", ["sentencepiece", "google"], "pip install sentencepiece protobuf; or put"),
+        (b"\n\x0e", ["google.protobuf"], "pip install"),
+        (b"IQ== 0\n", ["tiktoken"], "a tiktoken vocabulary, .*pip install tiktoken;"),
+    ],
+)
+def test_what_is_not_installed_is_named_by_what_the_file_is(tmp_path, monkeypatch, first, hidden, advice):
+    hide(monkeypatch, *hidden)
+    (tmp_path / "tokenizer.model").write_bytes(first + bytes(20))
+    with pytest.raises(UserError, match=advice):
+        usable_tokenizer(tmp_path, needed=False)
+
+
+def test_a_damaged_sentencepiece_model_names_its_own_packages(tmp_path):
+    for package in ("sentencepiece", "google.protobuf"):
+        pytest.importorskip(package)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\xff\xff")
+    with pytest.raises(UserError, match=r"tokenizer.model is damaged, or .*: sentencepiece \d\S+, protobuf \d"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_one_is_refused(tmp_path):

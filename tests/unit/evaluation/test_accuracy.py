@@ -16,7 +16,8 @@ from quern.evaluation import batches
 from quern.evaluation.accuracy import DocumentScore, reference_logits, score_windows, summarize_scores
 from quern.evaluation.batches import batched_logits
 from quern.evaluation.reference_cache import ReferenceKey, ReferenceLogits, ReferenceWriter, has_reference
-from quern.evaluation.texts import Text, cut_windows
+from quern.evaluation.texts import cut_windows
+from quern.texts.source import Text
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs", "0123456789"]
 

@@ -1,26 +1,15 @@
-"""Texts become documents, documents windows; every token is scored at most once."""
+"""Documents become windows; every token is scored at most once, and little more is tokenized than is scored."""
 
-import hashlib
 import json
+import random
 
 import numpy as np
 import pytest
 from fake_model import VOCABULARY, FakeTokenizer
 
-from quern.core.errors import BadFileError, UserError
-from quern.evaluation.texts import (
-    Text,
-    cut_windows,
-    load_windows,
-    read_text,
-    save_windows,
-    split_articles,
-)
-
-WIKI = (
-    " \n = First = \n \n Some text . \n \n = = Part = = \n \n More = text = here . \n"
-    " \n = Second Title = \n \n Other . \n"
-)
+from quern.core.errors import UserError
+from quern.evaluation.texts import cut_windows, load_windows, save_windows
+from quern.texts.source import Text, read_text
 
 
 def cut(texts, tokens=20, window=8, tokenizer=None, vocabulary_size=VOCABULARY):
@@ -28,69 +17,80 @@ def cut(texts, tokens=20, window=8, tokenizer=None, vocabulary_size=VOCABULARY):
     return cut_windows(texts, tokenizer, vocabulary_size=vocabulary_size, tokens=tokens, window=window)
 
 
-class TestReading:
-    def test_wikitext_is_cut_at_its_articles(self):
-        articles = split_articles(WIKI)
-        assert len(articles) == 2
-        assert "".join(articles) == WIKI
-        assert articles[0].startswith(" \n = First = ")
-        assert "= = Part = =" in articles[0]
-        assert articles[1].startswith(" = Second Title = ")
+def plainly(documents, tokens, window, prefix):
+    """Windows from all documents whole: first windows, then second ones, until there are ``tokens``."""
+    encoded = [FakeTokenizer(adds_bos=False).encode(document, add_special_tokens=False) for document in documents]
+    chosen, total, step = [], 0, window - len(prefix)
+    for start in range(0, max(map(len, encoded)), step):
+        for number, ids in enumerate(encoded):
+            ids = (prefix + ids[start : start + step])[: tokens - total] if len(ids) > start else []
+            if len(ids) >= 2 and tokens - total >= 2:
+                chosen.append((number, start, ids))
+                total += len(ids)
+    return [(number, ids) for number, _, ids in sorted(chosen)] if tokens - total < 2 else None
 
-    def test_stripped_headings_too(self):
-        assert len(split_articles("= A =\n\ntext\n\n= B =\n\n= = C = =\n\nmore\n")) == 2
 
-    def test_wikitext_with_the_line_ends_of_another_system(self, tmp_path):
-        path = tmp_path / "wiki.txt"
-        path.write_bytes(WIKI.replace("\n", "\r\n").encode())
-        assert read_text(path).documents == tuple(split_articles(WIKI))
+class Counting(FakeTokenizer):
+    """Knows how many characters it was given."""
 
-    @pytest.mark.parametrize("text", ["x = 1\n = y = \n", "plain\n", "= = Part = =\n = A = \n", "===\n", "=\n", ""])
-    def test_other_text_is_one_document(self, text):
-        assert split_articles(text) == [text]
+    def __init__(self, **rest):
+        super().__init__(**rest)
+        self.characters = 0
 
-    def test_a_file_is_a_document(self, tmp_path):
-        path = tmp_path / "text.txt"
-        path.write_bytes(b"some text\r\nof two lines\n")
-        text = read_text(path)
-        assert (text.name, text.documents) == ("text.txt", ("some text\nof two lines\n",))
-        assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    def encode(self, text, **rest):
+        self.characters += len(text)
+        return super().encode(text, **rest)
 
-    def test_a_json_list(self, tmp_path):
-        path = tmp_path / "stories.json"
-        path.write_text(json.dumps(["one story", " ", "another"]))
-        assert read_text(path).documents == ("one story", "another")
 
-    @pytest.mark.parametrize(
-        ("name", "content", "problem"),
-        [
-            ("a.txt", b"", "no text"),
-            ("a.txt", b" \n\n", "no text"),
-            ("a.txt", b"caf\xe9", "not UTF-8"),
-            ("a.json", b"[1, 2]", "not a JSON list of strings"),
-            ("a.json", b'{"a": "b"}', "not a JSON list of strings"),
-            ("a.json", b"[", "not JSON"),
-            ("a.json", b"[" * 100_000, "not JSON"),
-            ("a.json", b"[]", "no text"),
-        ],
-    )
-    def test_unusable_files(self, tmp_path, name, content, problem):
-        path = tmp_path / name
-        path.write_bytes(content)
-        with pytest.raises(BadFileError, match=problem) as caught:
-            read_text(path)
-        assert str(path) in str(caught.value)
+class TestReadingOnlyWhatIsWanted:
+    @pytest.mark.parametrize("seed", range(40))
+    def test_the_windows_are_those_of_all_documents_tokenized_whole(self, seed):
+        draw = random.Random(seed)
+        documents = ["".join(draw.choices("abcdef", k=draw.choice((1, 2, 9, 40)))) for _ in range(draw.randrange(1, 9))]
+        bos, window, tokens = draw.random() < 0.5, draw.randrange(2, 12), draw.randrange(2, 120)
+        wanted = plainly(documents, tokens, window, [0] if bos else [])
+        half = len(documents) // 2
+        texts = [Text.of(str(number), part) for number, part in enumerate((documents[:half], documents[half:])) if part]
+        if wanted is None:
+            with pytest.raises(UserError, match="too little text"):
+                cut(texts, tokens, window, FakeTokenizer(adds_bos=bos))
+        else:
+            found = cut(texts, tokens, window, FakeTokenizer(adds_bos=bos))
+            assert [(w.document, w.ids.tolist()) for w in found.windows] == wanted
+            assert sum(source.tokens for source in found.sources) == found.scored
 
-    def test_missing_file(self, tmp_path):
-        with pytest.raises(BadFileError, match="cannot be read"):
-            read_text(tmp_path / "none.txt")
+    def test_of_many_records_the_first_and_of_a_long_text_its_beginning(self, tmp_path, monkeypatch):
+        from quern.texts import tokens
 
-    def test_strings_in_memory(self):
-        text = Text.of("mine", ["a", "  ", "b"])
-        assert text.documents == ("a", "b")
-        assert text.sha256 != Text.of("mine", ["a", "c"]).sha256
-        with pytest.raises(UserError, match="'mine' is empty"):
-            Text.of("mine", ["", "\n"])
+        (tmp_path / "many.jsonl").write_text(
+            "".join(json.dumps({"text": "abcdef gh " * 10}) + "\n" for _ in range(500))
+        )
+        tokenizer = Counting(adds_bos=False)
+        found = cut([read_text(tmp_path / "many.jsonl")], 40, 16, tokenizer)
+        assert tokenizer.characters <= 3 * 100
+        assert found.sources[0].taken == "many.jsonl: JSON, field text, the first 3 records"
+        monkeypatch.setattr(
+            tokens, "cut_pieces", lambda strings: (s[i : i + 90] for s in strings for i in range(0, 9000, 90))
+        )
+        (tmp_path / "long.txt").write_text("abc def " * 5000)
+        tokenizer = Counting(adds_bos=False)
+        cut([read_text(tmp_path / "long.txt")], 300, 64, tokenizer)
+        assert tokenizer.characters < 2000
+
+    def test_a_text_that_spells_the_beginning_has_it_once(self):
+        class Spelled(FakeTokenizer):
+            def encode(self, text, **rest):
+                inner = [0] if text.startswith("<s>") else []
+                return inner + super().encode(text.removeprefix("<s>"), **rest)
+
+        found = cut([Text.of("t", ["<s>abcdef"])], 7, 8, Spelled())
+        assert [w.ids.tolist() for w in found.windows] == [[0, 2, 3, 4, 5, 6, 7]]
+
+    def test_a_token_without_a_row_is_refused_where_it_is_scored(self):
+        text = Text.of("t", ["abcdef" * 5 + "z"])
+        cut([text], tokens=20, vocabulary_size=20)
+        with pytest.raises(UserError, match=r"has token 27 .'z'"):
+            cut([text], tokens=31, vocabulary_size=20)
 
 
 class TestCutting:
@@ -134,7 +134,7 @@ class TestCutting:
         assert [source.tokens for source in windows.sources] == [7, 7]
 
     def test_too_little_text(self):
-        with pytest.raises(UserError, match="100 tokens are asked for, t have 10") as caught:
+        with pytest.raises(UserError, match="100 tokens are asked for, t has 10") as caught:
             cut([Text.of("t", ["a" * 10])], tokens=100)
         assert "at most 10" in str(caught.value)
         cut([Text.of("t", ["a" * 10])], tokens=10)
@@ -149,7 +149,7 @@ class TestCutting:
                 cut([Text.of("t", ["a" * 50])], tokens=tokens, window=window)
 
     def test_tokens_outside_the_vocabulary(self):
-        with pytest.raises(UserError, match=r"does not fit the model: it makes token 27 .'z'.*20 entries"):
+        with pytest.raises(UserError, match=r"the text has token 27 .'z'.*the embedding has 20 rows"):
             cut([Text.of("t", ["abcz" * 50])], vocabulary_size=20)
 
     def test_hash_depends_on_ids_and_cuts(self):

@@ -15,7 +15,7 @@ from quern.core import metrics
 from quern.core.errors import BadFileError, UserError
 from quern.core.results import Row
 from quern.evaluation.choice import Choice, ChoiceSet
-from quern.evaluation.texts import Text, load_windows
+from quern.evaluation.texts import load_windows
 from quern.pipeline import measure as module
 from quern.pipeline.evaluate import evaluate
 from quern.pipeline.inputs import HELD_OUT, Settings, prepare_inputs
@@ -23,6 +23,7 @@ from quern.pipeline.measure import measure_all
 from quern.pipeline.rows import Contender, Machine, contender_of, original_of
 from quern.pipeline.stored import artifact_bytes
 from quern.pipeline.worker_process import Launch, WorkerError
+from quern.texts.source import Text
 
 FAKE = Launch(command=(sys.executable, fake_model.__file__))
 TEXTS = [Text.of("t", ["the quick brown fox jumps over", "the lazy dog and runs away", "0123456789 abc"])]
