@@ -23,6 +23,14 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def quiet_machine() -> Iterator[None]:
+    """Nobody else seems to use the machine while rounds are timed: rows get no note about it, nothing is repeated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quern.core.foreign_load.ForeignLoad.processors", lambda _: 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """The folder of a random Qwen2 of three blocks (see ``tests/tiny_model.py``). Not to be written to."""

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from quern.cli.main import app
 from quern.core.results import Results, Row
 
+pytestmark = pytest.mark.usefixtures("quiet_machine")
 RECIPE = """
 name: quick
 weights: {bits: 4, group_size: 16}

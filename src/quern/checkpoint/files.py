@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from quern.core.encoding import foreign_encoding
 from quern.core.errors import BadFileError, UserError
 from quern.core.figures import bytes_text
+from quern.core.temporary import ELSEWHERE, is_temporary
 
 JSON_LIMIT = 16 * 1024 * 1024
 """Most bytes of a configuration file; real ones have a few thousand."""
@@ -199,16 +200,20 @@ def explain_write_errors(path: Path, needed: int) -> Iterator[None]:
 
 
 def _full(path: Path, needed: int) -> UserError:
-    free = _free_bytes(path.parent)
-    return UserError(
-        f"not enough room to write {path}: {bytes_text(needed)} are needed and {bytes_text(free)} are free "
-        "there. "
-        "Free some space or choose a folder on another disk; what is finished is kept"
-    )
+    there = f"{bytes_text(_free_bytes(path.parent))} are free there"
+    room = f"{bytes_text(needed)} are needed and {there}" if needed else there
+    return UserError(f"not enough room to write {path}: {room}. {room_advice(path)}")
+
+
+def room_advice(path: Path) -> str:
+    """What to do where ``path`` does not fit."""
+    if is_temporary(path):
+        return f"Free some space, or {ELSEWHERE}"
+    return "Free some space or choose a folder on another disk; what is finished is kept"
 
 
 def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(next(there for there in (folder, *folder.absolute().parents) if there.exists())).free
 
 
 @contextmanager

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +10,7 @@ import typer
 from quern.cli import options
 from quern.cli.outcome import say, show, verb, working
 from quern.core.errors import UserError
+from quern.core.temporary import temporary_folder
 
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Tools, or all.", show_default=False)]
 
@@ -66,11 +65,11 @@ def doctor(json: options.Json = False) -> None:
     from quern.peers.base import PEERS
     from quern.pipeline.peers import examine
 
-    with working() as progress, tempfile.TemporaryDirectory(prefix="quern-doctor-") as scratch:
+    with working() as progress, temporary_folder("doctor") as scratch:
         task = progress.task("starting tools", len(PEERS.names()))
         found = []
         for name in PEERS.names():
-            found.append(examine(name, Path(scratch)))
+            found.append(examine(name, scratch))
             task.advance()
         task.done()
     show(found, json, render_peers.health)

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quern.checkpoint.files import explain_write_errors, read_json
-from quern.core.errors import BadFileError, UserError
+from quern.checkpoint.files import explain_write_errors, read_json, room_advice
+from quern.core.errors import BadFileError, UserError, option
 from quern.core.figures import bytes_text
 from quern.core.results import METRICS_VERSION
 
@@ -93,21 +93,15 @@ class ReferenceWriter:
         self._final = key.folder(cache)
         self._folder = cache / f".{self._final.name}.tmp"
         self._key = key
-        self._needed = scored * vocabulary_size * 4
+        self._needed = _bytes(scored, vocabulary_size)
         self._hashes: dict[str, str] = {}
 
     def __enter__(self) -> ReferenceWriter:
         with explain_write_errors(self._folder, self._needed):
             shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir(parents=True)
-            free = shutil.disk_usage(self._folder).free
-        if free < self._needed:
-            self._folder.rmdir()
-            raise UserError(
-                f"the reference logits need {bytes_text(self._needed)} in {self._folder.parent}, {bytes_text(free)} are "
-                "free. "
-                "Score fewer tokens, free some space, or choose a folder on another disk"
-            )
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            _check_room(self._folder.parent, self._needed)
+            self._folder.mkdir()
         return self
 
     def add(self, number: int, logits: NDArray[np.float32]) -> None:
@@ -128,6 +122,24 @@ class ReferenceWriter:
                 shutil.rmtree(self._final, ignore_errors=True)
                 os.replace(self._folder, self._final)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def check_reference_room(cache: Path, key: ReferenceKey, *, scored: int, vocabulary_size: int) -> None:
+    """Raise ``UserError`` where the logits under ``key`` are still to be computed and the disk is too full for them."""
+    if not has_reference(cache, key):
+        _check_room(cache, _bytes(scored, vocabulary_size))
+
+
+def _bytes(scored: int, vocabulary_size: int) -> int:
+    return scored * vocabulary_size * np.dtype(np.float32).itemsize
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise UserError(
+            f"the reference logits need {bytes_text(needed)} in {folder}, {bytes_text(free)} are free. Score fewer tokens "
+            f"({option('tokens', '--tokens')}). {room_advice(folder)}"
+        )
 
 
 def has_reference(cache: Path, key: ReferenceKey) -> bool:

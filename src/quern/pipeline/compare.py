@@ -6,7 +6,6 @@ import datetime
 import importlib.metadata
 import math
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +22,13 @@ from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, load_recipe
 from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenario
+from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.loading.fitting import open_model
 from quern.peers.base import Choice, choices_of
 from quern.pipeline.comparison_folder import ComparisonFolder
-from quern.pipeline.inputs import Inputs, Settings, prepare_inputs
+from quern.pipeline.inputs import Inputs, Settings, prepare_inputs, reference_key
 from quern.pipeline.making import Making, make_artifact
 from quern.pipeline.measure import Measurement, measure_all
 from quern.pipeline.measured_cache import MeasuredCache
@@ -101,6 +101,8 @@ def compare(
         for note in inputs.taken:
             progress.log(note)
         hardware = probe(threads=threads or available_threads())
+        for warning in hardware["warnings"]:
+            progress.log(f"warning: {warning}")
         making = Making(
             checkpoint=checkpoint,
             model_sha256=checkpoint.sha256(progress),
@@ -112,6 +114,7 @@ def compare(
             fresh=fresh,
             progress=progress,
         )
+        inputs.check_room(reference_key("reference", making.model_sha256, inputs, settings))
         measurement = _make_and_measure(making, chosen, others, tools, engine, inputs, settings, hardware)
         results = _results(making, measurement, inputs, hardware, scenario, _protocol(usual, settings, inputs))
         write_output(folder.results, (results.model_dump_json(indent=2) + "\n").encode())
@@ -155,8 +158,8 @@ def _make_and_measure(
 ) -> Measurement:
     """All artifacts, then all rows; failures of making and of measuring together."""
     ours = [make_artifact(making, recipe, engine) for recipe in recipes]
-    with tempfile.TemporaryDirectory(prefix="quern-peers-") as scratch:
-        made, failures = make_all(making, Tools(Path(scratch), *tools), others)
+    with temporary_folder("peers") as scratch:
+        made, failures = make_all(making, Tools(scratch, *tools), others)
         launch = as_other_tools() if others else OURS
         reference = Contender(
             name="unquantized",

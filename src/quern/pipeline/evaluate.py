@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from quern.advisor.hardware import measured_rates, rate_warnings
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import Row
+from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.loading.fitting import open_model
@@ -62,9 +62,9 @@ def evaluate(
         original = contender if contender.recipe is None else None
         if original is not None and original.engine != "reference":  # which is what reference logits come from
             original = Contender(name="reference", path=checkpoint.path, timed=False)
-    with tempfile.TemporaryDirectory(prefix="quern-evaluate-") as folder:
+    with temporary_folder("evaluate") as folder:
         source = checkpoint if reference is None else open_model(reference, progress=progress)
-        inputs = prepare_inputs(source, Path(folder), texts=texts, choices=choices, settings=settings)
+        inputs = prepare_inputs(source, folder, texts=texts, choices=choices, settings=settings)
         rates = measured_rates([threads or available_threads()]) if speed_rounds else None
         for warning in [] if rates is None else rate_warnings(rates):
             progress.log(f"warning: {warning}")

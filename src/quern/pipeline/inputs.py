@@ -12,7 +12,7 @@ from quern.core.errors import UserError
 from quern.core.results import TextSource
 from quern.evaluation.choice import ChoiceSet, encode_choices, read_choices, save_options
 from quern.evaluation.heldout import held_out_text
-from quern.evaluation.reference_cache import ReferenceKey
+from quern.evaluation.reference_cache import ReferenceKey, check_reference_room
 from quern.evaluation.speed import prompt_of
 from quern.evaluation.texts import cut_windows, save_windows
 from quern.texts.source import Text, TextFile, read_text
@@ -73,6 +73,10 @@ class Inputs:
     def taken(self) -> tuple[str, ...]:
         """What was taken of texts that are files of records."""
         return tuple(source.taken for source in self.sources if source.taken)
+
+    def check_room(self, key: ReferenceKey) -> None:
+        """Raise ``UserError`` where the reference logits under ``key`` will not fit the disk."""
+        check_reference_room(self.folder, key, scored=self.scored_tokens, vocabulary_size=self.vocabulary)
 
 
 def prepare_inputs(

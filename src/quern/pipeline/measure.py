@@ -69,6 +69,8 @@ def measure_all(
     key = (
         None if reference is None else reference_key(reference.engine, stored[reference.name].sha256, inputs, settings)
     )
+    if key is not None:
+        inputs.check_room(key)
     machine = Machine.of(hardware, settings.threads or available_threads())
     measured = _Run(inputs, key, settings, machine, progress, stored, failures, cache).measure(everyone, original)
     unquantized = None if reference is None else measured.get(reference.name)

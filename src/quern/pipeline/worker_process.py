@@ -13,7 +13,6 @@ import queue
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -28,6 +27,7 @@ import psutil
 from quern.core.errors import QuernError, UserError
 from quern.core.figures import bytes_text
 from quern.core.metrics import NonFiniteError
+from quern.core.temporary import temporary_file
 
 COMMAND = (sys.executable, "-m", "quern.pipeline.worker")
 SILENCE_S = 1800.0
@@ -82,7 +82,7 @@ class Worker:
         self._owed_s = 0.0
         self._looked = time.monotonic()
         self._tag = uuid.uuid4().hex
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._stderr = temporary_file()
         try:
             self._process = subprocess.Popen(
                 launch.command,

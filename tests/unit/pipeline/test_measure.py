@@ -25,6 +25,7 @@ from quern.pipeline.stored import artifact_bytes
 from quern.pipeline.worker_process import Launch, WorkerError
 from quern.texts.source import Text
 
+pytestmark = pytest.mark.usefixtures("quiet_machine")
 FAKE = Launch(command=(sys.executable, fake_model.__file__))
 TEXTS = [Text.of("t", ["the quick brown fox jumps over", "the lazy dog and runs away", "0123456789 abc"])]
 CHOICES = [ChoiceSet("c", tuple(Choice("q", (a + b, b + a), 0) for a in "abcdef" for b in "uvwxyz"), "hash")]

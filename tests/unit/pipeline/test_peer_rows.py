@@ -27,6 +27,8 @@ from quern.pipeline.making import Making
 from quern.pipeline.peers import catalogue, examine
 from quern.pipeline.worker_process import WorkerError
 
+pytestmark = pytest.mark.usefixtures("quiet_machine")
+
 TEXT = "Some text that a model can read, and a little more of it so that it suffices. " * 4
 INSTALLED = Installed(
     peer="fake", version="1.5", requirements=[], python="3.11", created="2026-01-01T00:00:00+00:00", versions={}
@@ -134,8 +136,8 @@ FAULTS = {
     "hang": ("quantize", "has said nothing for|took longer than"),
     "crash": ("quantize", r"SIGSEGV(.|\n)*the last words"),
     "garbage": ("quantize", "which is no answer"),
-    "memory": ("quantize", r"used .* GB of memory; it may use .* GB"),
-    "talkative": ("quantize", r"used .* GB of memory; it may use .* GB"),
+    "memory": ("quantize", r"used .* GB of memory; its cap is .* GB"),
+    "talkative": ("quantize", r"used .* GB of memory; its cap is .* GB"),
     "nothing": ("quantize", "holds no weights"),
     "raise": ("quantize", "groups of 64 do not divide 96"),
     "unloadable": ("load", "no kernel for this processor"),
