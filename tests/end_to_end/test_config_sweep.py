@@ -94,6 +94,9 @@ ROWS: dict[str, Row] = {
     "llama 3, other constants": Row("llama", SHORT_LLAMA3),
     "llama, dynamic": Row("llama", rope("dynamic", factor=2.0), gguf=False, matters=False),
     "llama, longrope": Row("llama", LONGROPE, gguf=False),
+    "llama, longrope, short text": Row("llama", LONGROPE, gguf=False, length=60),
+    "llama, the other tanh gelu": Row("llama", {"hidden_act": "gelu_new"}, gguf=False),
+    "llama, window that the family ignores": Row("llama", {"sliding_window": 8}, gguf=False, matters=False),
     "llama, large eps": Row("llama", {"rms_norm_eps": 0.1}),
     "llama, gelu": Row("llama", {"hidden_act": "gelu"}, gguf=False),
     "llama, tanh gelu": Row("llama", {"hidden_act": "gelu_pytorch_tanh"}, gguf=False),
@@ -128,6 +131,7 @@ ROWS: dict[str, Row] = {
     "qwen3, one key head": Row("qwen3", {"num_key_value_heads": 1}),
     "qwen3, odd sizes": Row("qwen3", ODD),
     "qwen3, windows in some layers": Row("qwen3", MIXED),
+    "qwen3, windows in some layers and longrope": Row("qwen3", {**MIXED, **LONGROPE}, gguf=False),
     "qwen3, yarn": Row("qwen3", rope("yarn", factor=4.0, original_max_position_embeddings=32)),
     "qwen3, large eps": Row("qwen3", {"rms_norm_eps": 0.1}),
 }

@@ -5,7 +5,7 @@ depend on the text's length, values beyond half precision. Both engines, whole t
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import tiny_config, write_model
+from tiny_model import calibration_text, tiny_config, write_model
 from transformers import AutoModelForCausalLM
 
 from quern.core.errors import UserError
@@ -140,6 +140,16 @@ def test_a_chosen_cache_that_overflows_is_named_with_the_option(large_values):
             run(CpuEngine().load(folder, cache="float16"))
     loss = difference(CpuEngine().load(folder, cache="int8").logits(IDS), load_reference(folder).logits(IDS))
     assert loss < 0.1, "int8 has scales of its own"
+
+
+def test_an_evaluation_shows_the_note(large_values, tmp_path):
+    from quern.evaluation.texts import Text
+    from quern.pipeline.evaluate import evaluate
+
+    folder = large_values("float32")
+    row = evaluate(folder, texts=[Text.of("text", [calibration_text()[:400]])], tokens=64, window=32, speed_rounds=0)
+    assert row.kl_mean < 1e-3, "as the reference engine, which needs no cache"
+    assert [note for note in row.notes if "kept as float32" in note]
 
 
 def test_ordinary_values_leave_no_note(tmp_path):

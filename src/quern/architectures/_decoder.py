@@ -49,10 +49,6 @@ class GatedDecoder(Architecture):
         rotary: nn.Module = self._class("RotaryEmbedding")(self.config)
         return rotary
 
-    def windows(self) -> list[int]:
-        """For each block, how many positions its attention sees back, itself included; 0: all. A family may have more."""
-        return [0] * self.layers
-
     def build_norm(self) -> nn.Module:
         norm: nn.Module = self._class("RMSNorm")(self.config.hidden_size, eps=self.config.rms_norm_eps)
         return norm

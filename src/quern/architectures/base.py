@@ -81,6 +81,10 @@ class Architecture(ABC):
         """What the names of block ``index`` start with."""
         return f"model.layers.{index}."
 
+    def windows(self) -> list[int]:
+        """For each block, how many positions its attention sees back, itself included; 0: all. Families may say more."""
+        return [0] * self.layers
+
     def linears(self) -> Iterator[str]:
         """Names of a block's linears, relative to the block."""
         for group in self.groups:

@@ -82,3 +82,15 @@ def cache_argument(model: Any) -> str:
     It was ``past_key_values`` until 5.23 and is ``cache`` since 5.24, which warns of the older name.
     """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def switch_length(config: Any) -> int | None:
+    """``SwitchingModel.switch_length`` of a model with transformers' configuration ``config``.
+
+    ``longrope`` (Ding et al. 2024, arXiv 2402.13753) has one set of rotary frequencies for texts of up to
+    ``original_max_position_embeddings`` tokens, and another for longer ones, all of their positions.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "longrope":
+        return None
+    return int(parameters["original_max_position_embeddings"])

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from quern import _native
+from quern.core.engine import switch_length
 from quern.core.errors import UserError, option
 from quern.core.figures import bytes_text
 from quern.core.memory import free_memory
-from quern.engines._rotary import switch_length
 
 CachePrecision = Literal["float32", "float16", "int8"]
 ORDINARY: CachePrecision = "float16"

@@ -13,14 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from quern.architectures._decoder import GatedDecoder
-
-
-def switch_length(config: Any) -> int | None:
-    """Tokens of the longest text that goes by the short frequencies; None where a model of ``config`` has one set."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if parameters.get("rope_type") != "longrope":
-        return None
-    return int(parameters["original_max_position_embeddings"])
+from quern.core.engine import switch_length
 
 
 def frequencies(architecture: GatedDecoder) -> tuple[list[list[float]], float]:

@@ -17,12 +17,11 @@ from torch import Tensor
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.codecs.base import CODECS
 from quern.core.artifact import METHOD, quantization_of
-from quern.core.engine import cache_argument
+from quern.core.engine import cache_argument, switch_length
 from quern.core.errors import QuernError, UserError
 from quern.core.recipe import Recipe
 from quern.engines._build import build, stored_dtype
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
-from quern.engines._rotary import switch_length
 from quern.engines.base import ENGINES, DtypeName, Engine
 from quern.loading.fitting import open_model
 

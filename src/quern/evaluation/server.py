@@ -14,6 +14,7 @@ Requests (``do`` names them) and what the answer holds beside ``"ok": true``:
 - ``choice``: ``options`` (file), ``threads`` -> ``correct``: list of truth values
 - ``speed_round``: ``prompt`` (token ids), ``decode_tokens`` -> ``round``: a ``SpeedRound``
 - ``peak`` -> ``peak_rss_bytes``
+- ``notes`` -> ``notes``: what the model did otherwise than it was told, so far
 - ``quit`` -> nothing; the process ends
 
 A process may answer more than these (``quern.peers.worker`` does).
@@ -37,7 +38,7 @@ from typing import Any, TextIO
 
 import torch
 
-from quern.core.engine import LoadedModel
+from quern.core.engine import LoadedModel, NotingModel
 from quern.core.errors import QuernError
 from quern.core.metrics import NonFiniteError
 from quern.evaluation.accuracy import reference_logits, score_windows
@@ -75,6 +76,7 @@ class Server:
             "choice": self._choice,
             "speed_round": self._speed_round,
             "peak": lambda: {"peak_rss_bytes": peak_rss_bytes()},
+            "notes": self._notes,
             "quit": dict,
             **more,
         }
@@ -123,6 +125,10 @@ class Server:
     def _choice(self, options: str, threads: int) -> Answer:
         torch.set_num_threads(threads)
         return {"correct": score_options(self._loaded, load_options(Path(options)), self._advance)}
+
+    def _notes(self) -> Answer:
+        model = self._loaded
+        return {"notes": list(model.notes) if isinstance(model, NotingModel) else []}
 
     def _speed_round(self, prompt: list[int], decode_tokens: int) -> Answer:
         return {"round": speed_round(self._loaded, prompt, decode_tokens, meter=self._meter).to_json()}

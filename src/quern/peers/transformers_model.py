@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quern.core.engine import cache_argument
+from quern.core.engine import cache_argument, switch_length
 from quern.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class TransformersModel:
         self._runner = model if compiled is None else compiled
         self.vocabulary_size = int(model.config.vocab_size)
         self.maximum_length = int(model.config.max_position_embeddings)
+        self.switch_length = switch_length(model.config)
         self._weight_bytes = weight_bytes
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:

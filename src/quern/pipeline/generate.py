@@ -77,6 +77,8 @@ def generate(
 
 def load_model(checkpoint: Checkpoint, engine: str, threads: int | None, cache: str | None, tell: Tell) -> LoadedModel:
     """The model in the engine called ``engine``, or in the fastest that runs it. Raises ``UserError``."""
+    for note in checkpoint.notes:
+        tell(note)
     chosen = engine_for(checkpoint, engine)
     if engine == AUTO and (reason := ENGINES.get("cpu")().runs(checkpoint)) is not None:
         tell(f"runs on the {chosen} engine, which is slower than the cpu engine, because {reason}")

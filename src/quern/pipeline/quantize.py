@@ -195,8 +195,7 @@ def _sequences(architecture: Architecture, text: CalibrationText | None, seed: i
         return None
     config = architecture.config
     context = config.max_position_embeddings
-    if getattr(config, "sliding_window", None):
-        context = min(context, config.sliding_window)  # within one window attention is plainly causal
+    context = min([context, *filter(None, architecture.windows())])  # within one window attention is plainly causal
     return text.sequences(context, config.vocab_size, seed)
 
 

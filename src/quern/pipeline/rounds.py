@@ -247,4 +247,6 @@ def _score(group: Group, member: Loaded, cache: dict[str, Any], threads: int, ad
         member.correct = None
         member.notes = (*member.notes, f"accuracy not measured: {error}")
         return
+    if member.contender.tool is None:
+        member.notes = (*member.notes, *worker.ask({"do": "notes"})["notes"])
     worker.close()
