@@ -59,7 +59,8 @@ class ReferenceSession:
         if (long := self._model.counts_as_long(len(whole))) != self._long:
             self._cache, self._long = _empty_cache(), long
         logits = self._model.forward([whole[self._cache.get_seq_length() :]], self._cache)
-        if not bool(logits.isfinite().all()) and self._model.widen():
+        if self._model.overflowed(logits):
+            self._model.widen()
             self._cache = _empty_cache()
             logits = self._model.forward([whole], self._cache)
         self._ids = whole
@@ -98,7 +99,8 @@ class ReferenceModel:
     def logits(self, ids: Tensor) -> Tensor:
         """Logits float32 ``(batch, time, vocabulary)`` for int64 ``(batch, time)``."""
         logits = self._logits(ids)
-        if not bool(logits.isfinite().all()) and self.widen():
+        if self.overflowed(logits):
+            self.widen()
             logits = self._logits(ids)
         return logits
 
@@ -107,16 +109,17 @@ class ReferenceModel:
             logits: Tensor = self.model(ids, use_cache=False).logits.float()
         return logits
 
-    def widen(self) -> bool:
-        """Go on in float32 where float16, whose greatest number is 65504, overflowed. Whether that changed anything."""
-        if self.model.dtype != torch.float16:
-            return False
+    def overflowed(self, logits: Tensor) -> bool:
+        """Whether ``logits`` are no numbers because float16, whose greatest is 65504, was too narrow for the model."""
+        return self.model.dtype == torch.float16 and not bool(logits.isfinite().all())
+
+    def widen(self) -> None:
+        """Go on in float32."""
         self.model.float()
         for module in self.model.modules():
             if isinstance(module, QuantizedEmbedding):
                 module.dtype = torch.float32
         self.notes.append("float16 arithmetic overflowed (its greatest number is 65504), so the model ran in float32")
-        return True
 
     def start(self) -> ReferenceSession:
         """An empty session."""

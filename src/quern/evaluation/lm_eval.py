@@ -18,6 +18,7 @@ from quern.core.errors import UserError
 from quern.evaluation.batches import batched_logits
 from quern.evaluation.choice import common_start
 from quern.texts.tokens import Tokenizer, check_vocabulary, plain_ids, text_ids
+from quern.texts.turns import turn_end
 
 DEFAULT_NEW_TOKENS = 256
 """lm-eval's own default for tasks that name no ``max_gen_toks``; half the context where that is less."""
@@ -40,6 +41,7 @@ class Requests:
         if prefix is None:
             raise UserError("lm-eval needs a tokenizer with a bos_token or an eos_token; this one has neither")
         self._prefix = prefix
+        self._ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
 
     def loglikelihood(self, requests: Sequence[Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): log-likelihood in nats, and whether greedy decoding would say the same.
@@ -134,7 +136,7 @@ class Requests:
         text = ""
         for _ in range(most):
             token = int(logits.argmax())
-            if token == self._tokenizer.eos_token_id:
+            if token in self._ends:
                 break
             generated.append(token)
             text = self._tokenizer.decode(generated)

@@ -109,8 +109,10 @@ def continuation(session: Session, ids: list[int], count: int, sampler: Sampler,
 
     Ends early where the session is full. Raises ``UserError`` where it has no room for the first.
     """
-    given = ids
+    given, limited = ids, isinstance(session, LimitedSession)
     for _ in range(fitting(session, ids, count)):
+        if limited and session.length + len(given) > cast(LimitedSession, session).capacity:
+            return  # it has less room than at first, since it keeps wider numbers
         token = sampler.choose(session.feed(given).numpy())
         if token in end:
             return

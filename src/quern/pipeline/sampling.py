@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quern import _native
-from quern.core.errors import QuernError, UserError
+from quern.core.errors import QuernError, UserError, option
 from quern.core.seeds import generator
 
 if TYPE_CHECKING:
@@ -57,7 +57,11 @@ class Sampler:
             top_k = min(options.top_k, len(values))
             token = _native.sample(values, options.temperature, top_k, options.top_p, place)
         if token < 0:
-            raise QuernError("the model's output holds NaN or infinite values, so its weights or its engine are broken")
+            instead = option("engine='reference'", "--engine reference")
+            raise QuernError(
+                "the model's output holds NaN or infinite values, so its weights or its engine are broken. If "
+                f"{instead} says so too, get the model's files again, or quantize again from the original"
+            )
         return token
 
 

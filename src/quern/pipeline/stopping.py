@@ -1,4 +1,4 @@
-"""Which tokens end a text: what the files say, and what the chat template writes behind an answer.
+"""Which tokens end a text: those that the files name, and what the chat template writes behind an answer.
 
 Chat models are often made from base models whose configuration still names the base's token, so that no single place is
 to be trusted: generation ends at any token that one of them names.
@@ -12,9 +12,7 @@ from typing import Any
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
 from quern.core.errors import BadFileError
-
-ANSWER = "quern"
-"""Stands for what a model says, in the conversation that shows how a template ends turns."""
+from quern.texts.turns import turn_end
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
@@ -33,24 +31,3 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
         found.update(tokens)
     ends = (tokenizer.eos_token_id, turn_end(tokenizer))
     return frozenset(found.union(token for token in ends if token is not None))
-
-
-def turn_end(tokenizer: Any) -> int | None:
-    """The token that the chat template writes behind an answer; None where there is no template or no such token.
-
-    Where nothing stands behind the last answer, it is what separates an answer from the next turn.
-    """
-    if not tokenizer.chat_template:
-        return None
-    question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}
-    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-    for messages in ([question, answer], [question, answer, question]):
-        try:
-            written = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception:  # a template is a program of its author's, and fails as it likes
-            continue
-        _, mark, behind = written.rpartition(ANSWER)
-        starts = [token for token in added if token and mark and behind.lstrip().startswith(token)]
-        if starts:
-            return int(added[max(starts, key=len)])
-    return None

@@ -14,7 +14,8 @@ from quern.engines._cpu_model import CpuSession
 from quern.pipeline.chat import Chat
 from quern.pipeline.generate import generate
 from quern.pipeline.sampling import Sampler
-from quern.pipeline.stopping import end_tokens, turn_end
+from quern.pipeline.stopping import end_tokens
+from quern.texts.turns import turn_end
 
 PLAIN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }};{% endfor %}"
 MARKED = PLAIN.replace(";", "<|end|>\n")
