@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
 from quern.advisor.deployment import licence_of, obstacle_to, targets_of
 from quern.advisor.scoring import Yardstick, loss_of, positive
 from quern.core.errors import UserError
 from quern.core.figures import bytes_text, percent_text, significant
 from quern.core.results import Row, Target
+from quern.core.suggest import did_you_mean
+
+USUAL_LICENCES = ("MIT", "Apache-2.0", "BSD-3-Clause", "LGPL-3.0-only", "GPL-3.0-only", "AGPL-3.0-only")
+"""What one may have meant who named no identifier of the SPDX list."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,20 @@ class Constraints:
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
             raise UserError(f"min agreement must be a fraction from 0 to 1, such as 0.95; got {self.min_agreement}")
         if self.target is not None and self.target not in get_args(Target):
-            raise UserError(f"unknown target runtime {self.target!r}; known ones: {', '.join(get_args(Target))}")
+            raise UserError(
+                f"unknown target runtime {self.target!r}; known ones: {', '.join(get_args(Target))}"
+                f"{did_you_mean(self.target, get_args(Target))}"
+            )
         if self.licences is not None and not all(licence.strip() for licence in self.licences or ("",)):
             raise UserError("licences must name at least one SPDX identifier, such as Apache-2.0, and no empty one")
+        for licence in self.licences or ():
+            try:
+                canonicalize_license_expression(licence)
+            except InvalidLicenseExpression:
+                raise UserError(
+                    f"{licence!r} is no SPDX identifier of a licence, such as {', '.join(USUAL_LICENCES)}"
+                    f"{did_you_mean(licence, USUAL_LICENCES)}"
+                ) from None
 
     def __str__(self) -> str:
         parts = []

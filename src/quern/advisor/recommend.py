@@ -29,6 +29,7 @@ from quern.advisor.scoring import WEIGHTS, Scored, Weights, Yardstick, dominator
 from quern.advisor.wording import choice_reasons, dominated_text, elsewhere_text, place_text
 from quern.core.errors import UserError
 from quern.core.results import FORMER_SCENARIOS, Excluded, Ranked, Recommendation, Results, Row, Scenario, Target
+from quern.core.suggest import did_you_mean
 
 __all__ = ["pareto_front", "recommend"]
 
@@ -94,7 +95,8 @@ def recommend(
 
 def _weights(scenario: Scenario, parts: Mapping[str, float] | None) -> Weights:
     if scenario not in get_args(Scenario):
-        raise UserError(f"unknown scenario {scenario!r}; known ones: {', '.join(get_args(Scenario))}")
+        known = get_args(Scenario)
+        raise UserError(f"unknown scenario {scenario!r}; known ones: {', '.join(known)}{did_you_mean(scenario, known)}")
     if scenario == "mix":
         if parts is None:
             raise UserError("the scenario mix needs weights; give them, such as size=1,speed=2,loss=1")

@@ -24,6 +24,7 @@ from typing import get_args
 from quern.advisor.drift import favour
 from quern.core.errors import UserError
 from quern.core.results import Row, Scenario, WeightName, unquantized_row
+from quern.core.suggest import did_you_mean
 
 SCALING_EXPONENT = 0.076
 """Exponent of the number of parameters in the scaling law of the cross entropy (Kaplan et al. 2020, equation 1.1)."""
@@ -47,7 +48,9 @@ class Weights:
         """
         known = get_args(WeightName)
         if unknown := [name for name in parts if name not in known]:
-            raise UserError(f"unknown weight {unknown[0]!r}; known ones: {', '.join(known)}")
+            raise UserError(
+                f"unknown weight {unknown[0]!r}; known ones: {', '.join(known)}{did_you_mean(unknown[0], known)}"
+            )
         total = sum(parts.values())
         if not (math.isfinite(total) and total > 0 and all(part >= 0 for part in parts.values())):
             said = ", ".join(f"{name}={part:g}" for name, part in parts.items()) or "none"

@@ -11,7 +11,8 @@ from typing import Annotated, cast, get_args
 import typer
 
 from quern.core.errors import UserError
-from quern.core.results import FORMER_SCENARIOS, Scenario
+from quern.core.results import FORMER_SCENARIOS, Scenario, Target
+from quern.core.suggest import did_you_mean
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a Hub id or a GGUF file.", show_default=False)
@@ -86,9 +87,21 @@ def scenario_named(name: str) -> Scenario:
     known = get_args(Scenario)
     if (today := FORMER_SCENARIOS.get(name, name)) not in known:
         raise typer.BadParameter(
-            f"no scenario is called {name!r}; there are {', '.join(known)}", param_hint="--scenario"
+            f"no scenario is called {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}",
+            param_hint="--scenario",
         )
     return cast(Scenario, today)
+
+
+def target_named(name: str) -> Target:
+    """The runtime called ``name``."""
+    known = get_args(Target)
+    if name not in known:
+        raise typer.BadParameter(
+            f"no runtime is called {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}",
+            param_hint="--for",
+        )
+    return cast(Target, name)
 
 
 SCENARIOS = (
@@ -120,20 +133,23 @@ def repeat_options(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
-_UNITS = {"": 1}
+_UNITS = {"B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
-_UNITS["B"] = 1
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_size(text: str, option: str) -> int:
-    """Bytes that ``text`` means: ``16GiB`` and ``16G`` are 16 x 1024^3, ``16GB`` is 16 x 1000^3, ``16`` is 16 bytes.
+    """Bytes that ``text`` means: ``16GiB`` and ``16G`` are 16 x 1024^3, ``16GB`` is 16 x 1000^3.
 
     ``option`` names where the text came from in the ``UserError`` of one that is not a size above zero.
     """
     match = _SIZE.fullmatch(text)
+    if match and not match[2] and float(match[1]) > 0:
+        raise UserError(
+            f"{option} {text!r} has no unit; write {match[1]}GiB (or {match[1]}G), {match[1]}MB or {match[1]}B"
+        )
     factor = _UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * factor) if match and factor else 0
     if size <= 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -53,7 +53,14 @@ def recommend(
         typer.Option(metavar="TOKENS/S", help="Least decoding speed in tokens/s, above 0.", show_default="any"),
     ] = None,
     target: Annotated[
-        Target | None, typer.Option("--for", help="The runtime that has to load it.", show_default="any")
+        Target | None,
+        typer.Option(
+            "--for",
+            parser=options.target_named,
+            metavar="NAME",
+            help=f"The runtime that has to load it: {', '.join(get_args(Target))}.",
+            show_default="any",
+        ),
     ] = None,
     licence: Annotated[
         str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def quantize_report(report: QuantizeReport) -> RenderableType:
     linears = plain_table(("costliest linears", "bits/weight", "relative error"), right=(1, 2))
     for layer in worst:
         add(linears, layer.linear, f"{layer.bits_per_weight:.2f}", f"{layer.relative_error:.2e}")
-    hint = Text(f'Try it: quern generate {report.path} --prompt "..."', style="dim")
+    hint = Text(f'Try it: quern generate {shlex.quote(str(report.path))} --prompt "..."', style="dim")
     return Group(facts, *([linears] if worst else []), *_notes(report.notes), hint)
 
 

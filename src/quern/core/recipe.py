@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
+from quern.core.suggest import did_you_mean
 
 RECIPE_PACKAGE = "quern.recipes"
 ROTATION = "hadamard"
@@ -220,7 +221,8 @@ def _explain(item: Any) -> str:
                 annotation = model.model_fields[part].annotation
                 if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                     model = annotation
-        return f"  {where}: unknown key; known keys here: {', '.join(model.model_fields)}"
+        known, meant = list(model.model_fields), str(item["loc"][-1])
+        return f"  {where}: unknown key; known keys here: {', '.join(known)}{did_you_mean(meant, known)}"
     return f"  {where}: {item['msg'].removeprefix('Value error, ')} (got {str(item.get('input'))[:80]!r})"
 
 
@@ -240,6 +242,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if not path.is_file():
         raise UserError(
             f"no recipe {text!r}: neither a file nor one of the shipped ones ({', '.join(profile_names())})"
+            f"{did_you_mean(text, profile_names())}"
         )
     content = decode_utf8(f"recipe {path}", path.read_bytes())
     try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from quern.core.errors import UserError
+from quern.core.suggest import did_you_mean
 
 T = TypeVar("T")
 
@@ -50,7 +51,8 @@ class Registry(Generic[T]):
         """The entry called ``name``. Raises ``UserError`` with the known names if there is none."""
         self._load()
         if name not in self._entries:
-            raise UserError(f"unknown {self.kind} {name!r}; known: {', '.join(self.names())}")
+            known = self.names()
+            raise UserError(f"unknown {self.kind} {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}")
         return self._entries[name]
 
     def names(self) -> list[str]:

@@ -22,6 +22,7 @@ from quern.core.engine import LoadedModel
 from quern.core.errors import UserError, option
 from quern.core.registry import Registry
 from quern.core.results import Target
+from quern.core.suggest import did_you_mean
 
 TORCH = "torch==2.13.0"
 """Installed first in every environment; later requests that it satisfies leave it alone."""
@@ -120,8 +121,8 @@ class Peer(ABC):
         for variant in self.variants:
             if variant.name == name:
                 return variant
-        known = ", ".join(variant.name for variant in self.variants)
-        raise UserError(f"{self.tool} has no variant {name!r}; known: {known}")
+        known = [variant.name for variant in self.variants]
+        raise UserError(f"{self.tool} has no variant {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}")
 
 
 PEERS: Registry[type[Peer]] = Registry("peer", "quern.peers.adapters")

@@ -17,7 +17,6 @@ from quern.core.errors import UserError
         ("500 MB", 500 * 10**6),
         ("1.5KiB", 1536),
         (" 2TiB ", 2 * 2**40),
-        ("123", 123),
         ("123B", 123),
     ],
 )
@@ -31,6 +30,12 @@ def test_sizes(text, size):
 def test_what_is_no_size_is_refused_with_the_option_and_an_example(text):
     with pytest.raises(UserError, match=r"--memory .*16GiB"):
         parse_size(text, "--memory")
+
+
+@pytest.mark.parametrize("text", ["16", "1.5", " 400000000 "])
+def test_a_number_without_a_unit_is_asked_for_it(text):
+    with pytest.raises(UserError, match=f"--max-size .* has no unit; write {text.strip()}GiB .*, {text.strip()}MB or"):
+        parse_size(text, "--max-size")
 
 
 def test_an_option_that_was_not_given():

@@ -1,6 +1,7 @@
 """What a person reads: every figure where it belongs, and nothing invented where nothing was measured."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,9 @@ def test_quantize_report():
     assert text.index("layer.19") < text.index("layer.18")
     assert "layer.14" not in text
     assert "note: scales were small" in text
+    Report.path = Path("my model's/out")
+    (hint,) = [line for line in shown(render.quantize_report(Report())).splitlines() if line.startswith("Try it: ")]
+    assert shlex.split(hint)[2:5] == ["quern", "generate", "my model's/out"], "it can be pasted"
 
 
 def test_inspection():
