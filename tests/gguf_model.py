@@ -101,6 +101,9 @@ def _write(
         _add_metadata(writer, config)
         if (folder / "tokenizer.json").is_file():
             _add_tokenizer(writer, config, json.loads((folder / "tokenizer.json").read_text("utf-8")))
+            settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+            if "chat_template" in settings:
+                writer.add_chat_template(settings["chat_template"])
     for name, values in tensors.items():
         stored = kind if values.ndim == 2 else F32
         writer.add_tensor(name, gguf.quants.quantize(values, stored), raw_dtype=stored)

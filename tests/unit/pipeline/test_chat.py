@@ -1,8 +1,10 @@
 """Conversations: the template decides what is fed, and what was fed before is not fed again."""
 
 import json
+import shutil
 
 import pytest
+from gguf_model import write_gguf
 from tiny_model import tiny_config, write_model
 from typer.testing import CliRunner
 
@@ -60,6 +62,19 @@ def test_a_template_that_rewrites_answers_rewinds_past_a_window(windows, engine,
         answer = "".join(chat.reply(text))
         assert answer == "".join(generate(folder, written, max_tokens=12, **options))
         written += answer[-2:] + ";"
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_a_gguf_file_talks_like_its_folder(model, engine, tmp_path):
+    source = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "eos_token_id": 296}))
+    (file,) = write_gguf(source, tmp_path / "model.gguf")
+    options = {"max_tokens": 6, "temperature": 0, "engine": engine}
+    folder, single = Chat(source, **options), Chat(file, **options)
+    assert single._end == folder._end == {296}
+    for text in ("one", "two"):
+        assert "".join(single.reply(text)) == "".join(folder.reply(text)) != ""
 
 
 def test_only_what_is_new_is_fed(model, monkeypatch):
