@@ -80,11 +80,10 @@ def quantize(
     """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``.
 
     ``calibration``: texts, or files of text or records (docs/texts.md; default: modules of the running Python's standard
-    library). ``memory``: cap of the
-    resident set in bytes. ``cache``: a folder for what other recipes can use again for the same model and calibration; the
-    time that this spares counts in the report's ``seconds``. An interrupted run continues where it stopped; the same
-    arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met and
-    ``BadFileError`` for damaged input.
+    library). ``memory``: cap of the resident set in bytes. ``cache``: a folder for what other recipes can use again for the
+    same model and calibration; the time that this spares counts in the report's ``seconds``. An interrupted run continues
+    where it stopped; the same arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests
+    that cannot be met and ``BadFileError`` for damaged input.
     """
     progress = progress or Silent()
     target = output_target(output, model, fresh)

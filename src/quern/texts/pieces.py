@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 PIECE = 256 * 1024
 """Most characters that are tokenized at once. A tokenizer takes some 200 bytes of memory for each."""
 
-# Not at longer white space: tokenizers split that by what follows it.
-_LINE = re.compile(r"(?<=\S)\n(?=\S)")
-_WORD = re.compile(r"(?<=\S) (?=\S)")
 _SPAN = 4096
 """Characters at the end of a piece in which the place of the cut is searched."""
 
@@ -41,8 +37,19 @@ def cut_pieces(strings: Iterable[str], size: int = PIECE) -> Iterator[str]:
 def _cut(text: str, start: int, end: int) -> int:
     """The last good place to cut ``text`` between ``start`` and ``end``; what stands at ``end`` is known."""
     first = max(start + 1, end - _SPAN)
-    lines = [match.end() for match in _LINE.finditer(text, first - 1, end + 1) if match.end() <= end]
-    if lines:
-        return lines[-1]
-    words = [match.start() for match in _WORD.finditer(text, first, end + 2) if match.start() <= end]
-    return words[-1] if words else end
+    line = _last(text, "\n", first, end)
+    if line is not None:
+        return line + 1
+    word = _last(text, " ", first, end + 1)
+    return end if word is None else word
+
+
+def _last(text: str, white: str, first: int, stop: int) -> int | None:
+    """The last place of ``white`` between two other characters than white space: tokenizers split longer white space by
+    what follows it."""
+    at = text.rfind(white, first, stop)
+    while at >= 0:
+        if at + 1 < len(text) and not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at
+        at = text.rfind(white, first, at)
+    return None

@@ -67,7 +67,7 @@ class Reading:
                 if not blank:
                     yield (whole_characters(string),)
         except RecordError as error:
-            raise BadFileError(text.path, str(error), "Bring the records into one of these forms") from None
+            raise BadFileError(text.path, str(error)) from None
         self._whole = True
         if not self._records:
             raise BadFileError(text.path, "holds no text", f"Of records {KNOWN}")
