@@ -1,11 +1,11 @@
 """Both READMEs: commands that exist, Python that runs, links that lead somewhere, and the table's tool."""
 
+import contextlib
 import importlib.util
-import os
+import io
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +13,11 @@ import pytest
 from sample_results import sample_results
 from tiny_model import tiny_config, write_model
 from typer.main import get_command
+from typer.testing import CliRunner
 
+from quern.advisor import hardware
 from quern.cli.main import app
+from quern.cli.outcome import INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[3]
 READMES = ("README.md", "README.zh-CN.md")
@@ -52,26 +55,88 @@ def test_both_languages_show_the_same_code():
     assert code(READMES[0]) == code(READMES[1])
 
 
-def test_python_examples_run(tmp_path):
-    """With a tiny model under the bundled one's name, which takes seconds instead of a minute."""
-    write_model(tmp_path / "models" / "python-7m", tiny_config(max_position_embeddings=1024))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+def commands() -> list[list[str]]:
+    """Every line that begins with quern, in order, without the word."""
+    lines = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("quern ")]
+
+
+QUICKER = {
+    "evaluate": ["--no-speed", "--tokens", "256"],
+    "compare": ["--no-speed", "--tokens", "256", "--recipes", "rtn4", "--engine", "reference"],
+}
+"""What is added to a command, so that it takes seconds instead of minutes."""
+
+
+def test_top_to_bottom_in_one_folder(tmp_path, monkeypatch):
+    """As a reader does: every command, then both pieces of Python, none of which may stand in another's way.
+
+    With a tiny model under the bundled one's name.
+    """
+    model = write_model(tmp_path / "models" / "python-7m", tiny_config(max_position_embeddings=1024))
+    items = (ROOT / "models" / "python-7m" / "choice.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (model / "choice.jsonl").write_text("".join(items[:5]), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hardware, "BUFFER_BYTES", 1 << 22)
+    monkeypatch.setattr(hardware, "GEMM_SHAPE", (64, 64, 64))
+    for words in commands():
+        quick = QUICKER.get(words[0], [])
+        ended = CliRunner().invoke(app, [*words, *quick])
+        if words[0] == "chat":
+            assert ended.exit_code == 2, "there is no such model"
+            assert "some-instruction-model" in ended.stderr
+        elif words[0] != "recommend":  # of a model that knows nothing, nothing may be left to recommend
+            assert ended.exit_code == 0, ended.stderr
+        assert "Traceback" not in ended.stderr
     told = []
     for block in blocks("README.md", "python"):
-        ended = subprocess.run(
-            [sys.executable, "-W", "error::DeprecationWarning:quern", "-c", block],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert ended.returncode == 0, ended.stderr
-        told.append(ended.stdout)
+        with contextlib.redirect_stdout(io.StringIO()) as written:
+            exec(compile(block, "README.md", "exec"), {})
+        told.append(written.getvalue())
     assert re.search(
         r"\d\d% smaller, \d\.\d\d bits per weight\nKL divergence \d+\.\d+, perplexity \d+\.\d+\n.", told[0]
     )
-    assert told[1].startswith("import")
+    assert told[1].startswith("def __iter__(self):")
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_text_that_is_shown_is_what_the_model_says(page, tmp_path, monkeypatch):
+    """The bundled model, unquantized, which takes seconds; the quantized ones say the same (tests/end_to_end)."""
+    (words,) = [words for words in commands() if words[0] == "generate"]
+    monkeypatch.chdir(ROOT)
+    ended = CliRunner().invoke(app, ["generate", "models/python-7m", *words[2:]])
+    assert ended.exit_code == 0, ended.stderr
+    (shown,) = re.findall(r"\n```\n(def .*?)```\n", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    assert shown.rstrip("\n") == words[words.index("--prompt") + 1] + ended.stdout.rstrip()
+
+
+def test_both_languages_have_the_same_parts():
+    """Headings of the same levels, and below each the same code, links, numbered points and rows."""
+
+    def parts(page):
+        text = (ROOT / page).read_text("utf-8").replace("README.zh-CN.md", "README.md")
+        sections = re.split(r"^(#+) .*$", text, flags=re.MULTILINE)
+        return [
+            (
+                level,
+                sorted(set(re.findall(r"\]\(([^)]+)\)", body))),
+                len(re.findall(r"^\d\. ", body, re.MULTILINE)),
+                len(re.findall(r"^\|", body, re.MULTILINE)),
+                body.count("```"),
+                {f"`{name}`" in body for name in ("--recipe", "--engine")},
+            )
+            for level, body in zip(sections[1::2], sections[2::2], strict=True)
+        ]
+
+    assert parts(READMES[0]) == parts(READMES[1])
+    chinese = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / READMES[1]).read_text("utf-8"), flags=re.DOTALL)
+    assert "token" not in chinese.lower(), "one word for it: 词元"
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_every_exit_code_is_told(page):
+    text = (ROOT / page).read_text("utf-8")
+    assert all(re.search(rf"(?<!\d){code}[ （]?[(（]", text) for code in (0, 1, 2, INTERRUPTED))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -112,6 +177,10 @@ def test_the_table_of_the_results_goes_between_the_markers(tool, folder):
         assert len({line.count("|") for line in table}) == 1
         assert all(row.name in line for row, line in zip(results.rows, table[2:], strict=True))
         assert f"**{results.recommendation.choice}**" in new
+        best, second = results.recommendation.ranking[:2]
+        told = new.split("**")[2]
+        assert all(name in told for name in (best.name, second.name))
+        assert all(figure in told for figure in ("+0.65", "3.99 MB", "71.9 %", "418", "1.29", "0.0284", "0.227", "1/3"))
 
 
 def test_twice_is_once(tool, folder):
