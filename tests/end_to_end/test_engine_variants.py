@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import calibration_text, tiny_config, write_model
 from transformers import AutoModelForCausalLM
 
+from quern import _native
 from quern.core.errors import UserError
 from quern.engines.cpu import ACTIVATIONS, CpuEngine
 from quern.engines.reference import load as load_reference
@@ -54,6 +55,21 @@ def test_whole_texts_are_those_of_transformers(folder, length):
         expected = AutoModelForCausalLM.from_pretrained(folder)(ids, use_cache=False).logits
     assert difference(load_reference(folder).logits(ids), expected) == 0
     assert difference(CpuEngine().load(folder, cache="float32").logits(ids), expected) < FLOAT32
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_instruction_sets_agree_bit_for_bit(activation, tmp_path):
+    """An inner width that is no multiple of 16; mixed windows and long frequencies too."""
+    changes = {"hidden_act": activation, "intermediate_size": 90, "rope_parameters": LONGROPE, **MIXED}
+    config = tiny_config("qwen2", torch_dtype="float32", initializer_range=0.2, **changes)
+    folder, before = write_model(tmp_path / "model", config, tokenizer=False), _native.isa()
+    expected = CpuEngine().load(folder, threads=1).logits(IDS)
+    try:
+        for isa in _native.isas():
+            _native.use_isa(isa)
+            assert torch.equal(CpuEngine().load(folder, threads=2).logits(IDS), expected), isa
+    finally:
+        _native.use_isa(before)
 
 
 @pytest.mark.parametrize("engine", ["cpu", "reference"])
