@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from bad_files import corpus
-from bad_files.gguf_cases import ALL as CASES
+from bad_files.gguf_cases import ALL
+from bad_files.split_cases import CASES as SPLIT
+from bad_files.split_cases import good_split
 
 from quern.checkpoint import gguf_file, safetensors_file
 from quern.checkpoint.checkpoint import Checkpoint
@@ -16,6 +18,7 @@ from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import UserError
 from quern.loading.fitting import open_model, require_unquantized
 
+CASES = (*ALL, *SPLIT)
 MOST_BYTES = 4 * 1024 * 1024
 
 
@@ -40,6 +43,8 @@ def test_the_originals_are_good(tmp_path):
     use(corpus.good_folder(tmp_path / "single"))
     use(corpus.sharded_folder(tmp_path / "sharded"))
     use(corpus.good_gguf(tmp_path / "model.gguf"))
+    for part in good_split(tmp_path):
+        assert len(use(part).names()) == len(corpus.weights())
 
 
 def test_no_two_cases_have_the_same_name():

@@ -86,7 +86,7 @@ def inspection(found: Inspection) -> RenderableType:
         f"{size(found.bytes)} on disk"
     )
     recipe = f", recipe {found.recipe}" if found.recipe else ""
-    return Group(table, Text(total + recipe, style="bold"))
+    return Group(table, Text(total + recipe, style="bold"), *_notes(found.notes))
 
 
 def hardware(found: dict[str, Any]) -> RenderableType:

@@ -14,10 +14,13 @@ from gguf import GGMLQuantizationType
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.gguf_file import GgufSource
+from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import CODECS
 from quern.core.artifact import METHOD, module_schemes
-from quern.core.errors import BadFileError, QuernError
+from quern.core.errors import BadFileError, QuernError, UserError
 from quern.core.metrics import bits_per_weight
+from quern.loading.expected import FLOATS
+from quern.loading.fitting import COMPRESSED, fitted, model_config
 from quern.pipeline.stored import artifact_bytes, weight_bytes
 
 NO_GRANULARITY = "-"
@@ -54,6 +57,8 @@ class Inspection:
     parameters: int
     recipe: str | None
     """Name of the recipe, where quern wrote the model."""
+    notes: tuple[str, ...] = ()
+    """What should be known of it: who quantized it, what was lost before, why it does not run."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +68,15 @@ class _Weight:
     shape: tuple[int, ...]
     codec: str
     granularity: str
-    bits: int
+    bits: float
     parts: tuple[str, ...]
 
 
 def inspect(path: str | Path) -> Inspection:
     """How the model at ``path`` (artifact, folder, Hub id or GGUF file) is stored. Reads headers, not weights.
 
-    Raises ``UserError`` or ``BadFileError`` for what is no model, and where ``config.json`` and tensors disagree.
+    Raises ``UserError`` or ``BadFileError`` for what is no model, and for an artifact whose ``config.json`` and tensors
+    contradict each other. An unquantized model that does not fit its configuration is shown, with a note.
     """
     checkpoint = open_checkpoint(path)
     found = checkpoint.config.get("quantization_config")
@@ -78,7 +84,7 @@ def inspect(path: str | Path) -> Inspection:
     method = config.get("quant_method")
     if method == METHOD:
         weights = dict(_quern_weights(checkpoint, config))
-    elif method == "compressed-tensors":
+    elif method == COMPRESSED:
         try:
             weights = dict(_compressed_weights(checkpoint, config))
         except QuernError:
@@ -86,7 +92,7 @@ def inspect(path: str | Path) -> Inspection:
         except (TypeError, ValueError, AttributeError, re.error) as error:  # of values that are not what they should be
             raise _unusable(checkpoint, f"the quantization_config is damaged: {error}") from None
     else:
-        weights = {}
+        weights = dict(_foreign_weights(checkpoint, str(method))) if config else {}
     tensors = [_quantized_row(checkpoint, module, weight) for module, weight in weights.items()]
     claimed = {part for weight in weights.values() for part in weight.parts}
     plain = [_plain_row(checkpoint, name) for name in checkpoint.names() if name not in claimed]
@@ -98,7 +104,47 @@ def inspect(path: str | Path) -> Inspection:
         bits_per_weight=bits_per_weight(weight_bytes(checkpoint), parameters),
         parameters=parameters,
         recipe=_recipe_name(config),
+        notes=(*checkpoint.notes, *_notes(checkpoint, config)),
     )
+
+
+def _notes(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:
+    """Who quantized the model, where nobody here runs it, and what does not fit."""
+    method = config.get("quant_method")
+    if config and method not in (METHOD, COMPRESSED):
+        bits = config.get("bits") or config.get("w_bit") or (4 if config.get("load_in_4bit") else None)
+        width = f" to {bits} bits" if type(bits) is int else ""
+        return [f"quantized{width} by {str(method)[:40]}, which quern neither runs nor quantizes again"]
+    try:
+        fitted(checkpoint)
+    except UserError as error:
+        return [f"it cannot be run or quantized: {error}"]
+    return []
+
+
+def _foreign_weights(checkpoint: Checkpoint, method: str) -> Iterator[tuple[str, _Weight]]:
+    """Weights that another tool packed: what lies under a linear's name belongs to it, whatever the parts are called."""
+    try:
+        shapes = architecture_of(model_config(checkpoint)).expected_shapes()
+    except UserError:  # a family that is not known: its tensors are shown as they are stored
+        return
+    infos = checkpoint.source.infos
+    under: dict[str, list[str]] = {}
+    for name in infos:
+        words = name.split(".")
+        for end in range(1, len(words)):
+            under.setdefault(".".join(words[:end]), []).append(name)
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        stored = infos.get(name)
+        if not name.endswith(".weight") or len(shape) != 2 or module not in under:
+            continue
+        if stored is not None and stored.shape == shape and DTYPES[stored.dtype] in FLOATS:
+            continue
+        held = tuple(part for part in under[module] if part not in shapes or part == name)
+        if held:
+            bits = 8 * max(infos[part].stored_bytes for part in held) / math.prod(shape)
+            yield module, _Weight(shape, method[:40], NO_GRANULARITY, round(bits, 2), held)
 
 
 def _quern_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[tuple[str, _Weight]]:

@@ -36,6 +36,7 @@ from quern.pipeline.calibration_text import CalibrationText
 from quern.pipeline.job import Job, decoder_linears, quantized_modules
 from quern.pipeline.outer import quantize_outer, start_chain
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target
+from quern.pipeline.stored import source_notes
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
 from quern.texts.source import Text
@@ -136,7 +137,7 @@ def quantize(
         replaced = artifact_names(target.path) if fresh else ()
         work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
     biased = [module for module in schemes if f"{module}.bias" in architecture.expected_shapes()]
-    notes = [*checkpoint.notes, *(text.notes if text else ()), *job.notes, *job.format.notes(biased)]
+    notes = [*(text.notes if text else ()), *job.notes, *job.format.notes(biased)]
     return _report(output, chosen, checkpoint, time.perf_counter() - started + spared, layers, resumed, notes)
 
 
@@ -260,5 +261,5 @@ def _report(
         peak_rss_bytes=memory_plan.peak_rss(),
         layers=[LayerError.model_validate(layer) for layer in layers],
         resumed=resumed,
-        notes=notes,
+        notes=[*checkpoint.notes, *source_notes(checkpoint, size), *notes],
     )

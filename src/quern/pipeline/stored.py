@@ -19,6 +19,7 @@ from quern.checkpoint.files import sha256_into
 from quern.checkpoint.gguf_header import read_gguf_header
 from quern.checkpoint.safetensors_file import read_header
 from quern.core.errors import BadFileError
+from quern.core.figures import bytes_text
 from quern.core.progress import Progress
 
 _RAW = (".bin", ".onnx", ".data", ".onnx_data", ".pt", ".pth")
@@ -81,6 +82,18 @@ def artifact_bytes(checkpoint: Checkpoint) -> int:
 def weight_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of tensor data: codes, scales, zero points and everything unquantized, without file headers."""
     return sum(checkpoint.info(name).stored_bytes for name in checkpoint.names())
+
+
+def source_notes(checkpoint: Checkpoint, size: int) -> list[str]:
+    """How the artifact compares with a source that is smaller than its weights in bf16."""
+    source = sum(path.stat().st_size for path in checkpoint.files)
+    if source >= checkpoint.bf16_bytes:
+        return []
+    change = f"smaller by {1 - size / source:.1%}" if size <= source else f"larger by {size / source - 1:.1%}"
+    return [
+        f"the source takes {bytes_text(source)} on disk; the artifact is {change} than that ({bytes_text(size)}). "
+        f"Compression is measured against the weights in bf16 ({bytes_text(checkpoint.bf16_bytes)})"
+    ]
 
 
 def file_weight_bytes(path: Path) -> int:

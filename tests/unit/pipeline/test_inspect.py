@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -192,7 +193,95 @@ def test_artifacts_that_contradict_themselves(mixed, tmp_path, change, said):
         inspect(folder)
 
 
-def test_another_tools_method_shows_what_is_stored(tiny_model, tmp_path):
+FOREIGN = {
+    "gptq": {
+        "config": {"quant_method": "gptq", "bits": 4, "group_size": 32},
+        "parts": lambda rows, columns: {
+            "qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
+            "qzeros": torch.zeros(columns // 32, -(-rows // 8), dtype=torch.int32),
+            "scales": torch.zeros(columns // 32, rows, dtype=torch.float16),
+            "g_idx": torch.zeros(columns, dtype=torch.int32),
+        },
+        "bits": 4,
+        "says": "quantized to 4 bits by gptq",
+    },
+    "awq": {
+        "config": {"quant_method": "awq", "bits": 4, "group_size": 32},
+        "parts": lambda rows, columns: {
+            "qweight": torch.zeros(columns, -(-rows // 8), dtype=torch.int32),
+            "qzeros": torch.zeros(columns // 32, -(-rows // 8), dtype=torch.int32),
+            "scales": torch.zeros(columns // 32, rows, dtype=torch.float16),
+        },
+        "bits": 4,
+        "says": "quantized to 4 bits by awq",
+    },
+    "fp8": {
+        "config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "parts": lambda rows, columns: {
+            "weight": torch.zeros(rows, columns).to(torch.float8_e4m3fn),
+            "weight_scale_inv": torch.ones(1, 1),
+        },
+        "bits": 8,
+        "says": "quantized by fp8",
+    },
+    "bitsandbytes": {
+        "config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        "parts": lambda rows, columns: {
+            "weight": torch.zeros(rows * columns // 2, 1, dtype=torch.uint8),
+            "weight.absmax": torch.zeros(rows * columns // 64),
+            "weight.quant_map": torch.zeros(16),
+            "weight.quant_state.bitsandbytes__nf4": torch.zeros(90, dtype=torch.uint8),
+        },
+        "bits": 4,
+        "says": "quantized to 4 bits by bitsandbytes",
+    },
+}
+
+
+@pytest.mark.parametrize("method", FOREIGN)
+def test_what_other_tools_quantized_is_counted_by_the_models_own_shapes(method, tiny_model, tmp_path):
+    foreign = FOREIGN[method]
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tensors = {name: open_checkpoint(folder).read(name) for name in open_checkpoint(folder).names()}
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        rows, columns = tensors.pop(name).shape
+        stem = name.removesuffix(".weight")
+        tensors |= {f"{stem}.{part}": value for part, value in foreign["parts"](rows, columns).items()}
+    write_safetensors(folder / "model.safetensors", tensors)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": foreign["config"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = inspect(folder)
+    check_sums(found)
+    assert found.parameters == open_checkpoint(tiny_model).parameters
+    rows = {row.name: row for row in found.tensors}
+    assert (rows[f"{DOWN}.weight"].shape, rows[f"{DOWN}.weight"].codec) == ((64, 96), method)
+    assert rows[f"{DOWN}.weight"].bits == foreign["bits"]
+    assert rows[f"{QUERY}.bias"].codec == "bf16"
+    assert set(rows) == {row.name for row in inspect(tiny_model).tensors}
+    assert [note.startswith(foreign["says"]) for note in found.notes] == [True]
+
+
+def test_a_model_that_does_not_fit_is_shown_with_what_does_not(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = inspect(folder)
+    check_sums(found)
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith("it cannot be run or quantized: ")
+    assert "the weights have 3 layers" in found.notes[0]
+    assert inspect(tiny_model).notes == ()
+
+
+def test_a_gguf_of_rounded_weights_says_so(tmp_path):
+    whole = corpus.write_gguf(tmp_path / "f32.gguf", corpus.weights(), corpus.CONFIG)
+    assert inspect(whole).notes == ()
+    (note,) = inspect(corpus.good_gguf(tmp_path / "q8.gguf")).notes
+    # A block of 32 weights is 34 bytes, and norms are float32.
+    assert re.search(r"q8\.gguf were rounded before, to 8\.[56] bits each \(Q8_0\)", note)
+
+
+def test_an_unknown_method_shows_what_is_stored(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "other"}}
     (folder / "config.json").write_text(json.dumps(config))
