@@ -1,13 +1,14 @@
-"""Feed damaged artifacts to the engines: each must run or be refused with a message, and none may crash the process.
+"""Feed damaged models to the engines: each must run or be refused with a message, and none may crash the process.
 
-    python tools/fuzz_artifacts.py ARTIFACT... [--inputs 100000] [--seed 0] [--workers 2]
+    python tools/fuzz_artifacts.py MODEL... [--inputs 100000] [--seed 0] [--workers 2]
 
-ARTIFACTs are small artifacts. The input of a seed is a copy of one with some damage (tools/fuzz_damage.py): bytes,
-numbers and words of shards, index, config.json, quantization_config and quern.json, files cut short, missing or swapped.
-The CPU engine loads it if it knows the format, and what loads is fed a few tokens under some instruction set; some inputs
-go to the reference engine and to ``quern inspect``. One input in eight is a native matrix with hostile sizes and buffers
-instead. A single input: ``--seed SEED --inputs 1``. Prints counts as JSON; exit code 1 if anything crashed, hung or raised
-another error.
+MODELs are small: artifacts, unquantized folders with their tokenizer, GGUF files (of a split one all parts are taken). The
+input of a seed is a copy of one with some damage (tools/fuzz_damage.py): bytes, numbers and words of shards, index,
+config.json, quantization_config, quern.json, tokenizer files, metadata and tensors of a GGUF; files cut short, missing or
+swapped. The CPU engine loads it if it knows the format, and what loads is fed a few tokens under some instruction set; some
+inputs go to the reference engine and to what reads a model without running it, its tokenizer among them. One input in eight
+is a native matrix with hostile sizes and buffers instead. A single input: ``--seed SEED --inputs 1``. Prints counts as JSON;
+exit code 1 if anything crashed, hung or raised another error.
 
 Everything is imported once and the workers are forks of that process, each with a folder in memory of which only the
 damaged files are written anew. They note in shared memory where they are, so that a crash names its seed and costs no
@@ -33,7 +34,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz_damage import PROVENANCE, Files, damage, hostile_matrix
+from fuzz_damage import PROVENANCE, TOKENIZER, Files, damage, hostile_matrix
 
 BATCH = 2000
 """Inputs of one process, so that a leak stays small."""
@@ -43,16 +44,21 @@ NATIVE, REFERENCE, INSPECTED = 0.125, 0.01, 0.1
 """Shares of the inputs."""
 OUTCOMES = ("ran", "refused", "matrix multiplied", "matrix refused", "other error", "crashed", "hung")
 RAN, REFUSED, MULTIPLIED, DECLINED, OTHER, CRASHED, HUNG = range(len(OUTCOMES))
+TEXT = "def f(x):\n    return 12345  # \u00fc\u4f60\u597d"
+FAILED = (ValueError, TypeError, KeyError, OverflowError)
+LOOKED = {PROVENANCE, *TOKENIZER}
+"""Files that only ``look`` reads."""
 MEMORY = Path("/dev/shm")
 """A file system in memory, where there is one."""
 
 
 @dataclass(frozen=True)
 class Original:
-    """An artifact as it was and the engine that it is for."""
+    """A model as it was, the engine that it is for, and which of its files is given as MODEL (empty: their folder)."""
 
     files: Files
     engine: str
+    opened: str = ""
 
 
 @dataclass
@@ -80,13 +86,13 @@ class Worker:
 def main() -> int:
     """Run all inputs in worker processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     begin = time.monotonic()
-    originals = prepare(options.artifacts)
+    originals = prepare(options.models)
     firsts = list(range(options.seed, options.seed + options.inputs, BATCH))
     waiting = [Worker(first, min(first + BATCH, options.seed + options.inputs)) for first in firsts]
     running: list[Worker] = []
@@ -112,8 +118,8 @@ def main() -> int:
     return 1 if sum(totals[OTHER:]) else 0
 
 
-def prepare(artifacts: list[Path]) -> list[Original]:
-    """Import what the workers need, and read the artifacts, each of which must run."""
+def prepare(models: list[Path]) -> list[Original]:
+    """Import what the workers need, and read the models, each of which must run."""
     import torch
     import transformers
 
@@ -121,13 +127,22 @@ def prepare(artifacts: list[Path]) -> list[Original]:
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     originals = []
-    for artifact in artifacts:
-        engines = [name for name in ("cpu", "reference") if run(artifact, random.Random(0), name) == RAN]
+    for model in models:
+        engines = [name for name in ("cpu", "reference") if run(model, random.Random(0), name) == RAN]
         if not engines:
-            raise SystemExit(f"{artifact} runs on no engine; give artifacts that run")
-        names = sorted(path.name for path in artifact.iterdir() if "tokenizer" not in path.name)
-        originals.append(Original({name: (artifact / name).read_bytes() for name in names}, engines[0]))
+            raise SystemExit(f"{model} runs on no engine; give models that run")
+        files = sorted(model.iterdir()) if model.is_dir() else _parts(model)
+        contents: Files = {path.name: path.read_bytes() for path in files}
+        originals.append(Original(contents, engines[0], "" if model.is_dir() else model.name))
+        look(model)  # imports what reads without running
     return originals
+
+
+def _parts(file: Path) -> list[Path]:
+    """A GGUF and the others of its split."""
+    from quern.checkpoint.gguf_split import read_parts
+
+    return list(read_parts(file).paths)
 
 
 def _forked(worker: Worker, originals: list[Original], folder: Path) -> Worker:
@@ -188,15 +203,16 @@ def _work(worker: Worker, originals: list[Original], folder: Path) -> None:
 def _run_damaged(place: Path, original: Original, generator: random.Random) -> int:
     files = dict(original.files)
     damage(files, generator)
-    changed = [name for name in files if files[name] != original.files[name]]
+    changed = [name for name in files if files[name] != original.files.get(name)]
     _write(place, {name: files[name] for name in changed})
     engine = "reference" if generator.random() < REFERENCE else original.engine
+    model = place / original.opened
     try:
-        if PROVENANCE in changed or generator.random() < INSPECTED:
-            look(place)
-        return run(place, generator, engine)
+        if LOOKED.intersection(changed) or generator.random() < INSPECTED:
+            look(model)
+        return run(model, generator, engine)
     finally:
-        _write(place, {name: original.files[name] for name in changed})
+        _write(place, {name: original.files.get(name) for name in changed})
 
 
 def _write(place: Path, files: Files) -> None:
@@ -207,7 +223,7 @@ def _write(place: Path, files: Files) -> None:
 
 
 def run(folder: Path, generator: random.Random, engine: str) -> int:
-    """Load an artifact and feed what loads a prompt and a token."""
+    """Load a model and feed what loads a prompt and a token."""
     from quern import _native
     from quern.core.errors import QuernError
     from quern.engines.cpu import CpuEngine
@@ -228,13 +244,20 @@ def run(folder: Path, generator: random.Random, engine: str) -> int:
 
 
 def look(folder: Path) -> None:
-    """What reads an artifact without running it."""
+    """What reads a model without running it."""
     from quern.checkpoint.checkpoint import open_checkpoint
+    from quern.checkpoint.gguf_split import first_part
+    from quern.checkpoint.tokenizer import load_tokenizer
     from quern.core.errors import QuernError
     from quern.pipeline.inspect import inspect
     from quern.pipeline.rows import contender_of
 
-    for reader in (inspect, lambda path: contender_of(open_checkpoint(path))):
+    def tokenize(path: Path) -> None:
+        tokenizer = load_tokenizer(first_part(path))
+        with contextlib.suppress(*FAILED):  # what a damaged tokenizer makes of text is its own affair
+            tokenizer.decode(tokenizer(TEXT).input_ids)
+
+    for reader in (inspect, lambda path: contender_of(open_checkpoint(path)), tokenize):
         with contextlib.suppress(QuernError):
             reader(folder)
 

@@ -1,9 +1,11 @@
-"""Damage for the fuzzer: an artifact's files with bytes, numbers and words of them changed, and hostile native matrices."""
+"""Damage for the fuzzer: a model's files with bytes, numbers and words of them changed, and hostile native matrices."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +19,18 @@ WORDS = [
 ]  # fmt: skip
 OPTIONS: list[Any] = [None, True, False, [], {}, [[]], *NUMBERS, *WORDS]
 INDEX, CONFIG, PROVENANCE = "model.safetensors.index.json", "config.json", "quern.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 LONGEST = 1 << 22
 """A native matrix of more weights is only built, not multiplied."""
 
 
 def damage(files: Files, generator: random.Random) -> None:
     """One to three kinds of damage."""
+    kinds = GGUF_DAMAGES if any(name.endswith(".gguf") for name in files) else DAMAGES
+    if not any(name in files for name in TOKENIZER):
+        kinds = tuple(kind for kind in kinds if kind not in TOKENIZER_DAMAGES)
     for _ in range(generator.choice((1, 1, 1, 2, 3))):
-        generator.choice(DAMAGES)(files, generator)
+        generator.choice(kinds)(files, generator)
 
 
 def _shard(files: Files, generator: random.Random) -> tuple[str, bytearray, int]:
@@ -141,6 +147,72 @@ def _value_of(name: str, start: tuple[str, ...] = (), descend: float = 0.8) -> C
     return change
 
 
+GGUF_KEY = re.compile(rb"(?:general|split|tokenizer|llama|qwen2|qwen3)\.[a-z0-9_.]+")
+GGUF_TENSOR = re.compile(rb"(?:blk\.\d+\.\w+|token_embd|output_norm|output)\.(?:weight|bias)|rope_freqs\.weight")
+INTEGERS = [number for number in NUMBERS if type(number) is int and number >= 0] + [2**61, 2**64 - 1]
+
+
+def _gguf(files: Files, generator: random.Random) -> tuple[str, bytearray]:
+    name = generator.choice(sorted(name for name in files if name.endswith(".gguf")))
+    return name, bytearray(files[name] or b"")
+
+
+def _gguf_entry(
+    pattern: re.Pattern[bytes], forms: tuple[str, ...], reach: int
+) -> Callable[[Files, random.Random], None]:
+    """Damage that writes a hostile number within ``reach`` bytes behind a name, or just before it, where its length is."""
+
+    def change(files: Files, generator: random.Random) -> None:
+        name, data = _gguf(files, generator)
+        found = [match.span() for match in pattern.finditer(data, 0, data.rfind(b".weight") + 8)]
+        if not found:
+            return
+        begin, end = generator.choice(found)
+        at = begin - 8 if generator.random() < 0.05 else end + 4 * generator.randrange(reach // 4)
+        form = generator.choice(forms)
+        number = generator.choice(INTEGERS) if generator.random() < 0.8 else generator.randrange(64)
+        packed = struct.pack("<Q", number & (2**64 - 1))[: struct.calcsize(form)]
+        data[at : at + len(packed)] = packed
+        files[name] = bytes(data)
+
+    return change
+
+
+def _gguf_bytes(files: Files, generator: random.Random) -> None:
+    """Bytes of the header, some put in or taken out."""
+    name, data = _gguf(files, generator)
+    end = data.rfind(b".weight") + 40
+    for _ in range(generator.randint(1, 4)):
+        if end > 0 and data:
+            at = generator.randrange(min(end, len(data)))
+            data[at : at + generator.choice((1, 1, 1, 0, 2))] = generator.choice((b"\0", b"\xff", b"a", b"1", b"zz"))
+    files[name] = bytes(data)
+
+
+def _gguf_data(files: Files, generator: random.Random) -> None:
+    name, data = _gguf(files, generator)
+    begin = data.rfind(b".weight") + 40
+    for _ in range(generator.randint(1, 64)):
+        if begin < len(data):
+            data[generator.randrange(begin, len(data))] = generator.choice((0, 0x7F, 0x80, 0xFF))
+    files[name] = bytes(data)
+
+
+GGUF_DAMAGES: tuple[Callable[[Files, random.Random], None], ...] = (
+    *[_gguf_entry(GGUF_KEY, ("<B", "<I", "<Q"), 24)] * 6,
+    *[_gguf_entry(GGUF_TENSOR, ("<I", "<Q"), 36)] * 4,
+    *[_gguf_bytes] * 4,
+    *[_gguf_data] * 2,
+    _cut,
+    _extended,
+    _missing,
+    _swapped,
+)
+TOKENIZER_DAMAGES = (
+    _value_of(TOKENIZER[0]),
+    _value_of(TOKENIZER[0], ("model",), 0.3),
+    _value_of(TOKENIZER[1]),
+)
 DAMAGES: tuple[Callable[[Files, random.Random], None], ...] = (
     _header_bytes,
     *[_header_value] * 2,
@@ -155,6 +227,7 @@ DAMAGES: tuple[Callable[[Files, random.Random], None], ...] = (
     *[_value_of(CONFIG, ("quantization_config", "modules"), 1.0)] * 2,
     _value_of(INDEX),
     _value_of(PROVENANCE),
+    *TOKENIZER_DAMAGES,
 )
 """Some more often than others: damaged data mostly runs, and that is when kernels could go astray."""
 

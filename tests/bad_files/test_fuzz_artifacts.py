@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from artifacts import make_artifact
+from gguf_model import tensor_count, write_gguf
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 FAULTY = """
@@ -48,6 +49,16 @@ def test_damaged_artifacts_run_or_are_refused(artifact):
     assert code == 0, errors
     assert min(tally[key] for key in ("ran", "refused", "matrix multiplied", "matrix refused")) > 0, tally
     assert sum(tally[key] for key in ("ran", "refused", "matrix multiplied", "matrix refused")) == 250
+
+
+def test_damaged_folders_and_ggufs_run_or_are_refused(tiny_model, tmp_path):
+    """What loaders read besides artifacts: an unquantized folder with its tokenizer, and a GGUF in two parts."""
+    parts = write_gguf(tiny_model, tmp_path / "m", parts=[5, tensor_count(tiny_model) - 5])
+    code, tally, errors = run(
+        TOOLS / "fuzz_artifacts.py", tiny_model, parts[1], "--inputs", 250, "--seed", 3, "--workers", 1
+    )
+    assert code == 0, errors
+    assert min(tally[key] for key in ("ran", "refused")) > 20, tally
 
 
 def test_faults_are_found_and_cost_no_other_input(artifact):

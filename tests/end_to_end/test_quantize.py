@@ -44,6 +44,17 @@ def shipped(tiny_model, tmp_path_factory) -> dict[str, QuantizeReport]:
     return {name: quantize(tiny_model, folder / name, recipe=shortened(name), threads=1) for name in profile_names()}
 
 
+def test_shards_say_whose_format_they_are(shipped):
+    """accelerate warns of files that do not, and transformers 4 refuses them."""
+    from safetensors import safe_open
+
+    shards = [path for report in shipped.values() for path in report.path.glob("*.safetensors")]
+    assert shards
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
 def test_artifacts_load_after_import_quern_alone(shipped):
     folders = [str(report.path) for report in shipped.values()]
     command = [sys.executable, "-W", "error::UserWarning", "-c", LOADS, str(IDS.tolist()), *folders]

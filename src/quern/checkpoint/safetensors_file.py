@@ -35,6 +35,8 @@ HEADER_LIMIT = 100_000_000
 ALIGNMENT = 64
 """Where tensors begin in a file that is written: a line of the cache, so that a register's worth of a memory-mapped
 tensor is one line and not parts of two."""
+METADATA = {"format": "pt"}
+"""``__metadata__`` of a model's weights. Older versions of transformers refuse files without it, and accelerate warns."""
 _MOST_DIMENSIONS = 64
 _LARGEST = 2**63 - 1
 _AGAIN = "Download the file again, or save it again with the safetensors package"

@@ -28,7 +28,7 @@ from quern.checkpoint.journal import Record, append_record, read_journal
 from quern.checkpoint.lock import acquire
 from quern.checkpoint.output_place import OutputFolder
 from quern.checkpoint.publishing import is_moved, move_into, publishing_order, remove_entry, removing_order
-from quern.checkpoint.safetensors_file import read_tensors, write_safetensors
+from quern.checkpoint.safetensors_file import METADATA, read_tensors, write_safetensors
 from quern.core.errors import UserError, option
 
 _FINGERPRINT = "fingerprint.json"
@@ -145,7 +145,7 @@ class WorkFolder:
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> Path:
         """Write tensors to ``NAME.safetensors`` inside the folder, whole or not at all, and return its path."""
         path = self.path(f"{name}.safetensors")
-        write_safetensors(path, tensors)
+        write_safetensors(path, tensors, METADATA)
         return path
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
