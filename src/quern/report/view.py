@@ -49,7 +49,9 @@ def page_view(results: Results) -> dict[str, Any]:
         "facts": run_facts(results),
         "hardware": list(flatten(results.hardware)),
         "versions": sorted(results.versions.items()),
-        "texts": [{"name": t.name, "sha256": t.sha256, "tokens": f"{t.tokens:,}"} for t in results.texts],
+        "texts": [
+            {"name": t.name, "sha256": t.sha256, "tokens": f"{t.tokens:,}", "taken": t.taken} for t in results.texts
+        ],
         "metrics_version": results.metrics_version,
     }
 
