@@ -36,7 +36,7 @@ def never_opened(monkeypatch):
     def opened(*_, **__):
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr(job, "open_checkpoint", opened)
+    monkeypatch.setattr(job, "open_model", opened)
 
 
 def test_an_empty_folder_that_someone_stands_in_is_kept(tiny_model, tmp_path, monkeypatch, expected):
@@ -60,6 +60,16 @@ def test_a_link_to_another_folder(tiny_model, tmp_path, expected, exists):
     assert (tmp_path / "out").is_symlink()
     assert hashes(tmp_path / "disk" / "real") == expected
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "two\nlines", "~x", " ", "new/er/out", "model/inside"])
+def test_odd_names(tiny_model, tmp_path, monkeypatch, expected, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, tmp_path / "model")
+    for _ in range(2):
+        quantize("model", name, recipe=NEAREST, threads=1)
+    assert hashes(tmp_path / name) == expected
+    assert list(tmp_path.rglob("*.quern-*")) == []
 
 
 def test_a_volume_in_a_read_only_folder(tiny_model, tmp_path, expected):

@@ -99,7 +99,8 @@ def test_rates_of_a_machine_that_others_use_come_with_a_warning():
     assert busy.startswith("other programs kept 1.3 processors busy meanwhile, so these rates are not what")
     slower = {**MEASURED, "gemm_gop_s": {**MEASURED["gemm_gop_s"], "bfloat16": {"1": 1261.0, "2": 179.0}}}
     (said,) = rate_warnings(slower)
-    assert said.startswith("matrix products in bfloat16: 179 with 2 threads, but 1261 with 1: not all of these threads")
+    assert said.startswith("matrix products in bfloat16: 179 with 2 threads, but 1261 with 1. Not all of these threads")
+    assert rate_warnings({**slower, "foreign_load": 1.31}) == [busy], "one reason is enough"
     (said,) = rate_warnings({**MEASURED, "read_bandwidth_gb_s": {"1": 10.0, "2": 30.0, "16": 20.0}})
     assert said.startswith("reading memory: 20 with 16 threads, but 30 with 2")
 

@@ -88,22 +88,24 @@ def probe(measure: bool = True, threads: int | None = None) -> dict[str, Any]:
 
 def rate_warnings(measured: Mapping[str, Any]) -> list[str]:
     """Why what ``measured_rates`` returned is not what the machine can do, a sentence each."""
-    found = []
     if (load := measured["foreign_load"]) > FOREIGN_LIMIT:
-        found.append(
+        return [
             f"other programs kept {load:.2g} processors busy meanwhile, so these rates are not what the machine can do. "
             "Measure again when nothing else runs"
-        )
+        ]
     products = {f"matrix products in {name}": rates for name, rates in measured["gemm_gop_s"].items() if rates}
-    for what, rates in {"reading memory": measured["read_bandwidth_gb_s"], **products}.items():
-        counts = sorted(rates, key=int)
-        for fewer, more in pairwise(counts):
-            if rates[more] < SLOWER * rates[fewer]:
-                found.append(
-                    f"{what}: {rates[more]:g} with {more} threads, but {rates[fewer]:g} with {fewer}: not all of these "
-                    "threads had a processor, because of other programs or of a limit on this process"
-                )
-    return found
+    slower = [
+        f"{what}: {rates[more]:g} with {more} threads, but {rates[fewer]:g} with {fewer}"
+        for what, rates in {"reading memory": measured["read_bandwidth_gb_s"], **products}.items()
+        for fewer, more in pairwise(sorted(rates, key=int))
+        if rates[more] < SLOWER * rates[fewer]
+    ]
+    if not slower:
+        return []
+    return [
+        f"{'; '.join(slower)}. Not all of these threads had a processor for themselves: a limit on this process, or threads "
+        "of one core, may be the reason"
+    ]
 
 
 def this_processor() -> dict[str, Any]:

@@ -60,14 +60,15 @@ class OutputFolder:
         """
         with explain_write_errors(self.path, 0):
             if self.inside:
-                _try_inside(self.path)
+                _try_inside(self.path) if self.path.is_dir() else _try_new(self.path)
                 return self
             try:
                 _try_beside(self.path)
             except OSError:
-                if not _possible_inside(self.path):
-                    raise
-                return OutputFolder(self.path, self.path / BESIDE)
+                with suppress(OSError):
+                    _try_new(self.path)
+                    return OutputFolder(self.path, self.path / BESIDE)
+                raise
             return self
 
 
@@ -83,8 +84,8 @@ def output_folder(given: str | Path, model: str | Path | None = None) -> OutputF
         raise UserError(f"{path} exists and is no folder. Choose another output folder")
     if model is not None and path == resolved(model):
         raise UserError(f"the output folder {path} is the model itself. Choose another output folder")
-    beside = path.with_name(f"{path.name}{BESIDE}") if path.name else None
-    if beside is not None and (status is None or os.path.isdir(beside)):  # one of an interrupted run is continued
+    beside = path.parent / f"{path.name}{BESIDE}"
+    if path.name and _possible_name(beside) and (status is None or beside.is_dir()):  # or to be continued there
         return OutputFolder(path, beside)
     return OutputFolder(path, path / BESIDE)
 
@@ -151,17 +152,25 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in path.parents if os.path.lexists(folder))
 
 
-def _possible_inside(path: Path) -> bool:
-    """Whether ``path``, which does not exist, can be made and written into."""
+def _possible_name(work: Path) -> bool:
+    """Whether a work folder may have this name, and the longer one under which it is deleted."""
     try:
-        os.mkdir(path)
-        try:
-            _try_inside(path)
-        finally:
-            os.rmdir(path)
-    except OSError:
-        return False
+        os.lstat(f"{work}.removing")
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
     return True
+
+
+def _try_new(path: Path) -> None:
+    """That ``path``, which does not exist, can be made and written into."""
+    if not path.parent.is_dir():
+        _try_file(path)
+        return
+    os.mkdir(path)
+    try:
+        _try_inside(path)
+    finally:
+        os.rmdir(path)
 
 
 def _try_beside(path: Path) -> None:

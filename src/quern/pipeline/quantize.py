@@ -248,7 +248,7 @@ def _report(
     resumed: bool,
     notes: list[str],
 ) -> QuantizeReport:
-    artifact = open_model(output)
+    artifact = open_model(output.resolve())
     size = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
     data = sum(artifact.info(name).stored_bytes for name in artifact.names())
     return QuantizeReport(
