@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from quern.core.errors import UserError
-from quern.core.progress import Progress
+from quern.core.progress import Progress, telling
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
@@ -55,28 +53,18 @@ def download(repository: str, progress: Progress) -> Path:
         ) from None
 
 
-@contextmanager
-def _telling_what_came(repository: str, progress: Progress) -> Iterator[None]:
+def _telling_what_came(repository: str, progress: Progress) -> AbstractContextManager[None]:
     """A line now and then where there is no terminal; on one the Hub's library draws bars itself."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
+    if sys.stderr.isatty():
+        return nullcontext()
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
-    over, before = threading.Event(), _bytes_in(folder)
-
-    def tell() -> None:
-        while not over.wait(TELL_S):
-            progress.log(f"getting {repository}: {(_bytes_in(folder) - before) / 1e6:,.0f} MB have come")
-
-    teller = threading.Thread(target=tell, daemon=True)
-    if not sys.stderr.isatty():
-        teller.start()
-    try:
-        yield
-    finally:
-        over.set()
-        if teller.is_alive():
-            teller.join()
+    before = _bytes_in(folder)
+    return telling(
+        progress, lambda: f"getting {repository}: {(_bytes_in(folder) - before) / 1e6:,.0f} MB have come", TELL_S
+    )
 
 
 def _bytes_in(folder: Path) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -45,3 +48,21 @@ class Silent:
 
     def log(self, message: str) -> None:
         pass
+
+
+@contextmanager
+def telling(progress: Progress, line: Callable[[], str], every_s: float) -> Iterator[None]:
+    """Log ``line()`` every ``every_s`` seconds during the block: for work of others that says nothing itself."""
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(every_s):
+            progress.log(line())
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()

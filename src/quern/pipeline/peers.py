@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from quern.checkpoint.files import explain_write_errors, read_json, write_bytes,
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import available_threads
+from quern.core.progress import telling
 from quern.core.recipe import Calibration
 from quern.core.results import Failure, Tool
 from quern.peers.base import PEERS, Choice
@@ -33,6 +35,8 @@ from quern.pipeline.worker_process import Launch, Worker
 
 TIME_LIMIT_S = 3600.0
 """Most seconds that a tool may take to make one artifact, and again to be measured with it."""
+TELL_S = 60.0
+"""Seconds between two lines about a tool that quantizes."""
 _DOCTOR_S = 300.0
 """Most seconds that a tool may take to start."""
 
@@ -155,7 +159,7 @@ def _quantized(making: Making, choice: Choice, installed: Installed, launch: Lau
         "seed": making.seed,
     }
     try:
-        with Worker(choice.row, launch) as worker:
+        with Worker(choice.row, launch) as worker, _telling_how_long(making, choice.row):
             answer = worker.ask(request)
         record = {
             "fingerprint": fingerprint,
@@ -168,6 +172,14 @@ def _quantized(making: Making, choice: Choice, installed: Installed, launch: Lau
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return record
+
+
+def _telling_how_long(making: Making, row: str) -> AbstractContextManager[None]:
+    """A line a minute: the tool's own output is kept for its errors."""
+    started = time.monotonic()
+    return telling(
+        making.progress, lambda: f"quantizing by {row}: for {(time.monotonic() - started) / 60:.0f} min", TELL_S
+    )
 
 
 def _replace(artifact: Path, unfinished: Path, record_path: Path, record: dict[str, Any]) -> None:
