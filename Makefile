@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format readme clean
+.PHONY: help install demo test check format readme lock lock-peers test-latest test-lowest clean
 
 # Another Python environment may be active, and its variables must not reach the one made here.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_TARGET PIP_PREFIX
@@ -12,27 +12,28 @@ export PIP_USER := 0
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Twice quiet: errors only.
-PIP := $(BIN)/python -m pip --quiet --quiet install
 CODE := src tests tools benchmarks
 MODEL := models/python-7m
+# Another build of torch, such as TORCH=torch==2.13.0 for PyPI's, and another index of builds without CUDA.
+export TORCH TORCH_INDEX
 
 help:  ## This list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-install: $(VENV)/.installed  ## Make .venv and install the package into it
+install: $(VENV)/.installed  ## Make .venv and install the package into it, all versions as locked
 
-# torch comes first and by its exact version; whatever is installed after it then leaves it alone.
-$(VENV)/.installed: pyproject.toml constraints.txt tools/create_venv.sh CMakeLists.txt $(wildcard csrc/*/*)
-	@tools/create_venv.sh $(VENV)
+INSTALLER := pyproject.toml requirements/torch.txt CMakeLists.txt $(wildcard tools/*install*) tools/create_venv.sh \
+	$(wildcard csrc/*/*)
+
+$(VENV)/.installed: requirements/run.txt $(INSTALLER)
 	@echo "Installing torch, compiling the kernels and installing the package into $(VENV) (a few minutes the first time) ..."
-	@$(PIP) --requirement constraints.txt
-	@$(PIP) --constraint constraints.txt --editable .
+	@tools/install.sh $(VENV) requirements/run.txt
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# The second list contains the first.
+$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
 	@echo "Installing what tests and checks need ..."
-	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip --quiet --quiet install --no-deps --only-binary :all: --require-hashes --requirement requirements/dev.txt
 	@touch $@
 
 demo: $(VENV)/.installed  ## Quantize the bundled model four ways, measure, recommend: demo/report.html
@@ -56,6 +57,26 @@ format: $(VENV)/.installed-dev  ## Let the formatter rewrite the code
 readme: $(VENV)/.installed  ## Put the table of demo/results.json into both READMEs
 	@$(BIN)/python tools/update_readme.py demo/results.json
 
-clean:  ## Remove what was built or cached (.venv stays; delete it by hand to start afresh)
+# uv in an environment of its own. UPGRADE=1: the newest of everything that pyproject.toml allows.
+LOCKER := .venv-lock/bin/python tools/lock.py
+.venv-lock/.installed: requirements/lock.txt tools/create_venv.sh
+	@tools/create_venv.sh .venv-lock
+	@.venv-lock/bin/python -m pip --quiet --quiet install --no-deps --only-binary :all: --require-hashes --requirement requirements/lock.txt
+	@touch $@
+
+lock: .venv-lock/.installed  ## Bring requirements/*.txt in line with pyproject.toml; UPGRADE=1: with the newest versions
+	@$(LOCKER) write $(if $(UPGRADE),--upgrade)
+
+lock-peers: .venv-lock/.installed  ## The same for the environments of other tools (quern peers)
+	@$(LOCKER) peers $(if $(UPGRADE),--upgrade)
+
+# Both leave .venv alone and end as pytest ends; warnings are shown there, no errors.
+test-latest: .venv-lock/.installed  ## All tests with the newest of everything, in .venv-newest; says what differs
+	@tools/test_versions.sh newest
+
+test-lowest: .venv-lock/.installed  ## All tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	@tools/test_versions.sh lowest
+
+clean:  ## Remove what was built or cached (.venv and its like stay; delete them by hand to start afresh)
 	@rm -rf build dist demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info
-	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,7 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from locked_versions import departures
 from tiny_model import calibration_text, write_model
+
+UNLOCKED = departures()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pyproject.toml makes every warning an error. That is for the locked versions, whose warnings are all known: what
+    another version of somebody else's package deprecates is shown at the end, and fails nobody's checkout."""
+    if UNLOCKED:
+        config.addinivalue_line("filterwarnings", "default")
+
+
+def pytest_report_header() -> str:
+    """Which of both it is, and why."""
+    if not UNLOCKED:
+        return "warnings are errors: versions are those of requirements/dev.txt"
+    more = f" and {len(UNLOCKED) - 3} more" if UNLOCKED[3:] else ""
+    return f"warnings are shown: not as in requirements/dev.txt: {', '.join(UNLOCKED[:3])}{more}"
 
 
 @pytest.fixture(scope="session", autouse=True)

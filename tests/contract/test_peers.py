@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 import quern.peers.environment as environment_module
 from quern.peers.base import NAME, PEERS, choices_of
 from quern.peers.environment import Environment, Installed, PeerError
+from quern.peers.torch_index import cpu_build
 
 RUNTIMES = {"transformers", "vllm", "llama.cpp", "openvino", "onnxruntime", "quern"}
 
@@ -113,14 +114,20 @@ def test_an_environment_is_made_once_and_recorded_last(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Environment, "_run", run)
     monkeypatch.setattr(Environment, "_record", record)
+    monkeypatch.setattr(environment_module.shutil, "which", lambda name: None)  # no GPU
     environment, progress = Environment.of("hqq", tmp_path), Recorder()
     assert environment.installed() is None
     assert environment.install(progress).version == "0.2.8"
-    assert commands[0][1:3] == ["-m", "venv"]
-    assert "torch==2.13.0" in commands[1]
-    assert "hqq==0.2.8" in commands[-1]
-    assert str(tmp_path / "hqq" / "constraints.txt") in commands[-1]
-    assert (tmp_path / "hqq" / "constraints.txt").read_text() == "torch==2.13.0\n"
+    venv, torch, wheels, sources = commands
+    assert venv[1:3] == ["-m", "venv"]
+    assert torch[-1] == cpu_build("torch==2.13.0")
+    assert "--no-deps" in torch
+    for command, file in ((wheels, "wheels.txt"), (sources, "sources.txt")):
+        assert {"--no-deps", "--require-hashes"} <= set(command)
+        assert command[-1] == str(tmp_path / "hqq" / file)
+    assert ("--only-binary" in wheels, "--no-build-isolation" in sources) == (True, True)
+    assert "\ntransformers==5.23.0" in (tmp_path / "hqq" / "wheels.txt").read_text()
+    assert (tmp_path / "hqq" / "sources.txt").read_text().startswith("hqq==0.2.8 ")
     count = len(commands)
     assert environment.install(progress) == environment.installed()
     assert len(commands) == count

@@ -25,9 +25,15 @@ from quern.core.results import Target
 from quern.core.suggest import did_you_mean
 
 TORCH = "torch==2.13.0"
-"""Installed first in every environment; later requests that it satisfies leave it alone."""
+"""Installed first in every environment, and in no lock: which build of it is right depends on the machine."""
+BUILD = ("setuptools", "wheel")
+"""What a source distribution is built with unless it asks for something else."""
 COMMON = ("numpy", "pydantic>=2.10", "psutil>=6.0", "transformers>=5.0", "accelerate>=1.2", "safetensors>=0.5")
 """What measuring needs in every environment, beside torch."""
+
+PIP = ("-m", "pip", "--disable-pip-version-check", "--no-input")
+LOCKED = ("--no-deps", "--require-hashes")
+"""pip takes what a lock names and nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +83,10 @@ class Peer(ABC):
     versions: ClassVar[str]
     """Versions that the adapter is written for (PEP 440 specifier)."""
     requirements: ClassVar[tuple[str, ...]]
-    """What ``quern peers install`` asks pip for, exact versions, after torch and ``COMMON``."""
-    no_build_isolation: ClassVar[bool] = False
-    """Whether its source distribution must be built against the torch that is installed."""
+    """What its environment is for, exact versions; ``locks/NAME.txt`` holds these, ``BUILD``, ``COMMON`` and all that they
+    need (``make lock-peers``)."""
+    sources: ClassVar[tuple[str, ...]] = ()
+    """Distributions that there is no wheel of, in PEP 503's spelling: built in the environment, with what it holds."""
     licence: ClassVar[str]
     """SPDX identifier of the tool's licence."""
     homepage: ClassVar[str]
@@ -92,9 +99,14 @@ class Peer(ABC):
     environment: ClassVar[Mapping[str, str]] = {}
     """Environment variables that the tool needs to work here."""
 
-    def build(self, prefix: Path, run: Callable[[Sequence[str]], None]) -> None:  # noqa: B027 - few tools need it
-        """Steps after pip, such as compiling; ``prefix`` is the environment's folder, ``run`` raises for a command that
-        fails."""
+    def build(self, prefix: Path, run: Callable[[Sequence[str]], None], sources: Path) -> None:
+        """Install what there is no wheel of, once everything else is there.
+
+        ``prefix`` is the environment's folder, ``run`` raises for a command that fails, and the file ``sources`` names
+        the distributions ``self.sources`` for pip, with hashes.
+        """
+        if self.sources:
+            run([str(prefix / "bin" / "python"), *PIP, "install", *LOCKED, "--no-build-isolation", "-r", str(sources)])
 
     def start(self) -> None:
         """Import the tool: whatever this raises is the reason why it cannot run. Runs in the tool's environment."""

@@ -1,7 +1,8 @@
 """The environments that other tools live in: one virtual environment for each, made once, recorded, never shared.
 
-A folder per tool in the cache folder: ``venv/``, ``constraints.txt`` (torch's exact version), ``install.log``, and
-``installed.json``, which is written last: an environment without it is unfinished and is made again.
+A folder per tool in the cache folder: ``venv/``, ``wheels.txt`` and ``sources.txt`` (the adapter's lock, see
+``quern.peers.lock``), ``install.log``, and ``installed.json``, which is written last: an environment without it is
+unfinished and is made again.
 """
 
 from __future__ import annotations
@@ -27,15 +28,14 @@ from packaging.version import InvalidVersion, Version
 
 from quern.core.errors import QuernError
 from quern.core.progress import Progress
-from quern.peers.base import COMMON, PEERS, TORCH, Peer
+from quern.peers import lock, torch_index
+from quern.peers.base import COMMON, LOCKED, PEERS, PIP, TORCH, Peer
 
 if sys.platform != "win32":
     import fcntl
 
 INSTALL_LIMIT_S = 3600.0
 """Most seconds that one command of an installation may take."""
-CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
-"""Where torch without CUDA comes from; elsewhere pip finds it with gigabytes that a machine without a GPU never uses."""
 BOOT = Path(__file__).parent / "boot.py"
 _EVERYWHERE = ("transformers", "torch")
 """What all environments have, and on whose versions figures depend too."""
@@ -181,11 +181,12 @@ class Environment:
             progress.log(f"installing {self.peer.tool} into {self.folder}")
             shutil.rmtree(self.prefix, ignore_errors=True)
             (self.folder / "install.log").unlink(missing_ok=True)
-            (self.folder / "constraints.txt").write_text(TORCH + "\n", "utf-8")
+            wheels, sources = self._write_lists()
             self._run([sys.executable, "-m", "venv", str(self.prefix)])
-            for command in self._pip_commands():
-                self._run(command)
-            self.peer.build(self.prefix, self._run)
+            pip = [str(self.python), *PIP, "install"]
+            self._run([*pip, *_torch_options()])
+            self._run([*pip, *LOCKED, "--only-binary", ":all:", "-r", str(wheels)])
+            self.peer.build(self.prefix, self._run, sources)
             return self._record()
 
     def remove(self) -> bool:
@@ -197,16 +198,16 @@ class Environment:
         shutil.rmtree(self.folder, ignore_errors=True)
         return there
 
-    def _pip_commands(self) -> list[list[str]]:
-        peer = self.peer
-        install = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-        constrained = [*install, "--constraint", str(self.folder / "constraints.txt")]
-        index = [] if shutil.which("nvidia-smi") else ["--extra-index-url", CPU_WHEELS, "--retries", "1"]
-        commands = [[*install, *index, TORCH, "setuptools", "wheel", "numpy"], [*constrained, *COMMON]]
-        if peer.requirements:
-            isolation = ["--no-build-isolation"] if peer.no_build_isolation else []
-            commands.append([*constrained, *isolation, *peer.requirements])
-        return commands
+    def _write_lists(self) -> tuple[Path, Path]:
+        """The adapter's lock as two files for pip: what there are wheels of, and what comes as source."""
+        try:
+            parts = lock.split(lock.lock_of(self.name), self.peer.sources)
+        except FileNotFoundError as error:
+            raise PeerError(f"{self.peer.tool} has no lock to install from: {error.filename}") from None
+        files = (self.folder / "wheels.txt", self.folder / "sources.txt")
+        for file, part in zip(files, parts, strict=True):
+            file.write_text(part, "utf-8")
+        return files
 
     def _run(self, command: Sequence[str]) -> None:
         """Run one command with its output in ``install.log``. Raises ``PeerError`` if it fails or takes too long."""
@@ -243,6 +244,13 @@ class Environment:
         temporary.write_text(json.dumps(asdict(found), indent=2) + "\n", "utf-8")
         os.replace(temporary, self.folder / "installed.json")
         return found
+
+
+def _torch_options() -> list[str]:
+    """What pip is asked for first: for a GPU PyPI's build with all that it needs, else one without CUDA, and it alone."""
+    if shutil.which("nvidia-smi"):
+        return [TORCH]
+    return [*torch_index.index_options(), "--no-deps", torch_index.cpu_build(TORCH)]
 
 
 def _call(command: Sequence[str], output: BinaryIO, variables: Mapping[str, str], folder: Path) -> int:

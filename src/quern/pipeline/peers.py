@@ -258,7 +258,7 @@ def _one_line(error: QuernError) -> str:
 def catalogue(environments: Path | None = None) -> list[dict[str, Any]]:
     """Every known tool with all that its adapter declares: ``name``, ``tool``, ``package``, ``also``, ``modules``,
     ``installed`` (version or None), ``written_for``, ``install`` (what makes its environment), ``requirements``,
-    ``no_build_isolation``, ``environment``, ``licence``, ``homepage``, ``runtime``, ``targets``, ``devices``, ``folder`` and
+    ``sources``, ``environment``, ``licence``, ``homepage``, ``runtime``, ``targets``, ``devices``, ``folder`` and
     ``variants`` (``name``, ``bits``, ``settings``, ``calibrated``, ``default``).
     """
     found = []
@@ -276,7 +276,7 @@ def catalogue(environments: Path | None = None) -> list[dict[str, Any]]:
                 "written_for": peer.versions,
                 "install": f"quern peers install {name}",
                 "requirements": list(peer.requirements),
-                "no_build_isolation": peer.no_build_isolation,
+                "sources": list(peer.sources),
                 "environment": dict(peer.environment),
                 "licence": peer.licence,
                 "runtime": peer.runtime,

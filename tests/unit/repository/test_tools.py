@@ -106,7 +106,20 @@ def test_the_first_good_python_is_taken(tmp_path):
 def test_make_lists_its_targets():
     told = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert [line.split()[1] for line in told.splitlines()] == (
-        ["help", "install", "demo", "test", "check", "format", "readme", "clean"]
+        [
+            "help",
+            "install",
+            "demo",
+            "test",
+            "check",
+            "format",
+            "readme",
+            "lock",
+            "lock-peers",
+            "test-latest",
+            "test-lowest",
+            "clean",
+        ]
     )
 
 

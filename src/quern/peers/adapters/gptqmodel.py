@@ -19,7 +19,7 @@ class GptqModel(Peer):
     modules = ("gptqmodel",)
     versions = ">=7.6.0,<7.7"
     requirements = ("transformers==5.23.0", "ninja==1.13.2", "gptqmodel==7.6.0")
-    no_build_isolation = True
+    sources = ("gptqmodel", "defuser", "device-smi", "logbar", "pypcre", "tokenicer")
     licence = "Apache-2.0"
     homepage = "https://github.com/ModelCloud/GPTQModel"
     runtime = "transformers with GPTQModel's CPU kernels"

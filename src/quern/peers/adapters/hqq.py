@@ -20,11 +20,13 @@ class Hqq(Peer):
     modules = ("hqq.core.quantize", "hqq.models.hf.base")
     versions = ">=0.2.8,<0.3"
     requirements = ("transformers==5.23.0", "hqq==0.2.8")
+    sources = ("hqq",)
     licence = "Apache-2.0"
     homepage = "https://github.com/mobiusml/hqq"
     runtime = "transformers with HQQ's torch path"
     targets = ("transformers",)
     devices = ("cpu", "cuda")
+    environment = {"DISABLE_CUDA": "1"}  # its set-up compiles kernels that are not used here
     variants = (
         Variant(name="int4-g64", bits=4, settings={"nbits": 4, "group_size": 64, "axis": 1}),
         Variant(name="int3-g64", bits=3, settings={"nbits": 3, "group_size": 64, "axis": 1}),

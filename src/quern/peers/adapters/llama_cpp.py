@@ -18,7 +18,7 @@ from typing import Any
 
 from quern.core.engine import LoadedModel
 from quern.core.parallel import available_threads
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, PIP, Job, Peer, Variant
 from quern.peers.llama_convert import ANNOUNCEMENT
 
 VERSION = "0.3.36"
@@ -48,7 +48,15 @@ class LlamaCpp(Peer):
     package = "llama-cpp-python"
     modules = ("llama_cpp", "gguf")
     versions = ">=0.3.36,<0.4"
-    requirements = ("cmake==4.4.4", "ninja==1.13.2", "sentencepiece==0.2.3")
+    requirements = (
+        "transformers==5.23.0",
+        "cmake==4.4.4",
+        "ninja==1.13.2",
+        "scikit-build-core>=0.9.2",
+        "sentencepiece==0.2.3",
+        f"llama-cpp-python=={VERSION}",
+    )
+    sources = ("llama-cpp-python",)
     licence = "MIT"
     homepage = "https://github.com/ggml-org/llama.cpp"
     runtime = "libllama"
@@ -68,15 +76,15 @@ class LlamaCpp(Peer):
         _type("IQ2_XXS", 2),
     )
 
-    def build(self, prefix: Path, run: Callable[[Sequence[str]], None]) -> None:
+    def build(self, prefix: Path, run: Callable[[Sequence[str]], None], sources: Path) -> None:
         """Fetch the source distribution, install its Python part, compile its llama.cpp, keep what is used of both."""
         python, work, home = str(prefix / "bin" / "python"), prefix / "llama.cpp.build", prefix / "llama.cpp"
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-        source = f"llama-cpp-python=={VERSION}"
-        run([*pip, "download", "--no-binary", "llama-cpp-python", "--no-deps", "--dest", str(work), source])
+        pip, unlocked_nothing = [python, *PIP], ["--no-deps", "--no-build-isolation"]
+        only_source = ["--require-hashes", "--no-binary", "llama-cpp-python"]
+        run([*pip, "download", *unlocked_nothing, *only_source, "--dest", str(work), "-r", str(sources)])
         (archive,) = work.glob("llama_cpp_python-*.tar.gz")
         without = [f"--config-settings=cmake.define.{part}=OFF" for part in ("LLAMA_BUILD", "LLAVA_BUILD")]
-        run([*pip, "install", *without, str(archive)])
+        run([*pip, "install", *unlocked_nothing, *without, str(archive)])
         with tarfile.open(archive) as packed:
             packed.extractall(work, filter="data")
         (tree,) = work.glob("llama_cpp_python-*/vendor/llama.cpp")

@@ -44,7 +44,13 @@ class OnnxRuntime(Peer):
     also = ("onnxruntime-genai", "onnx", "onnx-ir")
     modules = ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir")
     versions = ">=1.31,<2"
-    requirements = ("onnxruntime==1.31.1", "onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnx-ir==1.1.0")
+    requirements = (
+        "transformers==5.23.0",
+        "onnxruntime==1.31.1",
+        "onnxruntime-genai==0.18.0",
+        "onnx==1.23.2",
+        "onnx-ir==1.1.0",
+    )
     licence = "MIT"
     homepage = "https://github.com/microsoft/onnxruntime"
     runtime = "onnxruntime CPU provider"
