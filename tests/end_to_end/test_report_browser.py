@@ -174,9 +174,9 @@ def test_rows_without_a_number_are_sorted_last_both_ways_and_named_under_the_cha
 
 def test_scenario_tabs_show_one_panel_each(page: Page):
     shown = [panel.get_attribute("id") for panel in page.all(".panel") if panel.is_displayed()]
-    assert shown == ["panel-balanced"]
+    assert shown == ["panel-overall"]
     page.click("#tab-storage")
-    assert not page.one("#panel-balanced").is_displayed()
+    assert not page.one("#panel-overall").is_displayed()
     assert page.one("#panel-storage h3").text == "compact"
     assert "80.2 % smaller" in page.one("#panel-storage .why").text
     page.one("#tab-storage").send_keys(Keys.ARROW_RIGHT)
@@ -287,6 +287,49 @@ def test_page_never_scrolls_sideways(page: Page, width: int):
     if width < 720:
         page.one("#sort").send_keys("Size")
         assert page.names()[0] == "tiny2"
+
+
+@pytest.mark.parametrize("width", [1200, 1280, 1600])
+@pytest.mark.parametrize("results", [sample_results(), sample_tool_results()], ids=["one tool", "several tools"])
+def test_no_column_hides_behind_a_scroll_bar(page: Page, results: Results, width: int):
+    page.resize(width, 900)
+    page.open(results)
+    room, taken = page.browser.execute_script(
+        "const card = document.querySelector('#rows').closest('.table-card'); return [card.clientWidth, card.scrollWidth]"
+    )
+    assert taken <= room
+
+
+OVERLAPS = """
+const boxes = (selector) => [...document.querySelectorAll(selector)].map((found) => found.getBoundingClientRect());
+const meet = (one, other) =>
+  one.left < other.right && other.left < one.right && one.top < other.bottom && other.top < one.bottom;
+const ticks = boxes("#scatter .tick");
+const others = [...boxes("#scatter .axis"), ...ticks];
+return ticks.flatMap((tick) => others.filter((other) => other !== tick && meet(tick, other))).length;
+"""
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize(("across", "up"), [("size", "kl"), ("kl", "size"), ("kl", "decode")])
+def test_labels_of_axes_cover_nothing_however_long_they_are(page: Page, across: str, up: str, width: int):
+    """A KL of 5e-8 gives labels such as 0.0000001."""
+    tiny = make_row("tiny", kl_mean=5e-8, kl_ci95=None, bytes=900)
+    rows = [make_reference(), tiny, make_row("half", bytes=500), make_row("quarter", bytes=250, kl_mean=0.3)]
+    page.resize(width, 900)
+    page.open(sample_with(rows, recommend(rows, "overall")))
+    Select(page.one("#axis-x")).select_by_value(across)
+    Select(page.one("#axis-y")).select_by_value(up)
+    if up == "kl":
+        assert "0.0000001" in page.ticks().split()
+    assert len(page.ticks().split()) > 4
+    assert "e-" not in page.ticks()
+    assert page.browser.execute_script(OVERLAPS) == 0
+    page.browser.execute_script(
+        "const [one, other] = document.querySelectorAll('#scatter .tick');"
+        "for (const name of ['x', 'y']) one.setAttribute(name, other.getAttribute(name))"
+    )
+    assert page.browser.execute_script(OVERLAPS) > 0, "the measure can fail"
 
 
 def test_hostile_names_do_not_run(page: Page):

@@ -2,6 +2,7 @@
 
 const axes = { x: "size", y: "kl" };
 const margin = { top: 18, right: 26, bottom: 50, left: 72 };
+const TITLE_ROOM = 40; // of the upright axis title and the gaps on both sides of the labels
 const ZERO_BAND = 30;
 const MANY = 15;
 
@@ -75,13 +76,30 @@ function frontOf(rows, x, y) {
     .sort((one, other) => one.values[x.key] - other.values[x.key]);
 }
 
+// Pixels that the longest of these labels takes.
+function widestLabel(canvas, column, ticks) {
+  const widths = ticks.map((tick) => {
+    const label = shape("text", { class: "tick" }, tickText(column, tick));
+    canvas.append(label);
+    const width = label.getBBox().width;
+    label.remove();
+    return width;
+  });
+  return Math.max(0, ...widths);
+}
+
 function drawAxes(canvas, x, y, scales, size) {
   const bottom = size.height - margin.bottom;
   const right = size.width - margin.right;
+  let edge = 0;
   for (const tick of scales.x.ticks) {
     const at = scales.x.at(tick);
     canvas.append(shape("line", { class: "grid", x1: at, x2: at, y1: margin.top, y2: bottom }));
-    canvas.append(shape("text", { class: "tick", x: at, y: bottom + 20, "text-anchor": "middle" }, tickText(x, tick)));
+    const label = shape("text", { class: "tick", x: at, y: bottom + 20, "text-anchor": "middle" }, tickText(x, tick));
+    canvas.append(label);
+    const box = label.getBBox();
+    if (box.x < edge) label.remove();
+    else edge = box.x + box.width + 8;
   }
   for (const tick of scales.y.ticks) {
     const at = scales.y.at(tick);
@@ -218,10 +236,10 @@ function drawChart() {
   if (left.length > 0) notes.push(`Not shown, because not measured: ${left.join(", ")}.`);
   byId("chart-note").textContent = notes.join(" ");
   if (rows.length === 0) return;
-  const scales = {
-    x: scaleOf(x, rows, margin.left + 8, size.width - margin.right, Math.max(4, Math.floor(size.width / 130))),
-    y: scaleOf(y, rows, size.height - margin.bottom - 8, margin.top, 6),
-  };
+  const upright = scaleOf(y, rows, size.height - margin.bottom - 8, margin.top, 6);
+  margin.left = Math.max(72, widestLabel(canvas, y, upright.ticks) + TITLE_ROOM);
+  const across = scaleOf(x, rows, margin.left + 8, size.width - margin.right, Math.max(4, Math.floor(size.width / 130)));
+  const scales = { x: across, y: upright };
   const label = drawAxes(canvas, x, y, scales, size);
   const taken = [...label, ...drawFront(canvas, rows, x, y, scales)];
   // Large marks first, so that small ones stay within reach; the recommended one on top of all.

@@ -21,7 +21,14 @@ function shape(tag, attributes = {}, text = null) {
   return made;
 }
 
-const significant = (value) => String(Number(value.toPrecision(3)));
+// Three digits, and never an exponent.
+function significant(value) {
+  const rounded = Number(value.toPrecision(3));
+  const text = String(rounded);
+  if (!text.includes("e-")) return text;
+  const places = 2 - Math.floor(Math.log10(Math.abs(rounded)));
+  return rounded.toFixed(Math.min(places, 20)).replace(/0+$/, "");
+}
 
 // Errors span many powers of ten.
 const errorText = (value) => value === 0 || value >= 0.001 ? significant(value) : value.toExponential(1);
