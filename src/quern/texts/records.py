@@ -131,7 +131,7 @@ def _string(record: Any, name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise RecordError(f"has a {type(value).__name__} under {name!r}, not a text")
+        raise RecordError(f"has a value of type {type(value).__name__} under {name!r}, not a text")
     return value
 
 
@@ -141,7 +141,7 @@ def _strings(record: Any, names: Sequence[str]) -> list[str]:
 
 def _whole_text(record: Any) -> str:
     if not isinstance(record, str):
-        raise RecordError(f"is a {type(record).__name__}, not a text as the first one")
+        raise RecordError(f"is of type {type(record).__name__}, not a text as the first one")
     return record
 
 
@@ -180,7 +180,7 @@ def _messages(value: Any) -> list[dict[str, str]]:
         role = item["role"] if "role" in item else item["from"]
         content = _content(item["content"] if "content" in item else item["value"])
         if not isinstance(role, str):
-            raise RecordError(f"has a message whose role is a {type(role).__name__}")
+            raise RecordError(f"has a message whose role is of type {type(role).__name__}")
         found.append({"role": _ROLES.get(role, role), "content": content})
     return found
 

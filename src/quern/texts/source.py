@@ -84,7 +84,8 @@ class Reading:
             return self._text.suspicion
         if self._form is None:
             return None
-        count = f"{self._records} records" if self._whole else f"the first {self._records} records"
+        records = "1 record" if self._records == 1 else f"{self._records} records"
+        count = records if self._whole else f"the first {records}"
         left_out = f", {self._empty} empty ones left out" if self._empty else ""
         return f"{self._text.name}: {self._text.format}, {self._form.how}, {count}{left_out}"
 

@@ -203,10 +203,10 @@ def test_a_template_that_refuses_is_named_with_the_record(write):
         ("a.json", '["", " "]', "no text"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": nonsense of more letters}\n', "line 3 is not JSON"),
         ("a.jsonl", '{"text": "a"}\n{"words": "b"}\n', "record 2 has no field 'text'"),
-        ("a.jsonl", '{"text": "a"}\n{"text": 5}\n', "record 2 has a int under 'text'"),
+        ("a.jsonl", '{"text": "a"}\n{"text": 5}\n', "record 2 has a value of type int under 'text'"),
         ("a.jsonl", '{"messages": "hello"}\n', "record 1 holds no list of messages"),
-        ("a.jsonl", '{"messages": [{"role": 1, "content": "a"}]}\n', "role is a int"),
-        ("a.jsonl", '"a"\n{"text": "b"}', "record 2 is a dict, not a text"),
+        ("a.jsonl", '{"messages": [{"role": 1, "content": "a"}]}\n', "role is of type int"),
+        ("a.jsonl", '"a"\n{"text": "b"}', "record 2 is of type dict, not a text"),
         ("a.csv", "words,id\na,1\n", "record 1 has the fields 'words', 'id'"),
         ("a.csv", "text,text\na,1\n", "names a field twice"),
         ("a.csv", "text,id\na,1\nb,c,2\n", "line 3 has 3 fields, the first row names 2"),
@@ -249,7 +249,7 @@ def test_only_what_is_asked_for_is_read(write):
     reading = read_text(path).read()
     for _ in reading:
         break
-    assert reading.note == "a.jsonl: JSON, field text, the first 1 records"
+    assert reading.note == "a.jsonl: JSON, field text, the first 1 record"
 
 
 def test_half_characters_in_json(write):
