@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from quern.cli import options
 from quern.cli.outcome import say, show, verb, working
@@ -25,34 +26,39 @@ def list_peers(json: options.Json = False) -> None:
 
 
 @verb("quern peers install hqq llama.cpp")
-def install(names: Names) -> None:
+def install(names: Names, json: options.Json = False) -> None:
     """Make the environment of each tool in quern's cache folder; one that is there already stays as it is.
 
     Exit code 1 if one of them could not be installed.
     """
     from quern.peers.environment import Environment, PeerError
 
-    failed = []
+    found: list[dict[str, str | None]] = []
     with working() as progress:
         for name in _known(names):
             try:
                 installed = Environment.of(name).install(progress)
+                found.append({"name": name, "installed": installed.version, "problem": None})
                 progress.log(f"{name} {installed.version} is installed")
             except PeerError as error:
-                failed.append(str(error))
-    for message in failed:
-        say(message, stderr=True)
-    if failed:
+                found.append({"name": name, "installed": None, "problem": error.on_command_line})
+    problems = [one["problem"] for one in found if one["problem"]]
+    if json:
+        show(found, True, str)
+    else:
+        for problem in problems:
+            say(problem, stderr=True)
+    if problems:
         raise typer.Exit(1)
 
 
 @verb("quern peers remove hqq")
-def remove(names: Names) -> None:
+def remove(names: Names, json: options.Json = False) -> None:
     """Delete the environments of these tools."""
     from quern.peers.environment import Environment
 
-    for name in _known(names):
-        say(f"{name}: removed" if Environment.of(name).remove() else f"{name}: was not installed")
+    found = [{"name": name, "removed": Environment.of(name).remove()} for name in _known(names)]
+    show(found, json, lambda _: Text("\n".join(map(_removed, found))))
 
 
 @verb("quern peers doctor")
@@ -75,6 +81,10 @@ def doctor(json: options.Json = False) -> None:
     show(found, json, render_peers.health)
     if any(health.healthy is False for health in found):
         raise typer.Exit(1)
+
+
+def _removed(one: dict[str, Any]) -> str:
+    return f"{one['name']}: removed" if one["removed"] else f"{one['name']}: was not installed"
 
 
 def _known(names: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from rich.text import Text
 from quern.cli.columns import COLUMNS, add, duration, heading, interval, number, percent, size
 from quern.cli.columns import table as plain_table
 from quern.cli.comparison import Comparison, remarks
+from quern.core.figures import significant
 from quern.core.results import Recommendation, Results, Row
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ WORST_LINEARS = 5
 def results(found: Results) -> RenderableType:
     """The comparison's table, where each row stands, what failed, and the recommendation."""
     noise = {item.kl_noise_floor for item in found.rows if item.kl_noise_floor is not None}
-    floor = [Text(f"KL noise floor: {max(noise):.2g} nats a token", style="dim")] if noise else []
+    floor = [Text(f"KL noise floor: {significant(max(noise), 2)} nats a token", style="dim")] if noise else []
     return Group(Comparison(found), *floor, *remarks(found), Text(), recommendation(found.recommendation))
 
 

@@ -51,7 +51,7 @@ SURFACE = {
     "probe": {"--json"},
     "recipes": {"--json"},
 }
-PEERS = {"list": {"--json"}, "install": {"NAME..."}, "remove": {"NAME..."}, "doctor": {"--json"}}
+PEERS = {"list": {"--json"}, "install": {"NAME...", "--json"}, "remove": {"NAME...", "--json"}, "doctor": {"--json"}}
 BEFORE_THE_VERB = {"--debug", "--version"}
 NAMES = [function.__name__ for function in VERBS]
 
@@ -74,7 +74,7 @@ def test_verbs_and_their_options():
 
 
 def test_every_verb_prints_json():
-    assert all("--json" in options for options in SURFACE.values())
+    assert all("--json" in options for options in (*SURFACE.values(), *PEERS.values()))
 
 
 @pytest.mark.parametrize("name", NAMES)

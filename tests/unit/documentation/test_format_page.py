@@ -12,7 +12,7 @@ from tiny_model import tiny_config, write_model
 from quern.checkpoint.safetensors_file import DTYPES, read_header, read_tensor
 from quern.codecs.base import CODECS
 from quern.core.artifact import VERSION, module_schemes
-from quern.core.recipe import WeightScheme
+from quern.core.recipe import WeightScheme, load_recipe
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "format.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -43,7 +43,10 @@ def test_the_page_is_about_this_version():
     assert PAGE.startswith(f"# The quern format, version {VERSION}\n")
     example = json.loads(re.search(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)[1])
     assert example["format_version"] == VERSION
-    assert set(module_schemes(example)) == {"model.layers.0.mlp.down_proj"}
+    ((module, scheme),) = module_schemes(example).items()
+    recipe = load_recipe(example["recipe"]["name"])
+    assert example["modules"][module] == recipe.scheme_for(module).model_dump(mode="json")
+    assert scheme == recipe.scheme_for("model.layers.0.mlp.down_proj")
 
 
 def test_the_tables_name_every_key(tiny_model, tiny_text, tmp_path):
