@@ -13,7 +13,9 @@ import quern.pipeline.quantize as job
 from quern.core.artifact import module_schemes
 from quern.engines.cpu import CpuEngine
 from quern.engines.reference import load as load_reference
+from quern.loading.fitting import open_model
 from quern.pipeline.quantize import quantize
+from quern.pipeline.rows import contender_of
 
 IDS = torch.randint(0, 296, (1, 60), generator=torch.Generator().manual_seed(4))
 STEP = 2.0**-20
@@ -129,6 +131,9 @@ def test_a_run_that_was_cut_off_remembers_them(skewed, tmp_path, monkeypatch):
     assert report.resumed
     whole = quantize(skewed, tmp_path / "whole", recipe=recipe)
     assert report.notes == whole.notes != []
+    again = quantize(skewed, tmp_path / "whole", recipe=recipe)
+    assert again.notes == ["was finished already", *whole.notes]
+    assert list(contender_of(open_model(tmp_path / "whole")).notes) == whole.notes, "comparisons show it too"
     assert (tmp_path / "artifact/config.json").read_bytes() == (tmp_path / "whole/config.json").read_bytes()
 
 

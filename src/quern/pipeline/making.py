@@ -14,6 +14,7 @@ from quern.engines.base import engine_for
 from quern.loading.fitting import open_model
 from quern.pipeline.quantize import quantize
 from quern.pipeline.rows import Contender
+from quern.pipeline.scales import notes_of
 from quern.texts.source import Text
 
 
@@ -67,4 +68,5 @@ def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
         layers=tuple(report.layers),
         engine=engine_for(made, engine),
         sha256=sha256,
+        notes=tuple(notes_of(made)),
     )

@@ -17,6 +17,7 @@ from quern.core.errors import BadFileError
 from quern.core.results import LayerError, Row, Tool
 from quern.evaluation.accuracy import Accuracy
 from quern.evaluation.speed import Speed
+from quern.pipeline.scales import notes_of
 from quern.pipeline.stored import Stored
 from quern.pipeline.worker_process import OURS, Launch
 
@@ -66,7 +67,7 @@ def contender_of(checkpoint: Checkpoint, engine: str = "reference") -> Contender
             raise BadFileError(provenance, f"is not what quern writes: {error}", "Quantize the model again") from None
     return Contender(
         name=name, path=checkpoint.path, recipe=recipe, layers=tuple(layers), engine=engine, original_sha256=made_from,
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *notes_of(checkpoint)),
     )  # fmt: skip
 
 

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from quern.architectures.base import Architecture
+from quern.checkpoint.checkpoint import Checkpoint
 from quern.codecs.base import CODECS, Codec
+from quern.core.artifact import METHOD, module_schemes, quantization_of
 from quern.core.parallel import Workers, pieces
-from quern.core.recipe import WeightScheme
+from quern.core.recipe import WeightScheme, parse_recipe
 
 NARROW, WIDE = "float16", "bfloat16"
 LEAST, GREATEST = 2.0**-20, 2.0**15
@@ -50,12 +53,24 @@ def note(dtypes: Mapping[str, str]) -> list[str]:
     """What whoever quantizes should know of these changes."""
     if not dtypes:
         return []
-    examples = ", ".join(list(dtypes)[:3]) + (" ..." if len(dtypes) > 3 else "")
+    examples = ", ".join(sorted(dtypes)[:3]) + (" ..." if len(dtypes) > 3 else "")
     modules = "1 module stores its" if len(dtypes) == 1 else f"{len(dtypes)} modules store their"
     return [
         f"{modules} scales as {WIDE} in place of {NARROW}, in as many bytes, because of scales below {LEAST:.2g} or beyond "
         f"{GREATEST:g}, which {NARROW} cannot hold well: {examples}"
     ]
+
+
+def notes_of(artifact: Checkpoint) -> list[str]:
+    """The same of an artifact in quern's own format, which holds both its recipe and what was stored; else nothing."""
+    config = quantization_of(artifact.config)
+    if config is None or config.get("quant_method") != METHOD or "recipe" not in config:
+        return []
+    recipe = parse_recipe(config.get("recipe"), "of the artifact")
+    outer = {Architecture.embedding: recipe.embedding, Architecture.head: recipe.head}
+    stored = module_schemes(config)
+    asked = {name: outer.get(name) or recipe.scheme_for(name) for name in stored}
+    return note({n: s.scale_dtype for n, s in stored.items() if s.scale_dtype != asked[n].scale_dtype})
 
 
 def _holds(codec: Codec, weight: Tensor, workers: Workers) -> bool:
