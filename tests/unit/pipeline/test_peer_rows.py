@@ -354,6 +354,6 @@ def test_the_table_shows_devices_and_how_to_install(fake):
     console = Console(file=io.StringIO(), width=200)
     console.print(render_peers.peers(catalogue(fake)))
     lines = console.file.getvalue().splitlines()
-    (line,) = [line for line in lines if line.startswith("hqq ")]
+    (line,) = [line for line in lines if line.strip().startswith("hqq ")]
     assert "cpu, cuda" in line
     assert "quern peers install NAME" in console.file.getvalue()
