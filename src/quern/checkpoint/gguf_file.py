@@ -188,7 +188,7 @@ def _dequantized(path: Path, tensor: GgufTensor, info: TensorInfo) -> torch.Tens
         if tensor.kind in GGML_DTYPES:
             file.fill(result.numpy().data, tensor.begin)
             return result.view(dtype).view(info.shape)
-        values = result.view(dtype).view(-1, info.shape[-1])
+        values = result.view(dtype).view(-1, info.shape[-1]).numpy()  # whose copies need no threads to wait for
         row_bytes = (tensor.end - tensor.begin) // values.shape[0]
         step = max(1, _VALUES_AT_ONCE // info.shape[-1])
         for row in range(0, values.shape[0], step):
@@ -196,5 +196,5 @@ def _dequantized(path: Path, tensor: GgufTensor, info: TensorInfo) -> torch.Tens
             raw = np.frombuffer(file.read(tensor.begin + row * row_bytes, rows * row_bytes), np.uint8)
             with np.errstate(all="ignore"):  # damaged scales give NaN, which whoever uses the weights checks for
                 decoded = dequantize(raw.reshape(1, -1), GGMLQuantizationType(tensor.kind))
-            values[row : row + rows] = torch.from_numpy(np.ascontiguousarray(decoded)).view(rows, -1)
+            values[row : row + rows] = decoded.reshape(rows, -1)
     return result.view(dtype).view(info.shape)
