@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from quern.checkpoint.counts import check_counts
 from quern.checkpoint.files import sha256_into
 from quern.checkpoint.folder import CONFIG, INDEX, open_folder
 from quern.checkpoint.head import EMBEDDING, HEAD, with_true_head
@@ -25,11 +26,6 @@ from quern.checkpoint.tokenizer import tokenizer_files
 from quern.core.errors import BadFileError, UserError
 from quern.core.progress import Progress, Silent
 
-_LARGEST = {
-    "hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": 2**16, "num_attention_heads": 2**16,
-    "head_dim": 2**16, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1,
-}  # fmt: skip
-"""Far beyond every model; what is larger would have model classes loop, or allocate, for ever."""
 _CHUNK = 1 << 22
 _ALLOWED = (
     "Give a Hugging Face folder (config.json and *.safetensors), a Hub id such as Qwen/Qwen2.5-0.5B, or a .gguf file"
@@ -175,15 +171,7 @@ def open_checkpoint(model: str | Path, *, progress: Progress | None = None) -> C
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
     """The same, unless its configuration counts what no model has."""
     config, tensors = checkpoint.config, len(checkpoint.source.infos)
-    for key, largest in _LARGEST.items():
-        count = config.get(key)
-        if key == "head_dim" and count is None:  # then it follows from the others
-            continue
-        if key in config and (type(count) is not int or not 0 < count <= largest):
-            raise BadFileError(
-                checkpoint.path, f"its configuration has {key} {str(count)[:40]}; it must be an integer from 1 to {largest}",
-                "Check that config.json belongs to these weights",
-            )  # fmt: skip
+    check_counts(checkpoint.path, config)
     if config.get("num_hidden_layers", 1) > tensors:
         raise BadFileError(
             checkpoint.path, f"its configuration has {config['num_hidden_layers']} layers, its weights {tensors} tensors",

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quern.checkpoint.counts import check_counts
 from quern.checkpoint.files import InputFile, read_json, refuse_pointer, write_bytes
+from quern.checkpoint.folder import CONFIG
 from quern.checkpoint.gguf_tokenizer import load_gguf_tokenizer
 from quern.core.errors import BadFileError, UserError
 
@@ -65,6 +67,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         with InputFile(file) as opened:
             refuse_pointer(opened)
     _check_packages(path)
+    if (path / CONFIG).is_file():  # which transformers builds a model's configuration of, only to load a tokenizer
+        check_counts(path, read_json(path / CONFIG))
     tokenizer = _load(path)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(

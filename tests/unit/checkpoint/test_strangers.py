@@ -46,6 +46,13 @@ def test_so_are_those_among_the_tokenizers_files(name, folder, tmp_path):
             use(folder)
 
 
+def test_a_configuration_that_counts_for_ever_keeps_no_tokenizer_waiting(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2**53}))
+    with pytest.raises(UserError, match="num_hidden_layers 9007199254740992; it must be an integer from 1"):
+        load_tokenizer(folder)
+
+
 def test_a_gguf_may_be_one_too(tmp_path):
     (tmp_path / "m.gguf").write_text(POINTER)
     with pytest.raises(UserError, match=r"m\.gguf: is only a pointer of git-lfs"):
