@@ -236,7 +236,7 @@ def _write_metadata(job: Job, schemes: dict[str, WeightScheme], fingerprint: dic
 
 def _finished(output: Path, recipe: Recipe, checkpoint: Checkpoint, layers: list[dict[str, Any]]) -> QuantizeReport:
     """The report of an artifact that an earlier run of the same job made."""
-    notes = ["was finished already", *scales.notes_of(open_model(output))]
+    notes = ["was finished already", *scales.notes_of(open_model(output.resolve()))]
     return _report(output, recipe, checkpoint, None, layers, True, notes)
 
 
