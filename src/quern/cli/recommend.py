@@ -24,7 +24,7 @@ def recommend(
         typer.Option(
             parser=options.scenario_named, metavar="NAME", help=f"{options.SCENARIOS}; mix: as --weights says."
         ),
-    ],
+    ] = "overall",
     weights: Annotated[
         str | None,
         typer.Option(

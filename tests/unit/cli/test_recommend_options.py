@@ -84,3 +84,12 @@ def test_what_is_no_limit_is_refused(results, options, said):
     ended = CliRunner().invoke(app, ["recommend", results, *options], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert ended.exit_code == 2
     assert said in ended.stderr
+
+
+def test_the_scenario_is_the_one_of_a_comparison_and_has_its_former_name(results):
+    usual = asked(results)
+    assert usual["scenario"] == "overall"
+    assert asked(results, "--scenario", "balanced") == usual
+    ended = CliRunner().invoke(app, ["recommend", results, "--scenario", "taste"])
+    assert ended.exit_code == 2
+    assert "storage, speed, overall, mix" in " ".join(ended.stderr.replace("│", " ").split())

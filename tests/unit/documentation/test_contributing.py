@@ -25,7 +25,7 @@ def copy(tmp_path_factory) -> Path:
     """The repository as a contributor has it after the walk-through."""
     folder = tmp_path_factory.mktemp("contributor")
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("src", "tests/contract"):
+    for name in ("src", "tests/contract", "requirements"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
     for name in ("pyproject.toml", *(path.name for path in (ROOT / "tests").glob("*.py"))):
