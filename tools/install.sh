@@ -13,4 +13,4 @@ pip() { "$venv/bin/python" -m pip --quiet --quiet install "$@"; } # twice quiet:
 "$venv/bin/python" tools/install_torch.py --torch "${TORCH:-}" --index "${TORCH_INDEX:-}"
 pip --no-deps --only-binary :all: ${hashes[@]+"${hashes[@]}"} --requirement "$list"
 # Environments do not share a build folder: it remembers where the tools of one lie.
-pip --no-deps --no-build-isolation --config-settings "build-dir=build/${venv##*/}-{wheel_tag}" --editable .
+pip --no-deps --no-build-isolation --config-settings "build-dir=build/${venv##*.}-{wheel_tag}" --editable .

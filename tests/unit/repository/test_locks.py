@@ -28,7 +28,7 @@ PLACES = [
     {"python_version": python, "python_full_version": f"{python}.4", "platform_machine": machine}
     | {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "implementation_name": "cpython"}
     | {"platform_python_implementation": "CPython", "extra": ""}
-    for python, machine in product(("3.11", "3.12", "3.13"), ("x86_64", "aarch64"))
+    for python, machine in product(("3.11", "3.12", "3.13", "3.14"), ("x86_64", "aarch64"))
 ]
 FILES = [*sorted((ROOT / "requirements").glob("*.txt")), *sorted(LOCKS.glob("*.txt"))]
 WITH_HASHES = [file for file in FILES if file.name != "torch.txt"]
@@ -81,8 +81,8 @@ def test_the_locks_hold_what_pyproject_asks_for(name):
 def test_what_is_missing_or_too_old_is_seen():
     known = [Requirement("numpy==2.4.6; python_version < '3.13'"), Requirement("rich==15.0.0")]
     assert unmet(["rich>=14,<16", "torch>=2"], known) == []
-    assert len(unmet(["numpy>=2"], known)) == 2
-    assert len(unmet(["rich>=16", "gguf>=0.1"], known)) == 12
+    assert len(unmet(["numpy>=2"], known)) == 4
+    assert len(unmet(["rich>=16", "gguf>=0.1"], known)) == 16
 
 
 def test_one_lock_contains_the_other():
