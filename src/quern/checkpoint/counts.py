@@ -10,7 +10,7 @@ from quern.core.errors import BadFileError
 
 _LARGEST = {
     "hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": 2**16, "num_attention_heads": 2**16,
-    "head_dim": 2**16, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1,
+    "head_dim": 2**16, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1, "sliding_window": 2**31 - 1,
 }  # fmt: skip
 """Far beyond every model."""
 
@@ -19,7 +19,9 @@ def check_counts(path: Path, config: Mapping[str, Any]) -> None:
     """Raise ``BadFileError`` for a ``config`` of ``path`` that counts what no model has."""
     for key, largest in _LARGEST.items():
         count = config.get(key)
-        if key == "head_dim" and count is None:  # then it follows from the others
+        if key in ("head_dim", "sliding_window") and count is None:  # follows from the others; no window
+            continue
+        if key == "sliding_window" and config.get("use_sliding_window") is False:
             continue
         if key in config and (type(count) is not int or not 0 < count <= largest):
             raise BadFileError(

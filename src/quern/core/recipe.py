@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -246,7 +247,33 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         )
     content = decode_utf8(f"recipe {path}", path.read_bytes())
     try:
-        data = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        if path.suffix == ".json":
+            data = json.loads(content, object_pairs_hook=_unique)
+        else:
+            data = yaml.load(content, _UniqueLoader)
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: also dates and numbers that Python has not
         raise UserError(f"recipe {path} is neither YAML nor JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"recipe {path} is nested too deeply") from None
+    if not isinstance(data, dict):
+        what = "is empty" if data is None else f"is not a set of keys but a {type(data).__name__}"
+        raise UserError(f"recipe {path} {what}. It needs at least a name, such as: name: mine")
     return parse_recipe(data, text)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping whose keys differ; of two that are equal the first would be ignored silently. Raises ``ValueError``."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"it names {str(key)[:80]!r} twice")
+    return dict(pairs)
+
+
+class _UniqueLoader(yaml.SafeLoader):
+    """YAML without code, and without keys that occur twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        made: dict[Any, Any] = super().construct_mapping(node, deep)  # refuses keys that cannot be keys
+        _unique([(self.construct_object(key, deep=True), None) for key in own])
+        return made

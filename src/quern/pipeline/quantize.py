@@ -36,6 +36,7 @@ from quern.pipeline.calibration_text import CalibrationText
 from quern.pipeline.job import Job, decoder_linears, quantized_modules
 from quern.pipeline.outer import quantize_outer, start_chain
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target
+from quern.pipeline.stopping import named_ends
 from quern.pipeline.stored import source_notes
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
@@ -94,6 +95,7 @@ def quantize(
     architecture = architecture_of(checkpoint.config)
     schemes, where = _check(chosen, architecture), _device(device)
     tokenizer = usable_tokenizer(checkpoint.path, chosen.needs_calibration)
+    named_ends(checkpoint)  # the artifact takes the file over and could not generate with a bad one
     text = CalibrationText(calibration, tokenizer, chosen.calibration) if chosen.needs_calibration else None
     fingerprint = _fingerprint(checkpoint, chosen, text, seed, device, progress)
     if (layers := finished_layers(target, fingerprint, fresh)) is not None:

@@ -16,9 +16,18 @@ from quern.texts.turns import turn_end
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
-    """The union of ``eos_token_id`` in generation_config.json and config.json, the tokenizer's, and the turn's end.
+    """The union of what the files name (``named_ends``), the tokenizer's own, and the turn's end.
 
     Raises ``BadFileError`` where a file names something that is no token.
+    """
+    ends = (tokenizer.eos_token_id, turn_end(tokenizer))
+    return frozenset(named_ends(checkpoint).union(token for token in ends if token is not None))
+
+
+def named_ends(checkpoint: Checkpoint) -> set[int]:
+    """``eos_token_id`` of generation_config.json and of config.json.
+
+    Raises ``BadFileError`` where it is no token, or where generation_config.json is malformed.
     """
     generation = checkpoint.path / "generation_config.json"
     configs = [read_json(generation)] if generation.is_file() else []
@@ -29,5 +38,4 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
         if not all(type(token) is int for token in tokens):
             raise BadFileError(checkpoint.path, f"eos_token_id is {json.dumps(named)[:80]}, which is no token number")
         found.update(tokens)
-    ends = (tokenizer.eos_token_id, turn_end(tokenizer))
-    return frozenset(found.union(token for token in ends if token is not None))
+    return found

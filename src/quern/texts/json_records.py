@@ -108,6 +108,8 @@ def _value(buffer: _Buffer) -> Any:
             if not buffer.more():
                 raise buffer.error(problem, error.pos - start) from None
             continue
+        except ValueError:  # the digits that Python makes a number of are limited
+            raise buffer.error("holds a number with thousands of digits") from None
         if end == len(buffer.text) and buffer.more():
             continue  # a number may go on
         buffer.at = min(end, len(buffer.text))

@@ -138,6 +138,13 @@ def test_a_tensor_that_is_not_there_is_named(single):
             use("other.weight")
 
 
+def test_a_window_that_is_switched_off_may_be_any(single):
+    config = json.loads((single / "config.json").read_text())
+    for off in ({"sliding_window": None}, {"sliding_window": 0, "use_sliding_window": False}):
+        (single / "config.json").write_text(json.dumps({**config, **off}))
+        open_checkpoint(single)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
@@ -149,6 +156,7 @@ def test_a_tensor_that_is_not_there_is_named(single):
         ("vocab_size", True, "vocab_size True"),
         ("intermediate_size", None, "intermediate_size None"),
         ("max_position_embeddings", -1, "max_position_embeddings -1"),
+        ("sliding_window", 0, "sliding_window 0; it must be an integer from 1"),
     ],
 )
 def test_counts_that_no_model_has_are_refused_before_anything_loops_over_them(key, value, match, single):

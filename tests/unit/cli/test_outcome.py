@@ -132,6 +132,7 @@ USER_ERRORS = [
     (["quantize", "m", "-o", "x", "--memory", "lots"], "--memory 'lots' is not a size"),
     (["quantize", "m", "-o", "x", "--device", "tpu"], "tpu"),
     (["quantize", "m", "-o", "x", "--threads", "0"], "--threads"),
+    (["generate", "m", "--prompt", "x", "--threads", "99999999"], "--threads"),
     (["quantize", "m", "-o", "x", "--calibration", "nope.txt"], "nope.txt"),
     (["compare", "m", "-o", "x", "--recipes", " , "], "names no recipe"),
     (["recommend", "nope.json", "--scenario", "storage"], "nope.json"),

@@ -198,6 +198,11 @@ def test_a_template_that_refuses_is_named_with_the_record(write):
         ("a.json", '["a",\n\n"b" "c"]', "line 3 is not JSON: a comma"),
         ("a.json", '["a",\n\n"b', "line 3 is not JSON: Unterminated string"),
         ("a.json", "[" * 100_000, "nested too deeply"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "b", "id": ' + "9" * 5000 + "}",
+            "line 2 holds a number with thousands of",
+        ),
         ("a.json", "[]", "no text"),
         ("a.json", "", "no text"),
         ("a.json", '["", " "]', "no text"),
