@@ -19,6 +19,7 @@ from quern.cli import render_peers
 from quern.core.errors import UserError
 from quern.core.progress import Silent
 from quern.core.results import load_results
+from quern.peers import lock
 from quern.peers.base import PEERS, choices_of
 from quern.peers.environment import Environment, Installed, PeerError
 from quern.pipeline import peers as module
@@ -200,6 +201,7 @@ def test_an_installation_that_fails_is_a_failed_row(tiny_model, tiny_text, tmp_p
     def fails(self, command):
         raise PeerError("Fake Tool could not be installed; install.log ends with:\nno such wheel")
 
+    monkeypatch.setattr(lock, "lock_of", lambda name: "")
     monkeypatch.setattr(Environment, "_run", fails)
     results = run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake, recipes=["rtn4"])
     assert [r.name for r in results.rows] == ["unquantized", "rtn4"]
