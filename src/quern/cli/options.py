@@ -10,6 +10,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
+from quern.cli.streams import kept_pipes
 from quern.core.errors import UserError
 from quern.core.results import FORMER_SCENARIOS, Scenario, Target
 from quern.core.suggest import did_you_mean
@@ -31,6 +32,7 @@ Calibration = Annotated[
         help="Text or records (JSON, CSV, Parquet) for the calibration statistics; one or several.",
         exists=True,
         dir_okay=False,
+        callback=kept_pipes,
         show_default=False,
     ),
 ]
@@ -41,6 +43,7 @@ Texts = Annotated[
         help="Text or records (JSON, CSV, Parquet) to score; one or several.",
         exists=True,
         dir_okay=False,
+        callback=kept_pipes,
         show_default=False,
     ),
 ]
@@ -51,6 +54,7 @@ Choices = Annotated[
         help="Minimal pairs or multiple choice to score; one or several.",
         exists=True,
         dir_okay=False,
+        callback=kept_pipes,
         show_default=False,
     ),
 ]
