@@ -45,7 +45,7 @@ def shipped(tiny_model, tmp_path_factory) -> dict[str, QuantizeReport]:
 
 
 def test_shards_say_whose_format_they_are(shipped):
-    """accelerate warns of files that do not, and transformers 4 refuses them."""
+    """transformers 4 refuses files that do not, and accelerate, where it loads them, warns."""
     from safetensors import safe_open
 
     shards = [path for report in shipped.values() for path in report.path.glob("*.safetensors")]
