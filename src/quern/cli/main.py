@@ -23,7 +23,7 @@ from quern.cli.quantize import quantize
 from quern.cli.recipes import recipes
 from quern.cli.recommend import recommend
 from quern.cli.report import report
-from quern.cli.streams import open_standard
+from quern.cli.streams import forget_impossible_width, open_standard
 
 VERBS: tuple[Callable[..., Any], ...] = (
     quantize,
@@ -75,6 +75,7 @@ def run() -> None:
     """Entry point of the console script."""
     end_by_exception()
     open_standard()
+    forget_impossible_width()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what the terminal cannot show comes out escaped instead of failing
             stream.reconfigure(errors="backslashreplace")

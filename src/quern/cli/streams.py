@@ -26,6 +26,13 @@ def open_standard() -> None:
             setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 (for the process's whole life)
 
 
+def forget_impossible_width() -> None:
+    """Drop a ``COLUMNS`` that is no width, such as the 0 of terminals that do not know theirs: nothing would be shown."""
+    columns = os.environ.get("COLUMNS", "1")
+    if not columns.isdecimal() or int(columns[:9]) == 0:
+        del os.environ["COLUMNS"]
+
+
 def kept_pipes(context: typer.Context, paths: list[Path] | None) -> list[Path] | None:
     """``paths``, with a file that lives as long as the command in place of each pipe: texts are read more than once."""
     return [_kept(context, path) if stat.S_ISFIFO(path.stat().st_mode) else path for path in paths or ()] or None

@@ -75,3 +75,14 @@ def test_descriptors_may_be_closed(closed):
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+@pytest.mark.parametrize("columns", ["0", "-5", "wide", ""])
+def test_a_width_that_is_none_is_as_if_it_were_not_given(columns):
+    command = RECIPES.removesuffix(" --json")
+    shown = [
+        subprocess.run(["sh", "-c", f"{width} {command}"], capture_output=True, timeout=120, check=True).stdout
+        for width in ("env -u COLUMNS", f"COLUMNS='{columns}'")
+    ]
+    assert shown[0] == shown[1]
+    assert b"balanced" in shown[1]
