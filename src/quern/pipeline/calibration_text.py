@@ -23,7 +23,7 @@ from quern.core.seeds import generator
 from quern.evaluation.heldout import training_calibration_text
 from quern.texts.pieces import cut_pieces
 from quern.texts.records import Chat, chat_of
-from quern.texts.source import Text, TextFile, read_text
+from quern.texts.source import Text, TextFile, each, read_text
 from quern.texts.tokens import check_vocabulary, document_ids
 
 WHOLE = 8 * 1024 * 1024
@@ -44,7 +44,7 @@ class CalibrationText:
 
     def __init__(self, texts: Sequence[str | Path | Text], tokenizer: Any, settings: Calibration) -> None:
         self._texts: list[Text | TextFile] = [
-            text if isinstance(text, Text) else read_text(text) for text in texts
+            text if isinstance(text, Text) else read_text(text) for text in each(texts)
         ] or _standard_library()
         self._tokenizer, self._settings = tokenizer, settings
         self._chat: Chat | None = chat_of(tokenizer)

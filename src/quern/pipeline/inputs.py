@@ -15,7 +15,7 @@ from quern.evaluation.heldout import held_out_text
 from quern.evaluation.reference_cache import ReferenceKey, check_reference_room
 from quern.evaluation.speed import prompt_of
 from quern.evaluation.texts import cut_windows, save_windows
-from quern.texts.source import Text, TextFile, read_text
+from quern.texts.source import Text, TextFile, each, read_text
 from quern.texts.tokens import Tokenizer
 
 HELD_OUT = "held-out text of the Python standard library"
@@ -95,7 +95,7 @@ def prepare_inputs(
     """
     tokenizer = tokenizer or load_tokenizer(checkpoint.path)
     vocabulary, context = _whole(checkpoint, "vocab_size"), _whole(checkpoint, "max_position_embeddings")
-    loaded: list[Text | TextFile] = [text if isinstance(text, Text) else read_text(text) for text in texts]
+    loaded: list[Text | TextFile] = [text if isinstance(text, Text) else read_text(text) for text in each(texts)]
     windows = cut_windows(
         loaded or [_held_out()],
         tokenizer,
@@ -104,7 +104,7 @@ def prepare_inputs(
         window=min(settings.window, context),
     )
     save_windows(folder / "windows.npz", windows)
-    sets = [item if isinstance(item, ChoiceSet) else read_choices(item) for item in choices]
+    sets = [item if isinstance(item, ChoiceSet) else read_choices(item) for item in each(choices)]
     options = encode_choices(sets, tokenizer, vocabulary_size=vocabulary) if sets else []
     if options:
         save_options(folder / "options.npz", options)

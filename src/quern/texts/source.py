@@ -230,3 +230,8 @@ def split_articles(strings: Iterator[str]) -> Iterator[Iterable[str]]:
 def read_text(path: str | Path) -> TextFile:
     """The text in a file: plain, JSON, CSV or Parquet, by its name and its first bytes. Raises ``BadFileError``."""
     return TextFile(path)
+
+
+def each(given: Iterable[Any] | str | Path) -> list[Any]:
+    """The items of ``given``; a path on its own is one item, and no sequence of letters."""
+    return [given] if isinstance(given, str | Path) else list(given)

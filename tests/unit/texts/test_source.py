@@ -12,7 +12,7 @@ from quern.core.errors import BadFileError, UserError
 from quern.texts import json_records as json_module
 from quern.texts import stream
 from quern.texts.records import chat_of
-from quern.texts.source import Text, read_text, split_articles
+from quern.texts.source import Text, each, read_text, split_articles
 
 WIKI = (
     " \n = First = \n \n Some text . \n \n = = Part = = \n \n More = text = here . \n"
@@ -304,3 +304,10 @@ def test_strings_in_memory():
     assert text.sha256 != Text.of("mine", ["a", "c"]).sha256
     with pytest.raises(UserError, match="'mine' is empty"):
         Text.of("mine", ["", "\n"])
+
+
+def test_one_path_is_no_sequence_of_letters(tmp_path):
+    path = tmp_path / "ab.txt"
+    assert each(str(path)) == [str(path)]
+    assert each(path) == [path]
+    assert each(name for name in ("a", "b")) == ["a", "b"]
