@@ -163,7 +163,8 @@ def open_checkpoint(model: str | Path, *, progress: Progress | None = None) -> C
         path = snapshot
     if not path.is_dir():
         if not is_hub_id(text):
-            raise UserError(f"MODEL {text!r} does not exist. {_ALLOWED}")
+            problem = "is neither a folder nor a regular file" if path.exists() else "does not exist"
+            raise UserError(f"MODEL {text!r} {problem}. {_ALLOWED}")
         path = download(text, progress or Silent())
     return _checked(Checkpoint(path, *open_folder(path)))
 

@@ -12,6 +12,7 @@ import typer
 
 from quern.cli.streams import kept_pipes
 from quern.core.errors import UserError
+from quern.core.parallel import MOST_THREADS
 from quern.core.results import FORMER_SCENARIOS, Scenario, Target
 from quern.core.suggest import did_you_mean
 
@@ -75,7 +76,7 @@ TopP = Annotated[
     float, typer.Option(min=0, max=1, help="Choose among the likeliest tokens that make up this probability.")
 ]
 Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says.")]
-Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="all cores")]
+Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.", show_default="all cores")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over: discard unfinished work and replace what is in the output folder.")

@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from quern.core.errors import UserError, option
 from quern.core.heap import use_one_heap
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
+MOST_THREADS = 1024
 
 
 def available_threads() -> int:
@@ -24,11 +26,22 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def thread_count(threads: int | None) -> int:
+    """``threads``, or as many as there are processors for None. Raises ``UserError`` for what is no number of threads."""
+    if threads is None:
+        return available_threads()
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+        raise UserError(
+            f"{option('threads', '--threads')} is {threads!r}; it must be a whole number from 1 to {MOST_THREADS}"
+        )
+    return threads
+
+
 class Workers:
     """A pool of ``threads`` workers for pieces of torch work; ``threads`` never changes a result."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or available_threads()
+        self.threads = thread_count(threads)
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def map(self, function: Callable[[Item], Outcome], items: Iterable[Item]) -> list[Outcome]:

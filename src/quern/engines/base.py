@@ -12,6 +12,7 @@ from quern.core.engine import LoadedModel
 from quern.core.errors import UserError, option
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.registry import Registry
+from quern.core.suggest import did_you_mean
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 
@@ -47,6 +48,9 @@ PREFERRED = ("cpu",)
 def engine_for(checkpoint: Checkpoint, name: str = AUTO) -> str:
     """The engine called ``name``, or for ``auto`` the fastest one that runs ``checkpoint``. Raises ``UserError``."""
     if name != AUTO:
+        if name not in ENGINES.names():
+            known = [AUTO, *ENGINES.names()]
+            raise UserError(f"unknown engine {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}")
         if (reason := ENGINES.get(name)().runs(checkpoint)) is not None:
             raise UserError(
                 f"the {name} engine does not run {checkpoint.path}: {reason}. "

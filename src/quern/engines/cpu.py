@@ -15,7 +15,7 @@ from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.core.artifact import METHOD, module_schemes, quantization_of
 from quern.core.errors import QuernError, UserError
-from quern.core.parallel import available_threads
+from quern.core.parallel import thread_count
 from quern.core.recipe import Recipe, parse_recipe
 from quern.engines._cpu_model import CachePrecision as CachePrecision
 from quern.engines._cpu_model import CpuModel
@@ -83,7 +83,7 @@ class CpuEngine(Engine):
         # Whether the blocks were made for int8 activations with one scale a token.
         scale_per_token = recipe is not None and recipe.activations.mode == "dynamic"
         try:
-            decoder, bytes_per_token = _decoder(architecture, weights, scale_per_token, threads or available_threads())
+            decoder, bytes_per_token = _decoder(architecture, weights, scale_per_token, thread_count(threads))
         except QuernError:
             raise
         except ValueError as error:

@@ -19,6 +19,7 @@ from quern.codecs.base import CODECS
 from quern.core.artifact import METHOD, quantization_of
 from quern.core.engine import cache_argument, switch_length
 from quern.core.errors import QuernError, UserError
+from quern.core.parallel import thread_count
 from quern.core.recipe import Recipe
 from quern.engines._build import build, stored_dtype
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
@@ -165,7 +166,7 @@ class ReferenceEngine(Engine):
                 f"{path} is quantized by {method!r}; this engine runs quern and compressed-tensors artifacts"
             )
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(thread_count(threads))
         if method != "compressed-tensors":
             return ReferenceModel(build(checkpoint, stored_dtype(checkpoint) if dtype == "auto" else _dtype(dtype)))
         model = _from_pretrained(Path(checkpoint.path), dtype, _has_zero_points(config, checkpoint.path))

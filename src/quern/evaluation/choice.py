@@ -101,26 +101,36 @@ def _parse(data: Any) -> Choice | str:
     return Choice(whole_characters(prompt), tuple(map(whole_characters, options)), answer)
 
 
-def encode_choices(sets: Sequence[ChoiceSet], tokenizer: Tokenizer, *, vocabulary_size: int) -> list[Option]:
+def encode_choices(
+    sets: Sequence[ChoiceSet], tokenizer: Tokenizer, *, vocabulary_size: int, context: int | None = None
+) -> list[Option]:
     """All options of all items as token ids.
 
     The options of an item are scored from one place: where the encodings of the prompt and of the prompt with each
     option first differ (``common_start``). A first token must follow something to be scored: where the tokenizer puts
     nothing in front of text and the encodings have nothing in common, the beginning- or else the end-of-sequence token
-    stands there (lm-eval does the same). Raises ``UserError`` for ids outside the vocabulary.
+    stands there (lm-eval does the same). Raises ``UserError`` for ids outside the vocabulary, and for an item that is
+    longer than the model's ``context``.
     """
     prefix = leading_special(tokenizer)
     options = []
+    places = [(choices.name, place) for choices in sets for place in range(1, len(choices.items) + 1)]
     for number, item in enumerate(item for choices in sets for item in choices.items):
+        name, place = places[number]
         prompt = begun(prefix, plain_ids(tokenizer, item.prompt)) if item.prompt else prefix
         encoded = [begun(prefix, plain_ids(tokenizer, item.prompt + text)) for text in item.options]
         first = common_start([prompt, *encoded])
         for text, ids in zip(item.options, encoded):
             if len(ids) <= first:
-                raise UserError(f"option {text!r} of item {number + 1} adds no token to its prompt; give it some text")
+                raise UserError(f"{name}, item {place}: option {text!r} adds no token to its prompt; give it some text")
         if first == 0:
             front = _separator(tokenizer)
             encoded, first = [front + ids for ids in encoded], len(front)
+        if context is not None and (longest := max(map(len, encoded))) > context:
+            raise UserError(
+                f"{name}, item {place}: prompt and option have {longest} tokens, and the model's context is {context}. "
+                "Leave the item out, or shorten it"
+            )
         for index, ids in enumerate(encoded):
             options.append(Option(number, index == item.answer, np.array(ids, dtype=np.int64), first))
     check_vocabulary([int(option.ids.max()) for option in options], tokenizer, vocabulary_size)

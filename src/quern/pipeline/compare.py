@@ -18,7 +18,7 @@ from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.output_place import write_output
 from quern.core.errors import UserError, option
-from quern.core.parallel import available_threads
+from quern.core.parallel import thread_count
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, load_recipe
 from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenario
@@ -100,7 +100,7 @@ def compare(
         inputs = prepare_inputs(checkpoint, folder.cache, texts=texts, choices=choices, settings=settings)
         for note in inputs.taken:
             progress.log(note)
-        hardware = probe(threads=threads or available_threads())
+        hardware = probe(threads=thread_count(threads))
         for warning in hardware["warnings"]:
             progress.log(f"warning: {warning}")
         making = Making(
@@ -196,7 +196,7 @@ def _protocol(usual: Settings, settings: Settings, inputs: Inputs) -> Protocol:
         prompt_tokens=len(inputs.prompt),
         decode_tokens=settings.decode_tokens,
         speed_rounds=settings.speed_rounds,
-        threads=settings.threads or available_threads(),
+        threads=thread_count(settings.threads),
         quick=settings != usual,
         interval_factor=math.sqrt(usual.tokens / settings.tokens),
     )

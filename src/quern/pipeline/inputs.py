@@ -9,6 +9,7 @@ from pathlib import Path
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import UserError
+from quern.core.parallel import thread_count
 from quern.core.results import TextSource
 from quern.evaluation.choice import ChoiceSet, encode_choices, read_choices, save_options
 from quern.evaluation.heldout import held_out_text
@@ -44,8 +45,9 @@ class Settings:
         for name in ("tokens", "window", "prompt_tokens", "decode_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be 1 or more; got {getattr(self, name)}")
-        if self.speed_rounds < 0 or (self.threads is not None and self.threads < 1):
-            raise UserError(f"speed_rounds must not be below 0 and threads not below 1; got {self}")
+        if self.speed_rounds < 0:
+            raise UserError(f"speed_rounds must not be below 0; got {self.speed_rounds}")
+        thread_count(self.threads)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"unknown dtype {self.dtype!r}; known: auto, float32, bfloat16")
 
@@ -105,7 +107,7 @@ def prepare_inputs(
     )
     save_windows(folder / "windows.npz", windows)
     sets = [item if isinstance(item, ChoiceSet) else read_choices(item) for item in each(choices)]
-    options = encode_choices(sets, tokenizer, vocabulary_size=vocabulary) if sets else []
+    options = encode_choices(sets, tokenizer, vocabulary_size=vocabulary, context=context) if sets else []
     if options:
         save_options(folder / "options.npz", options)
     prompt_tokens = min(settings.prompt_tokens, context - settings.decode_tokens)

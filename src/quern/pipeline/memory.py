@@ -87,10 +87,12 @@ def check(job: Job, cap: int | None) -> MemoryPlan:
     if cap is not None and needed.peak > cap:
         least = bytes_text(rounded_up(needed.peak))
         enough = option(f"memory={rounded_up(needed.peak):_}", f"--memory {least.replace(' ', '')}")
+        less = f"fewer {option('threads', '--threads')}"
+        if ROUNDINGS.get(job.recipe.rounding.method).needs_hessian:
+            less += ", or a recipe with rounding: nearest"
         raise OutOfMemoryCapError(
             f"a memory cap of {bytes_text(cap)} is too small: one decoder block of this model with recipe "
-            f"{job.recipe.name!r} needs {least}. Give at least {enough}, fewer {option('threads', '--threads')}, "
-            "or a recipe with rounding: nearest",
+            f"{job.recipe.name!r} needs {least}. Give at least {enough}, or {less}",
             needed.peak,
         )
     return needed

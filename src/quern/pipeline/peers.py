@@ -21,7 +21,7 @@ from quern.architectures.base import architecture_of
 from quern.checkpoint.files import explain_write_errors, read_json, write_bytes, write_json
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import QuernError, UserError
-from quern.core.parallel import available_threads
+from quern.core.parallel import thread_count
 from quern.core.progress import telling
 from quern.core.recipe import Calibration
 from quern.core.results import Failure, Tool
@@ -155,7 +155,7 @@ def _quantized(making: Making, choice: Choice, installed: Installed, launch: Lau
         "variant": asdict(choice.variant),
         "sequences": str(sequences.resolve()),
         "text": str(text.resolve()),
-        "threads": making.threads or available_threads(),
+        "threads": thread_count(making.threads),
         "seed": making.seed,
     }
     try:

@@ -14,7 +14,7 @@ from typing import Any
 from quern.core.errors import QuernError
 from quern.core.foreign_load import SHORTEST_S, ForeignLoad
 from quern.core.metrics import NonFiniteError
-from quern.core.parallel import available_threads
+from quern.core.parallel import thread_count
 from quern.core.progress import Progress
 from quern.core.results import FOREIGN_LIMIT, Failure
 from quern.evaluation.accuracy import Accuracy, DocumentScore, summarize_scores
@@ -88,7 +88,7 @@ class Group:
     @property
     def threads(self) -> int:
         """That every contender runs with."""
-        return self.settings.threads or available_threads()
+        return thread_count(self.settings.threads)
 
     def load(self, stored: Mapping[str, Stored], meanwhile: Callable[[], None]) -> None:
         """Load all, quern's own contenders at once and other tools one after another; ``meanwhile`` is done meanwhile."""

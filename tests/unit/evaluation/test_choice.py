@@ -118,8 +118,19 @@ class TestEncoding:
         assert (option.ids.tolist(), option.first) == ([0, 2, 27, 5], 2)
 
     def test_an_option_of_no_tokens(self):
-        with pytest.raises(UserError, match="'!' of item 1 adds no token"):
+        with pytest.raises(UserError, match="item 1: option '!' adds no token"):
             encode(items(Choice("ab", ("!", "c"), 0)))
+
+    def test_longer_than_the_context(self):
+        sets = [
+            ChoiceSet("short", (Choice("a", ("b", "c"), 0),), ""),
+            ChoiceSet("long", (Choice("ab", ("cde", "c"), 0),), ""),
+        ]
+        encode_choices(sets, FakeTokenizer(), vocabulary_size=100, context=6)
+        with pytest.raises(
+            UserError, match="long, item 1: prompt and option have 6 tokens, and the model's context is 5"
+        ):
+            encode_choices(sets, FakeTokenizer(), vocabulary_size=100, context=5)
 
     def test_outside_the_vocabulary(self):
         with pytest.raises(UserError, match="has token 27"):
