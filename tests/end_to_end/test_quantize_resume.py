@@ -79,7 +79,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(run, place, whole)
     stage, however fast the machine.
     """
     expected, steps, seconds = whole
-    assert len(steps) > KILLS
+    assert len(steps) >= KILLS  # and one more, which goes with the work folder and may not be seen
     random_ = random.Random(2)
     early, late = list(range(1, KILLS // 2 + 1)), list(range(KILLS // 2 + 1, KILLS + 1))
     random_.shuffle(early)
