@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quern.checkpoint.gguf_header import read_gguf_header
+from quern.checkpoint.panics import panics_as_errors
 from quern.core.errors import BadFileError, UserError
 
 if TYPE_CHECKING:
@@ -95,12 +96,13 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     tokens, kinds = _vocabulary(path, metadata)
     rule = _rule(path, metadata) if model == "gpt2" else _Rule((), begins=True)
     try:
-        tokenizer = (
-            _byte_level(path, metadata, tokens, kinds, rule)
-            if model == "gpt2"
-            else _sentence_piece(path, metadata, tokens, kinds)
-        )
-        return _finished(metadata, tokenizer, tokens, kinds, rule.begins)
+        with panics_as_errors():
+            tokenizer = (
+                _byte_level(path, metadata, tokens, kinds, rule)
+                if model == "gpt2"
+                else _sentence_piece(path, metadata, tokens, kinds)
+            )
+            return _finished(metadata, tokenizer, tokens, kinds, rule.begins)
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception for what makes no sense

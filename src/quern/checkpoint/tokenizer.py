@@ -13,6 +13,7 @@ from quern.checkpoint.counts import check_counts
 from quern.checkpoint.files import InputFile, read_json, refuse_pointer, write_bytes
 from quern.checkpoint.folder import CONFIG
 from quern.checkpoint.gguf_tokenizer import load_gguf_tokenizer
+from quern.checkpoint.panics import panics_as_errors
 from quern.core.errors import BadFileError, UserError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet():
+        with _quiet(), panics_as_errors():
             tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=False, local_files_only=True
             )

@@ -10,10 +10,10 @@ from pathlib import Path
 import gguf
 import pytest
 from bad_files import corpus
-from tiny_model import calibration_text
+from tiny_model import calibration_text, write_tokenizer
 
 from quern.checkpoint.tokenizer import copy_tokenizer, load_tokenizer, tokenizer_files, usable_tokenizer
-from quern.core.errors import UserError
+from quern.core.errors import BadFileError, UserError
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -154,3 +154,15 @@ def test_a_malformed_gguf_is_refused_before_the_library_sees_it(tmp_path):
     path.write_bytes(raw)
     with pytest.raises(UserError, match="tensors, more than the cap"):
         load_tokenizer(path)
+
+
+def test_a_panic_of_the_tokenizers_library_is_a_damaged_file(tmp_path):
+    """A prefix longer than a merge's second part makes it cut beyond the end of a string."""
+    model = corpus.good_folder(tmp_path / "model")
+    write_tokenizer(model)
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "#" * 18
+    assert content["model"]["merges"]
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(BadFileError, match="its tokenizer cannot be loaded: .*out of range"):
+        load_tokenizer(model)
