@@ -1,4 +1,4 @@
-"""What evaluation and serving see of an engine: two small protocols, whatever runs behind them."""
+"""What evaluation and serving see of an engine: small protocols, whatever runs behind them."""
 
 from __future__ import annotations
 
