@@ -111,7 +111,7 @@ class FakeEngine(Engine):
 
 
 if __name__ == "__main__":
-    from quern.pipeline import worker
+    from quern.comparison import worker
 
     FakeEngine.answers = os.dup(1)
     ENGINES.add("fake")(FakeEngine)

@@ -140,7 +140,7 @@ def prepare(models: list[Path]) -> list[Original]:
 
 def _parts(file: Path) -> list[Path]:
     """A GGUF and the others of its split."""
-    from quern.checkpoint.gguf_split import read_parts
+    from quern.checkpoint.gguf.split import read_parts
 
     return list(read_parts(file).paths)
 
@@ -246,11 +246,11 @@ def run(folder: Path, generator: random.Random, engine: str) -> int:
 def look(folder: Path) -> None:
     """What reads a model without running it."""
     from quern.checkpoint.checkpoint import open_checkpoint
-    from quern.checkpoint.gguf_split import first_part
+    from quern.checkpoint.gguf.split import first_part
     from quern.checkpoint.tokenizer import load_tokenizer
+    from quern.comparison.row_builder import contender_of
     from quern.core.errors import QuernError
     from quern.pipeline.inspect import inspect
-    from quern.pipeline.rows import contender_of
 
     def tokenize(path: Path) -> None:
         tokenizer = load_tokenizer(first_part(path))

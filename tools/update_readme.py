@@ -12,8 +12,8 @@ from pathlib import Path
 from quern.advisor.scoring import Yardstick
 from quern.cli.columns import COLUMNS, heading
 from quern.core.errors import QuernError, UserError
-from quern.core.figures import bytes_text, percent_text, signed, significant
 from quern.core.results import Results, load_results
+from quern.core.units import bytes_text, percent_text, signed, significant
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- demo-table:begin -->", "<!-- demo-table:end -->"

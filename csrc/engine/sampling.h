@@ -1,4 +1,4 @@
-// Choosing the next token: temperature, then top-k, then top-p, as src/quern/pipeline/sampling.py defines it.
+// Choosing the next token: temperature, then top-k, then top-p, as src/quern/generation/sampling.py defines it.
 #pragma once
 
 #include <cstdint>

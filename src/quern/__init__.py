@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from quern.advisor.recommend import recommend
     from quern.core.recipe import Recipe, load_recipe
     from quern.core.results import load_results
-    from quern.pipeline.chat import Chat
+    from quern.generation.chat import Chat
+    from quern.generation.generate import generate
     from quern.pipeline.compare import compare
     from quern.pipeline.evaluate import evaluate
-    from quern.pipeline.generate import generate
     from quern.pipeline.inspect import inspect
     from quern.pipeline.quantize import quantize
     from quern.report.html import write_report
@@ -41,11 +41,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Chat": "quern.pipeline.chat",
+    "Chat": "quern.generation.chat",
     "Recipe": "quern.core.recipe",
     "compare": "quern.pipeline.compare",
     "evaluate": "quern.pipeline.evaluate",
-    "generate": "quern.pipeline.generate",
+    "generate": "quern.generation.generate",
     "inspect": "quern.pipeline.inspect",
     "load_recipe": "quern.core.recipe",
     "load_results": "quern.core.results",

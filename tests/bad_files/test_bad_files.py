@@ -12,8 +12,9 @@ from bad_files.gguf_cases import ALL
 from bad_files.split_cases import CASES as SPLIT
 from bad_files.split_cases import good_split
 
-from quern.checkpoint import gguf_file, safetensors_file
+from quern.checkpoint import safetensors_file
 from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.gguf import file as gguf_file
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import UserError
 from quern.loading.fitting import open_model, require_unquantized

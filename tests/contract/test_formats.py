@@ -12,13 +12,13 @@ from artifacts import INT8, make_artifact, small_recipe, stored_tensors
 from schemes import gaussian
 from tiny_model import tiny_config, write_model
 
-from quern.codecs._rotation import rotate
 from quern.codecs.base import CODECS
 from quern.core.errors import UserError
 from quern.core.packed import QuantizedWeight
 from quern.core.recipe import WeightScheme
 from quern.engines.base import ENGINES
 from quern.formats.base import FORMATS
+from quern.rotation.rotation import rotate
 
 IDS = torch.randint(0, 296, (2, 21), generator=torch.Generator().manual_seed(3))
 MODULE = "model.layers.0.mlp.down_proj"

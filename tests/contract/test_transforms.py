@@ -6,7 +6,6 @@ from schemes import make_codec
 from tiny_model import random_weights, tiny_config
 
 from quern.architectures.base import ARCHITECTURES, architecture_of
-from quern.codecs._rotation import unpack_signs
 from quern.core.errors import UserError
 from quern.core.parallel import Workers
 from quern.core.recipe import Transform as Settings
@@ -24,6 +23,7 @@ from quern.quantization.transforms.base import (
     power_of_two,
 )
 from quern.quantization.transforms.smoothquant import SmoothQuant
+from quern.rotation.rotation import unpack_signs
 
 TIME = 12
 FOUR_BITS = {"codec": "integer", "bits": 4, "symmetric": False, "granularity": "group", "group_size": 32}

@@ -13,7 +13,7 @@ from tiny_model import tiny_config, write_model
 from quern.core import memory as core_memory
 from quern.core.errors import UserError
 from quern.engines.cpu import CpuEngine
-from quern.pipeline.generate import generate
+from quern.generation.generate import generate
 
 TESTS = Path(__file__).parents[1]
 EACH = 2 * 2 * 3 * 2 * 16  # keys and values x float16 x layers x heads x head_dim

@@ -9,8 +9,8 @@ from artifacts import hashes, small_recipe
 from tokenizers import Tokenizer
 
 from quern.checkpoint.checkpoint import open_checkpoint
+from quern.comparison.inputs import Settings, prepare_inputs
 from quern.core.errors import BadFileError, UserError
-from quern.pipeline.inputs import Settings, prepare_inputs
 from quern.pipeline.quantize import quantize
 from quern.texts.source import Text
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from artifacts import hashes, make_artifact, small_recipe, stored_tensors
 
-from quern.codecs._rotation import rotate_back
 from quern.codecs.base import CODECS
 from quern.core.artifact import module_schemes
 from quern.core.errors import UserError
 from quern.core.recipe import parse_recipe
 from quern.engines.base import ENGINES
 from quern.pipeline.quantize import quantize
+from quern.rotation.rotation import rotate_back
 
 IDS = torch.randint(0, 296, (2, 21), generator=torch.Generator().manual_seed(3))
 ROTATED = [{"method": "hadamard"}]

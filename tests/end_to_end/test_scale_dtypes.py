@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from tiny_model import calibration_text, tiny_config, write_model
 
 import quern.pipeline.quantize as job
+from quern.comparison.row_builder import contender_of
 from quern.core.artifact import module_schemes
 from quern.engines.cpu import CpuEngine
 from quern.engines.reference import load as load_reference
 from quern.loading.fitting import open_model
 from quern.pipeline.quantize import quantize
-from quern.pipeline.rows import contender_of
 
 IDS = torch.randint(0, 296, (1, 60), generator=torch.Generator().manual_seed(4))
 STEP = 2.0**-20

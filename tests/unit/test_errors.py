@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import quern
 from quern.cli.main import app
 from quern.core.errors import BadFileError, OutOfMemoryCapError, QuernError, UserError, option
-from quern.pipeline.chat import Chat
+from quern.generation.chat import Chat
 
 SOURCE = Path(quern.__file__).parent
 

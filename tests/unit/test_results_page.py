@@ -14,8 +14,8 @@ from sample_results import SCENARIOS
 from quern.advisor.placement import SMALL
 from quern.advisor.scoring import SAME_SIZE, SCALING_EXPONENT, SMALL_LOSS, WEIGHTS
 from quern.core import results
-from quern.core.figures import ABOVE_LIMIT
 from quern.core.metrics import RESAMPLES
+from quern.core.units import ABOVE_LIMIT
 
 PAGE = (Path(__file__).parents[2] / "docs" / "results.md").read_text("utf-8")
 MODELS = [

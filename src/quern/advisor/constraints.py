@@ -12,9 +12,9 @@ from packaging.licenses import InvalidLicenseExpression, canonicalize_license_ex
 from quern.advisor.deployment import licence_of, obstacle_to, targets_of
 from quern.advisor.scoring import Yardstick, loss_of, positive
 from quern.core.errors import UserError
-from quern.core.figures import bytes_text, percent_text, significant
 from quern.core.results import Row, Target
 from quern.core.suggest import did_you_mean
+from quern.core.units import bytes_text, percent_text, significant
 
 USUAL_LICENCES = ("MIT", "Apache-2.0", "BSD-3-Clause", "LGPL-3.0-only", "GPL-3.0-only", "AGPL-3.0-only")
 """What one may have meant who named no identifier of the SPDX list."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from quern.core.figures import percent_text
 from quern.core.results import DRIFT_LIMIT, Row
+from quern.core.units import percent_text
 
 _NOTE = re.compile(r"the unquantized model decoded at ([0-9]+(?:\.[0-9]+)?) of its speed in the first group")
 """How results say it that were measured before rows had ``group_speed``."""

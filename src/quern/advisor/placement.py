@@ -27,8 +27,8 @@ from typing import Literal
 from quern.advisor.drift import favour, favour_text
 from quern.advisor.scoring import Yardstick, as_fast, dominators, loss_of, missing_figures, positive
 from quern.advisor.wording import figures_against
-from quern.core.figures import bytes_text, percent_text, significant
 from quern.core.results import Row, unquantized_row
+from quern.core.units import bytes_text, percent_text, significant
 
 SMALL = 0.8
 """Compression above which a row is placed at A."""

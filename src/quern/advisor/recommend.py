@@ -24,7 +24,7 @@ from typing import get_args
 
 from quern.advisor.constraints import Constraints, Miss
 from quern.advisor.machine import measured_on
-from quern.advisor.nothing import nothing_text
+from quern.advisor.no_choice import nothing_text
 from quern.advisor.scoring import WEIGHTS, Scored, Weights, Yardstick, dominators, pareto_front
 from quern.advisor.wording import choice_reasons, dominated_text, elsewhere_text, place_text
 from quern.core.errors import UserError

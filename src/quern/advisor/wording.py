@@ -9,8 +9,8 @@ from quern.advisor.constraints import Constraints
 from quern.advisor.deployment import runtime_of, runtime_target
 from quern.advisor.drift import favour, favour_text, group_speed_of
 from quern.advisor.scoring import Scored, Weights, Yardstick, loss_of, positive
-from quern.core.figures import bytes_text, percent_text, seconds_text, signed, significant
 from quern.core.results import DRIFT_LIMIT, FOREIGN_LIMIT, Row, Scenario, Target
+from quern.core.units import bytes_text, percent_text, seconds_text, signed, significant
 
 
 def dominated_text(row: Row, winner: Row, *, first_token: bool) -> str:

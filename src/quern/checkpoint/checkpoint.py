@@ -1,6 +1,6 @@
 """A checkpoint: the configuration and the lazily read weights of one model, whatever it lies in.
 
-MODEL is a Hugging Face folder, a Hub id (``hub.py``) or a GGUF file (``gguf_file.py``). Nothing here runs code from a
+MODEL is a Hugging Face folder, a Hub id (``hub.py``) or a GGUF file (``gguf/``). Nothing here runs code from a
 checkpoint: only JSON, safetensors and GGUF are read, pickles are refused.
 """
 
@@ -183,7 +183,7 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
 
 def _open_file(path: Path) -> Checkpoint:
     if path.suffix.lower() == ".gguf":
-        from quern.checkpoint.gguf_file import open_gguf, rounding_note
+        from quern.checkpoint.gguf.file import open_gguf, rounding_note
 
         config, source = open_gguf(path)
         note = rounding_note(source)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from quern.checkpoint.counts import check_counts
 from quern.checkpoint.files import InputFile, read_json, refuse_pointer, write_bytes
 from quern.checkpoint.folder import CONFIG
-from quern.checkpoint.gguf_tokenizer import load_gguf_tokenizer
+from quern.checkpoint.gguf.tokenizer import load_gguf_tokenizer
 from quern.checkpoint.panics import panics_as_errors
 from quern.core.errors import BadFileError, UserError
 

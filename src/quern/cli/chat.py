@@ -29,7 +29,7 @@ def chat(
     json: options.Json = False,
 ) -> None:
     """Talk to the model at PATH: one line of stdin is one message; an empty line or the end of input ends."""
-    from quern.pipeline.chat import Chat
+    from quern.generation.chat import Chat
 
     with working():
         conversation = Chat(

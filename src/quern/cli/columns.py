@@ -11,8 +11,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from quern.core.figures import bytes_text, percent_text, seconds_text
 from quern.core.results import Row
+from quern.core.units import bytes_text, percent_text, seconds_text
 
 NOT_MEASURED = "-"
 UNLIMITED = 10_000

@@ -75,8 +75,8 @@ def compare(
         raise UserError(f"--recipes {recipes!r} names no recipe; give names separated by commas, such as {RECIPES}")
     limit = options.optional_size(memory, "--memory")
     from quern.cli import render
+    from quern.comparison.inputs import Settings
     from quern.pipeline.compare import compare as api
-    from quern.pipeline.inputs import Settings
 
     with working() as progress:
         results = api(

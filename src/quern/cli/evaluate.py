@@ -31,8 +31,8 @@ def evaluate(
     Without --text, held-out text that the running Python carries is scored.
     """
     from quern.cli import render
+    from quern.comparison.inputs import Settings
     from quern.pipeline.evaluate import evaluate as api
-    from quern.pipeline.inputs import Settings
 
     with working() as progress:
         row = api(

@@ -26,7 +26,7 @@ def generate(
     json: options.Json = False,
 ) -> None:
     """Continue --prompt with the model at PATH; the text streams to stdout."""
-    from quern.pipeline.generate import generate as api
+    from quern.generation.generate import generate as api
 
     with working():
         pieces = api(

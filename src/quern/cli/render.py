@@ -12,8 +12,8 @@ from rich.text import Text
 from quern.cli.columns import COLUMNS, add, duration, heading, interval, number, percent, size
 from quern.cli.columns import table as plain_table
 from quern.cli.comparison import Comparison, remarks
-from quern.core.figures import significant
 from quern.core.results import Recommendation, Results, Row
+from quern.core.units import significant
 
 if TYPE_CHECKING:
     from quern.pipeline.inspect import Inspection

@@ -11,8 +11,8 @@ from torch import Tensor
 from quern import _native
 from quern.core.engine import switch_length
 from quern.core.errors import UserError, option
-from quern.core.figures import bytes_text
 from quern.core.memory import free_memory
+from quern.core.units import bytes_text
 
 CachePrecision = Literal["float32", "float16", "int8"]
 ORDINARY: CachePrecision = "float16"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quern.codecs._rotation import rotate
 from quern.codecs.base import CODECS, Codec
 from quern.core.recipe import WeightScheme
+from quern.rotation.rotation import rotate
 
 ActivationMode = Literal["none", "dynamic", "static"]
 LARGEST, LEAST = 127, -128

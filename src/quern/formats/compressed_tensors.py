@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from quern.codecs._bits import pack
-from quern.codecs._rotation import block_size
 from quern.core.errors import UserError, option
 from quern.core.packed import QuantizedWeight
 from quern.core.readers import obstacles_of
 from quern.core.recipe import Recipe, WeightScheme
 from quern.formats.base import FORMATS, Format
+from quern.rotation.rotation import block_size
 
 METHOD = "compressed-tensors"
 _QUERN = option("format='quern'", "--format quern")

@@ -1,6 +1,6 @@
 """The process of one adapter, in its tool's environment; ``boot.py`` starts it.
 
-One line of JSON on stdin is a request, one line on stdout its answer; ``quern.evaluation.server`` describes them. Beside
+One line of JSON on stdin is a request, one line on stdout its answer; ``quern.evaluation.worker`` describes them. Beside
 measuring, it answers:
 
 - ``quantize``: ``model``, ``output`` (folders), ``variant`` (object), ``sequences`` (file of token ids, .npy), ``text``
@@ -21,8 +21,8 @@ import numpy as np
 from quern.core.engine import LoadedModel
 from quern.core.errors import UserError
 from quern.core.parallel import available_threads
-from quern.evaluation.memory import peak_rss_bytes
-from quern.evaluation.server import Answer, serve
+from quern.evaluation.peak_memory import peak_rss_bytes
+from quern.evaluation.worker import Answer, serve
 from quern.peers.base import PEERS, Job, Peer, Variant
 
 

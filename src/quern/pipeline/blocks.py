@@ -16,13 +16,13 @@ from torch import Tensor
 
 from quern.architectures.base import LinearGroup, Rescaling
 from quern.checkpoint.safetensors_file import DTYPES
-from quern.codecs._rotation import rotate, rotate_back
 from quern.codecs.base import CODECS, Codec
 from quern.core.heap import release_freed
 from quern.core.parallel import pieces
 from quern.observers.base import OBSERVERS
-from quern.pipeline import scales, sensitivity
+from quern.pipeline import sensitivity
 from quern.pipeline.job import Job
+from quern.quantization import scale_dtypes as scales
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
 from quern.quantization.calibration.hessian import add_to_hessian, norm_weights
@@ -38,6 +38,7 @@ from quern.quantization.transforms.base import (
     fold,
     foldable,
 )
+from quern.rotation.rotation import rotate, rotate_back
 
 CHAIN = "chain"
 SAMPLED_TOKENS = 256

@@ -17,6 +17,11 @@ from quern.advisor.recommend import recommend
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.output_place import write_output
+from quern.comparison.inputs import Inputs, Settings, prepare_inputs, reference_key
+from quern.comparison.measure import Measurement, measure_all
+from quern.comparison.measured_cache import MeasuredCache
+from quern.comparison.row_builder import Contender
+from quern.comparison.worker_process import OURS, as_other_tools
 from quern.core.errors import UserError, option
 from quern.core.parallel import thread_count
 from quern.core.progress import Progress, Silent
@@ -27,14 +32,9 @@ from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.loading.fitting import open_model
 from quern.peers.base import Choice, choices_of
+from quern.pipeline.artifacts import Making, make_artifact
 from quern.pipeline.comparison_folder import ComparisonFolder
-from quern.pipeline.inputs import Inputs, Settings, prepare_inputs, reference_key
-from quern.pipeline.making import Making, make_artifact
-from quern.pipeline.measure import Measurement, measure_all
-from quern.pipeline.measured_cache import MeasuredCache
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
-from quern.pipeline.rows import Contender
-from quern.pipeline.worker_process import OURS, as_other_tools
 from quern.report.html import render
 from quern.texts.source import Text
 
@@ -175,7 +175,14 @@ def _make_and_measure(
             settings=settings,
             hardware=hardware,
             progress=making.progress,
-            cache=MeasuredCache(making, inputs, settings, hardware),
+            cache=MeasuredCache(
+                making.folder / "cache" / "measured",
+                making.model_sha256,
+                inputs,
+                settings,
+                hardware,
+                fresh=making.fresh,
+            ),
         )
     return replace(measurement, failures=[*failures, *measurement.failures])
 

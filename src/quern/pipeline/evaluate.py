@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quern.advisor.hardware import measured_rates, rate_warnings
+from quern.comparison.inputs import Settings, prepare_inputs
+from quern.comparison.measure import measure_all
+from quern.comparison.row_builder import Contender, contender_of
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import Row
@@ -13,9 +16,6 @@ from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.loading.fitting import open_model
-from quern.pipeline.inputs import Settings, prepare_inputs
-from quern.pipeline.measure import measure_all
-from quern.pipeline.rows import Contender, contender_of
 from quern.texts.source import Text
 
 

@@ -13,15 +13,15 @@ from gguf import GGMLQuantizationType
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.gguf_file import GgufSource
+from quern.checkpoint.gguf.file import GgufSource
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import CODECS
+from quern.comparison.artifact_size import artifact_bytes, weight_bytes
 from quern.core.artifact import METHOD, module_schemes
 from quern.core.errors import BadFileError, QuernError, UserError
 from quern.core.metrics import bits_per_weight
 from quern.loading.expected import FLOATS
 from quern.loading.fitting import COMPRESSED, fitted, model_config
-from quern.pipeline.stored import artifact_bytes, weight_bytes
 
 NO_GRANULARITY = "-"
 _SMALL_PARTS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")

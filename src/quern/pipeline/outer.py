@@ -7,9 +7,9 @@ import time
 import torch
 
 from quern.codecs.base import CODECS
-from quern.pipeline import scales
 from quern.pipeline.blocks import CHAIN, layer_error
 from quern.pipeline.job import Job
+from quern.quantization import scale_dtypes as scales
 from quern.quantization.rounding.base import ROUNDINGS
 
 

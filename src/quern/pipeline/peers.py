@@ -20,6 +20,9 @@ import numpy as np
 from quern.architectures.base import architecture_of
 from quern.checkpoint.files import explain_write_errors, read_json, write_bytes, write_json
 from quern.checkpoint.tokenizer import load_tokenizer
+from quern.comparison.artifact_size import stored_folder
+from quern.comparison.row_builder import Contender
+from quern.comparison.worker_process import Launch, Worker
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import thread_count
 from quern.core.progress import telling
@@ -27,11 +30,8 @@ from quern.core.recipe import Calibration
 from quern.core.results import Failure, Tool
 from quern.peers.base import PEERS, Choice
 from quern.peers.environment import Environment, Installed
+from quern.pipeline.artifacts import Making
 from quern.pipeline.calibration_text import CalibrationText
-from quern.pipeline.making import Making
-from quern.pipeline.rows import Contender
-from quern.pipeline.stored import stored_folder
-from quern.pipeline.worker_process import Launch, Worker
 
 TIME_LIMIT_S = 3600.0
 """Most seconds that a tool may take to make one artifact, and again to be measured with it."""

@@ -20,6 +20,7 @@ from quern.checkpoint.safetensors_file import read_header
 from quern.checkpoint.tokenizer import copy_tokenizer, usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.codecs.base import CODECS
+from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import OutOfMemoryCapError, UserError, option
 from quern.core.parallel import deterministic_workers
@@ -27,17 +28,16 @@ from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, WeightScheme, load_recipe
 from quern.core.results import LayerError
 from quern.formats.base import FORMATS
+from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_model, require_unquantized
 from quern.observers.base import OBSERVERS
-from quern.pipeline import memory as memory_plan
-from quern.pipeline import scales, sensitivity
+from quern.pipeline import memory_plan, sensitivity
 from quern.pipeline.blocks import quantize_blocks
 from quern.pipeline.calibration_text import CalibrationText
 from quern.pipeline.job import Job, decoder_linears, quantized_modules
 from quern.pipeline.outer import quantize_outer, start_chain
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target
-from quern.pipeline.stopping import named_ends
-from quern.pipeline.stored import source_notes
+from quern.quantization import scale_dtypes as scales
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
 from quern.texts.source import Text

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from quern.core.figures import bytes_text, limit_text, percent_text, seconds_text, significant
 from quern.core.results import Results, Row
+from quern.core.units import bytes_text, limit_text, percent_text, seconds_text, significant
 from quern.report.provenance import prefill_fraction
 from quern.report.tools import has_tools_view
 

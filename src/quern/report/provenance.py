@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from quern.core.figures import bytes_text, limit_text, seconds_text, significant
 from quern.core.results import Results, Row
+from quern.core.units import bytes_text, limit_text, seconds_text, significant
 from quern.report.wording import protocol_text
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from quern.advisor.recommend import pareto_front, recommend
 from quern.advisor.scoring import WEIGHTS
-from quern.core.figures import bytes_text, percent_text, significant
 from quern.core.results import LayerError, Recommendation, Results, Row, Scenario, unquantized_row
+from quern.core.units import bytes_text, percent_text, significant
 from quern.report.columns import COLUMNS, Column, columns_of
 from quern.report.provenance import flatten, machine_line, model_line, model_name, recipe_view, run_facts
 from quern.report.tools import has_tools_view, tool_rows, tools_view

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from quern.advisor.deployment import maker_of
 from quern.advisor.placement import SMALL, small_loss_limit
 from quern.advisor.scoring import SMALL_LOSS
-from quern.core.figures import significant
 from quern.core.results import FOREIGN_LIMIT, Protocol, Results, Row
+from quern.core.units import significant
 
 STAGES: dict[str, str] = {
     "install": "installing it",

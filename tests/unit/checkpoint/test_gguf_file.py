@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quern.architectures.base import architecture_of
-from quern.checkpoint import gguf_file
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.gguf_file import restore_row_order
-from quern.checkpoint.gguf_header import GgufArray, read_gguf_header
+from quern.checkpoint.gguf import file as gguf_file
+from quern.checkpoint.gguf.file import restore_row_order
+from quern.checkpoint.gguf.header import GgufArray, read_gguf_header
 from quern.core.errors import BadFileError, UserError
 
 Kind = gguf.GGMLQuantizationType

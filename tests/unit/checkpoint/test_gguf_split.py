@@ -10,12 +10,12 @@ import torch
 from gguf_model import tensor_count, write_gguf
 from tiny_model import tiny_config, write_model
 
-from quern.checkpoint.gguf_split import read_parts
+from quern.checkpoint.gguf.split import read_parts
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import BadFileError
 from quern.engines.base import ENGINES
+from quern.generation.generate import generate
 from quern.loading.fitting import open_model
-from quern.pipeline.generate import generate
 from quern.pipeline.inspect import inspect
 
 

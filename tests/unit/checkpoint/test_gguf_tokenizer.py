@@ -15,11 +15,11 @@ from tiny_model import calibration_text, tiny_config, write_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from quern.checkpoint.gguf_tokenizer import load_gguf_tokenizer
+from quern.checkpoint.gguf.tokenizer import load_gguf_tokenizer
 from quern.checkpoint.tokenizer import copy_tokenizer, load_tokenizer
 from quern.core.errors import BadFileError, UserError
+from quern.generation.generate import generate
 from quern.loading.fitting import open_model
-from quern.pipeline.generate import generate
 
 TEXTS = [
     "", " ", "def f(x):\n\treturn x + 12345  # it's\n\n\n", "Ünïcödé e\u0301 \u00e9, 你好世界 🎉🏳️‍🌈", "<end>a<think> b</think><end>",

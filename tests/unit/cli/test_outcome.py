@@ -193,7 +193,7 @@ WORKING = """
 import sys, tempfile
 import typer
 from quern.cli.outcome import end_by_exception, verb, working
-from quern.pipeline.worker_process import Launch, Worker
+from quern.comparison.worker_process import Launch, Worker
 app = typer.Typer()
 end_by_exception()
 

@@ -15,7 +15,7 @@ from quern.core.metrics import MetricError
 from quern.core.results import Spread
 from quern.evaluation import energy
 from quern.evaluation.energy import GpuMeter, RaplMeter, find_meter, integrate
-from quern.evaluation.memory import peak_rss_bytes
+from quern.evaluation.peak_memory import peak_rss_bytes
 from quern.evaluation.speed import SpeedRound, prompt_of, speed_round, summarize_rounds
 
 

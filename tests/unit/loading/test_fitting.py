@@ -18,11 +18,11 @@ from quern.checkpoint.checkpoint import open_checkpoint
 from quern.checkpoint.head import UNTIED
 from quern.core.errors import BadFileError, UserError
 from quern.engines.base import ENGINES
+from quern.generation.chat import Chat
+from quern.generation.generate import generate
 from quern.loading.fitting import open_model
-from quern.pipeline.chat import Chat
 from quern.pipeline.compare import compare
 from quern.pipeline.evaluate import evaluate
-from quern.pipeline.generate import generate
 from quern.pipeline.quantize import quantize
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

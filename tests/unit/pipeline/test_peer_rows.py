@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from quern.cli import render_peers
+from quern.comparison.worker_process import WorkerError
 from quern.core.errors import UserError
 from quern.core.progress import Silent
 from quern.core.results import load_results
@@ -23,10 +24,9 @@ from quern.peers import lock
 from quern.peers.base import PEERS, choices_of
 from quern.peers.environment import Environment, Installed, PeerError
 from quern.pipeline import peers as module
+from quern.pipeline.artifacts import Making
 from quern.pipeline.compare import compare
-from quern.pipeline.making import Making
 from quern.pipeline.peers import catalogue, examine
-from quern.pipeline.worker_process import WorkerError
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
 
@@ -115,7 +115,7 @@ def test_finished_rows_are_not_made_or_measured_again(tiny_model, tiny_text, tmp
             raise AssertionError(f"{name} was started again")
 
     monkeypatch.setattr(module, "Worker", Refuses)
-    monkeypatch.setattr("quern.pipeline.measure.Worker", Refuses)
+    monkeypatch.setattr("quern.comparison.measure.Worker", Refuses)
     again = run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake)
     assert again.rows == first.rows
     with pytest.raises(AssertionError, match="fake-good was started again"):

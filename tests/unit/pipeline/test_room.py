@@ -7,11 +7,11 @@ import tempfile
 import pytest
 from mounts import tmpfs
 
+from quern.comparison import measure
 from quern.core import temporary
 from quern.core.errors import UserError
 from quern.core.temporary import is_temporary, temporary_file, temporary_folder
 from quern.pipeline import compare as comparing
-from quern.pipeline import measure
 from quern.pipeline.compare import compare
 from quern.pipeline.evaluate import evaluate
 

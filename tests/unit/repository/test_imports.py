@@ -96,7 +96,7 @@ def test_layers_hold():
         ("codecs/integer.py", "import quern.formats.base"),
         ("formats/quern.py", "def late():\n    import quern.engines.reference"),
         ("core/metrics.py", "import torch"),
-        ("pipeline/generate.py", "import rich"),
+        ("generation/generate.py", "import rich"),
     ],
 )
 def test_a_breach_is_found(tmp_path, module, line):

@@ -46,7 +46,7 @@ class Transform(ABC):  # noqa: B024 - what a transform is asked for is up to its
 
 
 class InputRotation(Transform):
-    """A rotation (``codecs/_rotation.py``) of what each group of linears reads."""
+    """A rotation (``rotation/rotation.py``) of what each group of linears reads."""
 
     @abstractmethod
     def signs(self, columns: int, seed: int, *place: object) -> Tensor:

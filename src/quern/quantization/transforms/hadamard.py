@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from quern.codecs._rotation import pack_signs
 from quern.core.errors import UserError
 from quern.core.recipe import ROTATION
 from quern.core.recipe import Transform as Settings
 from quern.core.seeds import generator
 from quern.quantization.transforms.base import TRANSFORMS, InputRotation
+from quern.rotation.rotation import pack_signs
 
 
 @TRANSFORMS.add(ROTATION)

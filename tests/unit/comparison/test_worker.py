@@ -13,13 +13,13 @@ import pytest
 import torch
 from fake_model import VOCABULARY, FakeModel, FakeTokenizer, bigram_table, write_model
 
+from quern.comparison.worker_process import COMMAND, Launch, Worker, WorkerError
 from quern.core.errors import UserError
 from quern.core.metrics import NonFiniteError
 from quern.evaluation.accuracy import DocumentScore, score_windows
 from quern.evaluation.reference_cache import ReferenceKey, ReferenceLogits
 from quern.evaluation.speed import SpeedRound
 from quern.evaluation.texts import cut_windows, save_windows
-from quern.pipeline.worker_process import COMMAND, Launch, Worker, WorkerError
 from quern.texts.source import Text
 
 FAKE = (sys.executable, fake_model.__file__)

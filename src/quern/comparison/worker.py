@@ -1,6 +1,6 @@
-"""The process of a contender that one of quern's engines runs: ``python -m quern.pipeline.worker``.
+"""The process of a contender that one of quern's engines runs: ``python -m quern.comparison.worker``.
 
-What it answers: ``quern.evaluation.server``.
+What it answers: ``quern.evaluation.worker``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from quern.core.engine import LoadedModel
 from quern.engines.base import ENGINES
-from quern.evaluation.server import serve
+from quern.evaluation.worker import serve
 
 
 def load(path: str, *, threads: int | None, engine: str, dtype: Any) -> LoadedModel:

@@ -7,7 +7,7 @@ import pytest
 
 from quern import _native
 from quern.core.errors import QuernError, UserError
-from quern.pipeline.sampling import Sampler, SamplingOptions, candidates, choose_plainly
+from quern.generation.sampling import Sampler, SamplingOptions, candidates, choose_plainly
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], dtype=np.float32))
 

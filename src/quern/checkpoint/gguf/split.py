@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quern.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from quern.checkpoint.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from quern.core.errors import BadFileError
 
 MOST_PARTS = 10_000

@@ -1,7 +1,7 @@
 """GGUF files as checkpoints: configuration, names and weights of the Llama, Mistral and Qwen families.
 
 llama.cpp's converter (``convert_hf_to_gguf.py``) renames tensors and reorders the rows of Llama's q and k for its own
-rotary embedding; both are undone here, and ``gguf_config.py`` makes a configuration of the metadata. Weights are
+rotary embedding; both are undone here, and ``config.py`` makes a configuration of the metadata. Weights are
 dequantized one tensor at a time, a few rows at a time, to float32 (float16 and bfloat16 stay as they are).
 """
 
@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from quern.checkpoint.files import InputFile
-from quern.checkpoint.gguf_config import FAMILIES, OTHER, ROPE_FREQUENCIES, WINDOWED_LAYERS, config_of
-from quern.checkpoint.gguf_header import GgufTensor
-from quern.checkpoint.gguf_split import GgufParts, read_parts
+from quern.checkpoint.gguf.config import FAMILIES, OTHER, ROPE_FREQUENCIES, WINDOWED_LAYERS, config_of
+from quern.checkpoint.gguf.header import GgufTensor
+from quern.checkpoint.gguf.split import GgufParts, read_parts
 from quern.checkpoint.safetensors_file import DTYPES, TensorInfo, allocate_bytes
 from quern.core.errors import BadFileError, UserError
 

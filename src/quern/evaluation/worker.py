@@ -44,7 +44,7 @@ from quern.core.metrics import NonFiniteError
 from quern.evaluation.accuracy import reference_logits, score_windows
 from quern.evaluation.choice import load_options, score_options
 from quern.evaluation.energy import find_meter
-from quern.evaluation.memory import peak_rss_bytes
+from quern.evaluation.peak_memory import peak_rss_bytes
 from quern.evaluation.reference_cache import ReferenceKey, ReferenceLogits, ReferenceWriter
 from quern.evaluation.speed import speed_round
 from quern.evaluation.texts import load_windows

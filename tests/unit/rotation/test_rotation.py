@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from quern.codecs._rotation import block_size, hadamard, pack_signs, rotate, rotate_back, unpack_signs
+from quern.rotation.rotation import block_size, hadamard, pack_signs, rotate, rotate_back, unpack_signs
 
 SIZES = (1, 2, 3, 8, 12, 64, 96, 100, 231, 576)
 

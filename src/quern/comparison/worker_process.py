@@ -25,11 +25,11 @@ from typing import Any
 import psutil
 
 from quern.core.errors import QuernError, UserError
-from quern.core.figures import bytes_text
 from quern.core.metrics import NonFiniteError
 from quern.core.temporary import temporary_file
+from quern.core.units import bytes_text
 
-COMMAND = (sys.executable, "-m", "quern.pipeline.worker")
+COMMAND = (sys.executable, "-m", "quern.comparison.worker")
 SILENCE_S = 1800.0
 """A worker that says nothing for so long hangs; the longest silence in honest work is one batch of a large model."""
 WAITING_THREADS_SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}

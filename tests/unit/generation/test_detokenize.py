@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from quern.pipeline.detokenize import Detokenizer
+from quern.generation.detokenize import Detokenizer
 
 
 def decode_bytes(ids):

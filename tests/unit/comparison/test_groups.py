@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from quern.comparison import groups as module
+from quern.comparison.groups import REPEATS, Group, Loaded, alternate_rounds
+from quern.comparison.inputs import Settings
+from quern.comparison.row_builder import Contender
 from quern.core.progress import Silent
 from quern.core.results import FOREIGN_LIMIT
-from quern.pipeline import rounds as module
-from quern.pipeline.inputs import Settings
-from quern.pipeline.rounds import REPEATS, Group, Loaded, alternate_rounds
-from quern.pipeline.rows import Contender
 
 ROUND = {
     "prompt_tokens": 1,

@@ -17,17 +17,17 @@ from typing import Any
 import psutil
 
 from quern.checkpoint.checkpoint import open_checkpoint
+from quern.comparison.artifact_size import Stored, stored_checkpoint, stored_folder
+from quern.comparison.groups import Group, Loaded, alternate_rounds, score_all
+from quern.comparison.inputs import Inputs, Settings, reference_key
+from quern.comparison.measured_cache import MeasuredCache
+from quern.comparison.row_builder import Contender, Machine, Measured, Original, original_of, row_of
+from quern.comparison.worker_process import Worker
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import DRIFT_LIMIT, Failure, Row
 from quern.evaluation.reference_cache import ReferenceKey, has_reference
-from quern.pipeline.inputs import Inputs, Settings, reference_key
-from quern.pipeline.measured_cache import MeasuredCache
-from quern.pipeline.rounds import Group, Loaded, alternate_rounds, score_all
-from quern.pipeline.rows import Contender, Machine, Measured, Original, original_of, row_of
-from quern.pipeline.stored import Stored, stored_checkpoint, stored_folder
-from quern.pipeline.worker_process import Worker
 
 LOADED_BYTES = 1 << 30
 """What a process needs beside its weights: interpreter, libraries, activations and a batch of logits."""

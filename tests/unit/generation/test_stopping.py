@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 from quern.checkpoint.checkpoint import open_checkpoint
 from quern.core.errors import BadFileError
 from quern.engines._cpu_model import CpuSession
-from quern.pipeline.chat import Chat
-from quern.pipeline.generate import generate
-from quern.pipeline.sampling import Sampler
-from quern.pipeline.stopping import end_tokens
+from quern.generation.chat import Chat
+from quern.generation.generate import generate
+from quern.generation.sampling import Sampler
+from quern.generation.stopping import end_tokens
 from quern.texts.turns import turn_end
 
 PLAIN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }};{% endfor %}"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json, write_json
+from quern.comparison.row_builder import Contender
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe
 from quern.engines.base import engine_for
 from quern.loading.fitting import open_model
 from quern.pipeline.quantize import quantize
-from quern.pipeline.rows import Contender
-from quern.pipeline.scales import notes_of
+from quern.quantization.scale_dtypes import notes_of
 from quern.texts.source import Text
 
 

@@ -15,10 +15,10 @@ from quern.core.engine import LimitedSession, NotingModel
 from quern.core.errors import UserError, option
 from quern.engines.base import AUTO, ENGINES, engine_for
 from quern.engines.cpu import CachePrecision, CpuEngine
+from quern.generation.detokenize import Detokenizer
+from quern.generation.sampling import Sampler, SamplingOptions
+from quern.generation.stopping import end_tokens
 from quern.loading.fitting import open_model
-from quern.pipeline.detokenize import Detokenizer
-from quern.pipeline.sampling import Sampler, SamplingOptions
-from quern.pipeline.stopping import end_tokens
 from quern.texts.tokens import check_vocabulary, text_ids
 
 if TYPE_CHECKING:

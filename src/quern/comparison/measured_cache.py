@@ -18,25 +18,33 @@ from pydantic import TypeAdapter, ValidationError
 import quern
 from quern import _native
 from quern.checkpoint.files import write_bytes
+from quern.comparison.inputs import Inputs, Settings
+from quern.comparison.row_builder import Contender, Measured
 from quern.core.results import METRICS_VERSION
-from quern.pipeline.inputs import Inputs, Settings
-from quern.pipeline.making import Making
-from quern.pipeline.rows import Contender, Measured
 
 _ADAPTER = TypeAdapter(Measured)
 
 
 class MeasuredCache:
-    """Reads and writes files below a comparison's folder; reads none if everything is to be made anew."""
+    """Reads and writes files in ``folder``; reads none if everything is to be made anew (``fresh``)."""
 
-    def __init__(self, making: Making, inputs: Inputs, settings: Settings, hardware: Mapping[str, Any]) -> None:
-        self._folder = making.folder / "cache" / "measured"
-        self._making, self._inputs, self._settings = making, inputs, settings
+    def __init__(
+        self,
+        folder: Path,
+        reference_sha256: str,
+        inputs: Inputs,
+        settings: Settings,
+        hardware: Mapping[str, Any],
+        *,
+        fresh: bool,
+    ) -> None:
+        self._folder, self._reference_sha256, self._fresh = folder, reference_sha256, fresh
+        self._inputs, self._settings = inputs, settings
         self._machine = [hardware["cpu_model"], hardware["usable_cores"], hardware["gpus"]]
 
     def load(self, contender: Contender, sha256: str) -> Measured | None:
         """What was measured of it before, or None."""
-        if self._making.fresh:
+        if self._fresh:
             return None
         try:
             return _ADAPTER.validate_json(self._path(contender, sha256).read_bytes())
@@ -66,7 +74,7 @@ class MeasuredCache:
             "settings": vars(self._settings),
             "windows": self._inputs.windows_sha256,
             "options": None if options is None else _sha256(options),
-            "reference": self._making.model_sha256,
+            "reference": self._reference_sha256,
             "machine": self._machine,
         }
 

@@ -11,6 +11,10 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+from quern.comparison.artifact_size import Stored
+from quern.comparison.inputs import Inputs, Settings
+from quern.comparison.row_builder import Contender, Measured
+from quern.comparison.worker_process import Worker, WorkerError
 from quern.core.errors import QuernError
 from quern.core.foreign_load import SHORTEST_S, ForeignLoad
 from quern.core.metrics import NonFiniteError
@@ -19,10 +23,6 @@ from quern.core.progress import Progress
 from quern.core.results import FOREIGN_LIMIT, Failure
 from quern.evaluation.accuracy import Accuracy, DocumentScore, summarize_scores
 from quern.evaluation.speed import SpeedRound, summarize_rounds
-from quern.pipeline.inputs import Inputs, Settings
-from quern.pipeline.rows import Contender, Measured
-from quern.pipeline.stored import Stored
-from quern.pipeline.worker_process import Worker, WorkerError
 
 WARM_UP_TOKENS = 4
 """Decoded in the round that is not timed."""

@@ -11,18 +11,18 @@ import torch
 from fake_model import VOCABULARY, FakeTokenizer, bigram_table, write_model
 
 from quern.checkpoint.checkpoint import open_checkpoint
+from quern.comparison import measure as module
+from quern.comparison.artifact_size import artifact_bytes
+from quern.comparison.inputs import HELD_OUT, Settings, prepare_inputs
+from quern.comparison.measure import measure_all
+from quern.comparison.row_builder import Contender, Machine, contender_of, original_of
+from quern.comparison.worker_process import Launch, WorkerError
 from quern.core import metrics
 from quern.core.errors import BadFileError, UserError
 from quern.core.results import Row
 from quern.evaluation.choice import Choice, ChoiceSet
 from quern.evaluation.texts import load_windows
-from quern.pipeline import measure as module
 from quern.pipeline.evaluate import evaluate
-from quern.pipeline.inputs import HELD_OUT, Settings, prepare_inputs
-from quern.pipeline.measure import measure_all
-from quern.pipeline.rows import Contender, Machine, contender_of, original_of
-from quern.pipeline.stored import artifact_bytes
-from quern.pipeline.worker_process import Launch, WorkerError
 from quern.texts.source import Text
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")

@@ -11,15 +11,15 @@ from typing import Any
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
+from quern.comparison.artifact_size import Stored
+from quern.comparison.worker_process import OURS, Launch
 from quern.core import metrics
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError
 from quern.core.results import LayerError, Row, Tool
 from quern.evaluation.accuracy import Accuracy
 from quern.evaluation.speed import Speed
-from quern.pipeline.scales import notes_of
-from quern.pipeline.stored import Stored
-from quern.pipeline.worker_process import OURS, Launch
+from quern.quantization.scale_dtypes import notes_of
 
 _OUTSIDE_BLOCKS = ("model.embed_tokens.weight", "lm_head.weight")
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from quern.cli.main import app
 from quern.core.errors import UserError
-from quern.pipeline.chat import Chat
-from quern.pipeline.generate import generate
+from quern.generation.chat import Chat
+from quern.generation.generate import generate
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 

@@ -10,11 +10,11 @@ from typing import Any
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import UserError
 from quern.engines.base import AUTO
+from quern.generation.detokenize import Detokenizer
+from quern.generation.generate import Tell, continuation, load_model, noted, pieces, warn
+from quern.generation.sampling import Sampler, SamplingOptions
+from quern.generation.stopping import end_tokens
 from quern.loading.fitting import open_model
-from quern.pipeline.detokenize import Detokenizer
-from quern.pipeline.generate import Tell, continuation, load_model, noted, pieces, warn
-from quern.pipeline.sampling import Sampler, SamplingOptions
-from quern.pipeline.stopping import end_tokens
 from quern.texts.tokens import check_vocabulary
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from quern.advisor.constraints import Constraints, Miss
 from quern.advisor.deployment import licence_of, targets_of
 from quern.advisor.scoring import loss_of, positive
-from quern.core.figures import bytes_text, rounded_up, significant
 from quern.core.readers import FORMATS_READ
 from quern.core.results import Row
+from quern.core.units import bytes_text, rounded_up, significant
 
 
 def nothing_text(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config, write_model
 
 from quern.core.errors import UserError
-from quern.pipeline.generate import generate
+from quern.generation.generate import generate
 
 PROMPT = "abc"
 

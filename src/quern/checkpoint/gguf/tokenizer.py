@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quern.checkpoint.gguf_header import read_gguf_header
+from quern.checkpoint.gguf.header import read_gguf_header
 from quern.checkpoint.panics import panics_as_errors
 from quern.core.errors import BadFileError, UserError
 

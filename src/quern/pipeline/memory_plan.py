@@ -11,7 +11,7 @@ import psutil
 
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.errors import OutOfMemoryCapError, option
-from quern.core.figures import bytes_text, rounded_up
+from quern.core.units import bytes_text, rounded_up
 from quern.pipeline.job import Job
 from quern.quantization.calibration.activations import WAVE_TOKENS
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS

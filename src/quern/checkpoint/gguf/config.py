@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quern.checkpoint.gguf_header import GgufArray, GgufHeader
+from quern.checkpoint.gguf.header import GgufArray, GgufHeader
 from quern.core.errors import BadFileError, UserError
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

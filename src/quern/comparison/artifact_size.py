@@ -16,11 +16,11 @@ from typing import Any
 
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quern.checkpoint.files import sha256_into
-from quern.checkpoint.gguf_header import read_gguf_header
+from quern.checkpoint.gguf.header import read_gguf_header
 from quern.checkpoint.safetensors_file import read_header
 from quern.core.errors import BadFileError
-from quern.core.figures import bytes_text
 from quern.core.progress import Progress
+from quern.core.units import bytes_text
 
 _RAW = (".bin", ".onnx", ".data", ".onnx_data", ".pt", ".pth")
 
