@@ -28,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("old", "new")
+MAKE = "--make"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FORMATS = ("quern", "compressed-tensors")
 ENGINES = ("cpu", "reference")
@@ -37,7 +38,10 @@ RUN_TOKENS, SCORED_TOKENS = 96, 512
 
 
 def main() -> int:
-    """The command."""
+    """The command; with ``MAKE`` first, its work inside one commit's environment."""
+    if sys.argv[1:2] == [MAKE]:
+        make(*sys.argv[2:])
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old")
     parser.add_argument("new")
@@ -124,9 +128,8 @@ def make_both(folder: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     started = []
     for side in SIDES:
-        command = [folder / side / "venv/bin/python", __file__, folder / "jobs.json", folder / side / "made"]
-        code = f"import runpy; runpy.run_path({str(command[1])!r})['make'](*{[str(p) for p in command[2:]]!r})"
-        started.append(subprocess.Popen([str(command[0]), "-c", code], env=environment, cwd=folder / side))
+        command = [folder / side / "venv/bin/python", __file__, MAKE, folder / "jobs.json", folder / side / "made"]
+        started.append(subprocess.Popen([str(word) for word in command], env=environment, cwd=folder / side))
     codes = [process.wait() for process in started]
     if any(codes):
         raise SystemExit("one of the commits failed; its error stands above")
