@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format readme lock lock-peers test-latest test-lowest clean
+.PHONY: help install demo test test-quick check format readme lock lock-peers test-latest test-lowest clean
 
 # Another Python environment may be active, and its variables must not reach the one made here.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_TARGET PIP_PREFIX
@@ -14,6 +14,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests tools benchmarks
 MODEL := models/python-7m
+# Tests run in so many processes, 8 at most: each may hold a model, or start others that do. WORKERS=0: in none but pytest's.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+# A file stays in one process, so that what its tests share is made once; tests/conftest.py says which files come first.
+export PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# What needs hardly a process of its own, and one model all the way.
+QUICK := tests/golden tests/unit/codecs tests/unit/rotation tests/unit/quantization tests/unit/evaluation \
+	tests/unit/generation tests/unit/texts tests/unit/test_metrics.py tests/unit/test_recommend.py \
+	$(patsubst %,tests/contract/test_%.py,architectures codecs engines formats observers roundings transforms) \
+	'tests/end_to_end/test_quantize.py::test_every_family_survives_the_whole_path[bfloat16-qwen2]'
 # Another build of torch, such as TORCH=torch==2.13.0 for PyPI's, and another index of builds without CUDA.
 export TORCH TORCH_INDEX
 
@@ -39,9 +48,12 @@ $(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
 demo: $(VENV)/.installed  ## Quantize the bundled model four ways, measure, recommend: demo/report.html
 	@$(BIN)/quern compare $(MODEL) --recipes compact,fast,balanced,rtn4 --choice $(MODEL)/choice.jsonl -o demo
 
-test: $(VENV)/.installed-dev  ## All tests
+test: $(VENV)/.installed-dev  ## All tests, in as many processes as there are processors (WORKERS=2: in two)
 	@if [ -x tools/install_browser.sh ]; then PATH="$(abspath $(BIN)):$$PATH" tools/install_browser.sh; fi
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
+
+test-quick: $(VENV)/.installed-dev  ## The one-minute tour: codecs, rounding, formats, engines, one whole run
+	@$(BIN)/python -m pytest $(PARALLEL) $(QUICK)
 
 check: $(VENV)/.installed-dev  ## Formatter, linter, types, layers, file sizes
 	@$(BIN)/ruff format --check $(CODE)

@@ -11,6 +11,18 @@ from locked_versions import departures
 from tiny_model import calibration_text, write_model
 
 UNLOCKED = departures()
+LONGEST = (
+    "unit/pipeline/test_peer_rows.py",
+    "unit/documentation/test_readme.py",
+    "unit/comparison/test_measure.py",
+    "end_to_end/test_quantize.py",
+    "end_to_end/test_quantize_memory.py",
+    "end_to_end/test_command_line.py",
+    "end_to_end/test_scale_dtypes.py",
+    "unit/documentation/test_contributing.py",
+    "contract/test_readers.py",
+)
+"""Files that take longest, the first one first: several processes that share the tests then end at about the same time."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,6 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
     another version of somebody else's package deprecates is shown at the end, and fails nobody's checkout."""
     if UNLOCKED:
         config.addinivalue_line("filterwarnings", "default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; all else stays as it was found."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_report_header() -> str:

@@ -11,7 +11,7 @@ lock compare "$venv.txt"
 UNHASHED=1 tools/install.sh "$venv" "$venv.txt"
 "$venv/bin/python" -m pip check || echo "Goes on all the same."
 status=0
-"$venv/bin/python" -m pytest -W default ${PYTEST:-} || status=$?
+"$venv/bin/python" -m pytest -W default ${PARALLEL:-} ${PYTEST:-} || status=$?
 lock compare "$venv.txt"
 echo "Tests with the $1 versions: $([ "$status" = 0 ] && echo passed || echo "FAILED, see above")"
 exit "$status"

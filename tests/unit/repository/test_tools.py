@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,7 @@ def test_make_lists_its_targets():
             "install",
             "demo",
             "test",
+            "test-quick",
             "check",
             "format",
             "readme",
@@ -133,3 +136,23 @@ def test_ci_runs_both_halves_and_is_honest(tmp_path, check, test, code):
     assert ended.returncode == code
     assert "checked" in ended.stdout
     assert "7 passed" in ended.stdout
+
+
+def test_the_longest_files_come_first():
+    """As long as they exist; what is not named keeps its place."""
+    conftest = load("tests/conftest.py")
+    paths = [ROOT / "tests" / name for name in conftest.LONGEST]
+    assert [path for path in paths if not path.is_file()] == []
+    others = [ROOT / "tests/a.py", ROOT / "tests/b.py"]
+    items = [types.SimpleNamespace(path=path) for path in (others[0], *reversed(paths), others[1])]
+    conftest.pytest_collection_modifyitems(items)
+    assert [item.path for item in items] == [*paths, *others]
+
+
+def test_the_quick_tour_names_tests_that_exist():
+    command = ["make", "--no-print-directory", "--dry-run", "--old-file", ".venv/.installed-dev", "test-quick"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in told.splitlines() if "pytest" in line]
+    named = [word.split("::")[0] for word in shlex.split(line) if word.startswith("tests/")]
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
