@@ -4,14 +4,14 @@
 #include <cmath>
 #include <cstring>
 
-#include "engine/embedding.h"
+#include "kernels/kind.h"
 
 namespace quern {
 namespace {
 
 constexpr int32_t QUERY_ROWS = 32;  // tokens whose queries attention takes through a stretch of keys together
 
-bool plain(const Weight& weight) { return weight.kind == Kind::bfloat16 || weight.kind == Kind::float32; }
+bool plain(const Weight& weight) { return weight.kind->plain; }
 
 bool same_inputs(const Linear& a, const Linear& b) {
   if (plain(a.weight) != plain(b.weight)) return false;
@@ -233,7 +233,7 @@ void Decoder::forward(const std::vector<Row>& rows, std::vector<float>& hidden) 
   branch_.resize(tokens * width);
   gate_.resize(tokens * inner);
   up_.resize(tokens * inner);
-  pool_.each(tokens, [&](int64_t t) { decode_row(embedding_, rows[t].token, hidden.data() + t * width); });
+  pool_.each(tokens, [&](int64_t t) { embedding_.kind->decode(embedding_, rows[t].token, hidden.data() + t * width); });
   const auto join = [&] {
     pool_.each(tokens, [&](int64_t t) { operations_->add(hidden.data() + t * width, branch_.data() + t * width, width); });
   };

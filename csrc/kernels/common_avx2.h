@@ -23,6 +23,12 @@ INLINE __m256i load_some(const void* p, int64_t count) {
   return load(bytes);
 }
 
+// Up to 8 numbers; the others are zero.
+INLINE __m256 load_floats(const float* p, int32_t count) {
+  if (count >= 8) return _mm256_loadu_ps(p);
+  return _mm256_castsi256_ps(load_some(p, 4 * static_cast<int64_t>(count)));
+}
+
 INLINE int32_t sum(__m256i v) {
   const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));

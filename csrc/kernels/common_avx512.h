@@ -17,6 +17,8 @@
 namespace quern {
 namespace {
 
+INLINE int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+
 INLINE __mmask16 first_lanes(int32_t count) { return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << count) - 1); }
 
 INLINE __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }

@@ -77,13 +77,6 @@ Kernels completed(const Kernels& table, const Kernels& lower) {
   take(k.split, table.split);
   take(k.rotate, table.rotate);
   take(k.scales, table.scales);
-  take(k.integer4, table.integer4);
-  take(k.integer8, table.integer8);
-  take(k.codebook4, table.codebook4);
-  take(k.plain, table.plain);
-  take(k.trellis, table.trellis);
-  take(k.decode_rows, table.decode_rows);
-  take(k.decode_trellis, table.decode_trellis);
   take(k.read, table.read);
   take(k.flush, table.flush);
   if (table.panel) {  // these belong together
@@ -102,10 +95,11 @@ const std::vector<Kernels>& tables() {
     const auto add = [&](std::initializer_list<const Kernels*> parts) {
       Kernels table = found.back();
       for (const Kernels* part : parts) table = completed(*part, table);
+      table.level = static_cast<int32_t>(found.size());
       found.push_back(table);
     };
-    if (can_avx2()) add({&vectors_avx2, &rows_avx2, &trellis_avx2, &panels_avx2});
-    if (can_avx512()) add({&vectors_avx512, &rows_avx512, &trellis_avx512, &panels_avx512});
+    if (can_avx2()) add({&vectors_avx2, &panels_avx2});
+    if (can_avx512()) add({&vectors_avx512, &panels_avx512});
     if (can_amx()) add({&panels_amx});
 #endif
     return found;
@@ -148,8 +142,6 @@ const Kernels& kernels() {
   }
   return *table;
 }
-
-const Kernels& scalar_kernels() { return tables().front(); }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

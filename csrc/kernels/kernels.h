@@ -1,4 +1,5 @@
-// The table of functions that every instruction set fills in, as far as it has something better than the next lower one.
+// The table of functions that every instruction set fills in, as far as it has something better than the next lower one. What
+// depends on how weights are packed is in kernels/kind.h.
 //
 // One rule fixes every result, whatever the instruction set, the number of threads and the number of tokens that are
 // computed together. For packed kinds, with integers summed exactly:
@@ -50,19 +51,7 @@ struct Kernels {
   // `count` scales of a row from group `first` on, as float32.
   void (*scales)(const Weight& weight, int32_t row, int32_t first, int32_t count, float* out);
 
-  // outputs[token * inputs.rows + row] for rows [first, last); `first` is a multiple of 8.
-  void (*integer4)(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs);
-  void (*integer8)(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs);
-  void (*codebook4)(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs);
-  void (*plain)(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs);
-
-  // sums[row of the tile] of one token over blocks [first, last) of 4 columns; `x` is the token's first value.
-  void (*trellis)(const Weight& weight, int32_t tile, int32_t first, int32_t last, const int8_t* x, int32_t* sums);
-
-  // Decode into a panel; each byte is the code's value xor `flip`, which is 0 or 128.
-  void (*decode_rows)(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel);
-  void (*decode_trellis)(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel);
-  // What the two next ones want as `flip`; their sums are too great by flip * sum of the inputs.
+  // What the two next ones want as the `flip` of decoding (KindKernels::panel); their sums are too great by flip * sum of the inputs.
   uint8_t flip;
   // sums (row_groups, tokens, 16) += panel (row_groups, blocks, 64) * inputs of 4 * blocks columns.
   void (*panel)(const int8_t* panel, int32_t row_groups, int32_t blocks, const int8_t* x, int64_t stride, int32_t tokens,
@@ -78,10 +67,12 @@ struct Kernels {
 
   // Read memory as fast as it goes; returns something that depends on all of it.
   uint64_t (*read)(const void* data, int64_t bytes);
+
+  // How many instruction sets are below: scalar 0, AVX2 1, AVX-512 2, AMX 3.
+  int32_t level = 0;
 };
 
-// Of the instruction set in use (kernels/dispatch.h), and of the lowest.
+// Of the instruction set in use (kernels/dispatch.h).
 const Kernels& kernels();
-const Kernels& scalar_kernels();
 
 }  // namespace quern

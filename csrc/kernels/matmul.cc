@@ -21,7 +21,7 @@ constexpr int64_t PIECES_A_THREAD = 4;      // where there are so many, so that 
 constexpr int32_t PANEL_BLOCKS = 32;        // registers of 16 rows decoded at once for few tokens: 32 KiB, the L1 cache
 constexpr int64_t SERIAL = 1 << 15;         // elements for which waking threads costs more than it gains
 
-// Row kernels over ranges of rows: every kind but the trellis, for few tokens; and what has no panels, for many.
+// Row kernels over ranges of rows: every kind whose codes lie in rows, for few tokens; and what has no panels, for many.
 class RowJob : public Job {
  public:
   RowJob(const Product& product, const Activations& activations, int threads)
@@ -48,11 +48,11 @@ class RowJob : public Job {
   int32_t rows_;
 };
 
-// A trellis and few tokens. A piece is a tile, or where there are few tiles a part of its columns; whoever is last with a
+// Codes in tiles and few tokens. A piece is a tile, or where there are few tiles a part of its columns; whoever is last with a
 // tile adds the parts' sums (integers, so the order does not matter) and scales them.
-class TrellisJob : public Job {
+class TileJob : public Job {
  public:
-  TrellisJob(const Product& product, const Activations& activations, int threads, Scratch& memory)
+  TileJob(const Product& product, const Activations& activations, int threads, Scratch& memory)
       : weight_(*product.weight), summands_(summands(weight_)), activations_(activations), outputs_(product.outputs) {
     tiles_ = static_cast<int32_t>(ceil_divide(weight_.rows, TILE_ROWS));
     blocks_ = (weight_.columns + 3) / 4;
@@ -74,7 +74,7 @@ class TrellisJob : public Job {
     const Weight& summand = summands_.weights[share % summands_.count];
     int32_t* sums = sums_ + piece * tile_sums_;
     if (activations_.tokens == 1) {
-      kernels().trellis(summand, tile, first, last, activations_.values.data(), sums);
+      kernels_of(summand, kernels().level).tile(summand, tile, first, last, activations_.values.data(), sums);
     } else {
       add_panels(summand, tile, first, last, sums);
     }
@@ -92,7 +92,7 @@ class TrellisJob : public Job {
     memset(sums, 0, sizeof(int32_t) * tile_sums_);
     for (int32_t block = first; block < last; block += PANEL_BLOCKS) {
       const int32_t count = std::min(PANEL_BLOCKS, last - block);
-      k.decode_trellis(summand, {tile * TILE_ROWS, height(tile), 4 * block, 4 * count, count}, k.flip, panel);
+      kernels_of(summand, k.level).panel(summand, {tile * TILE_ROWS, height(tile), 4 * block, 4 * count, count}, k.flip, panel);
       k.panel(panel, row_groups, count, activations_.values.data() + 4 * block, activations_.stride, activations_.tokens,
               sums);
     }
@@ -139,21 +139,18 @@ void check(const Weight& weight, const Activations& activations) {
                                 std::to_string(activation_group(weight)) + " cannot take inputs of " +
                                 std::to_string(activations.columns) + " columns in groups of " +
                                 std::to_string(activations.group) + "; the limit is " + std::to_string(MAX_COLUMNS));
-  if (is_plain(weight) && activations.exact == nullptr)
+  if (weight.kind->plain && activations.exact == nullptr)
     throw std::invalid_argument("a plain matrix needs its inputs as they were, not quantized");
 }
 
 }  // namespace
 
 int64_t code_bytes(const Weight& weight) {
-  if (weight.kind != Kind::trellis) return static_cast<int64_t>(weight.rows) * weight.row_bytes;
-  const int64_t blocks = ceil_divide(weight.columns, 4), tiles = weight.rows / TILE_ROWS;
-  const int64_t rest = ceil_divide(weight.rows % TILE_ROWS, 16);
-  return LANES * blocks * (tiles * weight.bits * 2 + ceil_divide(weight.bits * rest, 8));
+  return weight.kind->tiled() ? weight.kind->tile_bytes(weight) : static_cast<int64_t>(weight.rows) * weight.row_bytes;
 }
 
 int32_t activation_group(const Weight& weight) {
-  return weight.kind == Kind::trellis || is_plain(weight) ? weight.columns : weight.group;
+  return weight.kind->plain || weight.kind->tiled() ? weight.columns : weight.group;
 }
 
 Summands summands(const Weight& weight) {
@@ -181,13 +178,7 @@ Inputs view(const Weight& weight, const Activations& a, int32_t first_token, int
 void multiply_rows(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs) {
   // 4-bit groups that do not begin on a byte are rare enough for the scalar version.
   const bool bytes = inputs.groups == 1 || inputs.group % 2 == 0;
-  const Kernels& k = bytes ? kernels() : scalar_kernels();
-  switch (weight.kind) {
-    case Kind::integer4: return k.integer4(weight, inputs, first, last, outputs);
-    case Kind::codebook4: return k.codebook4(weight, inputs, first, last, outputs);
-    case Kind::integer8: return k.integer8(weight, inputs, first, last, outputs);
-    default: return k.plain(weight, inputs, first, last, outputs);
-  }
+  kernels_of(weight, bytes ? kernels().level : 0).rows(weight, inputs, first, last, outputs);
 }
 
 void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t columns, int32_t group, Activations& out) {
@@ -234,8 +225,8 @@ void multiply(ThreadPool& pool, const std::vector<Product>& products, const Acti
     std::unique_ptr<Job> job;
     if (many) {
       job.reset(panel_job(product, activations, pool.threads()));
-    } else if (product.weight->kind == Kind::trellis) {
-      job = std::make_unique<TrellisJob>(product, activations, pool.threads(), memory[ranges.size()]);
+    } else if (product.weight->kind->tiled()) {
+      job = std::make_unique<TileJob>(product, activations, pool.threads(), memory[ranges.size()]);
     } else {
       job = std::make_unique<RowJob>(product, activations, pool.threads());
     }

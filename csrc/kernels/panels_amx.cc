@@ -18,8 +18,6 @@ constexpr int32_t TILE = M * 16;  // sums
 constexpr int32_t DEPTH = 4;
 constexpr int32_t TOGETHER = 32;
 
-INLINE int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
-
 // Layout that ldtilecfg reads (Intel SDM, palette 1).
 struct alignas(64) Shapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -342,8 +340,7 @@ void grouped(const int8_t* panel, int32_t row_groups, int32_t blocks, int32_t gr
 }  // namespace
 
 const Kernels panels_amx = {
-    "amx",   nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-    nullptr, nullptr, 0,       panel,   nullptr, grouped, nullptr,
+    "amx", nullptr, nullptr, nullptr, nullptr, 0, panel, nullptr, grouped, nullptr,
 };
 
 }  // namespace quern

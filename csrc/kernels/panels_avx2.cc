@@ -57,8 +57,7 @@ void flush(const int32_t* sums, int32_t row_groups, int32_t tokens, const float*
 }  // namespace
 
 const Kernels panels_avx2 = {
-    "avx2",  nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-    nullptr, nullptr, 0,       panel,   flush,   nullptr, nullptr,
+    "avx2", nullptr, nullptr, nullptr, nullptr, 0, panel, flush, nullptr, nullptr,
 };
 
 }  // namespace quern

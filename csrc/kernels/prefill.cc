@@ -139,8 +139,7 @@ class PanelJob : public Job {
     // Filled up with zero bytes, which add nothing however they are read, to whole matrix tiles.
     void decode(Columns& part, int8_t* panel) {
       const int32_t full = (part.count + 3) / 4, blocks = blocks_of(part);
-      const auto decoder = part.weight->kind == Kind::trellis ? k.decode_trellis : k.decode_rows;
-      decoder(*part.weight, {first_row, rows, part.first, part.count, blocks}, k.flip, panel);
+      kernels_of(*part.weight, k.level).panel(*part.weight, {first_row, rows, part.first, part.count, blocks}, k.flip, panel);
       for (int32_t g = 0; full < blocks && g < row_groups; ++g)
         memset(panel + (static_cast<int64_t>(g) * blocks + full) * LANES, 0, (blocks - full) * LANES);
       part.blocks = blocks;
@@ -206,7 +205,7 @@ class PanelJob : public Job {
 }  // namespace
 
 bool has_panels(const Weight& weight) {
-  return !is_plain(weight) && (groups_of(weight) == 1 || activation_group(weight) % 4 == 0);
+  return !weight.kind->plain && (groups_of(weight) == 1 || activation_group(weight) % 4 == 0);
 }
 
 Job* panel_job(const Product& product, const Activations& activations, int threads) {

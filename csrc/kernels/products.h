@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "kernels/kernels.h"
+#include "kernels/kind.h"
 #include "kernels/matmul.h"
 
 namespace quern {
@@ -16,9 +16,7 @@ inline int32_t groups_of(const Weight& weight) {
   return static_cast<int32_t>(ceil_divide(weight.columns, weight.group));
 }
 
-inline bool is_plain(const Weight& weight) { return weight.kind == Kind::bfloat16 || weight.kind == Kind::float32; }
-
-// Trellis: weights with the same codes whose values, each of which fits int8, add up to `weight`'s. One where the sums of
+// Tiles: weights with the same codes whose values, each of which fits int8, add up to `weight`'s. One where the sums of
 // both tables fit, which is what tables should be trained for; else one a table, the second with its lag.
 struct Summands {
   int32_t count;

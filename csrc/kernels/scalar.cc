@@ -1,5 +1,6 @@
 #include "kernels/scalar.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -13,13 +14,6 @@ const Kernels scalar_table = {
     scalar::split,
     scalar::rotate,
     scalar::scales,
-    scalar::integer4,
-    scalar::integer8,
-    scalar::codebook4,
-    scalar::plain,
-    scalar::trellis,
-    scalar::decode_rows,
-    scalar::decode_trellis,
     0,
     scalar::panel,
     scalar::flush,
@@ -80,77 +74,6 @@ void quantize_group(const float* x, int32_t count, int8_t* values, float* scale,
   }
 }
 
-int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
-
-// sum over groups, in order, of fma(float(sum of values * inputs), ws * xs, out).
-template <typename Value>
-void rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs, Value value) {
-  for (int32_t row = first; row < last; ++row) {
-    for (int32_t t = 0; t < in.tokens; ++t) {
-      const int8_t* x = in.values + t * in.stride;
-      float out = 0.0f;
-      for (int32_t g = 0; g < in.groups; ++g) {
-        int32_t sum = 0;
-        const int32_t end = least((g + 1) * in.group, in.columns);
-        for (int32_t c = g * in.group; c < end; ++c) sum += value(row, c, g) * x[c];
-        float ws;
-        scales(weight, row, g, 1, &ws);
-        out = fmaf(static_cast<float>(sum), ws * in.scale[t * in.groups + g], out);
-      }
-      outputs[t * in.rows + row] = out;
-    }
-  }
-}
-
-int32_t nibble(const Weight& weight, int32_t row, int32_t column) {
-  const uint8_t byte = static_cast<const uint8_t*>(weight.codes)[row * weight.row_bytes + column / 2];
-  return column % 2 ? byte >> 4 : byte & 15;
-}
-
-int32_t zero_point(const Weight& weight, int32_t row, int32_t group) {
-  if (weight.zeros == nullptr) return 8;
-  const int32_t groups = (weight.columns + weight.group - 1) / weight.group;
-  const int32_t at = weight.scale_stride == 0 ? 0 : row;
-  return weight.zeros[static_cast<int64_t>(at / 8) * groups + group] >> 4 * (at % 8) & 15;
-}
-
-int32_t value4(const Weight& weight, int32_t row, int32_t column, int32_t group) {
-  const int32_t code = nibble(weight, row, column);
-  return weight.kind == Kind::codebook4 ? weight.table[code] : code - zero_point(weight, row, group);
-}
-
-int32_t value8(const Weight& weight, int32_t row, int32_t column) {
-  return static_cast<const int8_t*>(weight.codes)[row * weight.row_bytes + column];
-}
-
-// One column of one tile's 16 rows r, r + 16, ...: where its code stream lies and how long it is.
-struct Stream {
-  const uint8_t* bytes;  // byte j at bytes[64 * j]
-  int32_t steps, bits;   // bits: of the whole bytes
-
-  Stream(const Weight& weight, int32_t tile, int32_t block, int32_t lane) {
-    const int32_t height = least(weight.rows - tile * TILE_ROWS, TILE_ROWS);
-    steps = (height + 15) / 16;
-    const int32_t registers = (weight.bits * steps + 7) / 8, whole = (weight.bits * 16 + 7) / 8;
-    const int64_t blocks = (weight.columns + 3) / 4;
-    bits = 8 * registers;
-    bytes = static_cast<const uint8_t*>(weight.codes) +
-            LANES * (tile * blocks * whole + static_cast<int64_t>(block) * registers) + lane;
-  }
-
-  // The `window` bits that end with step `step`'s; steps below 0 go round the end. At most 7 + 7 bits: two bytes hold them.
-  int32_t index(const Weight& weight, int32_t step) const {
-    const int32_t first = ((weight.bits * (step + 1) - weight.window) % bits + bits) % bits;
-    const int32_t byte = first / 8, next = 8 * byte + 8 == bits ? 0 : byte + 1;
-    return (bytes[LANES * byte] | bytes[LANES * next] << 8) >> first % 8 & ((1 << weight.window) - 1);
-  }
-
-  int32_t value(const Weight& weight, int32_t step) const {
-    if (weight.tables == 1) return weight.table[index(weight, step - weight.lag)];
-    return weight.table[index(weight, step)] + weight.table[(1 << weight.window) + index(weight, step - weight.lag)];
-  }
-};
-
 }  // namespace
 
 float number(const void* data, Float type, int64_t index) {
@@ -166,7 +89,7 @@ float number(const void* data, Float type, int64_t index) {
 
 void quantize(const float* x, int32_t columns, int32_t group, int8_t* values, float* scale, int32_t* sums) {
   for (int32_t g = 0, c = 0; c < columns; ++g, c += group)
-    quantize_group(x + c, least(group, columns - c), values + c, scale + g, sums + g);
+    quantize_group(x + c, std::min(group, columns - c), values + c, scale + g, sums + g);
 }
 
 void split(const int8_t* values, int64_t count, int8_t* even, int8_t* odd) {
@@ -206,68 +129,6 @@ uint64_t read(const void* data, int64_t bytes) {
   }
   for (; i < bytes; ++i) sum += p[i];
   return sum;
-}
-
-void integer4(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs) {
-  rows(weight, inputs, first, last, outputs,
-       [&](int32_t row, int32_t column, int32_t group) { return value4(weight, row, column, group); });
-}
-
-void integer8(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs) {
-  rows(weight, inputs, first, last, outputs, [&](int32_t row, int32_t column, int32_t) { return value8(weight, row, column); });
-}
-
-void codebook4(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs) {
-  integer4(weight, inputs, first, last, outputs);
-}
-
-void plain(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
-  const Float type = weight.kind == Kind::bfloat16 ? Float::bfloat16 : Float::float32;
-  for (int32_t row = first; row < last; ++row) {
-    const char* w = static_cast<const char*>(weight.codes) + row * weight.row_bytes;
-    for (int32_t t = 0; t < in.tokens; ++t) {
-      const float* x = in.exact + static_cast<int64_t>(t) * in.columns;
-      float lanes[16] = {};
-      for (int32_t c = 0; c < in.columns; ++c) lanes[c % 16] = fmaf(number(w, type, c), x[c], lanes[c % 16]);
-      for (int32_t width = 8; width > 0; width /= 2)
-        for (int32_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-      outputs[t * in.rows + row] = lanes[0];
-    }
-  }
-}
-
-void trellis(const Weight& weight, int32_t tile, int32_t first, int32_t last, const int8_t* x, int32_t* sums) {
-  const int32_t steps = Stream(weight, tile, 0, 0).steps;
-  memset(sums, 0, sizeof(int32_t) * 16 * steps);
-  for (int32_t block = first; block < last; ++block) {
-    for (int32_t lane = 0; lane < LANES; ++lane) {
-      const Stream stream(weight, tile, block, lane);
-      for (int32_t step = 0; step < steps; ++step)
-        sums[16 * step + lane / 4] += stream.value(weight, step) * x[4 * block + lane % 4];
-    }
-  }
-}
-
-void decode_rows(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) {
-  for (int32_t row = 0; row < part.rows; ++row)
-    for (int32_t c = 0; c < part.columns; ++c) {
-      const int32_t r = part.first_row + row, column = part.first_column + c;
-      const int32_t value =
-          weight.kind == Kind::integer8 ? value8(weight, r, column) : value4(weight, r, column, column / weight.group);
-      panel[(row / 16 * static_cast<int64_t>(part.blocks) + c / 4) * LANES + row % 16 * 4 + c % 4] =
-          static_cast<int8_t>(value ^ flip);
-    }
-}
-
-void decode_trellis(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) {
-  const int32_t tile = part.first_row / TILE_ROWS, first = part.first_column / 4;
-  for (int32_t block = 0; block < (part.columns + 3) / 4; ++block)
-    for (int32_t lane = 0; lane < LANES; ++lane) {
-      const Stream stream(weight, tile, first + block, lane);
-      for (int32_t step = 0; step < stream.steps; ++step)
-        panel[(step * static_cast<int64_t>(part.blocks) + block) * LANES + lane] =
-            static_cast<int8_t>(stream.value(weight, step) ^ flip);
-    }
 }
 
 void panel(const int8_t* panel, int32_t row_groups, int32_t blocks, const int8_t* x, int64_t stride, int32_t tokens,

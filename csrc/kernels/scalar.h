@@ -5,6 +5,7 @@
 
 namespace quern::scalar {
 
+// Number `index` of an array, as float32.
 float number(const void* data, Float type, int64_t index);
 
 void quantize(const float* x, int32_t columns, int32_t group, int8_t* values, float* scale, int32_t* sums);
@@ -13,14 +14,6 @@ void rotate(float* values, int32_t columns, int32_t block, const uint8_t* signs)
 void scales(const Weight& weight, int32_t row, int32_t first, int32_t count, float* out);
 uint64_t read(const void* data, int64_t bytes);
 
-void integer4(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs);
-void integer8(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs);
-void codebook4(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs);
-void plain(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs);
-
-void trellis(const Weight& weight, int32_t tile, int32_t first, int32_t last, const int8_t* x, int32_t* sums);
-void decode_rows(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel);
-void decode_trellis(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel);
 void panel(const int8_t* panel, int32_t row_groups, int32_t blocks, const int8_t* x, int64_t stride, int32_t tokens,
            int32_t* sums);
 void flush(const int32_t* sums, int32_t row_groups, int32_t tokens, const float* ws, const float* xs,

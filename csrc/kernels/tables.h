@@ -6,8 +6,8 @@
 namespace quern {
 
 extern const Kernels scalar_table;
-extern const Kernels vectors_avx2, rows_avx2, trellis_avx2, panels_avx2;
-extern const Kernels vectors_avx512, rows_avx512, trellis_avx512, panels_avx512;
+extern const Kernels vectors_avx2, panels_avx2;
+extern const Kernels vectors_avx512, panels_avx512;
 extern const Kernels panels_amx;
 
 }  // namespace quern

@@ -1,15 +1,9 @@
-// Quantizing, rotating, scales and plain matrices; the AVX-512 file has the same in wider registers.
+// Quantizing, rotating, scales and reading; the AVX-512 file has the same in wider registers.
 #include "kernels/common_avx2.h"
 #include "kernels/tables.h"
 
 namespace quern {
 namespace {
-
-// Up to 8 numbers; the others are zero.
-INLINE __m256 load_floats(const float* p, int32_t count) {
-  if (count >= 8) return _mm256_loadu_ps(p);
-  return _mm256_castsi256_ps(load_some(p, 4 * static_cast<int64_t>(count)));
-}
 
 INLINE void quantize_group(const float* x, int32_t count, int8_t* values, float* scale, int32_t* total) {
   // The order of the bits of |x| is that of the numbers, infinities and NaNs being above all others.
@@ -102,64 +96,6 @@ void scales(const Weight& weight, int32_t row, int32_t first, int32_t count, flo
   for (int32_t i = 0; i < count; ++i) out[i] = number(weight.scale, weight.scale_type, row * weight.scale_stride + first + i);
 }
 
-template <Kind KIND>
-INLINE __m256 load_weights(const char* row, int32_t column, int32_t count) {
-  if constexpr (KIND == Kind::float32) return load_floats(reinterpret_cast<const float*>(row) + column, count);
-  alignas(16) uint16_t halves[8] = {};
-  __builtin_memcpy(halves, row + 2 * static_cast<int64_t>(column), 2 * static_cast<size_t>(least(count, 8)));
-  const __m128i raw = _mm_load_si128(reinterpret_cast<const __m128i*>(halves));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
-}
-
-// Lanes 0 to 7 and 8 to 15 of the sixteen partial sums.
-INLINE float sum_lanes(__m256 low, __m256 high) {
-  const __m256 eight = _mm256_add_ps(low, high);
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-template <Kind KIND, int ROWS>
-INLINE void plain_block(const Weight& weight, const Inputs& in, int32_t row, int32_t token, float* outputs) {
-  const char* w = static_cast<const char*>(weight.codes) + row * weight.row_bytes;
-  const float* x = in.exact + static_cast<int64_t>(token) * in.columns;
-  __m256 low[ROWS], high[ROWS];
-  for (int r = 0; r < ROWS; ++r) low[r] = high[r] = _mm256_setzero_ps();
-  int32_t c = 0;
-  for (; c + 16 <= in.columns; c += 16) {
-    const __m256 a = _mm256_loadu_ps(x + c), b = _mm256_loadu_ps(x + c + 8);
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      low[r] = _mm256_fmadd_ps(load_weights<KIND>(w + r * weight.row_bytes, c, 8), a, low[r]);
-      high[r] = _mm256_fmadd_ps(load_weights<KIND>(w + r * weight.row_bytes, c + 8, 8), b, high[r]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    alignas(32) float lanes[16];
-    _mm256_store_ps(lanes, low[r]);
-    _mm256_store_ps(lanes + 8, high[r]);
-    for (int32_t i = c; i < in.columns; ++i) {
-      const char* at = w + r * weight.row_bytes;
-      lanes[i - c] = __builtin_fmaf(number(at, KIND == Kind::float32 ? Float::float32 : Float::bfloat16, i), x[i], lanes[i - c]);
-    }
-    outputs[token * in.rows + row + r] = sum_lanes(_mm256_load_ps(lanes), _mm256_load_ps(lanes + 8));
-  }
-}
-
-template <Kind KIND>
-INLINE void plain_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
-  int32_t row = first;
-  for (; row + 4 <= last; row += 4)
-    for (int32_t t = 0; t < in.tokens; ++t) plain_block<KIND, 4>(weight, in, row, t, outputs);
-  for (; row < last; ++row)
-    for (int32_t t = 0; t < in.tokens; ++t) plain_block<KIND, 1>(weight, in, row, t, outputs);
-}
-
-void plain(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs) {
-  if (weight.kind == Kind::bfloat16) return plain_rows<Kind::bfloat16>(weight, inputs, first, last, outputs);
-  return plain_rows<Kind::float32>(weight, inputs, first, last, outputs);
-}
-
 uint64_t read(const void* data, int64_t bytes) {
   const char* p = static_cast<const char*>(data);
   __m256i total[4];
@@ -180,8 +116,7 @@ uint64_t read(const void* data, int64_t bytes) {
 }  // namespace
 
 const Kernels vectors_avx2 = {
-    "avx2",  quantize, split, rotate, scales, nullptr, nullptr, nullptr, plain, nullptr,
-    nullptr, nullptr,  0,     nullptr, nullptr, nullptr, read,
+    "avx2", quantize, split, rotate, scales, 0, nullptr, nullptr, nullptr, read,
 };
 
 }  // namespace quern

@@ -6,18 +6,16 @@
 
 namespace quern {
 
-enum class Kind : int32_t {
-  integer4 = 1,   // 4-bit codes, two a byte along the row, low nibble first: value = (code - zero) * scale[row][group]
-  integer8 = 2,   // int8 codes:                                              value = code * scale[row][group]
-  codebook4 = 3,  // 4-bit codes as above:                                    value = table[code] * scale[row][group]
-  trellis = 4,    // see below:                                               value = sum of table entries * scale[row]
-  bfloat16 = 5,   // plain numbers
-  float32 = 6,
-};
+struct WeightKind;  // kernels/kind.h
 
 enum class Float : int32_t { float16 = 1, bfloat16 = 2, float32 = 3 };
 
-// outputs[token][row] = sum over columns of value(row, column) * inputs[token][column].
+// outputs[token][row] = sum over columns of value(row, column) * inputs[token][column], where by kind (csrc/kinds) value is
+//   integer4   (code - zero) * scale[row][group], of 4-bit codes, two a byte along the row, low nibble first
+//   integer8   code * scale[row][group], of int8 codes
+//   codebook4  table[code] * scale[row][group], of 4-bit codes as above
+//   trellis    sum of table entries * scale[row]; see below
+//   bfloat16, float32  plain numbers
 //
 // Trellis layout. Rows are cut into tiles of 256 (the last one may have fewer), columns into blocks of 4 (the last one is
 // filled up with zero inputs). A tile of `height` rows has `steps` = ceil(height / 16) steps; a block of it is
@@ -28,12 +26,12 @@ enum class Float : int32_t { float16 = 1, bfloat16 = 2, float32 = 3 };
 // table[window(t)]; with two it is table[0][window(t)] + table[1][window(t - lag)].
 // Order in memory: tiles, in them blocks of columns, in them registers.
 struct Weight {
-  Kind kind;
+  const WeightKind* kind;
   int32_t rows, columns;
   int32_t group;           // columns that share a scale; == columns where a row has only one
   Float scale_type;
   const void* codes;
-  int64_t row_bytes;       // bytes of a row of codes; integer and plain kinds
+  int64_t row_bytes;       // bytes of a row of codes; kinds whose codes lie in rows
   const void* scale;       // (rows, ceil(columns / group))
   int64_t scale_stride;    // scales from one row to the next: 0 where all rows share one (granularity tensor)
   const int32_t* zeros;    // integer4: zero points, packed down the rows like codes along them, (ceil(rows / 8), groups);

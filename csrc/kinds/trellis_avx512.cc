@@ -6,7 +6,7 @@
 // Whole tiles and those of 8 steps, which is where heights like 29568, 4864 and 896 end, have code of their own for each
 // variant; all else goes through the same operations with the numbers of the variant at run time.
 #include "kernels/common_avx512.h"
-#include "kernels/tables.h"
+#include "kinds/kinds.h"
 
 namespace quern {
 namespace {
@@ -280,7 +280,7 @@ void multiply_tile(const Weight& weight, int32_t tile, int32_t first, int32_t la
   subtract_bias(range.x, 4 * range.blocks, sums, steps);
 }
 
-void expand_tile(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) {
+void decode_panel(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) {
   const int32_t tile = part.first_row / TILE_ROWS, height = height_of(weight, tile);
   const Range range{codes_of(weight, tile, part.first_column / 4), (part.columns + 3) / 4, nullptr};
   const char bias = static_cast<char>(flip);
@@ -293,9 +293,6 @@ void expand_tile(const Weight& weight, const Part& part, uint8_t flip, int8_t* p
 
 }  // namespace
 
-const Kernels trellis_avx512 = {
-    "avx512", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, multiply_tile,
-    nullptr,  expand_tile, 0, nullptr, nullptr, nullptr, nullptr,
-};
+const KindKernels trellis_avx512 = {nullptr, multiply_tile, decode_panel};
 
 }  // namespace quern

@@ -6,7 +6,7 @@
 //
 // Some blocks are taken together, step by step: what a step needs then stays in registers, and the blocks in the L1 cache.
 #include "kernels/common_avx2.h"
-#include "kernels/tables.h"
+#include "kinds/kinds.h"
 
 namespace quern {
 namespace {
@@ -174,7 +174,7 @@ INLINE void fetch_share(const uint8_t* blocks, int64_t bytes, int step, int step
     _mm_prefetch(reinterpret_cast<const char*>(blocks + at), _MM_HINT_T0);
 }
 
-void trellis(const Weight& weight, int32_t tile, int32_t first, int32_t last, const int8_t* x, int32_t* sums) {
+void multiply_tile(const Weight& weight, int32_t tile, int32_t first, int32_t last, const int8_t* x, int32_t* sums) {
   const Tile t = tile_of(weight, tile, first);
   const int64_t together = 64 * static_cast<int64_t>(TOGETHER) * t.bytes;
   __m256i total[MOST_STEPS][2];
@@ -191,7 +191,7 @@ void trellis(const Weight& weight, int32_t tile, int32_t first, int32_t last, co
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 16 * step + 8 * half), total[step][half]);
 }
 
-void decode_trellis(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) {
+void decode_panel(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) {
   const Tile t = tile_of(weight, part.first_row / TILE_ROWS, part.first_column / 4);
   for (int32_t b = 0; b < (part.columns + 3) / 4; b += TOGETHER)
     for (int step = 0; step < t.steps; ++step) {
@@ -202,9 +202,6 @@ void decode_trellis(const Weight& weight, const Part& part, uint8_t flip, int8_t
 
 }  // namespace
 
-const Kernels trellis_avx2 = {
-    "avx2",  nullptr,        nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, trellis,
-    nullptr, decode_trellis, 0,       nullptr, nullptr, nullptr, nullptr,
-};
+const KindKernels trellis_avx2 = {nullptr, multiply_tile, decode_panel};
 
 }  // namespace quern

@@ -4,67 +4,17 @@
 //
 // Groups of 16, 32 and 64 bytes of codes are added eight groups at a time, by exchanging lanes between their registers; all
 // other sizes, and a row's last groups, one at a time.
+//
+// No include guard and no linkage: for <kind>_avx2.cc alone. Such a file says in a struct `Code` how its codes become values:
+// PER_BYTE codes a byte; `add` adds the products of one register of them with the inputs from byte `at` of a row on; NARROW: in
+// lanes of 16 bits, which hold those of four registers (4 * 2 * 2 * 15 * 127 = 30480), of codes as stored, less the zero point.
 #include "kernels/common_avx2.h"
-#include "kernels/tables.h"
+#include "kinds/kinds.h"
 
 namespace quern {
 namespace {
 
 constexpr int32_t BATCH = 8;  // groups that are added together
-
-// How codes become values. `add` adds the products of one register of them with the inputs from byte `at` of a row on; NARROW:
-// in lanes of 16 bits, which hold those of four registers: 4 * 2 * 2 * 15 * 127 = 30480.
-struct Nibbles {
-  static constexpr int PER_BYTE = 2;
-  static constexpr bool NARROW = true;
-  INLINE Nibbles make(const Weight&) { return {}; }
-
-  template <int TOKENS>
-  INLINE void add(const Nibbles&, __m256i bytes, const Inputs& in, int64_t at, __m256i* sums) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    const __m256i low = _mm256_and_si256(bytes, mask), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; ++t) {
-      const int8_t* even = in.halves + 2 * t * in.half + at;
-      const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, load(even)), _mm256_maddubs_epi16(high, load(even + in.half)));
-      sums[t] = _mm256_add_epi16(sums[t], both);
-    }
-  }
-};
-
-struct Codebook {
-  static constexpr int PER_BYTE = 2;
-  static constexpr bool NARROW = false;
-  __m256i table;
-  INLINE Codebook make(const Weight& weight) {
-    return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.table)))};
-  }
-
-  template <int TOKENS>
-  INLINE void add(const Codebook& self, __m256i bytes, const Inputs& in, int64_t at, __m256i* sums) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    const __m256i low = _mm256_shuffle_epi8(self.table, _mm256_and_si256(bytes, mask));
-    const __m256i high = _mm256_shuffle_epi8(self.table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask));
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; ++t) {
-      const int8_t* even = in.halves + 2 * t * in.half + at;
-      sums[t] = _mm256_add_epi32(sums[t], _mm256_add_epi32(products(low, load(even)), products(high, load(even + in.half))));
-    }
-  }
-};
-
-struct Bytes {
-  static constexpr int PER_BYTE = 1;
-  static constexpr bool NARROW = false;
-  INLINE Bytes make(const Weight&) { return {}; }
-
-  template <int TOKENS>
-  INLINE void add(const Bytes&, __m256i bytes, const Inputs& in, int64_t at, __m256i* sums) {
-#pragma GCC unroll 8
-    for (int t = 0; t < TOKENS; ++t)
-      sums[t] = _mm256_add_epi32(sums[t], products(bytes, load(in.values + t * in.stride + at)));
-  }
-};
 
 // sums, of 32 bits, += products of `COUNT` registers, at most four.
 template <typename Code, int TOKENS, int COUNT>
@@ -108,8 +58,9 @@ INLINE void add_range(const Code& code, const uint8_t* row, const Inputs& in, in
   if (at < end) add_some<Code, TOKENS>(code, row, in, at, end - at, sums);
 }
 
+template <typename Code>
 INLINE int32_t zero_of(const Weight& weight, const Inputs& in, int32_t row, int32_t group) {
-  if (weight.kind != Kind::integer4) return 0;
+  if (!Code::NARROW) return 0;
   if (weight.zeros == nullptr) return 8;
   const int32_t at = weight.scale_stride == 0 ? 0 : row;
   return weight.zeros[static_cast<int64_t>(at / 8) * in.groups + group] >> 4 * (at % 8) & 15;
@@ -210,7 +161,7 @@ void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_
       for (__m256i& v : sums) v = _mm256_setzero_si256();
       add_range<Code, TOKENS>(code, bytes, in, g * in.group / Code::PER_BYTE, (end + Code::PER_BYTE - 1) / Code::PER_BYTE, sums);
       const float ws = number(weight.scale, weight.scale_type, row * weight.scale_stride + g);
-      const int32_t zero = zero_of(weight, in, row, g);
+      const int32_t zero = zero_of<Code>(weight, in, row, g);
       for (int t = 0; t < TOKENS; ++t) {
         const int64_t at = static_cast<int64_t>(t) * in.groups + g;
         out[t] = __builtin_fmaf(static_cast<float>(sum(sums[t]) - zero * in.sums[at]), ws * in.scale[at], out[t]);
@@ -245,10 +196,4 @@ void multiply(const Weight& weight, const Inputs& in, int32_t first, int32_t las
 }
 
 }  // namespace
-
-const Kernels rows_avx2 = {
-    "avx2",  nullptr, nullptr, nullptr, nullptr, multiply<Nibbles>, multiply<Bytes>, multiply<Codebook>, nullptr, nullptr,
-    nullptr, nullptr, 0,       nullptr, nullptr, nullptr,           nullptr,
-};
-
 }  // namespace quern

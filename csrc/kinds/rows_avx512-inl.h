@@ -7,49 +7,18 @@
 //
 // Groups of 32, 64 and 128 columns are added 16 groups at a time, by exchanging lanes between their registers; all other
 // sizes, and what is left at the end of a row, one at a time.
+//
+// No include guard and no linkage: for <kind>_avx512.cc alone. Such a file says in a struct `Code` how its codes become
+// unsigned bytes and which inputs they meet: PER_BYTE codes a byte, in so many REGISTERS, values plus SHIFT (0: as stored, less
+// the zero point).
 #include "kernels/common_avx512.h"
-#include "kernels/tables.h"
+#include "kinds/kinds.h"
 
 namespace quern {
 namespace {
 
 constexpr int32_t BATCH = 16;  // groups that are added together
 constexpr int FAR = 4096;      // of fetch_ahead
-
-INLINE int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
-
-// How codes become unsigned bytes, and which inputs they meet.
-struct Nibbles {
-  static constexpr int PER_BYTE = 2, REGISTERS = 2;
-  static constexpr int SHIFT = 0;
-  __m512i mask;
-  INLINE Nibbles make(const Weight&) { return {_mm512_set1_epi8(15)}; }
-  INLINE __m512i codes(const Nibbles& self, __m512i bytes, int which) {
-    return _mm512_and_si512(which == 0 ? bytes : _mm512_srli_epi16(bytes, 4), self.mask);
-  }
-};
-
-struct Codebook {
-  static constexpr int PER_BYTE = 2, REGISTERS = 2;
-  static constexpr int SHIFT = 128;
-  __m512i mask, table;
-  INLINE Codebook make(const Weight& weight) {
-    const __m128i entries = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight.table)), _mm_set1_epi8(-128));
-    return {_mm512_set1_epi8(15), _mm512_broadcast_i32x4(entries)};
-  }
-  INLINE __m512i codes(const Codebook& self, __m512i bytes, int which) {
-    const __m512i index = _mm512_and_si512(which == 0 ? bytes : _mm512_srli_epi16(bytes, 4), self.mask);
-    return _mm512_shuffle_epi8(self.table, index);
-  }
-};
-
-struct Bytes {
-  static constexpr int PER_BYTE = 1, REGISTERS = 1;
-  static constexpr int SHIFT = 128;
-  __m512i flip;
-  INLINE Bytes make(const Weight&) { return {_mm512_set1_epi8(-128)}; }
-  INLINE __m512i codes(const Bytes& self, __m512i bytes, int) { return _mm512_xor_si512(bytes, self.flip); }
-};
 
 // Inputs of one token that the codes from byte `at` of a row on meet.
 template <typename Code>
@@ -301,10 +270,4 @@ void multiply(const Weight& weight, const Inputs& in, int32_t first, int32_t las
 }
 
 }  // namespace
-
-const Kernels rows_avx512 = {
-    "avx512", nullptr, nullptr, nullptr, nullptr, multiply<Nibbles>, multiply<Bytes>, multiply<Codebook>, nullptr, nullptr,
-    nullptr,  nullptr, 0,       nullptr, nullptr, nullptr,           nullptr,
-};
-
 }  // namespace quern

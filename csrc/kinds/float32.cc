@@ -1,0 +1,17 @@
+// Plain float32 numbers.
+#include "kinds/kinds.h"
+#include "kinds/plain.h"
+
+namespace quern {
+namespace {
+
+const KindKernels float32_scalar = {multiply_plain_scalar<Float::float32>, nullptr, nullptr};
+
+}  // namespace
+
+const WeightKind float32 = {
+    "float32", true, false, 4, plain_row_bytes<4>, nullptr, nullptr, nullptr, decode_plain<Float::float32>,
+    {&float32_scalar, X86_KERNELS(float32_avx2), X86_KERNELS(float32_avx512), nullptr},
+};
+
+}  // namespace quern

@@ -1,0 +1,33 @@
+#include "kinds/kinds.h"
+
+#include <stdexcept>
+
+namespace quern {
+namespace {
+
+const WeightKind* const ALL[] = {&integer4, &integer8, &codebook4, &trellis, &bfloat16, &float32};
+
+}  // namespace
+
+const WeightKind& kind_called(const std::string& name) {
+  std::string known;
+  for (const WeightKind* kind : ALL) {
+    if (name == kind->name) return *kind;
+    known += (known.empty() ? "" : ", ") + std::string(kind->name);
+  }
+  throw std::invalid_argument("unknown kind of matrix '" + name + "'; known: " + known);
+}
+
+KindKernels kernels_of(const Weight& weight, int32_t level) {
+  KindKernels found{};
+  for (int32_t i = level; i >= 0; --i) {
+    const KindKernels* here = weight.kind->kernels[i];
+    if (here == nullptr) continue;
+    if (found.rows == nullptr) found.rows = here->rows;
+    if (found.tile == nullptr) found.tile = here->tile;
+    if (found.panel == nullptr) found.panel = here->panel;
+  }
+  return found;
+}
+
+}  // namespace quern

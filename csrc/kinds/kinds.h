@@ -1,0 +1,20 @@
+// The kinds of weights and the parts of them that the files of an instruction set export.
+#pragma once
+
+#include "kernels/kind.h"
+
+namespace quern {
+
+extern const WeightKind integer4, integer8, codebook4, trellis, bfloat16, float32;
+
+extern const KindKernels integer4_avx2, integer8_avx2, codebook4_avx2, trellis_avx2, bfloat16_avx2, float32_avx2;
+extern const KindKernels integer4_avx512, integer8_avx512, codebook4_avx512, trellis_avx512, bfloat16_avx512, float32_avx512;
+
+// Those of an instruction set of x86-64, where this is one.
+#if defined(__x86_64__)
+#define X86_KERNELS(kernels) &kernels
+#else
+#define X86_KERNELS(kernels) nullptr
+#endif
+
+}  // namespace quern
