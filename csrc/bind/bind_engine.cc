@@ -66,12 +66,17 @@ class BoundDecoder {
 
   Decoder& decoder() { return *decoder_; }
 
+  CacheShape cache_shape(CachePrecision precision) const {
+    const DecoderShape& s = decoder_->shape();
+    return {s.layers, s.key_value_heads, s.head_dim, precision};
+  }
+
   // Tokens of several sequences, `counts[i]` of them for `caches[i]`; logits of every token or of each sequence's last.
-  nb::ndarray<nb::numpy, float, nb::ndim<2>> feed(const std::vector<KeyValueCache*>& caches,
+  nb::ndarray<nb::numpy, float, nb::ndim<2>> feed(const std::vector<SequenceCache*>& caches,
                                                  const std::vector<int32_t>& counts,
                                                  Array<int32_t, nb::ndim<1>> tokens, bool all) {
     const DecoderShape& shape = decoder_->shape();
-    require(!caches.empty() && caches.size() == counts.size(), "one count a cache, and at least one");
+    require(!caches.empty() && caches.size() == counts.size(), "one count a sequence, and at least one");
     std::vector<Row> rows;
     std::vector<bool> wanted;
     int64_t total = 0;
@@ -83,13 +88,13 @@ class BoundDecoder {
     for (size_t i = 0; i < caches.size(); ++i) {
       const CacheShape& cache = caches[i]->shape();
       require(cache.layers == shape.layers && cache.heads == shape.key_value_heads && cache.head_dim == shape.head_dim,
-              "the cache was made for another model");
+              "the sequence is one of another model");
       require(caches[i]->rotary() >= 0 && caches[i]->rotary() < static_cast<int32_t>(shape.frequencies.size()),
               "the decoder has no such set of rotary frequencies");
-      require(cache.precision == caches[0]->shape().precision, "caches of one call have the same precision");
-      require(std::count(caches.begin(), caches.end(), caches[i]) == 1, "a cache is given twice");
-      require(caches[i]->length() + static_cast<int64_t>(counts[i]) <= cache.capacity,
-              "the cache has room for " + std::to_string(cache.capacity - caches[i]->length()) + " more tokens, not " +
+      require(caches[i]->bare_keys() == caches[0]->bare_keys(), "sequences of one call are all of int8 or none");
+      require(std::count(caches.begin(), caches.end(), caches[i]) == 1, "a sequence is given twice");
+      require(caches[i]->reserve(caches[i]->length() + static_cast<int64_t>(counts[i])),
+              "the pool has room for " + std::to_string(caches[i]->room() - caches[i]->length()) + " more tokens, not " +
                   std::to_string(counts[i]));
       for (int32_t n = 0; n < counts[i]; ++n) {
         const int32_t token = tokens.data()[rows.size()];
@@ -221,19 +226,31 @@ void bind_engine(nb::module_& module) {
            },
            "input_norm"_a, "output_norm"_a, "query_norm"_a.none(), "key_norm"_a.none(), "linears"_a);
   module.attr("CACHE_BLOCK") = BLOCK;
-  nb::class_<KeyValueCache>(module, "Cache")
-      .def_prop_rw("length", &KeyValueCache::length,
-                   [](KeyValueCache& cache, int32_t length) {
-                     require(length >= 0 && length <= cache.length(), "a cache can only be cut back");
+  nb::class_<KeyValuePool>(module, "Pool")
+      .def_prop_ro("pages", &KeyValuePool::pages)
+      .def_prop_ro("free_pages", &KeyValuePool::free_pages)
+      .def_prop_ro("sequences", &KeyValuePool::sequences)
+      .def("sequence",
+           [](std::shared_ptr<KeyValuePool> self, bool wide) {
+             require(!wide || self->shape().precision == CachePrecision::float16, "only float16 can be widened");
+             return new SequenceCache(std::move(self), wide);
+           },
+           "wide"_a = false, nb::rv_policy::take_ownership);
+  nb::class_<SequenceCache>(module, "Sequence")
+      .def_prop_rw("length", &SequenceCache::length,
+                   [](SequenceCache& cache, int32_t length) {
+                     require(length >= 0 && length <= cache.length(), "a sequence can only be cut back");
                      cache.set_length(length);
                    })
-      .def_prop_rw("rotary", &KeyValueCache::rotary,
-                   [](KeyValueCache& cache, int32_t rotary) {
-                     require(cache.length() == 0, "only an empty cache can go by other rotary frequencies");
+      .def_prop_rw("rotary", &SequenceCache::rotary,
+                   [](SequenceCache& cache, int32_t rotary) {
+                     require(cache.length() == 0, "only an empty sequence can go by other rotary frequencies");
                      cache.set_rotary(rotary);
                    })
-      .def_prop_ro("overflowed", &KeyValueCache::overflowed)
-      .def_prop_ro("capacity", [](const KeyValueCache& cache) { return cache.shape().capacity; });
+      .def_prop_ro("overflowed", &SequenceCache::overflowed)
+      .def_prop_ro("wide", &SequenceCache::wide)
+      .def_prop_ro("room", &SequenceCache::room)
+      .def("reserve", &SequenceCache::reserve, "length"_a);
   nb::class_<BoundDecoder>(module, "Decoder")
       .def("__init__",
            [](BoundDecoder* self, const nb::dict& shape, std::vector<std::shared_ptr<BlockArrays>> blocks,
@@ -243,20 +260,17 @@ void bind_engine(nb::module_& module) {
            },
            "shape"_a, "blocks"_a, "embedding"_a, "final_norm"_a, "head"_a, "threads"_a = 0)
       .def_prop_ro("threads", [](BoundDecoder& self) { return self.decoder().pool().threads(); })
-      .def("bytes_per_position",
+      .def("page_bytes",
            [](BoundDecoder& self, const std::string& precision) {
-             const DecoderShape& s = self.decoder().shape();
-             return cache_bytes_per_position({s.layers, s.key_value_heads, s.head_dim, 0, precision_of(precision)});
+             return KeyValuePool::page_bytes(self.cache_shape(precision_of(precision)));
            },
            "precision"_a)
-      .def("cache",
-           [](BoundDecoder& self, int32_t capacity, const std::string& precision) {
-             require(capacity > 0 && capacity <= (1 << 30), "a cache has room for at least one position");
-             const DecoderShape& s = self.decoder().shape();
-             const int32_t rounded = (capacity + BLOCK - 1) / BLOCK * BLOCK;
-             return new KeyValueCache({s.layers, s.key_value_heads, s.head_dim, rounded, precision_of(precision)});
+      .def("pool",
+           [](BoundDecoder& self, int64_t pages, const std::string& precision) {
+             require(pages > 0, "a pool has at least one page");
+             return std::make_shared<KeyValuePool>(self.cache_shape(precision_of(precision)), pages);
            },
-           "capacity"_a, "precision"_a, nb::rv_policy::take_ownership)
+           "pages"_a, "precision"_a)
       .def("feed", &BoundDecoder::feed, "caches"_a, "counts"_a, "tokens"_a, "all"_a);
   module.def("likeliest", [](Floats logits) { return likeliest(logits.data(), static_cast<int32_t>(logits.size())); },
              "logits"_a);

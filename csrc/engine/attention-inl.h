@@ -6,17 +6,18 @@
 // Keys of one block as float32 (head_dim, BLOCK), biased and rotated where the cache holds them bare.
 void widen_keys(const HeadCache& cache, int64_t block, float* keys) {
   const int32_t size = cache.head_dim, half = size / 2;
+  const uint8_t* codes = cache.pages[block].keys + cache.keys_at;
   if (cache.precision == CachePrecision::float32) {
-    memcpy(keys, static_cast<const float*>(cache.keys) + block * size * BLOCK, sizeof(float) * size * BLOCK);
+    memcpy(keys, codes, sizeof(float) * size * BLOCK);
     return;
   }
   if (cache.precision == CachePrecision::float16) {
-    const uint16_t* stored = static_cast<const uint16_t*>(cache.keys) + block * size * BLOCK;
+    const uint16_t* stored = reinterpret_cast<const uint16_t*>(codes);
     for (int32_t d = 0; d < size; ++d) store(keys + d * BLOCK, half_lanes(stored + d * BLOCK));
     return;
   }
-  const int8_t* stored = static_cast<const int8_t*>(cache.keys) + block * size * BLOCK;
-  const Lanes scale = load(cache.key_scale + block * BLOCK);
+  const int8_t* stored = reinterpret_cast<const int8_t*>(codes);
+  const Lanes scale = load(reinterpret_cast<const float*>(codes + size * BLOCK));
   const float* cosines = cache.cosines + block * half * BLOCK;
   const float* sines = cache.sines + block * half * BLOCK;
   for (int32_t d = 0; d < half; ++d) {
@@ -31,21 +32,24 @@ void widen_keys(const HeadCache& cache, int64_t block, float* keys) {
   }
 }
 
-void widen_values(const HeadCache& cache, int64_t position, int32_t count, float* values) {
+// Values of up to BLOCK positions, the first ones of a block, as float32 (count, head_dim).
+QUERN_INLINE void widen_values(const HeadCache& cache, int64_t block, int32_t count, float* values) {
   const int32_t size = cache.head_dim;
-  for (int32_t p = 0; p < count; ++p) {
-    const int64_t from = (position + p) * size;
-    if (cache.precision == CachePrecision::float32) {
-      memcpy(values + p * size, static_cast<const float*>(cache.values) + from, sizeof(float) * size);
-    } else if (cache.precision == CachePrecision::float16) {
-      const uint16_t* stored = static_cast<const uint16_t*>(cache.values) + from;
+  const uint8_t* codes = cache.pages[block].values + cache.values_at;
+  if (cache.precision == CachePrecision::float32) {
+    memcpy(values, codes, sizeof(float) * count * size);
+    return;
+  }
+  for (int32_t p = 0; p < count; ++p, values += size) {
+    if (cache.precision == CachePrecision::float16) {
+      const uint16_t* stored = reinterpret_cast<const uint16_t*>(codes) + p * size;
       int32_t d = 0;
-      for (; d + LANES <= size; d += LANES) store(values + p * size + d, half_lanes(stored + d));
-      for (; d < size; ++d) values[p * size + d] = half_value(stored[d]);
+      for (; d + LANES <= size; d += LANES) store(values + d, half_lanes(stored + d));
+      for (; d < size; ++d) values[d] = half_value(stored[d]);
     } else {
-      const int8_t* stored = static_cast<const int8_t*>(cache.values) + from;
-      const float scale = cache.value_scale[position + p];
-      for (int32_t d = 0; d < size; ++d) values[p * size + d] = static_cast<float>(stored[d]) * scale;
+      const int8_t* stored = reinterpret_cast<const int8_t*>(codes) + p * size;
+      const float scale = reinterpret_cast<const float*>(codes + size * BLOCK)[p];
+      for (int32_t d = 0; d < size; ++d) values[d] = static_cast<float>(stored[d]) * scale;
     }
   }
 }
@@ -192,9 +196,13 @@ QUERN_INLINE void attend_sixteens(const Stretch& s, const float* queries, const 
 
 QUERN_INLINE void widen(const HeadCache& cache, Stretch& s) {
   const int32_t size = s.size, blocks = (s.count + BLOCK - 1) / BLOCK;
-  for (int32_t b = 0; b < blocks; ++b) widen_keys(cache, s.start / BLOCK + b, s.keys + b * size * BLOCK);
+  for (int32_t b = 0; b < blocks; ++b) {
+    const int64_t block = s.start / BLOCK + b;
+    const int32_t left = s.count - b * BLOCK;
+    widen_keys(cache, block, s.keys + b * size * BLOCK);
+    widen_values(cache, block, left < BLOCK ? left : BLOCK, s.values + b * BLOCK * size);
+  }
   memset(s.keys + blocks * size * BLOCK, 0, sizeof(float) * (4 - blocks) * size * BLOCK);
-  widen_values(cache, s.start, s.count, s.values);
 }
 
 void attend(const Attend& a) {

@@ -7,28 +7,84 @@
 #include <new>
 
 namespace quern {
+namespace {
 
-int64_t cache_bytes_per_position(const CacheShape& shape) {
-  const int64_t scale = shape.precision == CachePrecision::int8 ? sizeof(float) : 0;
-  const int64_t head = static_cast<int64_t>(shape.precision) * shape.head_dim + scale;
-  return 2 * head * shape.layers * shape.heads;
+// Of one head's keys, and as much again of its values.
+int64_t half_bytes(const CacheShape& shape) {
+  const int64_t scales = shape.precision == CachePrecision::int8 ? sizeof(float) : 0;
+  return BLOCK * (static_cast<int64_t>(shape.precision) * shape.head_dim + scales);
 }
 
-KeyValueCache::KeyValueCache(const CacheShape& shape) : shape_(shape) {
-  element_ = static_cast<int64_t>(shape.precision);
-  head_bytes_ = element_ * shape.capacity * shape.head_dim;
-  head_scales_ = shape.precision == CachePrecision::int8 ? shape.capacity : 0;
-  const int64_t heads = static_cast<int64_t>(shape.layers) * shape.heads;
-  mapped_ = static_cast<size_t>(2 * heads * (head_bytes_ + head_scales_ * static_cast<int64_t>(sizeof(float))));
-  // Mapped rather than allocated: untouched positions cost nothing, and everything starts as zero.
-  mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping_ == MAP_FAILED) throw std::bad_alloc();
-  keys_ = static_cast<uint8_t*>(mapping_);
-  values_ = keys_ + heads * head_bytes_;
-  scales_ = reinterpret_cast<float*>(values_ + heads * head_bytes_);
+}  // namespace
+
+int64_t KeyValuePool::page_bytes(const CacheShape& shape) { return 2 * half_bytes(shape) * shape.layers * shape.heads; }
+
+KeyValuePool::KeyValuePool(const CacheShape& shape, int64_t pages)
+    : shape_(shape), pages_(pages), page_bytes_(page_bytes(shape)) {
+  if (pages > INT64_MAX / page_bytes_) throw std::bad_alloc();
+  mapped_ = static_cast<size_t>(pages * page_bytes_);
+  // Mapped rather than allocated: untouched pages cost nothing.
+  void* mapping = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapping == MAP_FAILED) throw std::bad_alloc();
+  mapping_ = static_cast<uint8_t*>(mapping);
 }
 
-KeyValueCache::~KeyValueCache() { munmap(mapping_, mapped_); }
+KeyValuePool::~KeyValuePool() { munmap(mapping_, mapped_); }
+
+uint8_t* KeyValuePool::take() {
+  if (returned_.empty()) return mapping_ + page_bytes_ * fresh_++;
+  uint8_t* page = returned_.back();
+  returned_.pop_back();
+  return page;
+}
+
+void KeyValuePool::closed() {
+  if (--sequences_ > 0) return;
+  madvise(mapping_, mapped_, MADV_DONTNEED);
+  returned_.clear();
+  fresh_ = 0;
+}
+
+SequenceCache::SequenceCache(std::shared_ptr<KeyValuePool> pool, bool wide)
+    : pool_(std::move(pool)), shape_(pool_->shape()), each_(wide ? 2 : 1) {
+  head_bytes_ = 2 * half_bytes(shape_);
+  value_offset_ = wide ? 0 : half_bytes(shape_);
+  if (wide) shape_.precision = CachePrecision::float32;
+  element_ = static_cast<int64_t>(shape_.precision);
+  pool_->opened();
+}
+
+SequenceCache::~SequenceCache() {
+  release(0);
+  pool_->closed();
+}
+
+void SequenceCache::release(size_t blocks) {
+  while (pages_.size() > blocks) {
+    if (each_ == 2) pool_->give(pages_.back().values);
+    pool_->give(pages_.back().keys);
+    pages_.pop_back();
+  }
+}
+
+void SequenceCache::set_length(int32_t length) {
+  length_ = length;
+  release((static_cast<size_t>(length) + BLOCK - 1) / BLOCK);
+}
+
+bool SequenceCache::reserve(int64_t length) {
+  const int64_t missing = (length + BLOCK - 1) / BLOCK - static_cast<int64_t>(pages_.size());
+  if (missing * each_ > pool_->free_pages()) return false;
+  for (int64_t i = 0; i < missing; ++i) {
+    uint8_t* const keys = pool_->take();
+    pages_.push_back({keys, each_ == 2 ? pool_->take() : keys});
+  }
+  return true;
+}
+
+int64_t SequenceCache::room() const {
+  return (static_cast<int64_t>(pages_.size()) + pool_->free_pages() / each_) * BLOCK;
+}
 
 namespace {
 
@@ -53,22 +109,23 @@ bool any_infinite(const uint16_t* x, int32_t count) {
 
 }  // namespace
 
-void KeyValueCache::put(const Operations& operations, int32_t layer, int32_t position, const float* keys,
+void SequenceCache::put(const Operations& operations, int32_t layer, int32_t position, const float* keys,
                         const float* values) {
   const int32_t size = shape_.head_dim;
-  const int64_t block = position / BLOCK, place = position % BLOCK;
+  const int64_t place = position % BLOCK;
+  const KeyValuePage& page = pages_[position / BLOCK];
   bool overflow = false;
   for (int32_t h = 0; h < shape_.heads; ++h) {
-    const int64_t head = static_cast<int64_t>(layer) * shape_.heads + h;
+    const int64_t at = (static_cast<int64_t>(layer) * shape_.heads + h) * head_bytes_;
     const float* key = keys + static_cast<int64_t>(h) * size;
     const float* value = values + static_cast<int64_t>(h) * size;
-    uint8_t* key_to = keys_ + head * head_bytes_ + block * size * BLOCK * element_;
-    uint8_t* value_to = values_ + head * head_bytes_ + static_cast<int64_t>(position) * size * element_;
+    uint8_t* key_to = page.keys + at;
+    uint8_t* value_block = page.values + at + value_offset_;
+    uint8_t* value_to = value_block + place * size * element_;
     if (shape_.precision == CachePrecision::int8) {
-      float* scales = scales_ + 2 * head * head_scales_;
       const float key_scale = scale_of(key, size), value_scale = scale_of(value, size);
-      scales[position] = key_scale;
-      scales[head_scales_ + position] = value_scale;
+      reinterpret_cast<float*>(key_to + BLOCK * size)[place] = key_scale;
+      reinterpret_cast<float*>(value_block + BLOCK * size)[place] = value_scale;
       for (int32_t d = 0; d < size; ++d) {
         reinterpret_cast<int8_t*>(key_to)[d * BLOCK + place] = code_of(key[d], key_scale);
         reinterpret_cast<int8_t*>(value_to)[d] = code_of(value[d], value_scale);
@@ -91,17 +148,13 @@ void KeyValueCache::put(const Operations& operations, int32_t layer, int32_t pos
   if (overflow) overflowed_.store(true, std::memory_order_relaxed);
 }
 
-HeadCache KeyValueCache::head(int32_t layer, int32_t head) const {
-  const int64_t index = static_cast<int64_t>(layer) * shape_.heads + head;
+HeadCache SequenceCache::head(int32_t layer, int32_t head) const {
   HeadCache view{};
   view.head_dim = shape_.head_dim;
   view.precision = shape_.precision;
-  view.keys = keys_ + index * head_bytes_;
-  view.values = values_ + index * head_bytes_;
-  if (shape_.precision == CachePrecision::int8) {
-    view.key_scale = scales_ + 2 * index * head_scales_;
-    view.value_scale = view.key_scale + head_scales_;
-  }
+  view.pages = pages_.data();
+  view.keys_at = (static_cast<int64_t>(layer) * shape_.heads + head) * head_bytes_;
+  view.values_at = view.keys_at + value_offset_;
   return view;
 }
 

@@ -1,4 +1,7 @@
-// Keys and values of one sequence, for all layers.
+// Keys and values of sequences, for all layers, in pages of one pool.
+//
+// A page holds BLOCK positions of all layers; a sequence has a list of pages, which grows with it. Of each layer and head a page
+// has the keys and after them the values, so attention reads it from front to back.
 //
 // Floating-point keys are stored rotated. int8 keys are stored before the projection's bias and before rotation, with one scale
 // for each head and position: large biases (Qwen's key projections) are constants that would use up the eight bits, and
@@ -9,6 +12,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "engine/operations.h"
@@ -17,26 +21,62 @@ namespace quern {
 
 struct CacheShape {
   int32_t layers, heads, head_dim;
-  int32_t capacity;  // positions, a multiple of BLOCK
   CachePrecision precision;
-
-  bool bare_keys() const { return precision == CachePrecision::int8; }
 };
 
-// Bytes that one position takes.
-int64_t cache_bytes_per_position(const CacheShape& shape);
-
-class KeyValueCache {
+class KeyValuePool {
  public:
-  // Throws std::bad_alloc where the system does not give the memory. Pages are touched as positions fill up.
-  explicit KeyValueCache(const CacheShape& shape);
-  ~KeyValueCache();
-  KeyValueCache(const KeyValueCache&) = delete;
-  KeyValueCache& operator=(const KeyValueCache&) = delete;
+  // Throws std::bad_alloc where the system does not give the memory. It is touched as pages fill up.
+  KeyValuePool(const CacheShape& shape, int64_t pages);
+  ~KeyValuePool();
+  KeyValuePool(const KeyValuePool&) = delete;
+  KeyValuePool& operator=(const KeyValuePool&) = delete;
+
+  static int64_t page_bytes(const CacheShape& shape);
 
   const CacheShape& shape() const { return shape_; }
+  int64_t pages() const { return pages_; }
+  int64_t free_pages() const { return pages_ - fresh_ + static_cast<int64_t>(returned_.size()); }
+
+  // One of the free pages, of which there must be one; those last returned first, since they are in memory.
+  uint8_t* take();
+  void give(uint8_t* page) { returned_.push_back(page); }
+
+  int32_t sequences() const { return sequences_; }
+  void opened() { ++sequences_; }
+  void closed();  // with the last sequence the pool's memory goes back to the system
+
+ private:
+  CacheShape shape_;
+  int64_t pages_, page_bytes_, fresh_ = 0;  // fresh: pages that were taken at least once
+  std::vector<uint8_t*> returned_;
+  int32_t sequences_ = 0;
+  size_t mapped_ = 0;
+  uint8_t* mapping_ = nullptr;
+};
+
+// One sequence. Not for several threads at once, and not while the decoder is being fed with it.
+class SequenceCache {
+ public:
+  // `wide`: as float32 in a pool of float16 pages, two for BLOCK positions: one for keys and one for values.
+  SequenceCache(std::shared_ptr<KeyValuePool> pool, bool wide);
+  ~SequenceCache();
+  SequenceCache(const SequenceCache&) = delete;
+  SequenceCache& operator=(const SequenceCache&) = delete;
+
+  const CacheShape& shape() const { return shape_; }
+  bool wide() const { return each_ == 2; }
+  bool bare_keys() const { return shape_.precision == CachePrecision::int8; }
+
+  // Positions that are filled. Setting it returns all pages behind it.
   int32_t length() const { return length_; }
-  void set_length(int32_t length) { length_ = length; }
+  void set_length(int32_t length);
+  void filled(int32_t length) { length_ = length > length_ ? length : length_; }
+
+  // Take pages for `length` positions; false, and nothing is taken, where the pool has not enough.
+  bool reserve(int64_t length);
+  // Positions that there is room for, in pages of its own and free ones.
+  int64_t room() const;
 
   // Which of the decoder's sets of rotary frequencies the sequence goes by.
   int32_t rotary() const { return rotary_; }
@@ -52,15 +92,15 @@ class KeyValueCache {
   HeadCache head(int32_t layer, int32_t head) const;
 
  private:
+  void release(size_t blocks);
+
+  std::shared_ptr<KeyValuePool> pool_;
   CacheShape shape_;
+  int32_t each_;  // pages for BLOCK positions
+  int64_t element_, head_bytes_, value_offset_;
+  std::vector<KeyValuePage> pages_;
   int32_t length_ = 0, rotary_ = 0;
   std::atomic<bool> overflowed_{false};
-  int64_t element_, head_bytes_, head_scales_;
-  uint8_t* keys_ = nullptr;
-  uint8_t* values_ = nullptr;
-  float* scales_ = nullptr;
-  size_t mapped_ = 0;
-  void* mapping_ = nullptr;
 };
 
 }  // namespace quern

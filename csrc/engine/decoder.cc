@@ -160,7 +160,7 @@ void Decoder::attention(const DecoderBlock& block, int32_t layer, const std::vec
   keys_.resize(tokens * key_width);
   values_.resize(tokens * key_width);
   attended_.resize(tokens * query_width);
-  const bool bare = rows[0].cache->shape().bare_keys();
+  const bool bare = rows[0].cache->bare_keys();
   const bool biased = bare && block.key_norm == nullptr;  // by attention; a norm's outputs hold the bias already
   Linear key = block.key;
   if (biased) key.bias = nullptr;
@@ -254,7 +254,7 @@ void Decoder::forward(const std::vector<Row>& rows, std::vector<float>& hidden) 
   }
   normalize(final_norm_, hidden, tokens, normed_);
   hidden.swap(normed_);
-  for (const Row& row : rows) row.cache->set_length(std::max(row.cache->length(), row.position + 1));
+  for (const Row& row : rows) row.cache->filled(row.position + 1);
 }
 
 void Decoder::logits(const float* hidden, int32_t rows, float* out) { project(hidden, {&head_}, {out}, rows); }

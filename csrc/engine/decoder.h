@@ -46,7 +46,7 @@ struct RotaryTable {
 
 // One token at the next position of a sequence.
 struct Row {
-  KeyValueCache* cache;
+  SequenceCache* cache;
   int32_t position;
   int32_t token;
 };
@@ -60,7 +60,7 @@ class Decoder {
   ThreadPool& pool() { return pool_; }
 
   // Feed some tokens, of one sequence or of several; those of one sequence follow each other at rising positions, and
-  // their caches have room for them. Leaves the hidden states (rows, hidden) in `hidden` after the final norm.
+  // their caches have pages for them. Leaves the hidden states (rows, hidden) in `hidden` after the final norm.
   void forward(const std::vector<Row>& rows, std::vector<float>& hidden);
 
   // Logits (rows, vocabulary) of hidden states.

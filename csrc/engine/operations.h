@@ -16,15 +16,20 @@ enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2 };
 // How keys and values are kept; the number is the bytes of one.
 enum class CachePrecision : int32_t { int8 = 1, float16 = 2, float32 = 4 };
 
+// Where keys and values of BLOCK positions of all layers begin; see cache.h.
+struct KeyValuePage {
+  uint8_t* keys;
+  uint8_t* values;
+};
+
 // What attention reads of one key/value head of one sequence.
 struct HeadCache {
   int32_t head_dim;      // a multiple of 2
   CachePrecision precision;
-  // (blocks, head_dim, BLOCK). Floats: rotated keys. int8: keys before bias and rotation, see cache.h.
-  const void* keys;
-  const void* values;    // (positions, head_dim)
-  const float* key_scale;    // int8 only: (positions,)
-  const float* value_scale;  // int8 only: (positions,)
+  const KeyValuePage* pages;  // of BLOCK positions each
+  // Bytes from there to keys (head_dim, BLOCK) and values (BLOCK, head_dim). Floats: rotated keys. int8: keys before bias and
+  // rotation; behind both their scales (BLOCK,), float32.
+  int64_t keys_at, values_at;
   const float* key_bias;     // int8 only: (head_dim,), or null
   const float* cosines;      // int8 only: (blocks, head_dim / 2, BLOCK)
   const float* sines;

@@ -1,6 +1,7 @@
 """The native part: kernels, trellis encoder and CPU engine. Sources: csrc/."""
 
-from collections.abc import Mapping, Sequence
+import collections.abc
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -54,14 +55,28 @@ class Block:
         output_norm: NDArray[np.float32],
         query_norm: NDArray[np.float32] | None,
         key_norm: NDArray[np.float32] | None,
-        linears: Sequence[Linear],
+        linears: collections.abc.Sequence[Linear],
     ) -> None: ...
 
 CACHE_BLOCK: int
-"""The capacity of a cache is a multiple of this."""
+"""Positions of a page."""
 
-class Cache:
-    """Keys and values of one sequence. ``length`` can be cut back, ``rotary`` changed while it is 0."""
+class Pool:
+    """Pages of keys and values that sequences share. Memory goes back with the last sequence."""
+
+    @property
+    def pages(self) -> int: ...
+    @property
+    def free_pages(self) -> int: ...
+    @property
+    def sequences(self) -> int:
+        """Those that are open."""
+
+    def sequence(self, wide: bool = False) -> Sequence:
+        """An empty one; ``wide``: as float32, in twice the pages of a float16 pool."""
+
+class Sequence:
+    """Keys and values of one sequence. ``length`` can be cut back, which returns pages; ``rotary`` changed while it is 0."""
 
     length: int
     rotary: int
@@ -71,7 +86,13 @@ class Cache:
         """Whether float16 could not hold a key or value."""
 
     @property
-    def capacity(self) -> int: ...
+    def wide(self) -> bool: ...
+    @property
+    def room(self) -> int:
+        """Positions that fit, in its own pages and in free ones."""
+
+    def reserve(self, length: int) -> bool:
+        """Take pages for so many positions; False, and none is taken, where there are too few."""
 
 class Decoder:
     """A whole decoder. Raises ``ValueError`` where shapes disagree."""
@@ -79,7 +100,7 @@ class Decoder:
     def __init__(
         self,
         shape: Mapping[str, Any],
-        blocks: Sequence[Block],
+        blocks: collections.abc.Sequence[Block],
         embedding: Matrix,
         final_norm: NDArray[np.float32],
         head: Linear,
@@ -87,11 +108,18 @@ class Decoder:
     ) -> None: ...
     @property
     def threads(self) -> int: ...
-    def bytes_per_position(self, precision: str) -> int: ...
-    def cache(self, capacity: int, precision: str) -> Cache: ...
+    def page_bytes(self, precision: str) -> int: ...
+    def pool(self, pages: int, precision: str) -> Pool:
+        """A pool for sequences of this decoder. Raises ``MemoryError`` where the system refuses it."""
+
     def feed(
-        self, caches: Sequence[Cache], counts: Sequence[int], tokens: NDArray[np.int32], all: bool
-    ) -> NDArray[np.float32]: ...
+        self,
+        caches: collections.abc.Sequence[Sequence],
+        counts: collections.abc.Sequence[int],
+        tokens: NDArray[np.int32],
+        all: bool,
+    ) -> NDArray[np.float32]:
+        """Append tokens, ``counts[i]`` of them to ``caches[i]``; logits of every one, or of each sequence's last."""
 
 def likeliest(logits: NDArray[np.float32]) -> int: ...
 def sample(logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, place: float) -> int: ...
@@ -118,10 +146,12 @@ def quantize(
 ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]:
     """int8 values ``(tokens, columns)``; their scales and sums ``(tokens, ceil(columns / group))``."""
 
-def time_multiply(matrices: Sequence[Matrix], inputs: NDArray[np.float32], threads: int, repeats: int) -> list[float]:
+def time_multiply(
+    matrices: collections.abc.Sequence[Matrix], inputs: NDArray[np.float32], threads: int, repeats: int
+) -> list[float]:
     """Seconds of each product; the matrices, all of one shape, take turns. Quantizing the inputs is included."""
 
-def time_read(buffers: Sequence[NDArray[np.uint8]], threads: int, repeats: int) -> list[float]:
+def time_read(buffers: collections.abc.Sequence[NDArray[np.uint8]], threads: int, repeats: int) -> list[float]:
     """Seconds of each reading of a buffer; the buffers take turns."""
 
 # Trellis encoder (csrc/bind/bind_trellis.cc)

@@ -123,6 +123,59 @@ def test_a_rewound_session_forgets(loaded, length):
     assert near(session.feed(IDS[0].tolist()), fresh.feed(IDS[0].tolist()), tolerance)
 
 
+def alike(loaded, found, expected):
+    """Bit for bit where the engine computes a batch together, which is its promise; see ``near`` for the reference."""
+    if not hasattr(loaded, "model"):
+        return torch.equal(found, expected)
+    return near(found, expected, 1e-4 if not quantizes_activations(loaded) else 5e-2)
+
+
+def test_a_step_of_several_sequences_gives_each_its_own_logits(loaded):
+    """Of different lengths, in any order; they join and leave, rewind, and grow by one token and by many."""
+    texts = torch.randint(0, 296, (4, 60), generator=torch.Generator().manual_seed(7)).tolist()
+    steps = [{0: 17, 2: 1, 1: 40}, {1: 1, 0: 1, 3: 23, 2: 1}, {3: 2, 2: 30}, {2: 1, 3: 1, 0: 3}]
+    alone, together = [loaded.start() for _ in texts], {}
+    position = [0] * len(texts)
+    for number, counts in enumerate(steps):
+        for index in counts:
+            together.setdefault(index, loaded.open())
+        pieces = {i: texts[i][position[i] : position[i] + count] for i, count in counts.items()}
+        logits = loaded.step([(together[i], piece) for i, piece in pieces.items()])
+        assert logits.shape == (len(counts), 300)
+        for row, (index, piece) in zip(logits, pieces.items(), strict=True):
+            assert alike(loaded, row, alone[index].feed(piece))
+            position[index] += len(piece)
+            assert together[index].length == alone[index].length == position[index]
+        if number == 1:
+            together[1].close()
+            for session in (alone[0], together[0]):
+                session.rewind(5)
+            position[0] = 5
+
+
+def test_a_step_that_cannot_be_is_refused_and_changes_nothing(loaded):
+    first, second = loaded.open(), loaded.open()
+    before = loaded.step([(first, [3, 4]), (second, [5])])
+    for batch, message in (
+        ([], "a step has no sequences"),
+        ([(first, [1]), (first, [2])], "a step has a sequence twice"),
+        ([(first, [1]), (second, [])], "sequence 1 of a step gets no tokens"),
+        ([(first, [1]), (second, [1] * 128)], "129 tokens do not fit: this model's context is 128"),
+    ):
+        with pytest.raises(UserError, match=message):
+            loaded.step(batch)
+        assert (first.length, second.length) == (2, 1)
+    first.rewind(1)
+    assert alike(loaded, loaded.step([(first, [4])])[0], before[0])
+
+
+def test_a_closed_sequence_is_refused(loaded):
+    sequence = loaded.open()
+    sequence.close()
+    with pytest.raises(UserError, match="the sequence is closed; open another one"):
+        loaded.step([(sequence, [1])])
+
+
 def test_a_context_that_is_full_is_refused(loaded):
     session = loaded.start()
     session.feed([1] * 128)

@@ -93,6 +93,23 @@ def test_sliding_window(window, tmp_path):
     assert torch.equal(torch.stack([session.feed([int(token)]) for token in IDS[0]]), together[0])
 
 
+def test_a_batch_keeps_to_windows_and_pages(tmp_path):
+    """Windows of 20 positions over pages of 16, some of which another sequence had before."""
+    folder = write_model(tmp_path / "model", tiny_config("mistral", torch_dtype="float32", sliding_window=20))
+    loaded, texts = load(folder), IDS.tolist()
+    kept, gone = loaded.open(), loaded.open()
+    loaded.step([(kept, texts[0][:17]), (gone, texts[1][:50])])
+    gone.close()
+    later = loaded.open()
+    first = loaded.step([(later, texts[1][:33]), (kept, texts[0][17:40])])
+    second = loaded.step([(kept, texts[0][40:41]), (later, texts[1][33:35])])
+    for text, ends, found in ((texts[0], (40, 41), (first[1], second[0])), (texts[1], (33, 35), (first[0], second[1]))):
+        session, start = load(folder).start(), 0
+        for end, row in zip(ends, found, strict=True):
+            assert torch.equal(session.feed(text[start:end]), row)
+            start = end
+
+
 WEIGHTS = {
     "4 bits asymmetric": {"bits": 4, "symmetric": False, "granularity": "group", "group_size": 32},
     "4 bits symmetric, group tail": {"bits": 4, "granularity": "group", "group_size": 40},
@@ -191,9 +208,9 @@ def test_sequences_of_a_batch_do_not_know_each_other(artifact):
     loaded = load(artifact)
     lengths = [1, 40, 17]
     sequences = [IDS.flatten()[:n].tolist() for n in lengths]
-    caches = [loaded.new_cache(64)[0] for _ in sequences]
-    first = loaded.feed(caches, sequences, all_positions=False)
-    second = loaded.feed(caches, [[5], [6], [7]], all_positions=False)
+    opened = [loaded.open() for _ in sequences]
+    first = loaded.step(list(zip(opened, sequences, strict=True)))
+    second = loaded.step(list(zip(opened, [[5], [6], [7]], strict=True)))
     for index, sequence in enumerate(sequences):
         session = loaded.start()
         assert torch.equal(session.feed(sequence), first[index])

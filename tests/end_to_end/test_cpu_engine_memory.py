@@ -53,13 +53,37 @@ def test_the_number_told_is_the_capacity(model, room, fits, capacity):
         session.feed([1])
 
 
-def test_a_cache_larger_than_that_is_refused(model, room):
+def test_sequences_share_the_room(model, room):
+    """100 tokens are six pages of 16."""
+    room(100)
+    loaded = load(model)
+    first, second = loaded.open(), loaded.open()
+    loaded.step([(first, [1] * 17), (second, [1] * 60)])
+    assert (first.capacity, second.capacity) == (32, 64)
+    assert first.limit == "the free memory has room for 32 tokens of context beside 1 other sequence"
+    with pytest.raises(UserError, match=r"33 tokens do not fit: the free memory has room for 32 tokens of .*Shorten"):
+        loaded.step([(first, [1] * 16)])
+    second.rewind(48)  # three pages, and so one is free
+    assert first.capacity == 48
+    with pytest.raises(UserError, match=r"49 tokens do not fit: .* 48 tokens"):
+        loaded.step([(first, [1] * 16), (second, [1])])  # each alone would fit
+    assert (first.length, second.length, first.capacity) == (17, 48, 48), "nothing was taken"
+    loaded.step([(first, [1] * 16)])
+    second.close()
+    assert first.capacity == 96
+    assert first.limit == "the free memory has room for 96 tokens of context"
+    with pytest.raises(UserError, match="the sequence is closed; open another one"):
+        loaded.step([(second, [1])])
+
+
+def test_the_pool_is_planned_again_when_no_sequence_is_open(model, room):
     room(50)
     loaded = load(model)
-    assert loaded.new_cache(48)[0].capacity == 48
-    said = r"a key/value cache of 64 tokens takes 24.6 kB; the free memory has room for 48 tokens"
-    with pytest.raises(UserError, match=said):
-        loaded.new_cache(49)
+    session = loaded.start()
+    room(999)
+    assert session.capacity == loaded.start().capacity == 48
+    del session
+    assert loaded.start().capacity == 128
 
 
 def test_no_room_at_all(model, room):
@@ -90,7 +114,8 @@ def test_logits_say_what_fits(model, room):
     assert loaded.logits(torch.ones(2, 0, dtype=torch.int64)).shape == (2, 0, 300)
     room(50)
     assert loaded.logits(torch.ones(1, 48, dtype=torch.int64)).shape == (1, 48, 300)
-    with pytest.raises(UserError, match="the free memory has room for 48 tokens"):
+    said = r"a key/value cache of 49 tokens takes 18.8 kB; the free memory has room for 48 tokens"
+    with pytest.raises(UserError, match=said):
         loaded.logits(torch.ones(1, 49, dtype=torch.int64))
 
 
@@ -126,9 +151,9 @@ def test_the_limit_of_a_control_group_counts(version, tmp_path, monkeypatch):
 
 
 def test_the_engine_asks_for_that_limit(model, monkeypatch):
-    import quern.engines._cpu_model as engine
+    import quern.engines._cpu_pool as pool
 
-    monkeypatch.setattr(engine, "free_memory", lambda: int(EACH * 50.5 / 0.9))
+    monkeypatch.setattr(pool, "free_memory", lambda: int(EACH * 50.5 / 0.9))
     assert load(model).start().capacity == 48
 
 
@@ -136,20 +161,22 @@ def test_the_engine_asks_for_that_limit(model, monkeypatch):
 REFUSED = """
 import json, os, resource, sys
 from pathlib import Path
-import quern.engines._cpu_model as engine
+import torch
+import quern.engines._cpu_pool as pool
 from quern.core.errors import UserError
 from quern.engines.cpu import CpuEngine
 
-engine.free_memory = lambda: 1 << 60
+pool.free_memory = lambda: 1 << 20  # so that its pool's addresses do not count
 loaded = CpuEngine().load(sys.argv[1], threads=1)
-loaded.logits(engine.torch.ones(1, 5, dtype=engine.torch.int64))
+loaded.logits(torch.ones(1, 5, dtype=torch.int64))
+pool.free_memory = lambda: 1 << 60
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), resource.RLIM_INFINITY))
 session = loaded.start()
 print(session.capacity, session.limit)
 session.feed([1, 2, 3])
 try:
-    loaded.new_cache(1 << 22)
+    session.feed([1] * (1 << 22))
 except UserError as error:
     print(error)
 """
@@ -211,8 +238,8 @@ def test_a_cache_that_the_system_refuses_says_how_much_fits(tmp_path):
     # Halving from what was asked for: at least half of what there is, of which a tenth stays free.
     assert 0.4 * (1 << 28) <= capacity * EACH <= 1 << 28
     assert first == f"{capacity} the system gives memory for {capacity} tokens of context"
-    assert second.startswith(
-        f"the system gives no memory for a key/value cache of {1 << 22} tokens (1.61 GB), only for one of "
+    assert second == (
+        f"{(1 << 22) + 3} tokens do not fit: the system gives memory for {capacity} tokens of context. Shorten the prompt"
     )
 
 

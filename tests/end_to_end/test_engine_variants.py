@@ -149,6 +149,26 @@ def test_values_that_float16_cannot_hold_are_kept_wider(large_values, together):
     assert exact.notes == []
 
 
+def test_a_step_keeps_those_wider_that_need_it(large_values):
+    """Text 0 overflows in the first step, text 1 in the second: its first token is embedded as zeros."""
+    folder = large_values("float32")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][7] = 0
+    for name in weights:
+        if name.endswith(".bias"):
+            weights[name] = torch.zeros_like(weights[name])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model, exact = CpuEngine().load(folder), CpuEngine().load(folder, cache="float32")
+    texts = [IDS[0, :30].tolist(), [7]]
+    opened, sessions = [model.open() for _ in texts], [exact.start() for _ in texts]
+    for step, wide in ((texts, [True, False]), ([[5], [6]], [True, True])):
+        found = model.step(list(zip(opened, step, strict=True)))
+        assert [sequence.cache.wide for sequence in opened] == wide
+        for row, session, ids in zip(found, sessions, step, strict=True):
+            assert torch.equal(row, session.feed(ids))
+    assert len(model.notes) == 1
+
+
 def test_a_chosen_cache_that_overflows_is_named_with_the_option(large_values):
     folder = large_values("float32")
     for run in (lambda m: m.logits(IDS), lambda m: m.start().feed([1, 2])):

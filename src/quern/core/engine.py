@@ -6,11 +6,30 @@ import inspect
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import collections.abc
+
     import torch
 
 
+class Sequence(Protocol):
+    """One text on a model, with its keys and values in the model's pool; ``BatchModel.step`` feeds it."""
+
+    @property
+    def length(self) -> int:
+        """Tokens fed so far."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        ...
+
+    def close(self) -> None:
+        """Give its room in the pool back; it cannot be fed any more."""
+        ...
+
+
 class Session(Protocol):
-    """One sequence with its key/value cache."""
+    """One sequence that is fed alone."""
 
     @property
     def length(self) -> int:
@@ -73,6 +92,22 @@ class LoadedModel(Protocol):
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that decoding one token must read (an embedding row, not the whole embedding, unless tied)."""
+        ...
+
+
+class BatchModel(LoadedModel, Protocol):
+    """A model that several sequences are fed to at once."""
+
+    def open(self) -> Sequence:
+        """A sequence without tokens. Raises ``UserError`` where the pool has no room for any."""
+        ...
+
+    def step(self, batch: collections.abc.Sequence[tuple[Any, list[int]]]) -> torch.Tensor:
+        """Append tokens to open sequences of this model, each of them given once, in any order and number.
+
+        Returns float32 logits ``(len(batch), vocabulary)`` after the last token of each, which are those that the sequence
+        would get alone. Raises ``UserError`` where a sequence does not fit, with what does; then none was changed.
+        """
         ...
 
 

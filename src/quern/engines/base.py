@@ -8,7 +8,7 @@ from typing import Literal
 
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.core.artifact import METHOD, quantization_of
-from quern.core.engine import LoadedModel
+from quern.core.engine import BatchModel
 from quern.core.errors import UserError, option
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.registry import Registry
@@ -34,7 +34,7 @@ class Engine(ABC):
         return self.supports(parse_recipe(config.get("recipe"), "of the artifact"))
 
     @abstractmethod
-    def load(self, path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> LoadedModel:
+    def load(self, path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> BatchModel:
         """Load a folder. ``dtype`` is that of the activations; ``auto``: as the folder's config says."""
 
 

@@ -17,8 +17,8 @@ from quern.core.artifact import METHOD, module_schemes, quantization_of
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import thread_count
 from quern.core.recipe import Recipe, parse_recipe
-from quern.engines._cpu_model import CachePrecision as CachePrecision
 from quern.engines._cpu_model import CpuModel
+from quern.engines._cpu_pool import CachePrecision as CachePrecision
 from quern.engines._cpu_weights import MappedWeights, unsupported
 from quern.engines._rotary import frequencies
 from quern.engines.base import ENGINES, DtypeName, Engine

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from quern.core.parallel import thread_count
 from quern.core.recipe import Recipe
 from quern.engines._build import build, stored_dtype
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
+from quern.engines._session import SequenceSession, check_batch
 from quern.engines.base import ENGINES, DtypeName, Engine
 from quern.loading.fitting import open_model
 
 
-class ReferenceSession:
-    """One sequence with transformers' key/value cache.
+class ReferenceSequence:
+    """One text with transformers' key/value cache.
 
     After each token the logits are those of the whole text in one pass. Where what is cached does not serve any more (a
     text that grew too long for its rotary frequencies, arithmetic that turned wider) all of it is computed again.
@@ -38,6 +40,7 @@ class ReferenceSession:
         self._model = model
         self._ids: list[int] = []
         self._cache, self._long = _empty_cache(), False
+        self._open = True
 
     @property
     def length(self) -> int:
@@ -52,11 +55,21 @@ class ReferenceSession:
             self._cache.crop(length - cached)
         del self._ids[length:]
 
-    def feed(self, ids: list[int]) -> Tensor:
-        """Append ``ids``; float32 logits ``(vocabulary,)`` of the last position. Raises ``UserError`` past the maximum."""
-        whole, limit = [*self._ids, *ids], self._model.maximum_length
-        if len(whole) > limit:
-            raise UserError(f"{len(whole)} tokens do not fit: this model's context is {limit}. Shorten the prompt")
+    def close(self) -> None:
+        """Let the cache go."""
+        self._ids, self._cache, self._open = [], None, False
+
+    def check(self, tokens: int) -> None:
+        """Raise ``UserError`` where it is closed, or ``tokens`` more do not fit."""
+        if not self._open:
+            raise UserError("the sequence is closed; open another one")
+        length, limit = len(self._ids) + tokens, self._model.maximum_length
+        if length > limit:
+            raise UserError(f"{length} tokens do not fit: this model's context is {limit}. Shorten the prompt")
+
+    def append(self, ids: list[int]) -> Tensor:
+        """Float32 logits ``(vocabulary,)`` after ``ids``, which ``check`` let through."""
+        whole = [*self._ids, *ids]
         if (long := self._model.counts_as_long(len(whole))) != self._long:
             self._cache, self._long = _empty_cache(), long
         logits = self._model.forward([whole[self._cache.get_seq_length() :]], self._cache)
@@ -76,7 +89,7 @@ def _empty_cache() -> Any:
 
 
 class ReferenceModel:
-    """A loaded folder; see ``core.engine.LoadedModel``, ``SwitchingModel`` and ``NotingModel``."""
+    """A loaded folder; see ``core.engine.BatchModel``, ``SwitchingModel`` and ``NotingModel``."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
@@ -122,9 +135,20 @@ class ReferenceModel:
                 module.dtype = torch.float32
         self.notes.append("float16 arithmetic overflowed (its greatest number is 65504), so the model ran in float32")
 
-    def start(self) -> ReferenceSession:
+    def open(self) -> ReferenceSequence:
+        """A sequence without tokens. Its memory is taken as it grows."""
+        return ReferenceSequence(self)
+
+    def step(self, batch: Sequence[tuple[ReferenceSequence, list[int]]]) -> Tensor:
+        """Append tokens to several sequences, one after the other; see ``core.engine.BatchModel``."""
+        check_batch(batch)
+        for sequence, tokens in batch:
+            sequence.check(len(tokens))
+        return torch.stack([sequence.append(tokens) for sequence, tokens in batch])
+
+    def start(self) -> SequenceSession:
         """An empty session."""
-        return ReferenceSession(self)
+        return SequenceSession(self)
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: everything but an untied embedding, of which it reads a row."""

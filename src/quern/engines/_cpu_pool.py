@@ -1,0 +1,84 @@
+"""The key/value pool of a model of the CPU engine: pages that all of its sequences share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from quern import _native
+from quern.core.errors import UserError
+from quern.core.memory import free_memory
+from quern.core.units import bytes_text
+
+CachePrecision = Literal["float32", "float16", "int8"]
+SPARE = 0.9
+"""Share of the free memory that the pool may plan with."""
+BLOCK = _native.CACHE_BLOCK
+"""Positions of a page."""
+
+
+class Pool:
+    """Pages of ``BLOCK`` positions for as many tokens as the free memory has room for, whatever sequences take them.
+
+    The pool is planned when a sequence is opened and no other is open. A page costs memory once it is filled, and the memory
+    goes back to the system with the last sequence.
+    """
+
+    def __init__(self, decoder: _native.Decoder, precision: CachePrecision) -> None:
+        self._decoder = decoder
+        self.precision: CachePrecision = precision
+        self._page_bytes = decoder.page_bytes(precision)
+        self._pages: _native.Pool | None = None
+        self._source = ""
+
+    def open(self, *, wide: bool = False) -> _native.Sequence:
+        """A sequence without tokens. ``wide``: of float32 numbers, in twice the pages of a float16 pool.
+
+        Raises ``UserError`` where the memory has room for no page.
+        """
+        if self._pages is None or self._pages.sequences == 0:
+            self._pages = None  # its addresses go first
+            self._pages, self._source = self._planned()
+        return self._pages.sequence(wide)
+
+    def limit(self, tokens: int) -> str:
+        """As a clause: what gives a sequence room for ``tokens`` tokens and no more."""
+        others = 0 if self._pages is None else self._pages.sequences - 1
+        beside = f" beside {others} other sequence{'s' if others > 1 else ''}" if others > 0 else ""
+        return f"{self._source} {tokens} tokens of context{beside}"
+
+    def refusal(self, tokens: int, sequence: _native.Sequence) -> UserError:
+        """Why ``sequence`` cannot hold ``tokens`` tokens, and what to do."""
+        each = self._page_bytes // BLOCK * (2 if sequence.wide else 1)
+        return UserError(
+            f"a key/value cache of {tokens} tokens takes {bytes_text(tokens * each)}; {self.limit(sequence.room)}. "
+            "Ask for a shorter context, use the int8 cache, or free memory"
+        )
+
+    def _planned(self) -> tuple[_native.Pool, str]:
+        fits = int(SPARE * free_memory()) // self._page_bytes
+        if fits < 1:
+            raise UserError(
+                f"{BLOCK} tokens of a key/value cache take {bytes_text(self._page_bytes)}; the free memory has room for "
+                "0 tokens. Use the int8 cache, or free memory"
+            )
+        try:
+            return self._decoder.pool(fits, self.precision), "the free memory has room for"
+        except MemoryError:
+            given = self._given(fits)
+        if given == 0:
+            raise UserError(
+                f"the system gives no memory for {BLOCK} tokens of a key/value cache "
+                f"({bytes_text(self._page_bytes)}). Raise the limit of the process or use the int8 cache"
+            )
+        return self._decoder.pool(given, self.precision), "the system gives memory for"
+
+    def _given(self, refused: int) -> int:
+        """Pages that the system gives where it refused so many, found by halving; a share of them stays free."""
+        pages = refused
+        while (pages := pages // 2) > 0:
+            try:
+                self._decoder.pool(pages, self.precision)
+            except MemoryError:
+                continue
+            return max(1, int(SPARE * pages))
+        return 0
