@@ -1,5 +1,6 @@
 // The decoder as Python sees it: matrices, a decoder made of them, caches, and one call a step.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
@@ -37,39 +38,27 @@ struct LinearArrays {
   }
 };
 
-struct BlockArrays {
-  Floats input_norm, output_norm;
-  std::optional<Floats> query_norm, key_norm;
-  std::vector<std::shared_ptr<LinearArrays>> linears;  // query, key, value, output, gate, up, down
+// A step that keeps its arrays alive.
+struct BoundStep {
+  std::shared_ptr<const Step> step;
+  std::vector<Floats> vectors;
+  std::vector<std::shared_ptr<Matrix>> matrices;
+  std::vector<std::shared_ptr<LinearArrays>> linears;
 };
 
 class BoundDecoder {
  public:
-  BoundDecoder(DecoderShape shape, std::vector<std::shared_ptr<BlockArrays>> blocks, std::shared_ptr<Matrix> embedding,
-               Floats final_norm, std::shared_ptr<LinearArrays> head, int threads)
-      : blocks_(std::move(blocks)),
-        embedding_(std::move(embedding)),
-        final_norm_(std::move(final_norm)),
-        head_(std::move(head)) {
-    check(shape);
-    std::vector<DecoderBlock> views;
-    for (const auto& block : blocks_) {
-      const auto at = [&](int i) { return block->linears[i]->view(); };
-      views.push_back({block->input_norm.data(), block->output_norm.data(),
-                       block->query_norm ? block->query_norm->data() : nullptr,
-                       block->key_norm ? block->key_norm->data() : nullptr, at(0), at(1), at(2), at(3), at(4), at(5),
-                       at(6)});
-    }
-    decoder_ = std::make_unique<Decoder>(std::move(shape), std::move(views), embedding_->weight(), final_norm_.data(),
-                                         head_->view(), threads);
+  BoundDecoder(DecoderShape shape, std::vector<std::shared_ptr<BoundStep>> steps, int32_t output,
+               std::shared_ptr<LinearArrays> head, int threads)
+      : steps_(std::move(steps)), head_(std::move(head)) {
+    std::vector<std::shared_ptr<const Step>> views;
+    for (const auto& step : steps_) views.push_back(step->step);
+    decoder_ = std::make_unique<Decoder>(std::move(shape), std::move(views), output, head_->view(), threads);
   }
 
   Decoder& decoder() { return *decoder_; }
 
-  CacheShape cache_shape(CachePrecision precision) const {
-    const DecoderShape& s = decoder_->shape();
-    return {s.layers, s.key_value_heads, s.head_dim, precision};
-  }
+  CacheShape cache_shape(CachePrecision precision) const { return {decoder_->shape().layers, precision}; }
 
   // Tokens of several sequences, `counts[i]` of them for `caches[i]`; logits of every token or of each sequence's last.
   nb::ndarray<nb::numpy, float, nb::ndim<2>> feed(const std::vector<SequenceCache*>& caches,
@@ -87,10 +76,8 @@ class BoundDecoder {
     require(total == static_cast<int64_t>(tokens.size()), "the counts must add up to the number of tokens");
     for (size_t i = 0; i < caches.size(); ++i) {
       const CacheShape& cache = caches[i]->shape();
-      require(cache.layers == shape.layers && cache.heads == shape.key_value_heads && cache.head_dim == shape.head_dim,
-              "the sequence is one of another model");
-      require(caches[i]->rotary() >= 0 && caches[i]->rotary() < static_cast<int32_t>(shape.frequencies.size()),
-              "the decoder has no such set of rotary frequencies");
+      require(same_layers(cache.layers, shape.layers), "the sequence is one of another model");
+      require(caches[i]->rotary() >= 0, "the decoder has no such set of rotary frequencies");
       require(caches[i]->bare_keys() == caches[0]->bare_keys(), "sequences of one call are all of int8 or none");
       require(std::count(caches.begin(), caches.end(), caches[i]) == 1, "a sequence is given twice");
       require(caches[i]->reserve(caches[i]->length() + static_cast<int64_t>(counts[i])),
@@ -110,19 +97,18 @@ class BoundDecoder {
     {
       nb::gil_scoped_release released;
       std::lock_guard<std::mutex> lock(mutex_);
-      std::vector<float> hidden;
+      const size_t width = static_cast<size_t>(decoder_->width());
       size_t written = 0;
       for (size_t from = 0; from < rows.size(); from += CHUNK) {
         const std::vector<Row> chunk(rows.begin() + from, rows.begin() + std::min(rows.size(), from + CHUNK));
-        decoder_->forward(chunk, hidden);
-        int32_t found = 0;
+        float* hidden = decoder_->forward(chunk);
+        size_t found = 0;
         for (size_t i = 0; i < chunk.size(); ++i)
           if (wanted[from + i]) {
-            std::copy_n(hidden.begin() + i * shape.hidden, shape.hidden,
-                        hidden.begin() + static_cast<int64_t>(found) * shape.hidden);
+            std::copy_n(hidden + i * width, width, hidden + found * width);
             ++found;
           }
-        if (found > 0) decoder_->logits(hidden.data(), found, out.get() + written * shape.vocabulary);
+        if (found > 0) decoder_->logits(hidden, static_cast<int32_t>(found), out.get() + written * shape.vocabulary);
         written += found;
       }
     }
@@ -130,40 +116,13 @@ class BoundDecoder {
   }
 
  private:
-  void check(const DecoderShape& s) const {
-    require(static_cast<int64_t>(blocks_.size()) == s.layers, "one block a layer");
-    require(s.heads > 0 && s.key_value_heads > 0 && s.heads % s.key_value_heads == 0,
-            "query heads must be a multiple of key/value heads");
-    require(s.head_dim > 0 && s.head_dim % 2 == 0, "head_dim must be even");
-    require(!s.frequencies.empty(), "at least one set of rotary frequencies");
-    for (const auto& frequencies : s.frequencies)
-      require(static_cast<int64_t>(frequencies.size()) == s.head_dim / 2, "one rotary frequency for two channels");
-    require(static_cast<int64_t>(s.windows.size()) == s.layers, "one window a layer");
-    for (const int32_t window : s.windows) require(window >= 0, "a window has at least one position, or is 0 for all");
-    const int32_t query = s.heads * s.head_dim, key = s.key_value_heads * s.head_dim;
-    const int32_t rows[] = {query, key, key, s.hidden, s.intermediate, s.intermediate, s.hidden};
-    const int32_t columns[] = {s.hidden, s.hidden, s.hidden, query, s.hidden, s.hidden, s.intermediate};
-    for (const auto& block : blocks_) {
-      require(block->linears.size() == 7, "a block has seven linears");
-      for (int i = 0; i < 7; ++i) {
-        const Weight& w = block->linears[i]->matrix->weight();
-        require(w.rows == rows[i] && w.columns == columns[i], "a linear of a block has a shape that the config denies");
-      }
-      require(static_cast<int64_t>(block->input_norm.size()) == s.hidden &&
-                  static_cast<int64_t>(block->output_norm.size()) == s.hidden,
-              "a norm has one weight a hidden channel");
-      for (const auto& norm : {block->query_norm, block->key_norm})
-        require(!norm || static_cast<int64_t>(norm->size()) == s.head_dim, "a head's norm has head_dim weights");
-    }
-    const Weight &e = embedding_->weight(), &h = head_->matrix->weight();
-    require(e.rows == s.vocabulary && e.columns == s.hidden && h.rows == s.vocabulary && h.columns == s.hidden,
-            "embedding and head are vocabulary x hidden");
-    require(static_cast<int64_t>(final_norm_.size()) == s.hidden, "a norm has one weight a hidden channel");
+  static bool same_layers(const std::vector<CacheLayer>& a, const std::vector<CacheLayer>& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const CacheLayer& x, const CacheLayer& y) {
+      return x.heads == y.heads && x.head_dim == y.head_dim;
+    });
   }
 
-  std::vector<std::shared_ptr<BlockArrays>> blocks_;
-  std::shared_ptr<Matrix> embedding_;
-  Floats final_norm_;
+  std::vector<std::shared_ptr<BoundStep>> steps_;
   std::shared_ptr<LinearArrays> head_;
   std::unique_ptr<Decoder> decoder_;
   std::mutex mutex_;
@@ -183,22 +142,75 @@ Activation activation_of(const std::string& name) {
   throw std::invalid_argument("unknown activation '" + name + "'; known: silu, gelu, gelu_tanh");
 }
 
-DecoderShape shape_of(const nb::dict& values) {
-  const auto get = [&](const char* key) { return nb::cast<int32_t>(values[key]); };
-  DecoderShape s;
-  s.hidden = get("hidden");
-  s.intermediate = get("intermediate");
-  s.layers = get("layers");
-  s.heads = get("heads");
-  s.key_value_heads = get("key_value_heads");
-  s.head_dim = get("head_dim");
-  s.vocabulary = get("vocabulary");
-  s.windows = nb::cast<std::vector<int32_t>>(values["windows"]);
-  s.activation = activation_of(nb::cast<std::string>(values["activation"]));
-  s.epsilon = nb::cast<float>(values["epsilon"]);
-  s.rotary_factor = nb::cast<float>(values["rotary_factor"]);
-  s.frequencies = nb::cast<std::vector<std::vector<float>>>(values["frequencies"]);
-  return s;
+using Layers = std::vector<std::pair<int32_t, int32_t>>;                       // heads, head_dim
+using Rotaries = std::vector<std::pair<std::vector<std::vector<float>>, float>>;  // sets of frequencies, factor
+
+DecoderShape shape_of(std::vector<int32_t> widths, const Layers& layers, const Rotaries& rotaries, int32_t vocabulary) {
+  DecoderShape shape{std::move(widths), {}, {}, vocabulary};
+  for (const auto& [heads, head_dim] : layers) shape.layers.push_back({heads, head_dim});
+  for (const auto& [frequencies, factor] : rotaries) shape.rotaries.push_back({frequencies, factor});
+  return shape;
+}
+
+template <typename Kind>
+std::shared_ptr<BoundStep> bound(Kind step) {
+  auto made = std::make_shared<BoundStep>();
+  made->step = std::make_shared<const Kind>(std::move(step));
+  return made;
+}
+
+std::shared_ptr<BoundStep> project(int32_t from, std::vector<std::shared_ptr<LinearArrays>> linears, std::vector<int32_t> to) {
+  std::vector<Linear> views;
+  for (const auto& linear : linears) views.push_back(linear->view());
+  auto made = bound(Project(from, std::move(views), std::move(to)));
+  made->linears = std::move(linears);
+  return made;
+}
+
+const float* optional_vector(const std::optional<Floats>& vector) { return vector ? vector->data() : nullptr; }
+
+std::shared_ptr<BoundStep> keeping(std::shared_ptr<BoundStep> made, std::optional<Floats> vector) {
+  if (vector) made->vectors.push_back(std::move(*vector));
+  return made;
+}
+
+int64_t size_of(const std::optional<Floats>& vector) { return vector ? static_cast<int64_t>(vector->size()) : 0; }
+
+std::shared_ptr<BoundStep> embed(std::shared_ptr<Matrix> table, int32_t to) {
+  auto made = bound(Embed(table->weight(), to));
+  made->matrices.push_back(std::move(table));
+  return made;
+}
+
+std::shared_ptr<BoundStep> norm(int32_t from, int32_t to, Floats weight, float epsilon) {
+  return keeping(bound(Norm(from, to, weight.data(), static_cast<int32_t>(weight.size()), epsilon)), weight);
+}
+
+std::shared_ptr<BoundStep> store(int32_t layer, int32_t keys, int32_t values, std::optional<Floats> bias, int32_t rotary) {
+  return keeping(bound(Store(layer, keys, values, optional_vector(bias), size_of(bias), rotary)), bias);
+}
+
+std::shared_ptr<BoundStep> attend(int32_t layer, int32_t queries, int32_t to, int32_t window, std::optional<Floats> bias,
+                                  int32_t rotary) {
+  return keeping(bound(AttendStep(layer, queries, to, window, optional_vector(bias), size_of(bias), rotary)), bias);
+}
+
+void bind_steps(nb::module_& module) {
+  nb::class_<BoundStep>(module, "Step")
+      .def_static("embed", &embed, "table"_a, "to"_a)
+      .def_static("norm", &norm, "source"_a, "to"_a, "weight"_a, "epsilon"_a)
+      .def_static("project", &project, "source"_a, "linears"_a, "to"_a)
+      .def_static("rotate", [](int32_t heads, int32_t rotary, float scale) { return bound(Rotate(heads, rotary, scale)); },
+                  "heads"_a, "rotary"_a = 0, "scale"_a = 1.0f)
+      .def_static("store", &store, "layer"_a, "keys"_a, "values"_a, "key_bias"_a = nb::none(), "rotary"_a = 0)
+      .def_static("attend", &attend, "layer"_a, "queries"_a, "to"_a, "window"_a = 0, "key_bias"_a = nb::none(),
+                  "rotary"_a = 0)
+      .def_static("activate",
+                  [](const std::string& activation, int32_t gate, std::optional<int32_t> up) {
+                    return bound(Activate(activation_of(activation), gate, up.value_or(-1)));
+                  },
+                  "activation"_a, "gate"_a, "up"_a = nb::none())
+      .def_static("add", [](int32_t from, int32_t to) { return bound(Add(from, to)); }, "source"_a, "to"_a);
 }
 
 }  // namespace
@@ -217,14 +229,7 @@ void bind_engine(nb::module_& module) {
   nb::class_<LinearArrays>(module, "Linear")
       .def(nb::init<std::shared_ptr<Matrix>, std::optional<Floats>, std::optional<Bytes>, bool>(), "matrix"_a,
            "bias"_a = nb::none(), "signs"_a = nb::none(), "fine"_a = false);
-  nb::class_<BlockArrays>(module, "Block")
-      .def("__init__",
-           [](BlockArrays* self, Floats input_norm, Floats output_norm, std::optional<Floats> query_norm,
-              std::optional<Floats> key_norm, std::vector<std::shared_ptr<LinearArrays>> linears) {
-             new (self) BlockArrays{std::move(input_norm), std::move(output_norm), std::move(query_norm),
-                                    std::move(key_norm), std::move(linears)};
-           },
-           "input_norm"_a, "output_norm"_a, "query_norm"_a.none(), "key_norm"_a.none(), "linears"_a);
+  bind_steps(module);
   module.attr("CACHE_BLOCK") = BLOCK;
   nb::class_<KeyValuePool>(module, "Pool")
       .def_prop_ro("pages", &KeyValuePool::pages)
@@ -253,12 +258,13 @@ void bind_engine(nb::module_& module) {
       .def("reserve", &SequenceCache::reserve, "length"_a);
   nb::class_<BoundDecoder>(module, "Decoder")
       .def("__init__",
-           [](BoundDecoder* self, const nb::dict& shape, std::vector<std::shared_ptr<BlockArrays>> blocks,
-              std::shared_ptr<Matrix> embedding, Floats final_norm, std::shared_ptr<LinearArrays> head, int threads) {
-             new (self) BoundDecoder(shape_of(shape), std::move(blocks), std::move(embedding), std::move(final_norm),
+           [](BoundDecoder* self, std::vector<int32_t> widths, const Layers& layers, const Rotaries& rotaries,
+              std::vector<std::shared_ptr<BoundStep>> steps, int32_t output, std::shared_ptr<LinearArrays> head, int threads) {
+             const int32_t vocabulary = head->matrix->weight().rows;
+             new (self) BoundDecoder(shape_of(std::move(widths), layers, rotaries, vocabulary), std::move(steps), output,
                                      std::move(head), threads);
            },
-           "shape"_a, "blocks"_a, "embedding"_a, "final_norm"_a, "head"_a, "threads"_a = 0)
+           "widths"_a, "layers"_a, "rotaries"_a, "steps"_a, "output"_a, "head"_a, "threads"_a = 0)
       .def_prop_ro("threads", [](BoundDecoder& self) { return self.decoder().pool().threads(); })
       .def("page_bytes",
            [](BoundDecoder& self, const std::string& precision) {

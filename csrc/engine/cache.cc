@@ -9,15 +9,19 @@
 namespace quern {
 namespace {
 
-// Of one head's keys, and as much again of its values.
-int64_t half_bytes(const CacheShape& shape) {
-  const int64_t scales = shape.precision == CachePrecision::int8 ? sizeof(float) : 0;
-  return BLOCK * (static_cast<int64_t>(shape.precision) * shape.head_dim + scales);
+// Of one head's keys in a page, and as much again of its values.
+int64_t half_bytes(const CacheLayer& layer, CachePrecision precision) {
+  const int64_t scales = precision == CachePrecision::int8 ? sizeof(float) : 0;
+  return BLOCK * (static_cast<int64_t>(precision) * layer.head_dim + scales);
 }
 
 }  // namespace
 
-int64_t KeyValuePool::page_bytes(const CacheShape& shape) { return 2 * half_bytes(shape) * shape.layers * shape.heads; }
+int64_t KeyValuePool::page_bytes(const CacheShape& shape) {
+  int64_t bytes = 0;
+  for (const CacheLayer& layer : shape.layers) bytes += 2 * half_bytes(layer, shape.precision) * layer.heads;
+  return bytes;
+}
 
 KeyValuePool::KeyValuePool(const CacheShape& shape, int64_t pages)
     : shape_(shape), pages_(pages), page_bytes_(page_bytes(shape)) {
@@ -47,8 +51,12 @@ void KeyValuePool::closed() {
 
 SequenceCache::SequenceCache(std::shared_ptr<KeyValuePool> pool, bool wide)
     : pool_(std::move(pool)), shape_(pool_->shape()), each_(wide ? 2 : 1) {
-  head_bytes_ = 2 * half_bytes(shape_);
-  value_offset_ = wide ? 0 : half_bytes(shape_);
+  int64_t first = 0;
+  for (const CacheLayer& layer : shape_.layers) {
+    const int64_t half = half_bytes(layer, shape_.precision);
+    places_.push_back({first, 2 * half, wide ? 0 : half});
+    first += 2 * half * layer.heads;
+  }
   if (wide) shape_.precision = CachePrecision::float32;
   element_ = static_cast<int64_t>(shape_.precision);
   pool_->opened();
@@ -111,16 +119,17 @@ bool any_infinite(const uint16_t* x, int32_t count) {
 
 void SequenceCache::put(const Operations& operations, int32_t layer, int32_t position, const float* keys,
                         const float* values) {
-  const int32_t size = shape_.head_dim;
+  const int32_t size = shape_.layers[layer].head_dim;
+  const HeadPlace& head = places_[layer];
   const int64_t place = position % BLOCK;
   const KeyValuePage& page = pages_[position / BLOCK];
   bool overflow = false;
-  for (int32_t h = 0; h < shape_.heads; ++h) {
-    const int64_t at = (static_cast<int64_t>(layer) * shape_.heads + h) * head_bytes_;
+  for (int32_t h = 0; h < shape_.layers[layer].heads; ++h) {
+    const int64_t at = head.first + h * head.step;
     const float* key = keys + static_cast<int64_t>(h) * size;
     const float* value = values + static_cast<int64_t>(h) * size;
     uint8_t* key_to = page.keys + at;
-    uint8_t* value_block = page.values + at + value_offset_;
+    uint8_t* value_block = page.values + at + head.values;
     uint8_t* value_to = value_block + place * size * element_;
     if (shape_.precision == CachePrecision::int8) {
       const float key_scale = scale_of(key, size), value_scale = scale_of(value, size);
@@ -150,11 +159,11 @@ void SequenceCache::put(const Operations& operations, int32_t layer, int32_t pos
 
 HeadCache SequenceCache::head(int32_t layer, int32_t head) const {
   HeadCache view{};
-  view.head_dim = shape_.head_dim;
+  view.head_dim = shape_.layers[layer].head_dim;
   view.precision = shape_.precision;
   view.pages = pages_.data();
-  view.keys_at = (static_cast<int64_t>(layer) * shape_.heads + head) * head_bytes_;
-  view.values_at = view.keys_at + value_offset_;
+  view.keys_at = places_[layer].first + head * places_[layer].step;
+  view.values_at = view.keys_at + places_[layer].values;
   return view;
 }
 

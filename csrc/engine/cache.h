@@ -19,8 +19,13 @@
 
 namespace quern {
 
+// Keys and values that a layer keeps of one position.
+struct CacheLayer {
+  int32_t heads, head_dim;
+};
+
 struct CacheShape {
-  int32_t layers, heads, head_dim;
+  std::vector<CacheLayer> layers;
   CachePrecision precision;
 };
 
@@ -92,12 +97,18 @@ class SequenceCache {
   HeadCache head(int32_t layer, int32_t head) const;
 
  private:
+  // In a page, bytes: where a layer begins, from one head to the next, from a head's keys to its values.
+  struct HeadPlace {
+    int64_t first, step, values;
+  };
+
   void release(size_t blocks);
 
   std::shared_ptr<KeyValuePool> pool_;
   CacheShape shape_;
   int32_t each_;  // pages for BLOCK positions
-  int64_t element_, head_bytes_, value_offset_;
+  int64_t element_;
+  std::vector<HeadPlace> places_;  // by layer
   std::vector<KeyValuePage> pages_;
   int32_t length_ = 0, rotary_ = 0;
   std::atomic<bool> overflowed_{false};

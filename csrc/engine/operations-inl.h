@@ -139,6 +139,15 @@ void gated_product(float* gate, const float* up, int32_t count) {
   memcpy(gate + i, &last, sizeof(float) * (count - i));
 }
 
+template <Lanes (*ACTIVATION)(Lanes)>
+void activated(float* x, int32_t count) {
+  int32_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(x + i, ACTIVATION(load(x + i)));
+  if (i == count) return;
+  const Lanes last = ACTIVATION(load_some(x + i, count - i));
+  memcpy(x + i, &last, sizeof(float) * (count - i));
+}
+
 void add(float* x, const float* y, int64_t count) {
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) store(x + i, load(x + i) + load(y + i));
@@ -212,7 +221,15 @@ void from_float16(const uint16_t* x, float* out, int32_t count) {
 
 #include "engine/attention-inl.h"
 
-constexpr Operations TABLE = {rms_norm, {gated_product<silu>, gated_product<gelu>, gated_product<gelu_tanh>}, add, attend, to_float16, from_float16};
+constexpr Operations TABLE = {
+    rms_norm,
+    {gated_product<silu>, gated_product<gelu>, gated_product<gelu_tanh>},
+    {activated<silu>, activated<gelu>, activated<gelu_tanh>},
+    add,
+    attend,
+    to_float16,
+    from_float16,
+};
 
 }  // namespace
 }  // namespace quern

@@ -55,8 +55,9 @@ inline int64_t attend_scratch(int32_t rows, int32_t head_dim) {
 struct Operations {
   // out = x / sqrt(mean(x^2) + epsilon) * weight
   void (*rms_norm)(const float* x, const float* weight, int32_t count, float epsilon, float* out);
-  // gate = f(gate) * up, one function for each `Activation`
+  // gate = f(gate) * up, and x = f(x): one function for each `Activation`
   void (*gated_product[3])(float* gate, const float* up, int32_t count);
+  void (*activated[3])(float* x, int32_t count);
   // x += y
   void (*add)(float* x, const float* y, int64_t count);
   // Softmax attention of some rows (online: Milakov and Gimelshein 2018, arXiv 1805.02867).

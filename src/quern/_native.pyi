@@ -1,8 +1,6 @@
 """The native part: kernels, trellis encoder and CPU engine. Sources: csrc/."""
 
 import collections.abc
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,17 +44,47 @@ class Linear:
         fine: bool = False,
     ) -> None: ...
 
-class Block:
-    """A decoder block; ``linears`` are query, key, value, output, gate, up, down."""
+class Step:
+    """What a decoder is a list of. Buffers, which have a row of numbers for each token, are named by their index."""
 
-    def __init__(
-        self,
-        input_norm: NDArray[np.float32],
-        output_norm: NDArray[np.float32],
-        query_norm: NDArray[np.float32] | None,
-        key_norm: NDArray[np.float32] | None,
-        linears: collections.abc.Sequence[Linear],
-    ) -> None: ...
+    @staticmethod
+    def embed(table: Matrix, to: int) -> Step:
+        """``to`` = the tokens' rows of ``table``."""
+
+    @staticmethod
+    def norm(source: int, to: int, weight: NDArray[np.float32], epsilon: float) -> Step:
+        """RMSNorm of a row, or of each head by itself where ``weight`` is as short as a head."""
+
+    @staticmethod
+    def project(source: int, linears: collections.abc.Sequence[Linear], to: collections.abc.Sequence[int]) -> Step:
+        """``to[i]`` = linear ``i`` of ``source``."""
+
+    @staticmethod
+    def rotate(heads: int, rotary: int = 0, scale: float = 1.0) -> Step:
+        """Heads rotated by position and multiplied by ``scale``, in place."""
+
+    @staticmethod
+    def store(layer: int, keys: int, values: int, key_bias: NDArray[np.float32] | None = None, rotary: int = 0) -> Step:
+        """Keys, with ``key_bias`` and rotated, and values into what ``layer`` keeps; an int8 cache takes bare keys."""
+
+    @staticmethod
+    def attend(
+        layer: int,
+        queries: int,
+        to: int,
+        window: int = 0,
+        key_bias: NDArray[np.float32] | None = None,
+        rotary: int = 0,
+    ) -> Step:
+        """Softmax attention over what ``layer`` keeps; ``window``: positions seen back, itself included, 0 all."""
+
+    @staticmethod
+    def activate(activation: str, gate: int, up: int | None = None) -> Step:
+        """``gate`` = f(gate) * up, or f(gate); f is silu, gelu or gelu_tanh."""
+
+    @staticmethod
+    def add(source: int, to: int) -> Step:
+        """``to`` += ``source``."""
 
 CACHE_BLOCK: int
 """Positions of a page."""
@@ -95,14 +123,20 @@ class Sequence:
         """Take pages for so many positions; False, and none is taken, where there are too few."""
 
 class Decoder:
-    """A whole decoder. Raises ``ValueError`` where shapes disagree."""
+    """A list of steps and a head. Raises ``ValueError`` where shapes disagree.
+
+    ``widths``: of the buffers. ``layers``: heads and head_dim of the keys and values that each keeps. ``rotaries``: sets of
+    ``head_dim / 2`` frequencies (a sequence says which; the last serves where there are fewer), and the factor of cosines
+    and sines. ``output``: the buffer that the head reads.
+    """
 
     def __init__(
         self,
-        shape: Mapping[str, Any],
-        blocks: collections.abc.Sequence[Block],
-        embedding: Matrix,
-        final_norm: NDArray[np.float32],
+        widths: collections.abc.Sequence[int],
+        layers: collections.abc.Sequence[tuple[int, int]],
+        rotaries: collections.abc.Sequence[tuple[list[list[float]], float]],
+        steps: collections.abc.Sequence[Step],
+        output: int,
         head: Linear,
         threads: int = 0,
     ) -> None: ...

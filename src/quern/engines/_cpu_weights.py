@@ -56,17 +56,17 @@ class MappedWeights:
         self.read_bytes = 0
         """Bytes of all linears and vectors handed out so far."""
 
-    def linear(self, name: str, shape: tuple[int, int], *, scale_per_token: bool) -> _native.Linear:
-        """The linear called ``name``, ``(rows, columns)``, with bias and rotation signs where it has them.
+    def linear(self, name: str, shape: tuple[int, int], *, scale_per_token: bool, bias: bool = True) -> _native.Linear:
+        """The linear called ``name``, ``(rows, columns)``, with rotation signs, and a bias if asked for, where it has them.
 
         ``scale_per_token``: whether the artifact was made for int8 inputs with one scale a token.
         """
-        bias, signs = f"{name}.bias", f"{name}.{INPUT_SIGNS}"
+        signs = f"{name}.{INPUT_SIGNS}"
         matrix = self.matrix(name, shape, None if scale_per_token or self._has(signs) else INPUT_GROUP)
         self.read_bytes += matrix.bytes
         return _native.Linear(
             matrix,
-            self.vector(bias, shape[0]) if self._has(bias) else None,
+            self.optional_vector(f"{name}.bias", shape[0]) if bias else None,
             self._mapped(signs, ((shape[1] + 7) // 8,), torch.uint8) if self._has(signs) else None,
             fine=self._fine(name) and not scale_per_token,
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quern import _native
 from quern.architectures._decoder import GatedDecoder
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
@@ -17,27 +16,15 @@ from quern.core.artifact import METHOD, module_schemes, quantization_of
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import thread_count
 from quern.core.recipe import Recipe, parse_recipe
+from quern.engines._cpu_layers import ACTIVATIONS, gated_decoder
 from quern.engines._cpu_model import CpuModel
 from quern.engines._cpu_pool import CachePrecision as CachePrecision
 from quern.engines._cpu_weights import MappedWeights, unsupported
-from quern.engines._rotary import frequencies
 from quern.engines.base import ENGINES, DtypeName, Engine
 from quern.loading.fitting import model_config, open_model
 
 ROTARY = ("default", "linear", "yarn", "llama3", "dynamic", "longrope")
 """Scaling variants that are known; ``_rotary`` says how frequencies depend on the text's length."""
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-}
-"""Names in config.json, as transformers means them, and the native function that computes it."""
 
 
 @ENGINES.add("cpu")
@@ -83,54 +70,12 @@ class CpuEngine(Engine):
         # Whether the blocks were made for int8 activations with one scale a token.
         scale_per_token = recipe is not None and recipe.activations.mode == "dynamic"
         try:
-            decoder, bytes_per_token = _decoder(architecture, weights, scale_per_token, thread_count(threads))
+            decoder, bytes_per_token = gated_decoder(architecture, weights, scale_per_token, thread_count(threads))
         except QuernError:
             raise
         except ValueError as error:
             raise UserError(f"{path} cannot be run: {error}") from None
         return CpuModel(decoder, architecture.config, bytes_per_token, cache)
-
-
-def _decoder(
-    architecture: GatedDecoder, weights: MappedWeights, scale_per_token: bool, threads: int
-) -> tuple[_native.Decoder, int]:
-    """The native decoder and the bytes of weights that a token reads."""
-    config = architecture.config
-    shape = _shape(architecture)
-    hidden, inner = shape["hidden"], shape["intermediate"]
-    query, key = shape["heads"] * shape["head_dim"], shape["key_value_heads"] * shape["head_dim"]
-    sizes = {
-        "query": (query, hidden),
-        "key": (key, hidden),
-        "value": (key, hidden),
-        "output": (hidden, query),
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
-    }
-    by_role = {role: name for name, role in architecture.roles.items()}
-    blocks = []
-    for index in range(architecture.layers):
-        prefix = architecture.block_prefix(index)
-        blocks.append(
-            _native.Block(
-                weights.vector(prefix + "input_layernorm.weight", hidden),
-                weights.vector(prefix + "post_attention_layernorm.weight", hidden),
-                weights.optional_vector(prefix + "self_attn.q_norm.weight", shape["head_dim"]),
-                weights.optional_vector(prefix + "self_attn.k_norm.weight", shape["head_dim"]),
-                [
-                    weights.linear(prefix + by_role[role], size, scale_per_token=scale_per_token)
-                    for role, size in sizes.items()
-                ],
-            )
-        )
-    table = (config.vocab_size, hidden)
-    embedding = weights.matrix(architecture.embedding, table)
-    head_name = architecture.embedding if architecture.tied else architecture.head
-    head = weights.linear(head_name, table, scale_per_token=False)
-    norm = weights.vector(f"{architecture.final_norm}.weight", hidden)
-    bytes_per_token = weights.read_bytes + (0 if architecture.tied else embedding.bytes // config.vocab_size)
-    return _native.Decoder(shape, blocks, embedding, norm, head, threads), bytes_per_token
 
 
 def _unknown(architecture: Architecture) -> str | None:
@@ -144,23 +89,3 @@ def _unknown(architecture: Architecture) -> str | None:
     if config.hidden_act not in ACTIVATIONS:
         return f"it knows the activations {', '.join(ACTIVATIONS)}; config.json asks for {config.hidden_act!r}"
     return None
-
-
-def _shape(architecture: GatedDecoder) -> dict[str, Any]:
-    config = architecture.config
-    sets, factor = frequencies(architecture)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
-        "hidden": config.hidden_size,
-        "intermediate": config.intermediate_size,
-        "layers": architecture.layers,
-        "heads": config.num_attention_heads,
-        "key_value_heads": config.num_key_value_heads,
-        "head_dim": head_dim,
-        "vocabulary": config.vocab_size,
-        "windows": architecture.windows(),
-        "activation": ACTIVATIONS[config.hidden_act],
-        "epsilon": float(config.rms_norm_eps),
-        "rotary_factor": factor,
-        "frequencies": sets,
-    }
