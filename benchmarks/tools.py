@@ -95,9 +95,9 @@ def against(rows: Sequence[Row]) -> str:
         f"{'':30} {'MB':>6} {'KL':>7} {'tok/s':>7}   "
         f"{'no more bytes:':21} {'MB':>7} {'KL':>7}   {'no more KL:':21} {'KL':>7} {'tok/s':>7}"
     ]
-    ours = [row for row in rows if row.tool is None and row.recipe]
+    ours = [row for row in rows if row.kind == "quern"]
     for row in sorted(rows, key=lambda row: row.bytes):
-        if row.tool is None or row.kl_mean is None:
+        if row.kind != "peer" or row.kl_mean is None:
             continue
         near = min((own for own in ours if own.bytes <= row.bytes), key=lambda own: own.kl_mean or 0, default=None)
         fast = max(
@@ -114,7 +114,10 @@ def against(rows: Sequence[Row]) -> str:
 
 def ranks(first: str, second: str) -> str:
     """Spearman's correlation: Pearson's of the ranks, ties at their mean rank."""
-    one, two = ({row.name: row.kl_mean for row in load_results(path).rows if row.recipe} for path in (first, second))
+    one, two = (
+        {row.name: row.kl_mean for row in load_results(path).rows if row.kind != "unquantized"}
+        for path in (first, second)
+    )
     names = [name for name in one if one[name] is not None and two.get(name) is not None]
     places = [_mean_ranks(np.array([found[name] for name in names], dtype=float)) for found in (one, two)]
     return f"rank correlation {np.corrcoef(*places)[0, 1]:.3f} over {len(names)} rows"

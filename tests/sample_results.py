@@ -48,6 +48,7 @@ def make_row(name: str, **changes: Any) -> Row:
     """A quantized row of half the size with every number measured; ``changes`` replace fields."""
     values: dict[str, Any] = {
         "name": name,
+        "kind": "peer" if changes.get("tool") else "quern",
         "recipe": {"name": name},
         "artifact_sha256": sha256(name),
         "bytes": 500,
@@ -73,6 +74,7 @@ def make_row(name: str, **changes: Any) -> Row:
 def make_reference(**changes: Any) -> Row:
     """The unquantized model that belongs to ``make_row``."""
     values: dict[str, Any] = {
+        "kind": "unquantized",
         "recipe": None,
         "artifact_sha256": None,
         "bytes": 1000,
@@ -125,6 +127,7 @@ def _measured(
     first = 128 / prefill + 1 / decode
     return Row(
         name=name,
+        kind="quern" if recipe else "unquantized",
         recipe=recipe.to_json() if recipe else None,
         artifact_sha256=sha256(name) if recipe else None,
         bytes=size,
@@ -248,7 +251,7 @@ def _other(
     variant = name.split("-", 1)[1]
     settings = {"bits": nominal, "group_size": 64}
     recipe = {"peer": tool.name.lower(), "name": variant, "bits": nominal, "settings": settings, "calibrated": False}
-    update = {"recipe": recipe, "artifact_sha256": sha256(name), "tool": tool, "engine": "peer", "notes": [NOTE],
+    update = {"kind": "peer", "recipe": recipe, "artifact_sha256": sha256(name), "tool": tool, "engine": "peer", "notes": [NOTE],
               "quantize_peak_rss_bytes": 900_000_000, "foreign_load": 0.03}  # fmt: skip
     return row.model_copy(update=update | changes)
 

@@ -56,7 +56,7 @@ def chinese_reasons(results: Results) -> str:
         if (gain := yardstick.speed_gain(row)) is not None:
             text += f"，是未量化模型的 {2**gain:.2f} 倍"
         text += "。"
-    if row.recipe is not None and row.kl_mean is not None:
+    if row.kind != "unquantized" and row.kl_mean is not None:
         text += f"损失：每个词元的 KL 为 {significant(row.kl_mean)} 奈特"
         if row.kl_ci95 is not None:
             text += f"（95 % 区间 {significant(row.kl_ci95[0])} 至 {significant(row.kl_ci95[1])}）"

@@ -143,7 +143,7 @@ def _of_class(name: str, rows: Sequence[Row]) -> list[Row]:
     ends = [end for _, end in CLASSES]
     place = [known for known, _ in CLASSES].index(name)
     begin = ends[place - 1] if place else 0.0
-    return [row for row in rows if row.recipe is not None and begin <= row.bits_per_weight < ends[place]]
+    return [row for row in rows if row.kind != "unquantized" and begin <= row.bits_per_weight < ends[place]]
 
 
 def ranked(rows: Sequence[Row], field: str, *, less: bool) -> list[Row]:
@@ -204,7 +204,7 @@ def _range(made: Sequence[Row]) -> str:
 
 def _bests(made: Sequence[Row], results: Results) -> list[str]:
     """What one of ``made`` is first in, of all quantized rows."""
-    quantized, found = [row for row in results.rows if row.recipe is not None], []
+    quantized, found = [row for row in results.rows if row.kind != "unquantized"], []
     for what, field, less, text in MEASURES:
         order = ranked(quantized, field, less=less)
         if order and order[0] in made:

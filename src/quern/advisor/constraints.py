@@ -110,7 +110,7 @@ class Constraints:
             yield from self._memory_miss(row, self.max_memory)
         if self.min_speed is not None:
             yield from self._speed_miss(positive(row.decode_tokens_per_s), self.min_speed)
-        if self.min_agreement is not None and row.recipe is not None:
+        if self.min_agreement is not None and row.kind != "unquantized":
             yield from self._agreement_miss(row.top1_agreement, self.min_agreement)
         if self.target is not None and self.target not in (known := targets_of(row)):
             text = f"does not load in {self.target}; it loads in {', '.join(known) or 'nothing that is known'}"

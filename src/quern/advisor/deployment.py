@@ -29,7 +29,7 @@ def targets_of(row: Row) -> tuple[str, ...]:
     """The runtimes that load the row's artifact: as its tool declares, or by quern's own formats."""
     if row.tool is not None:
         return tuple(row.tool.targets)
-    if row.recipe is None:
+    if row.kind == "unquantized":
         return _UNQUANTIZED
     recipe = _recipe_of(row)
     return ("quern",) if recipe is None else readers_of(recipe)
@@ -45,7 +45,7 @@ def obstacle_to(row: Row, target: Target) -> str:
 def _recipe_of(row: Row) -> Recipe | None:
     """The recipe of a row that quern made; None where this version does not know it."""
     try:
-        return Recipe.model_validate(row.recipe) if row.tool is None and row.recipe is not None else None
+        return Recipe.model_validate(row.recipe) if row.kind == "quern" else None
     except ValidationError:
         return None
 
@@ -67,16 +67,16 @@ def licence_of(row: Row) -> str | None:
     """SPDX identifier of the tool's licence; None for the unquantized model, which no tool made."""
     if row.tool is not None:
         return row.tool.licence
-    return None if row.recipe is None else QUERN_LICENCE
+    return None if row.kind == "unquantized" else QUERN_LICENCE
 
 
 def maker_of(row: Row, quern_version: str) -> tuple[str, str] | None:
     """Name and version of the tool that made the row; None for the unquantized model."""
     if row.tool is not None:
         return row.tool.name, row.tool.version
-    return None if row.recipe is None else ("quern", quern_version)
+    return None if row.kind == "unquantized" else ("quern", quern_version)
 
 
 def has_other_tools(rows: Iterable[Row]) -> bool:
     """Whether a tool other than quern made one of the rows."""
-    return any(row.tool is not None for row in rows)
+    return any(row.kind == "peer" for row in rows)

@@ -6,21 +6,13 @@ beside another row may owe a lead over that row to the machine: it has to lead b
 
 from __future__ import annotations
 
-import re
-
 from quern.core.results import DRIFT_LIMIT, Row
 from quern.core.units import percent_text
-
-_NOTE = re.compile(r"the unquantized model decoded at ([0-9]+(?:\.[0-9]+)?) of its speed in the first group")
-"""How results say it that were measured before rows had ``group_speed``."""
 
 
 def group_speed_of(row: Row) -> float:
     """Speed of the unquantized model in the row's group over that in the first one; 1 where the row does not say."""
-    if row.group_speed is not None:
-        return row.group_speed if row.group_speed > 0 else 1.0
-    told = next((float(match[1]) for note in row.notes if (match := _NOTE.search(note))), 1.0)
-    return told if told > 0 else 1.0
+    return row.group_speed if row.group_speed is not None and row.group_speed > 0 else 1.0
 
 
 def favour(row: Row, other: Row) -> float:

@@ -61,7 +61,7 @@ def _loss_first(row: Row) -> tuple[float, str]:
 
 def _least_lossy_text(rows: Sequence[Row], misses: Mapping[int, Sequence[Miss]]) -> str:
     """The quantized row of the least loss, of those that suit where any do, and all that would have to be allowed."""
-    quantized = [place for place in misses if rows[place].recipe is not None] or list(misses)
+    quantized = [place for place in misses if rows[place].kind != "unquantized"] or list(misses)
     suiting = [place for place in quantized if not {miss.limit for miss in misses[place]} & {"target", "licence"}]
     place = min(suiting or quantized, key=lambda place: _loss_first(rows[place]))
     row, loss = rows[place], loss_of(rows[place])

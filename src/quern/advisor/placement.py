@@ -69,7 +69,7 @@ def placements(rows: Sequence[Row]) -> list[Placement]:
     found = []
     for place, row in enumerate(rows):
         winner = rows[beaten[place]] if place in beaten else None
-        if row.recipe is None:
+        if row.kind == "unquantized":
             found.append(_unquantized(row, winner))
         elif missing[place]:
             verb = "was" if len(missing[place]) == 1 else "were"
@@ -97,7 +97,7 @@ class _Fastest:
         small = [
             row
             for row in rows
-            if row.recipe is not None
+            if row.kind != "unquantized"
             and limit is not None
             and (loss := loss_of(row)) is not None
             and loss <= limit

@@ -77,7 +77,7 @@ def positive(value: float | None) -> float | None:
 
 def loss_of(row: Row) -> float | None:
     """KL divergence in nats a token; 0 for the unquantized reference, which is what KL is measured against."""
-    if row.recipe is None:
+    if row.kind == "unquantized":
         return 0.0
     return None if row.kl_mean is None else max(0.0, row.kl_mean)
 

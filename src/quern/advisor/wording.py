@@ -84,11 +84,11 @@ def choice_reasons(
             reasons += _unsettled(best.row, second.row)
     else:
         reasons.append(f"{best.row.name} is the only row left for the {scenario} scenario; every other is excluded.")
-    if best.row.recipe is None:
+    if best.row.kind == "unquantized":
         reasons.append("It is the unquantized model: nothing quantized serves this scenario better here.")
     reasons.append(f"Size: {_size_text(best.row)}.")
     reasons.append("Speed: not measured." if best.speed is None else f"Speed: {_speed_text(best, yardstick)}.")
-    if best.row.recipe is not None:
+    if best.row.kind != "unquantized":
         reasons.append(_loss_text(best.row, constraints, yardstick))
     reasons += _circumstances(best.row, constraints)
     reasons.append(_rule_text(weights))
@@ -112,7 +112,7 @@ def _circumstances(row: Row, constraints: Constraints) -> list[str]:
     found = []
     if constraints.max_memory is not None and row.peak_rss_bytes is not None:
         found.append(f"Memory: {bytes_text(row.peak_rss_bytes)} at its peak.")
-    if constraints.min_agreement is not None and row.recipe is not None and row.top1_agreement is not None:
+    if constraints.min_agreement is not None and row.kind != "unquantized" and row.top1_agreement is not None:
         found.append(
             f"Agreement: {percent_text(row.top1_agreement)} of its likeliest tokens are the unquantized model's."
         )
@@ -159,7 +159,7 @@ def _speed_text(entry: Scored, yardstick: Yardstick) -> str:
     if (first := positive(row.time_to_first_token_s)) is not None:
         parts.append(f"first token after {seconds_text(first)}")
     text = ", ".join(parts)
-    if entry.speed is not None and row.recipe is not None:
+    if entry.speed is not None and row.kind != "unquantized":
         slower = "unquantized model" if yardstick.unquantized else "slowest row"
         text += f", {2**entry.speed:.2f} times the speed of the {slower}"
     return text

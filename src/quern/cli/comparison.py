@@ -118,7 +118,7 @@ def remarks(results: Results) -> Iterator[Text]:
 
 
 def _places(rows: Sequence[Row], places: Sequence[Placement]) -> Iterator[Text]:
-    if not any(row.recipe is not None for row in rows):
+    if not any(row.kind != "unquantized" for row in rows):
         return
     yield Text()
     yield Text(f"Places. {scale_text(rows)}", style="dim")

@@ -53,7 +53,7 @@ def row(found: Row) -> RenderableType:
     add(table, "prefill, share of the machine's limit", percent(found.prefill_limit_fraction))
     add(table, "time to first token", duration(found.time_to_first_token_s))
     add(table, "energy, J/token", number(found.energy_joules_per_token))
-    missing = found.recipe is not None and found.kl_mean is None
+    missing = found.kind != "unquantized" and found.kl_mean is None
     hint = [Text("What accuracy it lost is not measured: name the unquantized model with --reference", style="dim")]
     return Group(table, *_notes(found.notes), *(hint if missing else []))
 

@@ -92,7 +92,7 @@ class Group:
 
     def load(self, stored: Mapping[str, Stored], meanwhile: Callable[[], None]) -> None:
         """Load all, quern's own contenders at once and other tools one after another; ``meanwhile`` is done meanwhile."""
-        ours = [member for member in self.members if member.contender.tool is None]
+        ours = [member for member in self.members if member.contender.kind != "peer"]
         for member in ours:
             request = self._load_request(stored[member.contender.name])
             member.worker.send({**request, "engine": member.contender.engine, "dtype": self.settings.dtype})
@@ -210,8 +210,8 @@ def _sweep(
 def score_all(group: Group, cache: dict[str, Any]) -> None:
     """As many of quern's workers at once as there are threads, each with its share of them; other tools one by one."""
     scored = [member for member in group.members if member.scored]
-    ours = [member for member in scored if member.contender.tool is None]
-    others = [member for member in scored if member.contender.tool is not None]
+    ours = [member for member in scored if member.contender.kind != "peer"]
+    others = [member for member in scored if member.contender.kind == "peer"]
     inputs = group.inputs
     task = group.progress.task("scoring", len(scored) * (inputs.scored_tokens + inputs.option_count))
     at_once = min(len(ours), group.threads) or 1
@@ -247,6 +247,6 @@ def _score(group: Group, member: Loaded, cache: dict[str, Any], threads: int, ad
         member.correct = None
         member.notes = (*member.notes, f"accuracy not measured: {error}")
         return
-    if member.contender.tool is None:
+    if member.contender.kind != "peer":
         member.notes = (*member.notes, *worker.ask({"do": "notes"})["notes"])
     worker.close()

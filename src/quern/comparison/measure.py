@@ -94,7 +94,7 @@ def _open_all(everyone: Sequence[Contender], progress: Progress) -> tuple[dict[s
     stored: dict[str, Stored] = {}
     failures: list[Failure] = []
     for contender in everyone:
-        if contender.tool is None:
+        if contender.kind != "peer":
             stored[contender.name] = stored_checkpoint(contender.path, contender.sha256, progress)
             continue
         try:
@@ -114,7 +114,7 @@ def _check_vocabularies(everyone: Sequence[Contender], stored: Mapping[str, Stor
     first = stored[everyone[0].name].vocabulary
     for contender in everyone:
         size = stored[contender.name].vocabulary
-        if contender.tool is None and size != first:
+        if contender.kind != "peer" and size != first:
             raise UserError(
                 f"{contender.name} has a vocabulary of {size} tokens, its reference one of {first}: they are not "
                 "versions of one model. Give the checkpoint that it was made from as the reference"
@@ -198,7 +198,7 @@ class _Run:
     def _fits(self, contenders: Sequence[Contender], original: Original, with_reference: bool = False) -> bool:
         """Whether these can be in memory together. Other tools may unpack their weights, so they count in full."""
         needed = sum(
-            (self.stored[c.name].weight_bytes if c.tool is None else 2 * original.parameters) + LOADED_BYTES
+            (self.stored[c.name].weight_bytes if c.kind != "peer" else 2 * original.parameters) + LOADED_BYTES
             for c in contenders
         )
         if with_reference:
@@ -262,7 +262,7 @@ def _group_notes(alone: bool, drift: float | None) -> tuple[str, ...]:
 
 def _anchor(everyone: Sequence[Contender]) -> Contender | None:
     """The unquantized model, in another engine than the reference's where it is among the contenders."""
-    unquantized = [contender for contender in everyone if contender.recipe is None and contender.timed]
+    unquantized = [contender for contender in everyone if contender.kind == "unquantized" and contender.timed]
     return unquantized[-1] if unquantized else None
 
 

@@ -16,7 +16,7 @@ from quern.comparison.worker_process import OURS, Launch
 from quern.core import metrics
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError
-from quern.core.results import LayerError, Row, Tool
+from quern.core.results import LayerError, Row, RowKind, Tool
 from quern.evaluation.accuracy import Accuracy
 from quern.evaluation.speed import Speed
 from quern.quantization.scale_dtypes import notes_of
@@ -26,10 +26,11 @@ _OUTSIDE_BLOCKS = ("model.embed_tokens.weight", "lm_head.weight")
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """Something to measure. ``recipe`` None means unquantized."""
+    """Something to measure."""
 
     name: str
     path: str | Path
+    kind: RowKind = "unquantized"
     recipe: dict[str, Any] | None = None
     quantize_seconds: float | None = None
     layers: tuple[LayerError, ...] = ()
@@ -41,7 +42,7 @@ class Contender:
     timed: bool = True
     """Whether its speed is measured too."""
     tool: Tool | None = None
-    """The other tool that made it; None: quern, or nobody."""
+    """The other tool that made it, of kind ``peer``."""
     launch: Launch = OURS
     """How the process that measures it is started."""
     runs_in: str | None = None
@@ -66,8 +67,8 @@ def contender_of(checkpoint: Checkpoint, engine: str = "reference") -> Contender
         except (KeyError, TypeError, ValueError) as error:
             raise BadFileError(provenance, f"is not what quern writes: {error}", "Quantize the model again") from None
     return Contender(
-        name=name, path=checkpoint.path, recipe=recipe, layers=tuple(layers), engine=engine, original_sha256=made_from,
-        notes=(*checkpoint.notes, *notes_of(checkpoint)),
+        name=name, path=checkpoint.path, kind="quern", recipe=recipe, layers=tuple(layers), engine=engine,
+        original_sha256=made_from, notes=(*checkpoint.notes, *notes_of(checkpoint)),
     )  # fmt: skip
 
 
@@ -153,9 +154,10 @@ def row_of(
     divergence = accuracy.divergence if accuracy else None
     floor = reference.accuracy.divergence if reference and reference.accuracy else None
     difference = _difference(measured, reference, seed)
-    arithmetic = None if contender.tool is not None else _arithmetic(contender.recipe, stored.config, dtype)
+    arithmetic = None if contender.kind == "peer" else _arithmetic(contender.recipe, stored.config, dtype)
     return Row(
         name=contender.name,
+        kind=contender.kind,
         recipe=contender.recipe,
         tool=contender.tool,
         artifact_sha256=stored.sha256,

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from quern.core.encoding import decode_utf8
 from quern.core.errors import BadFileError
+from quern.core.former_results import completed
 
 METRICS_VERSION = 2
 """Rules of measuring, described in docs/results.md. 2: all options of a choice are scored from one place."""
@@ -22,6 +23,9 @@ Scenario = Literal["storage", "speed", "overall", "mix"]
 
 FORMER_SCENARIOS: dict[str, Scenario] = {"balanced": "overall"}
 """Names that results of earlier versions and old scripts may give; a recipe has that name too."""
+
+RowKind = Literal["unquantized", "quern", "peer"]
+"""The checkpoint as it is; a quantized one that quern's engines run; another tool's artifact, run by that tool."""
 
 WeightName = Literal["size", "speed", "loss"]
 
@@ -78,10 +82,11 @@ class Row(_Strict):
     """One contender: an artifact or the unquantized reference, measured."""
 
     name: str
+    kind: RowKind
     recipe: dict[str, Any] | None
-    """Null for the unquantized reference; of another tool's row the tool's settings (``peer``, ``name``, ``settings``)."""
+    """Of another tool's row the tool's settings (``peer``, ``name``, ``settings``); null for the unquantized model."""
     tool: Tool | None = None
-    """Null: quern itself (or the unquantized reference)."""
+    """Of a row of kind ``peer``; null for the others."""
     artifact_sha256: str | None
     bytes: Annotated[int, Field(gt=0)]
     bits_per_weight: float
@@ -125,6 +130,12 @@ class Row(_Strict):
     engine: str = "reference"
     layers: list[LayerError] = []
     notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Row:
+        if (self.kind == "peer") != (self.tool is not None):
+            raise ValueError(f"a row of kind peer has a tool, and no other row has; {self.name} is of kind {self.kind}")
+        return self
 
 
 class Failure(_Strict):
@@ -231,10 +242,17 @@ class Results(_Strict):
     failures: list[Failure] = []
     recommendation: Recommendation
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_former_rows(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("rows"), list):
+            return {**data, "rows": [completed(row) for row in data["rows"]]}
+        return data
+
 
 def unquantized_row(rows: Sequence[Row]) -> Row | None:
     """What speeds are compared with: the unquantized model, in the engine that decodes it fastest; None without one."""
-    found = [row for row in rows if row.recipe is None]
+    found = [row for row in rows if row.kind == "unquantized"]
     return max(found, key=lambda row: row.decode_tokens_per_s or 0.0, default=None)
 
 

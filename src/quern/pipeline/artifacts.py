@@ -62,6 +62,7 @@ def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
     return Contender(
         name=recipe.name,
         path=artifact,
+        kind="quern",
         recipe=recipe.to_json(),
         quantize_seconds=known.get("quantize_seconds"),
         quantize_peak_rss_bytes=known.get("quantize_peak_rss_bytes"),

@@ -59,7 +59,7 @@ def evaluate(
     if reference is not None:
         original: Contender | None = Contender(name="reference", path=reference, timed=False)
     else:
-        original = contender if contender.recipe is None else None
+        original = contender if contender.kind == "unquantized" else None
         if original is not None and original.engine != "reference":  # which is what reference logits come from
             original = Contender(name="reference", path=checkpoint.path, timed=False)
     with temporary_folder("evaluate") as folder:

@@ -96,6 +96,7 @@ def _make(making: Making, tools: Tools, choice: Choice) -> Contender:
     return Contender(
         name=choice.row,
         path=making.folder / "artifacts" / choice.row,
+        kind="peer",
         recipe=choice.recipe(),
         tool=Tool(
             name=peer.tool,

@@ -82,7 +82,7 @@ def _prefill_detail(row: Row) -> list[str]:
 
 
 def _smaller(row: Row) -> list[str]:
-    if row.recipe is None:
+    if row.kind == "unquantized":
         return []
     return [f"{percent_text(abs(row.compression))} {'less' if row.compression >= 0 else 'more'}"]
 

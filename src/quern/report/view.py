@@ -70,7 +70,7 @@ def page_data(results: Results) -> dict[str, Any]:
                 "name": row.name,
                 "choice": row.name == results.recommendation.choice,
                 "front": row.name in front,
-                "reference": row.recipe is None,
+                "reference": row.kind == "unquantized",
                 "values": {c.key: c.value(row) for c in columns} | ({"place": made[place]["rank"]} if tools else {}),
                 "texts": {c.key: _with_unit(c, row) for c in columns},
                 "ranges": {c.key: limits for c in columns if (limits := c.range(row)) is not None},
@@ -93,7 +93,7 @@ def verdict(chosen: Row | None, results: Results) -> tuple[str, str, str]:
     """The answer in one sentence, in three parts of which the middle one is the name of the choice."""
     if chosen is None:
         return "Nothing that was measured keeps within the limits.", "", ""
-    if chosen.recipe is None:
+    if chosen.kind == "unquantized":
         return "Stay with the unquantized model: nothing quantized serves better here.", "", ""
     gains = []
     if chosen.compression > 0:
@@ -171,8 +171,10 @@ def _table_row(place: int, row: Row, columns: Sequence[Column], results: Results
         "name": row.name,
         "engine": row.engine,
         "choice": row.name == results.recommendation.choice,
-        "reference": row.recipe is None,
-        "tags": " ".join(tag for tag, holds in (("front", on_front), ("quantized", row.recipe is not None)) if holds),
+        "reference": row.kind == "unquantized",
+        "tags": " ".join(
+            tag for tag, holds in (("front", on_front), ("quantized", row.kind != "unquantized")) if holds
+        ),
         "on_front": on_front,
         "cells": [
             {
@@ -194,7 +196,7 @@ def best_places(column: Column, rows: Sequence[Row]) -> set[int]:
     values = {
         place: value
         for place, row in enumerate(rows)
-        if (value := column.value(row)) is not None and not (column.against_reference and row.recipe is None)
+        if (value := column.value(row)) is not None and not (column.against_reference and row.kind == "unquantized")
     }
     if len(set(values.values())) < 2:
         return set()
@@ -204,7 +206,7 @@ def best_places(column: Column, rows: Sequence[Row]) -> set[int]:
 
 def _chips(rows: Sequence[Row]) -> list[dict[str, str]]:
     chips = [{"tag": "front", "label": "Pareto front only"}]
-    if any(row.recipe is None for row in rows):
+    if any(row.kind == "unquantized" for row in rows):
         chips.append({"tag": "quantized", "label": "Quantized only"})
     return chips
 

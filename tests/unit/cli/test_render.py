@@ -16,6 +16,7 @@ from quern.pipeline.inspect import Inspection, TensorRow
 
 MEASURED = Row(
     name="compact",
+    kind="quern",
     recipe={},
     artifact_sha256="0" * 64,
     bytes=3 * 2**20,
@@ -175,7 +176,7 @@ def test_a_quick_run_without_intervals_promises_none():
 def test_a_row_without_a_reference_is_told_how_to_get_one():
     assert "--reference" in shown(render.row(UNMEASURED))
     assert "--reference" not in shown(render.row(MEASURED))
-    assert "--reference" not in shown(render.row(UNMEASURED.model_copy(update={"recipe": None})))
+    assert "--reference" not in shown(render.row(UNMEASURED.model_copy(update={"kind": "unquantized", "recipe": None})))
 
 
 def test_row():

@@ -89,8 +89,8 @@ def run(models, tmp_path_factory):
     """Rows of one comparison, its inputs and its progress."""
     inputs = prepare(models, tmp_path_factory.mktemp("inputs"))
     progress = Counter()
-    close = contender(models, "close", recipe={"name": "close"}, quantize_seconds=3.5)
-    rows = measure(models, inputs, close, contender(models, "far", recipe=INT8), progress=progress)
+    close = contender(models, "close", kind="quern", recipe={"name": "close"}, quantize_seconds=3.5)
+    rows = measure(models, inputs, close, contender(models, "far", kind="quern", recipe=INT8), progress=progress)
     return rows, inputs, progress
 
 
