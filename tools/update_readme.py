@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from quern.advisor.scoring import Yardstick
-from quern.cli.columns import COLUMNS, heading
+from quern.cli.columns import comparison_columns, heading
 from quern.core.errors import QuernError, UserError
 from quern.core.results import Results, load_results
 from quern.core.units import bytes_text, percent_text, signed, significant
@@ -24,7 +24,8 @@ class Language:
     """One README and its words for the table."""
 
     file: str
-    headings: tuple[str, ...]
+    headings: Mapping[str, str]
+    """Words for the terminal's headings; those that are missing stay as they are."""
     caption: str
     recommendation: str
     reasons: Callable[[Results], str]
@@ -78,7 +79,7 @@ CHINESE = {"size": "体积减半次数", "speed": "速度加倍次数", "loss": 
 LANGUAGES = (
     Language(
         "README.md",
-        tuple(heading(column) for column in COLUMNS),
+        {},
         "Measured by `make demo` on {cpu}, {cores} cores, with quern {version}. Quantized models ran on "
         "the cpu engine, `unquantized` in transformers; compare speeds with each other only.",
         "Recommended for the scenario *{scenario}*: **{choice}**. {reasons}",
@@ -86,10 +87,20 @@ LANGUAGES = (
     ),
     Language(
         "README.zh-CN.md",
-        (
-            *("名称", "体积", "缩小", "比特/权重", "KL 散度", "95 % 区间", "困惑度"),
-            *("首选一致", "选择题", "预填充 词元/秒", "解码 词元/秒", "峰值内存"),
-        ),
+        {
+            "name": "名称",
+            "size": "体积",
+            "smaller by": "缩小",
+            "bits/weight": "比特/权重",
+            "KL divergence": "KL 散度",
+            "95 % interval": "95 % 区间",
+            "perplexity": "困惑度",
+            "top-1": "首选一致",
+            "choice": "选择题",
+            "prefill tok/s": "预填充 词元/秒",
+            "decode tok/s": "解码 词元/秒",
+            "peak RAM": "峰值内存",
+        },
         "由 `make demo` 在 {cpu}（{cores} 核）上用 quern {version} 测得。"
         "量化模型由 cpu 引擎运行，`unquantized` 由 transformers 运行；速度只宜互相比较。",
         "场景 *{scenario}* 的推荐：**{choice}**。{reasons}",
@@ -101,10 +112,11 @@ LANGUAGES = (
 
 def table(results: Results, language: Language) -> str:
     """The markdown between the markers."""
-    rows = [language.headings, *([column.cell(row) for column in COLUMNS] for row in results.rows)]
-    rows[1:] = [[cell.replace(" to ", language.to) for cell in row] for row in rows[1:]]
+    columns = comparison_columns()
+    rows = [[language.headings.get(heading(column), heading(column)) for column in columns]]
+    rows += [[column.cell(row).replace(" to ", language.to) for column in columns] for row in results.rows]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    lines.insert(1, "|---" + "|---:" * (len(language.headings) - 1) + "|")
+    lines.insert(1, "|---" + "|---:" * (len(columns) - 1) + "|")
     hardware, advice = results.hardware, results.recommendation
     caption = language.caption.format(
         cpu=hardware.get("cpu_model") or "an unnamed CPU", cores=hardware["usable_cores"], version=results.quern_version

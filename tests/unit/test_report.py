@@ -15,12 +15,14 @@ from sample_results import make_reference, make_row, sample_results, sample_rows
 from quern.advisor.recommend import recommend
 from quern.core.errors import BadFileError, UserError
 from quern.core.results import LayerError, Results, TextSource
-from quern.report.columns import COLUMNS
+from quern.report.columns import columns_of
 from quern.report.html import embedded_json, render, write_report
 from quern.report.provenance import flatten, parameters_text
 from quern.report.view import best_places, layer_grid, page_view, unbroken
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}</style><img src=x onerror=alert(2)><!--"
+
+COLUMNS = columns_of(sample_results())
 
 
 class Page(HTMLParser):
@@ -156,7 +158,7 @@ def test_stored_recommendation_is_shown_as_it_is():
 def test_every_figure_of_the_table_comes_from_its_row():
     results = sample_results()
     for row, shown in zip(results.rows, page_view(results)["rows"], strict=True):
-        for column, cell in zip([c for c in COLUMNS if c.key != "energy"], shown["cells"], strict=True):
+        for column, cell in zip([c for c in columns_of(results) if c.name != "energy"], shown["cells"], strict=True):
             assert cell["value"] == column.value(row)
             assert (cell["text"] is None) == (cell["value"] is None)
 
@@ -168,7 +170,7 @@ def test_what_no_row_has_is_named_instead_of_shown_as_a_column(page: Page):
 
 def test_best_of_a_column():
     rows = sample_rows()
-    best = {column.key: {rows[place].name for place in best_places(column, rows)} for column in COLUMNS}
+    best = {column.name: {rows[place].name for place in best_places(column, rows)} for column in COLUMNS}
     assert best["size"] == {"tiny2"}
     assert best["decode"] == {"tiny2"}
     assert best["prefill"] == {"fast"}
@@ -181,7 +183,7 @@ def test_best_of_a_column():
 
 
 def test_column_directions_are_those_of_the_quantities():
-    better = {column.key: column.better for column in COLUMNS}
+    better = {column.name: column.better for column in COLUMNS}
     high = {"top1", "choice", "decode", "prefill"}
     assert {key for key, direction in better.items() if direction == "high"} == high
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from pathlib import Path
@@ -14,10 +15,13 @@ from sample_results import SCENARIOS
 from quern.advisor.placement import SMALL
 from quern.advisor.scoring import SAME_SIZE, SCALING_EXPONENT, SMALL_LOSS, WEIGHTS
 from quern.core import results
+from quern.core.errors import UserError
 from quern.core.metrics import RESAMPLES
 from quern.core.units import ABOVE_LIMIT
+from quern.evaluation.measures.base import all_measures
 
-PAGE = (Path(__file__).parents[2] / "docs" / "results.md").read_text("utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "results.md").read_text("utf-8")
 MODELS = [
     item
     for item in vars(results).values()
@@ -35,6 +39,7 @@ def test_all_models_are_covered():
         "Model",
         "TextSource",
         "Spread",
+        "Figure",
         "LayerError",
         "Recommendation",
         "MeasuredOn",
@@ -55,6 +60,21 @@ def test_no_row_field_is_described_that_does_not_exist():
     section = PAGE.split("## Rows")[1].split("`tool`:")[0]
     described = set(re.findall(r"^\| `([a-z0-9_]+)` \|", section, re.MULTILINE))
     assert described == set(results.Row.model_fields)
+
+
+def test_the_table_of_measures_is_what_they_declare():
+    spec = importlib.util.spec_from_file_location("update_results_page", ROOT / "tools" / "update_results_page.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.page(PAGE) == PAGE, "run: python tools/update_results_page.py"
+    with pytest.raises(UserError, match="must occur once each"):
+        tool.page(PAGE.replace(tool.END, ""))
+
+
+def test_every_measure_of_a_field_names_one_of_the_row():
+    for measure in all_measures():
+        for field in (measure.field, measure.interval_field):
+            assert field is None or field in results.Row.model_fields, measure.name
 
 
 def test_page_is_about_this_version_and_these_constants():

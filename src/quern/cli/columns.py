@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -14,18 +16,23 @@ from rich.text import Text
 from quern.core.results import Row
 from quern.core.units import bytes_text, percent_text, seconds_text
 
+if TYPE_CHECKING:
+    from quern.evaluation.measures.base import Measure
+
 NOT_MEASURED = "-"
 UNLIMITED = 10_000
 """Characters of a line that nothing breaks."""
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column of the comparison."""
+class TableColumn:
+    """A column of a table on the terminal whose lines are rows of results."""
 
     heading: str
     """Broken at spaces on a terminal."""
     cell: Callable[[Row], str]
+    timed: bool = False
+    """Whether other programs may have disturbed it."""
 
 
 def size(count: float | None) -> str:
@@ -53,23 +60,31 @@ def interval(limits: tuple[float, float] | None, form: str) -> str:
     return NOT_MEASURED if limits is None else f"{limits[0]:{form}} to {limits[1]:{form}}"
 
 
-COLUMNS = (
-    Column("name", lambda row: row.name),
-    Column("size", lambda row: size(row.bytes)),
-    Column("smaller by", lambda row: percent(row.compression)),
-    Column("bits/ weight", lambda row: number(row.bits_per_weight, ".2f")),
-    Column("KL diver- gence", lambda row: number(row.kl_mean, ".4f")),
-    Column("95 % interval", lambda row: interval(row.kl_ci95, ".4f")),
-    Column("per- plexity", lambda row: number(row.perplexity, ".2f")),
-    Column("top-1", lambda row: percent(row.top1_agreement)),
-    Column("choice", lambda row: percent(row.choice_accuracy)),
-    Column("prefill tok/s", lambda row: number(row.prefill_tokens_per_s, ".0f")),
-    Column("decode tok/s", lambda row: number(row.decode_tokens_per_s, ".1f")),
-    Column("peak RAM", lambda row: size(row.peak_rss_bytes)),
-)
+def comparison_columns() -> list[TableColumn]:
+    """The columns of a comparison: the name and every measure that is shown there."""
+    return [TableColumn("name", lambda row: row.name), *_columns("comparison")]
 
 
-def heading(column: Column) -> str:
+def further_columns() -> list[TableColumn]:
+    """What is shown of a single row beside these."""
+    return _columns("row")
+
+
+def _columns(where: str) -> list[TableColumn]:
+    from quern.evaluation.measures.base import all_measures
+
+    return [column for measure in all_measures() if measure.terminal == where for column in _columns_of(measure)]
+
+
+def _columns_of(measure: Measure) -> Iterator[TableColumn]:
+    title = f"{measure.title}, {measure.shown_unit}" if measure.shown_unit else measure.title
+    writer = {"bytes": size, "fraction": percent, "s": duration}.get(measure.unit, partial(number, form=measure.form))
+    yield TableColumn(measure.heading or title, lambda row: writer(measure.value(row)), measure.stage == "rounds")
+    if measure.interval_heading:
+        yield TableColumn(measure.interval_heading, lambda row: interval(measure.range(row), measure.form))
+
+
+def heading(column: TableColumn) -> str:
     """The heading on one line."""
     return column.heading.replace("- ", "").replace("/ ", "/")
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from quern.advisor.deployment import has_other_tools
 from quern.advisor.placement import Placement, placements
-from quern.cli.columns import COLUMNS, Column, add, table
+from quern.cli.columns import TableColumn, add, comparison_columns, table
 from quern.core.results import Results, Row
 from quern.report.wording import (
     failures_text,
@@ -45,7 +45,7 @@ class Comparison:
         for columns in tables:
             yield self._table(columns, gap)
 
-    def _table(self, columns: Sequence[Column], gap: int) -> Table:
+    def _table(self, columns: Sequence[TableColumn], gap: int) -> Table:
         headings = [_broken(column.heading) for column in columns]
         made = table(headings, right=range(1, len(columns)), gap=gap)
         for row in self._results.rows:
@@ -56,12 +56,12 @@ class Comparison:
             add(made, *cells, style="bold green" if chosen else None)
         return made
 
-    def _tables(self, width: int, whole: bool, gap: int) -> list[list[Column]]:
+    def _tables(self, width: int, whole: bool, gap: int) -> list[list[TableColumn]]:
         """All columns, in as many tables as it takes for each to be no wider than ``width``; each begins with the names,
         the long ones ``whole`` or in parts."""
-        names, *others = map(self._marked, COLUMNS)
-        name = Column(names.heading, lambda row: names.cell(row) if whole else _in_parts(names.cell(row)))
-        others.append(Column("place", self._place))
+        names, *others = map(self._marked, comparison_columns())
+        name = TableColumn(names.heading, lambda row: names.cell(row) if whole else _in_parts(names.cell(row)))
+        others.append(TableColumn("place", self._place))
         tables, room = [[name]], width - EDGES - self._width(name)
         for column in others:
             taken = self._width(column) + gap
@@ -72,18 +72,18 @@ class Comparison:
             room -= taken
         return tables
 
-    def _width(self, column: Column) -> int:
+    def _width(self, column: TableColumn) -> int:
         texts = [_broken(column.heading), *(column.cell(row) for row in self._results.rows)]
         if column.heading == "name" and self._other_tools:
             texts += [tool_text(row, self._results.quern_version) for row in self._results.rows]
         return max(len(line) for text in texts for line in text.split("\n"))
 
     @staticmethod
-    def _marked(column: Column) -> Column:
-        """Speeds with a mark where other programs disturbed them."""
-        if "tok/s" not in column.heading:
+    def _marked(column: TableColumn) -> TableColumn:
+        """Timings with a mark where other programs disturbed them."""
+        if not column.timed:
             return column
-        return Column(column.heading, lambda row: column.cell(row) + "*" * under_foreign_load(row))
+        return TableColumn(column.heading, lambda row: column.cell(row) + "*" * under_foreign_load(row))
 
     def _place(self, row: Row) -> str:
         kind = self._places[row.name].kind

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from quern.cli.columns import COLUMNS, add, duration, heading, interval, number, percent, size
+from quern.cli.columns import (
+    add,
+    comparison_columns,
+    duration,
+    further_columns,
+    heading,
+    interval,
+    number,
+    percent,
+    size,
+)
 from quern.cli.columns import table as plain_table
 from quern.cli.comparison import Comparison, remarks
 from quern.core.results import Recommendation, Results, Row
@@ -44,15 +54,15 @@ def recommendation(answer: Recommendation) -> RenderableType:
 def row(found: Row) -> RenderableType:
     """One contender, one figure a line."""
     table = plain_table(("figure", "value"))
-    for column in COLUMNS:
+    for column in comparison_columns():
         add(table, heading(column), column.cell(found))
     add(table, "KL noise floor", number(found.kl_noise_floor, ".2g"))
     add(table, "choice, minus the reference's", number(found.choice_difference, "+.3f"))
     add(table, "its 95 % interval", interval(found.choice_difference_ci95, "+.3f"))
     add(table, "decode, share of the machine's limit", percent(found.decode_limit_fraction))
     add(table, "prefill, share of the machine's limit", percent(found.prefill_limit_fraction))
-    add(table, "time to first token", duration(found.time_to_first_token_s))
-    add(table, "energy, J/token", number(found.energy_joules_per_token))
+    for column in further_columns():
+        add(table, heading(column), column.cell(found))
     missing = found.kind != "unquantized" and found.kl_mean is None
     hint = [Text("What accuracy it lost is not measured: name the unquantized model with --reference", style="dim")]
     return Group(table, *_notes(found.notes), *(hint if missing else []))

@@ -20,9 +20,11 @@ from quern.core.foreign_load import SHORTEST_S, ForeignLoad
 from quern.core.metrics import NonFiniteError
 from quern.core.parallel import thread_count
 from quern.core.progress import Progress
-from quern.core.results import FOREIGN_LIMIT, Failure
-from quern.evaluation.accuracy import Accuracy, DocumentScore, summarize_scores
-from quern.evaluation.speed import SpeedRound, summarize_rounds
+from quern.core.results import FOREIGN_LIMIT, Failure, Figure
+from quern.evaluation.measures.base import Measure, Stage, passes, summarized
+
+Raws = dict[str, Any]
+"""What a process answered, by the name of the measure that stands for the run."""
 
 WARM_UP_TOKENS = 4
 """Decoded in the round that is not timed."""
@@ -37,28 +39,28 @@ class Loaded:
     contender: Contender
     worker: Worker
     scored: bool = True
-    """Whether its accuracy is measured too."""
+    """Whether it is measured on the text and the choices too."""
     bytes_per_token: int = 0
-    peak_rss_bytes: int = 0
     seconds: float = 0.0
     """That its process has worked, or was waited for."""
-    rounds: list[SpeedRound] = field(default_factory=list)
+    rounds: list[Raws] = field(default_factory=list)
+    """What it answered in each timed round that counts."""
     foreign: list[float] = field(default_factory=list)
-    accuracy: Accuracy | None = None
+    """Processors that others kept busy in each of these rounds."""
+    figures: dict[str, Figure] = field(default_factory=dict)
     correct: list[bool] | None = None
+    """Whether it answered each multiple-choice item correctly."""
     notes: tuple[str, ...] = ()
 
     def measured(self) -> Measured:
-        """All of it."""
+        """What is known of the contender, to be kept and made a row of."""
         load = median(self.foreign) if self.foreign else None
         marked = (
             (f"timed while other programs kept {load:.2f} processors busy",) if load and load > FOREIGN_LIMIT else ()
         )
         return Measured(
             bytes_per_token=self.bytes_per_token,
-            speed=summarize_rounds(self.rounds) if self.rounds else None,
-            peak_rss_bytes=self.peak_rss_bytes,
-            accuracy=self.accuracy,
+            figures=self.figures,
             correct=self.correct,
             foreign_load=load,
             seconds=self.seconds,
@@ -91,7 +93,7 @@ class Group:
         return thread_count(self.settings.threads)
 
     def load(self, stored: Mapping[str, Stored], meanwhile: Callable[[], None]) -> None:
-        """Load all, quern's own contenders at once and other tools one after another; ``meanwhile`` is done meanwhile."""
+        """Load all, quern's own contenders at once and other tools one after another; ``meanwhile`` is called in between."""
         ours = [member for member in self.members if member.contender.kind != "peer"]
         for member in ours:
             request = self._load_request(stored[member.contender.name])
@@ -116,12 +118,27 @@ class Group:
 
         self.attempt(member, "load", check)
 
-    def read_peaks(self) -> None:
-        """Peak memory so far."""
+    def read_memory(self) -> None:
+        """The measures of memory, each one's own process alone."""
         for member in list(self.members):
-            answer = self.attempt(member, "measure", partial(member.worker.ask, {"do": "peak"}))
-            if answer is not None:
-                member.peak_rss_bytes = answer["peak_rss_bytes"]
+            found = self.attempt(member, "measure", partial(self.figures_of, member, "memory", {}))
+            member.figures.update(found or {})
+
+    def figures_of(
+        self,
+        member: Loaded,
+        stage: Stage,
+        given: Mapping[str, Any],
+        advance: Callable[[int], None] = lambda steps: None,
+    ) -> dict[str, Figure]:
+        """Ask the member's process for every run of ``stage``; what the measures make of the answers, by name."""
+        found: dict[str, Figure] = {}
+        for together in passes(stage):
+            raw = ask_run(member, together, given, advance)
+            found |= summarized(together, raw, self.settings.seed)
+            if any(each.name == "choice" for each in together):
+                member.correct = raw
+        return found
 
     def attempt(self, member: Loaded, stage: Any, work: Callable[[], Any]) -> Any:
         """What ``work`` returns; None where another tool failed at it, which then is out. quern's own failures raise."""
@@ -136,6 +153,16 @@ class Group:
             self.members.remove(member)
             self.failures.append(Failure(name=member.contender.name, tool=tool.name, stage=stage, reason=str(error)))
             return None
+
+
+def ask_run(
+    member: Loaded,
+    together: Sequence[Measure],
+    given: Mapping[str, Any],
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Any:
+    """What the run that the measures ``together`` share returns in the member's process."""
+    return member.worker.ask({"do": "measure", "name": together[0].name, **given}, advance)["raw"]
 
 
 def alternate_rounds(group: Group) -> None:
@@ -167,11 +194,19 @@ def alternate_rounds(group: Group) -> None:
             member.foreign.append(sweep.foreign)
     for member in group.members:
         if member.rounds:
+            member.figures.update(_over_rounds(member.rounds, settings.seed))
             member.notes = (*member.notes, *group.inputs.notes)
     task.done()
 
 
-_Timed = tuple[Loaded, SpeedRound]
+def _over_rounds(rounds: Sequence[Raws], seed: int) -> dict[str, Figure]:
+    found: dict[str, Figure] = {}
+    for together in passes("rounds"):
+        found |= summarized(together, [raws[together[0].name] for raws in rounds], seed)
+    return found
+
+
+_Timed = tuple[Loaded, Raws]
 
 
 @dataclass(frozen=True)
@@ -198,13 +233,17 @@ def _sweep(
     for member in turns:
         if member not in group.members:
             continue
-        request = {"do": "speed_round", "prompt": group.inputs.prompt, "decode_tokens": decode_tokens}
-        answer = group.attempt(member, "measure", partial(member.worker.ask, request))
-        if answer is not None:
-            rounds.append((member, SpeedRound(**answer["round"])))
+        raws = group.attempt(member, "measure", partial(_time, group, member, decode_tokens))
+        if raws is not None:
+            rounds.append((member, raws))
         if advance is not None:
             advance()
     return rounds
+
+
+def _time(group: Group, member: Loaded, decode_tokens: int) -> Raws:
+    given = {"prompt": group.inputs.prompt, "decode_tokens": decode_tokens}
+    return {together[0].name: ask_run(member, together, given) for together in passes("rounds")}
 
 
 def score_all(group: Group, cache: dict[str, Any]) -> None:
@@ -213,7 +252,8 @@ def score_all(group: Group, cache: dict[str, Any]) -> None:
     ours = [member for member in scored if member.contender.kind != "peer"]
     others = [member for member in scored if member.contender.kind == "peer"]
     inputs = group.inputs
-    task = group.progress.task("scoring", len(scored) * (inputs.scored_tokens + inputs.option_count))
+    steps = len(passes("text")) * inputs.scored_tokens + len(passes("choices")) * inputs.option_count
+    task = group.progress.task("scoring", len(scored) * steps)
     at_once = min(len(ours), group.threads) or 1
 
     def score_ours(member: Loaded) -> None:
@@ -233,16 +273,15 @@ def score_all(group: Group, cache: dict[str, Any]) -> None:
 
 
 def _score(group: Group, member: Loaded, cache: dict[str, Any], threads: int, advance: Callable[[int], None]) -> None:
-    """Accuracy on the text and on the choices; a model whose logits overflow gets none, and a note that says so."""
+    """Measure on the text and on the choices; a model whose logits overflow gets no figure, and a note that says so."""
     worker, inputs = member.worker, group.inputs
     try:
-        request = {"do": "accuracy", "threads": threads, "windows": str(inputs.windows), **cache}
-        answer = worker.ask(request, advance)
-        documents = [DocumentScore(**document) for document in answer["documents"]]
+        text = {"threads": threads, "windows_file": str(inputs.windows), **cache}
+        found = group.figures_of(member, "text", text, advance)
         if inputs.options is not None:
-            request = {"do": "choice", "threads": threads, "options": str(inputs.options)}
-            member.correct = worker.ask(request, advance)["correct"]
-        member.accuracy = summarize_scores(documents, seed=group.settings.seed)
+            choices = {"threads": threads, "options_file": str(inputs.options)}
+            found |= group.figures_of(member, "choices", choices, advance)
+        member.figures.update(found)
     except NonFiniteError as error:
         member.correct = None
         member.notes = (*member.notes, f"accuracy not measured: {error}")

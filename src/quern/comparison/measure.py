@@ -174,8 +174,8 @@ class _Run:
         pairs = ((c.name, self.cache.load(c, self.stored[c.name].sha256)) for c in everyone)
         found = {name: measured for name, measured in pairs if measured is not None}
         anchor = _anchor(everyone)
-        if anchor is not None and anchor.name in found and (speed := found[anchor.name].speed) is not None:
-            self.anchor_speed = speed.decode_tokens_per_s.median
+        if anchor is not None and anchor.name in found:
+            self.anchor_speed = found[anchor.name].decode_speed
         return found
 
     def _keep(self, contender: Contender, measured: Measured, drift: float | None, notes: tuple[str, ...]) -> Measured:
@@ -207,10 +207,9 @@ class _Run:
 
     def _drift(self, measured: Mapping[str, Measured], anchor: Contender | None) -> float | None:
         """Speed of the unquantized model in this group over that in the first one."""
-        speed = measured[anchor.name].speed if anchor is not None and anchor.name in measured else None
-        if speed is None:
+        decode = measured[anchor.name].decode_speed if anchor is not None and anchor.name in measured else None
+        if decode is None:
             return None
-        decode = speed.decode_tokens_per_s.median
         self.anchor_speed = self.anchor_speed or decode
         return decode / self.anchor_speed
 
@@ -229,7 +228,7 @@ class _Run:
             )
             group.load(self.stored, meanwhile)
             alternate_rounds(group)
-            group.read_peaks()
+            group.read_memory()
             score_all(group, self._cache_fields())
             return {member.contender.name: member.measured() for member in group.members}
 
@@ -243,7 +242,7 @@ class _Run:
         task.done()
 
     def _cache_fields(self) -> dict[str, Any]:
-        """Where the reference logits are, as workers are told."""
+        """Where the reference logits are, as requests name it."""
         if self.key is None:
             return {"cache": None, "key": None}
         return {"cache": str(self.inputs.folder), "key": self.key.to_json()}

@@ -1,7 +1,7 @@
 """What was measured, kept beside the artifacts, so that an interrupted comparison does not measure it again.
 
 A file for each contender under a hash of everything that its figures depend on: the artifact's bytes, what runs it, how
-much is measured on which text, the machine, and quern's own compiled code.
+much is measured on which text, the machine, quern's own compiled code, and the files that declare the measures.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from quern.checkpoint.files import write_bytes
 from quern.comparison.inputs import Inputs, Settings
 from quern.comparison.row_builder import Contender, Measured
 from quern.core.results import METRICS_VERSION
+from quern.evaluation.measures import base
 
 _ADAPTER = TypeAdapter(Measured)
 
@@ -76,6 +77,7 @@ class MeasuredCache:
             "options": None if options is None else _sha256(options),
             "reference": self._reference_sha256,
             "machine": self._machine,
+            "measures": {path.name: _sha256(path) for path in sorted(Path(base.__file__).parent.glob("*.py"))},
         }
 
 

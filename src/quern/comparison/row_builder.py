@@ -16,9 +16,8 @@ from quern.comparison.worker_process import OURS, Launch
 from quern.core import metrics
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError
-from quern.core.results import LayerError, Row, RowKind, Tool
-from quern.evaluation.accuracy import Accuracy
-from quern.evaluation.speed import Speed
+from quern.core.results import Figure, LayerError, Row, RowKind, Spread, Tool
+from quern.evaluation.measures.base import all_measures
 from quern.quantization.scale_dtypes import notes_of
 
 _OUTSIDE_BLOCKS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -95,24 +94,28 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What the worker of one contender answered."""
+    """What was measured of one contender."""
 
     bytes_per_token: int
-    speed: Speed | None
-    peak_rss_bytes: int
-    accuracy: Accuracy | None
-    """None where the logits are not finite."""
+    figures: dict[str, Figure]
+    """By the names of the measures. Those of text and choices are missing where the logits are not finite."""
     correct: list[bool] | None
-    """None without choices, or where the logits are not finite."""
+    """Whether each multiple-choice item was answered correctly; None without items, or where the logits are not finite."""
     foreign_load: float | None = None
     """Processors that others kept busy in the timed rounds; None where nothing was timed for long enough to tell."""
     machine: Machine | None = None
     """The machine's limits in the run that measured this."""
     seconds: float | None = None
-    """Wall time of all that, without what was done for others meanwhile."""
+    """Wall time of measuring it, without what was done for others meanwhile."""
     group_speed: float | None = None
     """Decode speed of the unquantized model in its group, over that in the first one; None where it did not run."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def decode_speed(self) -> float | None:
+        """Tokens/s; None where no speed was measured."""
+        decode = self.figures.get("decode")
+        return None if decode is None else decode.value
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,7 @@ def row_of(
     dtype: str, seed: int,
 ) -> Row:  # fmt: skip
     """The row of one contender; ``reference`` is the unquantized model in its stored dtype, measured alike."""
-    speed, accuracy = measured.speed, measured.accuracy
-    divergence = accuracy.divergence if accuracy else None
-    floor = reference.accuracy.divergence if reference and reference.accuracy else None
+    floor = reference.figures.get("kl") if reference else None
     difference = _difference(measured, reference, seed)
     arithmetic = None if contender.kind == "peer" else _arithmetic(contender.recipe, stored.config, dtype)
     return Row(
@@ -164,17 +165,11 @@ def row_of(
         bytes=stored.bytes,
         bits_per_weight=metrics.bits_per_weight(stored.weight_bytes, original.parameters),
         compression=metrics.compression(stored.bytes, original.bf16_bytes),
-        kl_mean=divergence.mean if divergence else None,
-        kl_ci95=divergence.interval if divergence else None,
-        kl_noise_floor=floor.mean if floor else None,
-        perplexity=accuracy.perplexity if accuracy else None,
-        top1_agreement=accuracy.top1_agreement if accuracy else None,
-        choice_accuracy=metrics.accuracy(measured.correct) if measured.correct else None,
+        kl_noise_floor=floor.value if floor else None,
         choice_difference=difference.mean if difference else None,
         choice_difference_ci95=difference.interval if difference else None,
-        **_speed_columns(measured, original, measured.machine or Machine.of(None, 1), arithmetic),
-        peak_rss_bytes=measured.peak_rss_bytes,
-        energy_joules_per_token=speed.energy_joules_per_token if speed else None,
+        **_figure_fields(measured.figures),
+        **_limit_fields(measured, original, measured.machine or Machine.of(None, 1), arithmetic),
         quantize_seconds=contender.quantize_seconds,
         quantize_peak_rss_bytes=contender.quantize_peak_rss_bytes,
         measure_seconds=measured.seconds,
@@ -192,28 +187,38 @@ def _difference(measured: Measured, reference: Measured | None, seed: int) -> me
     return metrics.paired_accuracy_difference(measured.correct, reference.correct, seed=seed)
 
 
-def _speed_columns(measured: Measured, original: Original, machine: Machine, arithmetic: str | None) -> dict[str, Any]:
+def _figure_fields(figures: Mapping[str, Figure]) -> dict[str, Any]:
+    """The fields of a row that measures fill, each as its measure declares."""
+    fields: dict[str, Any] = {"figures": {}}
+    spreads: dict[str, Spread] = {}
+    for each in all_measures():
+        figure = figures.get(each.name)
+        if each.run is None:
+            continue
+        if each.field is None:
+            fields["figures"] |= {each.name: figure} if figure else {}
+            continue
+        fields[each.field] = figure.value if figure else None
+        if each.interval_field is not None:
+            fields[each.interval_field] = figure.interval if figure else None
+        if figure and figure.rounds and figure.interval:
+            low, high = figure.interval
+            spreads[each.field] = Spread(median=figure.value, low=low, high=high, rounds=figure.rounds)
+    return {**fields, "speed_spread": spreads or None}
+
+
+def _limit_fields(measured: Measured, original: Original, machine: Machine, arithmetic: str | None) -> dict[str, Any]:
     """``arithmetic`` None: a tool's, which it does not declare, so no rate of the machine is its limit."""
-    speed = measured.speed
-    if speed is None:
-        names = ("prefill_tokens_per_s", "decode_tokens_per_s", "decode_limit_fraction", "time_to_first_token_s")
-        return dict.fromkeys(names)
-    spreads = {
-        "prefill_tokens_per_s": speed.prefill_tokens_per_s,
-        "decode_tokens_per_s": speed.decode_tokens_per_s,
-        "time_to_first_token_s": speed.time_to_first_token_s,
-    }
-    read = measured.bytes_per_token * speed.decode_tokens_per_s.median
+    decode, prefill = measured.decode_speed, measured.figures.get("prefill")
+    if decode is None or prefill is None:
+        return {"decode_limit_fraction": None}
     rate = None if arithmetic is None else machine.gemm_gop_s.get(arithmetic)
-    computed = 2 * original.block_parameters * speed.prefill_tokens_per_s.median
     return {
-        **{name: spread.median for name, spread in spreads.items()},
-        "decode_limit_fraction": _fraction(read, machine.read_gb_s),
-        "prefill_limit_fraction": _fraction(computed, rate),
+        "decode_limit_fraction": _fraction(measured.bytes_per_token * decode, machine.read_gb_s),
+        "prefill_limit_fraction": _fraction(2 * original.block_parameters * prefill.value, rate),
         "limit_read_gb_s": machine.read_gb_s,
         "limit_gemm_gop_s": rate,
         "limit_gemm_dtype": None if rate is None else arithmetic,
-        "speed_spread": spreads,
     }
 
 

@@ -1,8 +1,8 @@
 """Registries: a thing is added by dropping one file into its folder.
 
 A ``Registry`` knows the package whose modules register into it and imports them all on first use, so that adding a
-codec, observer, rounding, transform, format, engine or architecture touches no list. Names are persisted in recipes and
-artifacts; they are strings, never class names.
+codec, observer, rounding, transform, format, engine, architecture or measure touches no list. Names are persisted in
+recipes, artifacts and results; they are strings, never class names.
 """
 
 from __future__ import annotations

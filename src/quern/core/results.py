@@ -54,6 +54,18 @@ class Spread(_Strict):
     rounds: int
 
 
+class Figure(_Strict):
+    """What one measure found of one contender."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    """95 % interval; of a timing, which has ``rounds``, the least and greatest of these."""
+    unit: str
+    """As the measure declares it; empty for a number without a unit."""
+    rounds: int | None = None
+    """Timed rounds of which ``value`` is the median."""
+
+
 class LayerError(_Strict):
     """What rounding cost one linear."""
 
@@ -127,6 +139,8 @@ class Row(_Strict):
     """Processors that other programs kept busy while this row was timed; the median over its rounds."""
     group_speed: float | None = None
     """Decode speed of the unquantized model in the group that this row was timed in, over that in the first group."""
+    figures: dict[str, Figure] = {}
+    """By name, of the measures that have no field of their own above."""
     engine: str = "reference"
     layers: list[LayerError] = []
     notes: list[str] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,24 +49,14 @@ class DocumentScore:
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """What all documents together say."""
-
-    perplexity: float
-    divergence: metrics.Estimate | None
-    """Mean KL in nats a token, with its interval over documents."""
-    top1_agreement: float | None
-
-
 def keep_nothing(count: int) -> None:
-    """An ``Advance`` that nobody watches."""
+    """An ``Advance`` that does nothing."""
 
 
 def score_windows(
     model: LoadedModel, windows: Sequence[Window], reference: Reference | None = None, advance: Advance = keep_nothing
 ) -> list[DocumentScore]:
-    """Scores of each document, in the order of documents; ``advance`` is told the tokens of each finished window.
+    """Scores of each document, in the order of documents; ``advance`` gets the number of tokens of each finished window.
 
     Position t of a window is scored on token t + 1; its last position has no target and is left out everywhere. Raises
     ``NonFiniteError`` for logits with NaN or infinity and ``UserError`` for a reference of another text.
@@ -109,16 +99,30 @@ def _sum(a: DocumentScore, b: DocumentScore) -> DocumentScore:
     return DocumentScore(a.document, a.tokens + b.tokens, a.nats + b.nats, divergence, agreeing)
 
 
-def summarize_scores(scores: Sequence[DocumentScore], *, seed: int) -> Accuracy:
-    """Perplexity, mean divergence with its interval over documents, and agreement over all tokens."""
-    tokens = sum(score.tokens for score in scores)
-    perplexity = metrics.perplexity(sum(score.nats for score in scores), tokens)
+def read_scores(raw: Sequence[Mapping[str, Any]]) -> list[DocumentScore]:
+    """Scores that ``DocumentScore.to_json`` made plain data."""
+    return [DocumentScore(**score) for score in raw]
+
+
+def text_perplexity(scores: Sequence[DocumentScore]) -> float:
+    """exp of the mean negative log-likelihood over all tokens. Raises ``MetricError`` for no scores."""
+    return metrics.perplexity(sum(score.nats for score in scores), sum(score.tokens for score in scores))
+
+
+def mean_divergence(scores: Sequence[DocumentScore], *, seed: int) -> metrics.Estimate | None:
+    """Mean KL in nats a token, with its interval over documents; None without a reference."""
     divergences = [score.divergence for score in scores if score.divergence is not None]
+    if not scores or len(divergences) < len(scores):
+        return None
+    return metrics.weighted_mean(divergences, [score.tokens for score in scores], seed=seed)
+
+
+def agreement(scores: Sequence[DocumentScore]) -> float | None:
+    """Share of all tokens for which the reference puts the same prediction first; None without a reference."""
     agreeing = [score.agreeing for score in scores if score.agreeing is not None]
-    if len(divergences) < len(scores) or len(agreeing) < len(scores):
-        return Accuracy(perplexity, None, None)
-    estimate = metrics.weighted_mean(divergences, [score.tokens for score in scores], seed=seed)
-    return Accuracy(perplexity, estimate, sum(agreeing) / tokens)
+    if not scores or len(agreeing) < len(scores):
+        return None
+    return sum(agreeing) / sum(score.tokens for score in scores)
 
 
 def reference_logits(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from quern.core.engine import LoadedModel, SwitchingModel
@@ -24,6 +23,8 @@ def batched_logits(
     decides how a text is computed: then short and long ones do not meet in a batch. Raises ``UserError`` for a sequence
     longer than the model's context.
     """
+    import torch  # here: declarations of measures are also read where nothing is computed
+
     longest = max(map(len, sequences), default=0)
     if longest > model.maximum_length:
         raise UserError(

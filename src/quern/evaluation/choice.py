@@ -30,8 +30,8 @@ _FORMS = '{"sentence_good": "...", "sentence_bad": "..."} or {"prompt": "...", "
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One item."""
+class Item:
+    """A multiple-choice item or a minimal pair."""
 
     prompt: str
     options: tuple[str, ...]
@@ -45,7 +45,7 @@ class ChoiceSet:
     """A named file of items."""
 
     name: str
-    items: tuple[Choice, ...]
+    items: tuple[Item, ...]
     sha256: str
 
 
@@ -66,13 +66,13 @@ def read_choices(path: str | Path) -> ChoiceSet:
     path = Path(path)
     first_bytes(path)
     rows = enumerate(lines(characters(path)), start=1)
-    items = [_item(path, number, line) for number, line in rows if line.strip()]
+    items = [_read_item(path, number, line) for number, line in rows if line.strip()]
     if not items:
         raise BadFileError(path, "holds no items", f"Each line is {_FORMS}")
     return ChoiceSet(path.name, tuple(items), sha256_of(path))
 
 
-def _item(path: Path, number: int, line: str) -> Choice:
+def _read_item(path: Path, number: int, line: str) -> Item:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -83,7 +83,7 @@ def _item(path: Path, number: int, line: str) -> Choice:
     return item
 
 
-def _parse(data: Any) -> Choice | str:
+def _parse(data: Any) -> Item | str:
     """The item, or what is wrong with it."""
     if not isinstance(data, dict):
         return f"is a JSON {type(data).__name__}, not an object"
@@ -98,7 +98,7 @@ def _parse(data: Any) -> Choice | str:
         return f"needs at least two options that differ; it has {len(set(options))}"
     if type(answer) is not int or not 0 <= answer < len(options):
         return f"has the answer {answer!r}; it must be the number of a choice, 0 to {len(options) - 1}"
-    return Choice(whole_characters(prompt), tuple(map(whole_characters, options)), answer)
+    return Item(whole_characters(prompt), tuple(map(whole_characters, options)), answer)
 
 
 def encode_choices(

@@ -12,12 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from quern.core.engine import LoadedModel
 from quern.core.errors import UserError
-from quern.core.metrics import summarize
-from quern.core.results import Spread
 from quern.core.seeds import generator
 from quern.evaluation.energy import Meter
 
@@ -40,17 +36,6 @@ class SpeedRound:
     def to_json(self) -> dict[str, Any]:
         """Plain data; ``SpeedRound(**data)`` reads it back."""
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What several rounds say."""
-
-    prefill_tokens_per_s: Spread
-    decode_tokens_per_s: Spread
-    time_to_first_token_s: Spread
-    energy_joules_per_token: float | None
-    """Median over the rounds; of decoding."""
 
 
 def prompt_of(tokens: int, vocabulary_size: int, *, seed: int) -> list[int]:
@@ -101,18 +86,3 @@ def speed_round(
         decode_s=decode_s,
         decode_joules=joules,
     )
-
-
-def summarize_rounds(rounds: Sequence[SpeedRound]) -> Speed:
-    """Median, least and greatest over the rounds (at least one). Raises ``MetricError``."""
-    joules = [r.decode_joules / r.decode_tokens for r in rounds if r.decode_joules is not None]
-    return Speed(
-        prefill_tokens_per_s=_spread([r.prompt_tokens / r.prefill_s for r in rounds]),
-        decode_tokens_per_s=_spread([r.decode_tokens / r.decode_s for r in rounds]),
-        time_to_first_token_s=_spread([r.time_to_first_token_s for r in rounds]),
-        energy_joules_per_token=float(np.median(joules)) if joules and len(joules) == len(rounds) else None,
-    )
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(**summarize(values)._asdict())

@@ -2,7 +2,7 @@
 
 A contender has a process to itself, so that its peak memory is its own and the timed rounds of several loaded
 contenders can alternate. One request is one line of JSON on stdin, its answer one line on stdout; meanwhile lines
-``{"advance": n}`` may come, which tell the steps done and that the process is alive. Whatever libraries print goes to
+``{"advance": n}`` may come: steps done, and a sign that the process is alive. Whatever libraries print goes to
 stderr. The end of stdin ends the process, also in the middle of a request.
 
 Requests (``do`` names them) and what the answer holds beside ``"ok": true``:
@@ -10,11 +10,9 @@ Requests (``do`` names them) and what the answer holds beside ``"ok": true``:
 - ``load``: ``path``, ``threads`` (or null) and what else the loader takes (``engine`` and ``dtype`` for quern's own
   engines) -> ``vocabulary_size``, ``maximum_length``, ``bytes_per_token``
 - ``reference``: ``windows`` (file), ``cache`` (folder), ``key`` -> nothing; computes and stores reference logits
-- ``accuracy``: ``windows``, ``threads``, and ``cache`` and ``key`` or null -> ``documents``: list of ``DocumentScore``
-- ``choice``: ``options`` (file), ``threads`` -> ``correct``: list of truth values
-- ``speed_round``: ``prompt`` (token ids), ``decode_tokens`` -> ``round``: a ``SpeedRound``
-- ``peak`` -> ``peak_rss_bytes``
-- ``notes`` -> ``notes``: what the model did otherwise than it was told, so far
+- ``measure``: ``name`` of a measure, ``threads`` (or null: as loaded) and what its run may use (fields of ``Given``:
+  ``windows_file``, ``options_file``, ``cache``, ``key``, ``prompt``, ``decode_tokens``) -> ``raw``: what the run returns
+- ``notes`` -> ``notes``: what the model did otherwise than it was asked to, so far
 - ``quit`` -> nothing; the process ends
 
 A process may answer more than these (``quern.peers.worker`` does).
@@ -41,12 +39,10 @@ import torch
 from quern.core.engine import LoadedModel, NotingModel
 from quern.core.errors import QuernError
 from quern.core.metrics import NonFiniteError
-from quern.evaluation.accuracy import reference_logits, score_windows
-from quern.evaluation.choice import load_options, score_options
+from quern.evaluation.accuracy import reference_logits
 from quern.evaluation.energy import find_meter
-from quern.evaluation.peak_memory import peak_rss_bytes
-from quern.evaluation.reference_cache import ReferenceKey, ReferenceLogits, ReferenceWriter
-from quern.evaluation.speed import speed_round
+from quern.evaluation.measures.base import MEASURES, Given
+from quern.evaluation.reference_cache import ReferenceKey, ReferenceWriter
 from quern.evaluation.texts import load_windows
 
 Answer = dict[str, Any]
@@ -54,7 +50,7 @@ Loader = Callable[..., LoadedModel]
 
 
 class Server:
-    """Answers requests about one model, which ``loader`` loads; ``advance`` is told the steps of long ones.
+    """Answers requests about one model, which ``loader`` loads; ``advance`` gets the steps of long ones as they are done.
 
     ``more`` are further verbs.
     """
@@ -72,10 +68,7 @@ class Server:
         self._verbs: dict[str, Callable[..., Answer]] = {
             "load": self._load,
             "reference": self._reference,
-            "accuracy": self._accuracy,
-            "choice": self._choice,
-            "speed_round": self._speed_round,
-            "peak": lambda: {"peak_rss_bytes": peak_rss_bytes()},
+            "measure": self._measure,
             "notes": self._notes,
             "quit": dict,
             **more,
@@ -116,22 +109,16 @@ class Server:
             reference_logits(self._loaded, texts, writer.add, self._advance)
         return {}
 
-    def _accuracy(self, windows: str, cache: str | None, key: dict[str, Any] | None, threads: int) -> Answer:
-        torch.set_num_threads(threads)
-        reference = ReferenceLogits(Path(cache), ReferenceKey.from_json(key)) if cache and key else None
-        scores = score_windows(self._loaded, load_windows(Path(windows)), reference, self._advance)
-        return {"documents": [score.to_json() for score in scores]}
-
-    def _choice(self, options: str, threads: int) -> Answer:
-        torch.set_num_threads(threads)
-        return {"correct": score_options(self._loaded, load_options(Path(options)), self._advance)}
+    def _measure(self, name: str, threads: int | None = None, **given: Any) -> Answer:
+        run = MEASURES.get(name).run
+        assert run is not None, f"measure {name} is not run in the contender's process"
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return {"raw": run(self._loaded, Given(advance=self._advance, meter=self._meter, **given))}
 
     def _notes(self) -> Answer:
         model = self._loaded
         return {"notes": list(model.notes) if isinstance(model, NotingModel) else []}
-
-    def _speed_round(self, prompt: list[int], decode_tokens: int) -> Answer:
-        return {"round": speed_round(self._loaded, prompt, decode_tokens, meter=self._meter).to_json()}
 
 
 def serve(loader: Loader, more: Mapping[str, Callable[..., Answer]] = {}) -> None:
@@ -158,7 +145,7 @@ def _listen(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
     with os.fdopen(os.dup(sys.stdin.fileno()), encoding="utf-8") as lines:
         for line in lines:
             requests.put(json.loads(line))
-    # Whoever asked is gone. Nobody needs the rest of a long request, nor what it may have started.
+    # The process that asked is gone: the rest of a long request is of no use, nor is what it may have started.
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)

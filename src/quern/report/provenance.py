@@ -83,14 +83,6 @@ def _fact(key: str, value: object) -> str:
     return str(value)
 
 
-def prefill_fraction(row: Row) -> float | None:
-    """The share of the limit; None where a tool does not declare its arithmetic, whose rate that would be.
-
-    Files from before rows named that arithmetic hold a share of the float32 rate there, which is no limit.
-    """
-    return row.prefill_limit_fraction if row.tool is None or row.limit_gemm_dtype is not None else None
-
-
 def limits_text(row: Row) -> str:
     """What the fractions of the machine's limits refer to; empty where the row has none or does not say."""
     parts = []

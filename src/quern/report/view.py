@@ -10,7 +10,8 @@ from quern.advisor.recommend import pareto_front, recommend
 from quern.advisor.scoring import WEIGHTS
 from quern.core.results import LayerError, Recommendation, Results, Row, Scenario, unquantized_row
 from quern.core.units import bytes_text, percent_text, significant
-from quern.report.columns import COLUMNS, Column, columns_of
+from quern.evaluation.measures.base import MEASURES, Measure
+from quern.report.columns import columns_of, detail_of, kind_of, text_of
 from quern.report.provenance import flatten, machine_line, model_line, model_name, recipe_view, run_facts
 from quern.report.tools import has_tools_view, tool_rows, tools_view
 
@@ -35,8 +36,10 @@ def page_view(results: Results) -> dict[str, Any]:
         "tiles": _tiles(chosen, results.rows) if chosen else [],
         "scenario": results.recommendation.scenario,
         "panels": _panels(results),
-        "columns": columns,
-        "unmeasured": [column.label.lower() for column in columns_of(results) if column not in columns],
+        "columns": [
+            {"key": c.name, "label": c.title, "unit": c.shown_unit, "help": c.help, "better": c.better} for c in columns
+        ],
+        "unmeasured": [column.title.lower() for column in columns_of(results) if column not in columns],
         "noise_floor": _noise_floor(results.rows),
         "rows": [
             _table_row(place, row, columns, results, on_front=row.name in front) | {"made": made[place]}
@@ -62,7 +65,8 @@ def page_data(results: Results) -> dict[str, Any]:
     made = tool_rows(results) if tools else [{}] * len(results.rows)
     return {
         "columns": [
-            {"key": c.key, "label": c.label, "unit": c.unit, "better": c.better, "kind": c.kind} for c in columns
+            {"key": c.name, "label": c.title, "unit": c.shown_unit, "better": c.better, "kind": kind_of(c)}
+            for c in columns
         ],
         "rows": [
             {
@@ -71,9 +75,9 @@ def page_data(results: Results) -> dict[str, Any]:
                 "choice": row.name == results.recommendation.choice,
                 "front": row.name in front,
                 "reference": row.kind == "unquantized",
-                "values": {c.key: c.value(row) for c in columns} | ({"place": made[place]["rank"]} if tools else {}),
-                "texts": {c.key: _with_unit(c, row) for c in columns},
-                "ranges": {c.key: limits for c in columns if (limits := c.range(row)) is not None},
+                "values": {c.name: c.value(row) for c in columns} | ({"place": made[place]["rank"]} if tools else {}),
+                "texts": {c.name: _with_unit(c, row) for c in columns},
+                "ranges": {c.name: limits for c in columns if (limits := c.range(row)) is not None},
                 **made[place],
             }
             for place, row in enumerate(results.rows)
@@ -84,7 +88,7 @@ def page_data(results: Results) -> dict[str, Any]:
     }
 
 
-def _filled(results: Results) -> list[Column]:
+def _filled(results: Results) -> list[Measure]:
     """The columns of which a row has a value."""
     return [column for column in columns_of(results) if any(column.value(row) is not None for row in results.rows)]
 
@@ -116,14 +120,14 @@ def _tiles(chosen: Row, rows: Sequence[Row]) -> list[dict[str, str]]:
     }
     tiles = []
     for key in ("size", "kl", "decode", "first"):
-        column = next(column for column in COLUMNS if column.key == key)
-        text = column.text(chosen)
+        column = MEASURES.get(key)
+        text = text_of(column, chosen)
         if text is None:
             continue
-        compared = column.text(reference) if reference else None
+        compared = text_of(column, reference) if reference else None
         note = notes.get(key) or (f"unquantized: {compared}" if compared else "")
         value, _, unit = text.partition(" ")
-        tiles.append({"label": column.label, "value": value, "unit": unit or column.unit, "note": note})
+        tiles.append({"label": column.title, "value": value, "unit": unit or column.shown_unit, "note": note})
     return tiles
 
 
@@ -165,7 +169,7 @@ def _mix_text(outcome: Recommendation) -> str:
     return ", ".join(f"{name} {percent_text(share)}" for name, share in shares).capitalize() or "As weighed"
 
 
-def _table_row(place: int, row: Row, columns: Sequence[Column], results: Results, *, on_front: bool) -> dict[str, Any]:
+def _table_row(place: int, row: Row, columns: Sequence[Measure], results: Results, *, on_front: bool) -> dict[str, Any]:
     return {
         "id": place,
         "name": row.name,
@@ -178,12 +182,12 @@ def _table_row(place: int, row: Row, columns: Sequence[Column], results: Results
         "on_front": on_front,
         "cells": [
             {
-                "key": column.key,
-                "label": column.label,
-                "unit": column.unit,
+                "key": column.name,
+                "label": column.title,
+                "unit": column.shown_unit,
                 "value": column.value(row),
-                "text": column.text(row),
-                "detail": column.detail(row),
+                "text": text_of(column, row),
+                "detail": detail_of(column, row),
                 "best": place in best_places(column, results.rows),
             }
             for column in columns
@@ -191,7 +195,7 @@ def _table_row(place: int, row: Row, columns: Sequence[Column], results: Results
     }
 
 
-def best_places(column: Column, rows: Sequence[Row]) -> set[int]:
+def best_places(column: Measure, rows: Sequence[Row]) -> set[int]:
     """The places of the rows with the best value; empty where no row is better than another."""
     values = {
         place: value
@@ -247,6 +251,6 @@ def layer_grid(name: str, layers: Sequence[LayerError]) -> dict[str, Any]:
     }
 
 
-def _with_unit(column: Column, row: Row) -> str | None:
-    text = column.text(row)
-    return f"{text} {column.unit}".strip() if text is not None else None
+def _with_unit(column: Measure, row: Row) -> str | None:
+    text = text_of(column, row)
+    return f"{text} {column.shown_unit}".strip() if text is not None else None

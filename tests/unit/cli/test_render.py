@@ -56,7 +56,7 @@ def shown(renderable) -> str:
 
 
 def cells(row) -> dict[str, str]:
-    return {render.heading(column): column.cell(row) for column in render.COLUMNS}
+    return {render.heading(column): column.cell(row) for column in render.comparison_columns()}
 
 
 def test_cells():
@@ -94,7 +94,7 @@ def test_every_column_is_there_at_every_width(width, results):
     text = printed(results, width)
     assert max(map(len, text.splitlines())) <= width
     shown = text.split()
-    for column in (*render.COLUMNS, "place"):
+    for column in (*render.comparison_columns(), "place"):
         words = column.split() if isinstance(column, str) else column.heading.split()
         assert all(word in shown for word in words)
         for row in results.rows:

@@ -20,7 +20,7 @@ from quern.comparison.worker_process import Launch, WorkerError
 from quern.core import metrics
 from quern.core.errors import BadFileError, UserError
 from quern.core.results import Row
-from quern.evaluation.choice import Choice, ChoiceSet
+from quern.evaluation.choice import ChoiceSet, Item
 from quern.evaluation.texts import load_windows
 from quern.pipeline.evaluate import evaluate
 from quern.texts.source import Text
@@ -28,7 +28,7 @@ from quern.texts.source import Text
 pytestmark = pytest.mark.usefixtures("quiet_machine")
 FAKE = Launch(command=(sys.executable, fake_model.__file__))
 TEXTS = [Text.of("t", ["the quick brown fox jumps over", "the lazy dog and runs away", "0123456789 abc"])]
-CHOICES = [ChoiceSet("c", tuple(Choice("q", (a + b, b + a), 0) for a in "abcdef" for b in "uvwxyz"), "hash")]
+CHOICES = [ChoiceSet("c", tuple(Item("q", (a + b, b + a), 0) for a in "abcdef" for b in "uvwxyz"), "hash")]
 SETTINGS = Settings(tokens=60, window=16, threads=1, seed=5, speed_rounds=2, prompt_tokens=12, decode_tokens=4)
 HARDWARE = {
     "measured": {"read_bandwidth_gb_s": {"1": 10.0}, "gemm_gop_s": {"bfloat16": {"1": 50.0}, "int8": {"1": 70.0}}}
@@ -256,7 +256,7 @@ class TestTroubles:
 
         class Spy(module.Worker):
             def ask(self, request, *rest):
-                if request["do"] == "speed_round":
+                if "decode_tokens" in request:
                     asked.append((self.name, request["decode_tokens"]))
                 return super().ask(request, *rest)
 

@@ -16,7 +16,7 @@ from fake_model import VOCABULARY, FakeModel, FakeTokenizer, bigram_table, write
 from quern.comparison.worker_process import COMMAND, Launch, Worker, WorkerError
 from quern.core.errors import UserError
 from quern.core.metrics import NonFiniteError
-from quern.evaluation.accuracy import DocumentScore, score_windows
+from quern.evaluation.accuracy import read_scores, score_windows
 from quern.evaluation.reference_cache import ReferenceKey, ReferenceLogits
 from quern.evaluation.speed import SpeedRound
 from quern.evaluation.texts import cut_windows, save_windows
@@ -69,7 +69,8 @@ def test_a_whole_conversation(folder, tmp_path):
     key = ReferenceKey(
         model_sha256="m", texts_sha256=(), windows_sha256="w", tokens=24, window=8, dtype="float32", engine="fake"
     )
-    cache = {"cache": str(tmp_path), "key": key.to_json(), "windows": str(tmp_path / "w.npz")}
+    cache = {"cache": str(tmp_path), "key": key.to_json()}
+    text = {"windows_file": str(tmp_path / "w.npz"), "threads": 1, **cache}
     with start() as worker:
         assert worker.ask(load(folder)) == {
             "ok": True,
@@ -78,18 +79,20 @@ def test_a_whole_conversation(folder, tmp_path):
             "bytes_per_token": 2 * VOCABULARY**2,
         }
         advanced = []
-        assert worker.ask({"do": "reference", **cache}, advanced.append) == {"ok": True}
+        assert worker.ask({"do": "reference", "windows": str(tmp_path / "w.npz"), **cache}, advanced.append) == {
+            "ok": True
+        }
         assert sum(advanced) == 24
-        documents = worker.ask({"do": "accuracy", "threads": 1, **cache})["documents"]
-        answer = worker.ask({"do": "speed_round", "prompt": [3, 4, 5], "decode_tokens": 4})
-        peak = worker.ask({"do": "peak"})["peak_rss_bytes"]
+        documents = worker.ask({"do": "measure", "name": "kl", **text})["raw"]
+        timed = worker.ask({"do": "measure", "name": "decode", "prompt": [3, 4, 5], "decode_tokens": 4})["raw"]
+        peak = worker.ask({"do": "measure", "name": "memory"})["raw"]
         process = psutil.Process(worker.process_id)
         assert 0.5 < peak / process.memory_info().rss < 2
     # The file holds bfloat16 weights, so does this model.
     model = FakeModel(bigram_table().to(torch.bfloat16))
     expected = score_windows(model, windows.windows, ReferenceLogits(tmp_path, key))
-    assert [DocumentScore(**document) for document in documents] == expected
-    assert SpeedRound(**answer["round"]).decode_tokens == 4
+    assert read_scores(documents) == expected
+    assert SpeedRound(**timed).decode_tokens == 4
     assert gone(worker.process_id)
 
 
@@ -114,10 +117,17 @@ def test_logits_that_are_not_finite(tmp_path):
         tokenizer = FakeTokenizer(adds_bos=False)
         windows = cut_windows([Text.of("t", ["dadada"])], tokenizer, vocabulary_size=VOCABULARY, tokens=6, window=6)
         save_windows(tmp_path / "w.npz", windows)
-        request = {"do": "accuracy", "windows": str(tmp_path / "w.npz"), "cache": None, "key": None, "threads": 1}
+        request = {"do": "measure", "name": "perplexity", "windows_file": str(tmp_path / "w.npz"), "threads": 1}
         with pytest.raises(NonFiniteError, match="contender: logits holds"):
             worker.ask(request)
-        assert worker.ask({"do": "peak"})["ok"]
+        assert worker.ask({"do": "measure", "name": "memory"})["ok"]
+
+
+def test_a_measure_that_is_unknown_is_refused(folder):
+    with start() as worker:
+        worker.ask(load(folder))
+        with pytest.raises(UserError, match=r"unknown measure 'decod'; known: .*; did you mean 'decode'"):
+            worker.ask({"do": "measure", "name": "decod"})
 
 
 def test_a_bug_comes_with_its_traceback(tmp_path):
@@ -156,7 +166,7 @@ def test_json_that_is_no_answer(line):
         start(script(f"input(); print({line!r}); input()")) as worker,
         pytest.raises(WorkerError, match="is no answer"),
     ):
-        worker.ask({"do": "peak"})
+        worker.ask({"do": "measure"})
 
 
 @pytest.mark.parametrize(
@@ -170,7 +180,7 @@ def test_json_that_is_no_answer(line):
 )
 def test_a_worker_that_ends(code, said):
     with start(script(code)) as worker, pytest.raises(WorkerError, match="ended unexpectedly") as caught:
-        worker.ask({"do": "peak"})
+        worker.ask({"do": "measure"})
     assert said in str(caught.value)
 
 
@@ -182,25 +192,25 @@ def test_silence_counts_from_the_last_sign_of_life():
     )
     advanced = []
     with start(script(code), silence_s=1.5) as worker:
-        assert worker.ask({"do": "accuracy"}, advanced.append) == {"ok": True}
+        assert worker.ask({"do": "measure"}, advanced.append) == {"ok": True}
     assert advanced == [1] * 6
 
 
 def test_all_answers_together_may_take_so_long():
     code = "import time\nwhile True:\n    input(); time.sleep(.4); print('{\"ok\": true}')"
     with start(script(code), limit_s=1.0) as worker:
-        worker.ask({"do": "speed_round"})
+        worker.ask({"do": "measure"})
         time.sleep(1.2)  # owes nothing meanwhile
-        worker.ask({"do": "speed_round"})
+        worker.ask({"do": "measure"})
         with pytest.raises(WorkerError, match="took longer than the 1 s that it may take"):
-            worker.ask({"do": "speed_round"})
+            worker.ask({"do": "measure"})
 
 
 def test_a_worker_that_never_comes_to_an_end():
     code = "import time; input()\nwhile True:\n    print('{\"advance\": 1}'); time.sleep(.02)"
     with start(script(code), limit_s=1.0) as worker:
         with pytest.raises(WorkerError, match="took longer than the 1 s that it may take"):
-            worker.ask({"do": "accuracy"})
+            worker.ask({"do": "measure"})
         assert gone(worker.process_id)
 
 
@@ -214,7 +224,7 @@ def test_memory_is_looked_at_also_while_it_talks():
         start(script(code), memory=100 << 20) as worker,
         pytest.raises(WorkerError, match=r"used \d+ MB of memory; its cap is 105 MB"),
     ):
-        worker.ask({"do": "accuracy"})
+        worker.ask({"do": "measure"})
 
 
 def test_a_worker_that_cannot_be_started(tmp_path):

@@ -18,6 +18,7 @@ PAGE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 NAMED_BLOCK = re.compile(r"`([\w/]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)```", re.DOTALL)
 FILES = dict(NAMED_BLOCK.findall(PAGE))
 CODEC, TEST, RECIPE = "src/quern/codecs/power_of_two.py", "tests/unit/codecs/test_power_of_two.py", "shifts.yaml"
+MEASURE = "src/quern/evaluation/measures/entropy.py"  # tests/drop_in/test_new_measure.py follows its steps
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def quern(folder: Path, *arguments: str) -> str:
 
 
 def test_the_page_names_its_files():
-    assert set(FILES) == {CODEC, TEST, RECIPE}
+    assert set(FILES) == {CODEC, TEST, RECIPE, MEASURE}
 
 
 def test_step_2_the_codec_is_known(copy):
@@ -86,5 +87,5 @@ def test_the_code_is_as_clean_as_the_rest(copy):
     if not ruff.is_file():
         pytest.skip("ruff is not installed beside this Python")
     for command in (["format", "--check"], ["check"]):
-        ended = subprocess.run([ruff, *command, CODEC, TEST], cwd=copy, capture_output=True, text=True)
+        ended = subprocess.run([ruff, *command, CODEC, TEST, MEASURE], cwd=copy, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stdout

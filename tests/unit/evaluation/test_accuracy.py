@@ -13,7 +13,14 @@ from quern.core import metrics
 from quern.core.errors import BadFileError, UserError
 from quern.core.metrics import NonFiniteError
 from quern.evaluation import batches
-from quern.evaluation.accuracy import DocumentScore, reference_logits, score_windows, summarize_scores
+from quern.evaluation.accuracy import (
+    DocumentScore,
+    agreement,
+    mean_divergence,
+    reference_logits,
+    score_windows,
+    text_perplexity,
+)
 from quern.evaluation.batches import batched_logits
 from quern.evaluation.reference_cache import ReferenceKey, ReferenceLogits, ReferenceWriter, has_reference
 from quern.evaluation.texts import cut_windows
@@ -95,28 +102,26 @@ class TestScores:
 
     def test_against_itself(self, windows):
         model = FakeModel(bigram_table())
-        accuracy = summarize_scores(score_windows(model, windows, Memory(model, windows)), seed=0)
-        assert accuracy.divergence == (0.0, (0.0, 0.0))
-        assert accuracy.top1_agreement == 1.0
+        scores = score_windows(model, windows, Memory(model, windows))
+        assert mean_divergence(scores, seed=0) == (0.0, (0.0, 0.0))
+        assert agreement(scores) == 1.0
 
     def test_direction_of_the_divergence(self, windows):
         """KL(reference || model), so swapping the two gives another number."""
         a, b = FakeModel(bigram_table(0, 3.0)), FakeModel(bigram_table(1, 0.5))
-        forward = summarize_scores(score_windows(b, windows, Memory(a, windows)), seed=0).divergence.mean
-        backward = summarize_scores(score_windows(a, windows, Memory(b, windows)), seed=0).divergence.mean
+        forward = mean_divergence(score_windows(b, windows, Memory(a, windows)), seed=0).mean
+        backward = mean_divergence(score_windows(a, windows, Memory(b, windows)), seed=0).mean
         assert abs(forward - backward) > 0.5
 
     def test_without_reference(self, windows):
-        accuracy = summarize_scores(score_windows(FakeModel(bigram_table()), windows), seed=0)
-        assert accuracy.divergence is None
-        assert accuracy.top1_agreement is None
-        assert accuracy.perplexity > 1
+        scores = score_windows(FakeModel(bigram_table()), windows)
+        assert mean_divergence(scores, seed=0) is None
+        assert agreement(scores) is None
+        assert text_perplexity(scores) > 1
 
     def test_perplexity_of_a_uniform_model(self, windows):
         model = FakeModel(torch.zeros(VOCABULARY, VOCABULARY))
-        assert summarize_scores(score_windows(model, windows), seed=0).perplexity == pytest.approx(
-            VOCABULARY, rel=1e-12
-        )
+        assert text_perplexity(score_windows(model, windows)) == pytest.approx(VOCABULARY, rel=1e-12)
 
     def test_batches_change_nothing(self, windows, monkeypatch):
         model, other = FakeModel(bigram_table(0)), FakeModel(bigram_table(1))
@@ -126,9 +131,8 @@ class TestScores:
 
     def test_interval_is_over_documents(self):
         scores = [DocumentScore(n, 10, 20.0, float(n), 5) for n in range(8)]
-        accuracy = summarize_scores(scores, seed=4)
-        assert accuracy.divergence == metrics.weighted_mean(range(8), [10] * 8, seed=4)
-        assert accuracy.perplexity == pytest.approx(math.exp(2))
+        assert mean_divergence(scores, seed=4) == metrics.weighted_mean(range(8), [10] * 8, seed=4)
+        assert text_perplexity(scores) == pytest.approx(math.exp(2))
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_logits_that_are_not_finite(self, windows, bad):
@@ -144,7 +148,7 @@ class TestScores:
         with pytest.raises(UserError, match="no text"):
             score_windows(FakeModel(bigram_table()), [])
         with pytest.raises(UserError):
-            summarize_scores([], seed=0)
+            text_perplexity([])
 
     def test_reference_of_another_text(self, windows):
         model = FakeModel(bigram_table())

@@ -11,8 +11,8 @@ from fake_model import VOCABULARY, FakeModel, FakeTokenizer, bigram_table
 from quern.core.errors import BadFileError, UserError
 from quern.core.metrics import NonFiniteError
 from quern.evaluation.choice import (
-    Choice,
     ChoiceSet,
+    Item,
     encode_choices,
     load_options,
     read_choices,
@@ -47,8 +47,8 @@ class TestReading:
         found = read_choices(write(PAIR, "", QUESTION))
         assert found.name == "items.jsonl"
         assert found.items == (
-            Choice("", ("cats sleep", "cats sleeps"), 0),
-            Choice("two and two is ", ("five", "four", "three"), 1),
+            Item("", ("cats sleep", "cats sleeps"), 0),
+            Item("two and two is ", ("five", "four", "three"), 1),
         )
 
     @pytest.mark.parametrize(
@@ -89,42 +89,42 @@ class TestReading:
 
 class TestEncoding:
     def test_prompt_and_option_are_told_apart(self):
-        options = encode(items(Choice("ab", ("cd", "e"), 1)))
+        options = encode(items(Item("ab", ("cd", "e"), 1)))
         assert [option.ids.tolist() for option in options] == [[0, 2, 3, 4, 5], [0, 2, 3, 6]]
         assert [option.first for option in options] == [3, 3]
         assert [option.right for option in options] == [False, True]
 
     def test_without_prompt_everything_counts(self):
         for tokenizer in (FakeTokenizer(adds_bos=True), FakeTokenizer(adds_bos=False)):
-            option = encode(items(Choice("", ("ab", "c"), 0)), tokenizer)[0]
+            option = encode(items(Item("", ("ab", "c"), 0)), tokenizer)[0]
             assert (option.ids.tolist(), option.first) == ([0, 2, 3], 1)
 
     def test_end_of_text_stands_in_for_a_missing_beginning(self):
-        option = encode(items(Choice("", ("ab", "c"), 0)), FakeTokenizer(adds_bos=False, bos=None))[0]
+        option = encode(items(Item("", ("ab", "c"), 0)), FakeTokenizer(adds_bos=False, bos=None))[0]
         assert (option.ids.tolist(), option.first) == ([1, 2, 3], 1)
 
     def test_neither(self):
         tokenizer = FakeTokenizer(adds_bos=False, bos=None, eos=None)
         with pytest.raises(UserError, match="neither"):
-            encode(items(Choice("", ("ab", "c"), 0)), tokenizer)
-        assert encode(items(Choice("x", ("ab", "c"), 0)), tokenizer)[0].first == 1
+            encode(items(Item("", ("ab", "c"), 0)), tokenizer)
+        assert encode(items(Item("x", ("ab", "c"), 0)), tokenizer)[0].first == 1
 
     def test_a_token_across_the_seam_belongs_to_the_option(self):
         class Merging(FakeTokenizer):
             def encode(self, text, **rest):
                 return super().encode(text.replace("bc", "z"), **rest)
 
-        option = encode(items(Choice("ab", ("cd", "e"), 0)), Merging())[0]
+        option = encode(items(Item("ab", ("cd", "e"), 0)), Merging())[0]
         assert (option.ids.tolist(), option.first) == ([0, 2, 27, 5], 2)
 
     def test_an_option_of_no_tokens(self):
         with pytest.raises(UserError, match="item 1: option '!' adds no token"):
-            encode(items(Choice("ab", ("!", "c"), 0)))
+            encode(items(Item("ab", ("!", "c"), 0)))
 
     def test_longer_than_the_context(self):
         sets = [
-            ChoiceSet("short", (Choice("a", ("b", "c"), 0),), ""),
-            ChoiceSet("long", (Choice("ab", ("cde", "c"), 0),), ""),
+            ChoiceSet("short", (Item("a", ("b", "c"), 0),), ""),
+            ChoiceSet("long", (Item("ab", ("cde", "c"), 0),), ""),
         ]
         encode_choices(sets, FakeTokenizer(), vocabulary_size=100, context=6)
         with pytest.raises(
@@ -134,10 +134,10 @@ class TestEncoding:
 
     def test_outside_the_vocabulary(self):
         with pytest.raises(UserError, match="has token 27"):
-            encode(items(Choice("ab", ("z", "c"), 0)), vocabulary_size=20)
+            encode(items(Item("ab", ("z", "c"), 0)), vocabulary_size=20)
 
     def test_round_trip_through_a_file(self, tmp_path):
-        options = encode(items(Choice("ab", ("cd", "e"), 1), Choice("", ("x", "yz"), 0)))
+        options = encode(items(Item("ab", ("cd", "e"), 1), Item("", ("x", "yz"), 0)))
         save_options(tmp_path / "o.npz", options)
         for a, b in zip(load_options(tmp_path / "o.npz"), options, strict=True):
             assert (a.item, a.right, a.first) == (b.item, b.right, b.first)
@@ -149,7 +149,7 @@ class TestScoring:
         random = np.random.default_rng(9)
         letters = list(FakeTokenizer.letters[:30])
         choices = [
-            Choice("".join(random.choice(letters, 4)), tuple("".join(random.choice(letters, n)) for n in (3, 5, 2)), 2)
+            Item("".join(random.choice(letters, 4)), tuple("".join(random.choice(letters, n)) for n in (3, 5, 2)), 2)
             for _ in range(40)
         ]
         model = FakeModel(bigram_table())
@@ -167,21 +167,21 @@ class TestScoring:
         assert 0 < sum(expected) < 40
 
     def test_swapped_labels_swap_the_answers(self):
-        pairs = [Choice("q", (a, b), 0) for a, b in (("ab", "ba"), ("xy", "zw"), ("01", "23"))]
-        swapped = [Choice("q", pair.options, 1) for pair in pairs]
+        pairs = [Item("q", (a, b), 0) for a, b in (("ab", "ba"), ("xy", "zw"), ("01", "23"))]
+        swapped = [Item("q", pair.options, 1) for pair in pairs]
         model = FakeModel(bigram_table())
         forward = score_options(model, encode(items(*pairs)))
         assert score_options(model, encode(items(*swapped))) == [not right for right in forward]
 
     def test_a_tie_is_wrong(self):
         model = FakeModel(torch.zeros(VOCABULARY, VOCABULARY))
-        assert score_options(model, encode(items(Choice("q", ("ab", "cd"), 0), Choice("q", ("a", "cd"), 0)))) == [
+        assert score_options(model, encode(items(Item("q", ("ab", "cd"), 0), Item("q", ("a", "cd"), 0)))) == [
             False,
             True,
         ]
 
     def test_sets_are_numbered_through(self):
-        sets = [ChoiceSet(name, (Choice("q", ("ab", "ba"), 0),), name) for name in "xy"]
+        sets = [ChoiceSet(name, (Item("q", ("ab", "ba"), 0),), name) for name in "xy"]
         assert [option.item for option in encode(sets)] == [0, 0, 1, 1]
         assert len(score_options(FakeModel(bigram_table()), encode(sets))) == 2
 
@@ -189,7 +189,7 @@ class TestScoring:
         table = bigram_table()
         table[2, 3] = float("nan")
         with pytest.raises(NonFiniteError):
-            score_options(FakeModel(table), encode(items(Choice("a", ("b", "c"), 0))))
+            score_options(FakeModel(table), encode(items(Item("a", ("b", "c"), 0))))
 
     def test_nothing(self):
         with pytest.raises(UserError, match="no items"):

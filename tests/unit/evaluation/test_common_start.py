@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from quern.core.errors import UserError
-from quern.evaluation.choice import Choice, ChoiceSet, common_start, encode_choices
+from quern.evaluation.choice import ChoiceSet, Item, common_start, encode_choices
 from quern.evaluation.lm_eval import Requests
 
 LETTERS = "abc  \n.é"
@@ -76,7 +76,7 @@ def test_probabilities_of_disjoint_options_add_up_to_at_most_one(tokenizer):
     table, across = model().table, 0
     for prompt, options in items(0, 300):
         found = encode_choices(
-            [ChoiceSet("set", (Choice(prompt, options, 0),), "")], tokenizer, vocabulary_size=len(tokenizer)
+            [ChoiceSet("set", (Item(prompt, options, 0),), "")], tokenizer, vocabulary_size=len(tokenizer)
         )
         (first,) = {option.first for option in found}
         assert len({tuple(option.ids[:first]) for option in found}) == 1
@@ -110,14 +110,14 @@ class Merging(FakeTokenizer):
 
 def test_an_option_across_the_seam_moves_the_start_of_all():
     options = encode_choices(
-        [ChoiceSet("set", (Choice("ab", ("cd", "e"), 0),), "")], Merging(adds_bos=False), vocabulary_size=40
+        [ChoiceSet("set", (Item("ab", ("cd", "e"), 0),), "")], Merging(adds_bos=False), vocabulary_size=40
     )
     assert [(option.ids.tolist(), option.first) for option in options] == [([2, 27, 5], 1), ([2, 3, 6], 1)]
 
 
 def test_a_prompt_of_one_token_that_an_option_swallows_gets_a_token_in_front():
     options = encode_choices(
-        [ChoiceSet("set", (Choice("b", ("cd", "e"), 0),), "")], Merging(adds_bos=False), vocabulary_size=40
+        [ChoiceSet("set", (Item("b", ("cd", "e"), 0),), "")], Merging(adds_bos=False), vocabulary_size=40
     )
     assert [(option.ids.tolist(), option.first) for option in options] == [([0, 27, 5], 1), ([0, 3, 6], 1)]
     table = model()

@@ -12,11 +12,12 @@ from fake_model import VOCABULARY, FakeModel, bigram_table
 
 from quern.core.errors import QuernError, UserError
 from quern.core.metrics import MetricError
-from quern.core.results import Spread
+from quern.core.results import Figure
 from quern.evaluation import energy
 from quern.evaluation.energy import GpuMeter, RaplMeter, find_meter, integrate
+from quern.evaluation.measures.base import passes, summarized
 from quern.evaluation.peak_memory import peak_rss_bytes
-from quern.evaluation.speed import SpeedRound, prompt_of, speed_round, summarize_rounds
+from quern.evaluation.speed import SpeedRound, prompt_of, speed_round
 
 
 class Clock:
@@ -28,6 +29,12 @@ class Clock:
     def __call__(self):
         self.now += 1
         return self.now
+
+
+def over_rounds(rounds):
+    """Figures by name from several rounds."""
+    (together,) = passes("rounds")
+    return summarized(together, [each.to_json() for each in rounds], seed=0)
 
 
 class Meter:
@@ -63,23 +70,24 @@ class TestSpeed:
 
     def test_summary(self):
         rounds = [SpeedRound(100, seconds, seconds + 1, 10, 2 * seconds, 5.0) for seconds in (1.0, 4.0, 2.0)]
-        speed = summarize_rounds(rounds)
-        assert speed.prefill_tokens_per_s == Spread(median=50.0, low=25.0, high=100.0, rounds=3)
-        assert speed.decode_tokens_per_s == Spread(median=2.5, low=1.25, high=5.0, rounds=3)
-        assert speed.time_to_first_token_s == Spread(median=3.0, low=2.0, high=5.0, rounds=3)
-        assert speed.energy_joules_per_token == 0.5
+        assert over_rounds(rounds) == {
+            "prefill": Figure(value=50.0, interval=(25.0, 100.0), unit="tokens/s", rounds=3),
+            "decode": Figure(value=2.5, interval=(1.25, 5.0), unit="tokens/s", rounds=3),
+            "first": Figure(value=3.0, interval=(2.0, 5.0), unit="s", rounds=3),
+            "energy": Figure(value=0.5, unit="J/token"),
+        }
 
     def test_energy_that_a_round_lacks_is_not_measured(self):
         rounds = [SpeedRound(1, 1.0, 1.0, 1, 1.0, joules) for joules in (1.0, None)]
-        assert summarize_rounds(rounds).energy_joules_per_token is None
+        assert "energy" not in over_rounds(rounds)
 
     def test_no_rounds(self):
         with pytest.raises(MetricError):
-            summarize_rounds([])
+            over_rounds([])
 
     def test_not_a_time(self):
         with pytest.raises(MetricError):
-            summarize_rounds([SpeedRound(1, math.nan, 1.0, 1, 1.0, None)])
+            over_rounds([SpeedRound(1, math.nan, 1.0, 1, 1.0, None)])
 
     def test_prompt_is_seeded_and_in_the_vocabulary(self):
         prompt = prompt_of(200, VOCABULARY, seed=1)

@@ -1,0 +1,26 @@
+"""Bytes on disk of the whole artifact."""
+
+from __future__ import annotations
+
+from quern.core.results import Row
+from quern.core.units import percent_text
+from quern.evaluation.measures.base import measure
+
+
+def _smaller(row: Row) -> list[str]:
+    if row.kind == "unquantized":
+        return []
+    return [f"{percent_text(abs(row.compression))} {'less' if row.compression >= 0 else 'more'}"]
+
+
+measure(
+    name="size",
+    title="Size",
+    help="Bytes on disk of the whole artifact, and how much smaller that is than the bf16 checkpoint",
+    unit="bytes",
+    better="low",
+    place=10,
+    field="bytes",
+    detail=_smaller,
+    heading="size",
+)
