@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import quern.peers.environment as environment_module
-from quern.peers.base import NAME, PEERS, choices_of
+from quern.peers.base import NAME, PEERS, peer_variants
 from quern.peers.environment import Environment, Installed, PeerError
 from quern.peers.torch_index import cpu_build
 
@@ -61,7 +61,7 @@ def test_variants(name):
     for variant in peer.variants:
         assert NAME.fullmatch(f"{name}-{variant.name}".lower())
         assert 1 <= variant.bits <= 16
-    assert [choice.variant for choice in choices_of([name])] == [v for v in peer.variants if v.default]
+    assert [choice.variant for choice in peer_variants([name])] == [v for v in peer.variants if v.default]
 
 
 def test_adapters_are_importable_without_tools():

@@ -9,7 +9,7 @@ from artifacts import hashes, small_recipe
 from tokenizers import Tokenizer
 
 from quern.checkpoint.checkpoint import open_checkpoint
-from quern.comparison.inputs import Settings, prepare_inputs
+from quern.comparison.inputs import MeasurementSettings, prepare_inputs
 from quern.core.errors import BadFileError, UserError
 from quern.pipeline.quantize import quantize
 from quern.texts.source import Text
@@ -42,7 +42,7 @@ def test_records_calibrate_as_the_same_texts_in_memory_do_and_that_is_said(tiny_
 
 
 def test_records_are_scored_by_the_same_rules(tiny_model, paragraphs, tmp_path):
-    checkpoint, settings = open_checkpoint(tiny_model), Settings(tokens=200, window=64, decode_tokens=8)
+    checkpoint, settings = open_checkpoint(tiny_model), MeasurementSettings(tokens=200, window=64, decode_tokens=8)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs))
     records = prepare_inputs(checkpoint, tmp_path / "one", texts=[tmp_path / "a.jsonl"], settings=settings)
     memory = prepare_inputs(checkpoint, tmp_path / "two", texts=[Text.of("t", paragraphs)], settings=settings)
@@ -60,7 +60,7 @@ def test_conversations_go_through_the_models_template(tiny_model, paragraphs, tm
         quantize(model, tmp_path / "out", recipe=small_recipe(**GPTQ), calibration=[tmp_path / "chat.jsonl"])
     assert not (tmp_path / "out").exists()
     (model / "chat_template.jinja").write_text(TEMPLATE)
-    settings = Settings(tokens=200, window=64, decode_tokens=8)
+    settings = MeasurementSettings(tokens=200, window=64, decode_tokens=8)
     found = prepare_inputs(open_checkpoint(model), tmp_path / "one", texts=[tmp_path / "chat.jsonl"], settings=settings)
     written = Text.of("t", [f"user: {text}\n" for text in paragraphs])
     same = prepare_inputs(open_checkpoint(model), tmp_path / "two", texts=[written], settings=settings)
@@ -89,6 +89,6 @@ def test_added_tokens_beyond_the_embedding_do_not_matter_until_they_occur(tiny_m
     if recipe is GPTQ:
         with pytest.raises(UserError, match=r"has token \d+ \('<extra 8>'\), and the embedding has 300 rows"):
             quantize(model, tmp_path / "bad", calibration=[tmp_path / "extra.txt"], **job)
-    settings = Settings(tokens=200, window=64, decode_tokens=8)
+    settings = MeasurementSettings(tokens=200, window=64, decode_tokens=8)
     with pytest.raises(UserError, match="'<extra 8>'"):
         prepare_inputs(open_checkpoint(tmp_path / "out"), tmp_path, texts=[tmp_path / "extra.txt"], settings=settings)

@@ -12,7 +12,7 @@ from quern.core.recipe import load_recipe, parse_recipe
 from quern.core.suggest import did_you_mean
 from quern.engines.base import ENGINES
 from quern.formats.base import FORMATS
-from quern.peers.base import choices_of
+from quern.peers.base import peer_variants
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ KINDS = {
     "codec": (lambda: CODECS.get("intger"), "integer"),
     "engine": (lambda: ENGINES.get("refrence"), "reference"),
     "format": (lambda: FORMATS.get("compressed_tensors"), "compressed-tensors"),
-    "peer": (lambda: choices_of(["hq"]), "hqq"),
-    "variant": (lambda: choices_of(["hqq:int4g64"]), "int4-g64"),
+    "peer": (lambda: peer_variants(["hq"]), "hqq"),
+    "variant": (lambda: peer_variants(["hqq:int4g64"]), "int4-g64"),
     "scenario": (lambda: recommend(sample_results(), "storge"), "storage"),
     "weight": (lambda: recommend(sample_results(), "mix", weights={"sped": 1.0}), "speed"),
     "runtime": (lambda: recommend(sample_results(), "storage", target="llamacpp"), "llama.cpp"),

@@ -22,5 +22,5 @@ def favour(row: Row, other: Row) -> float:
 
 
 def favour_text(row: Row, other: Row) -> str:
-    """That in words."""
+    """That the machine ran faster for ``row`` than for another one, and by how much, as a clause."""
     return f"the machine ran {percent_text(favour(row, other))} faster while {row.name} was timed"

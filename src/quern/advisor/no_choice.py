@@ -13,7 +13,7 @@ from quern.core.results import Row
 from quern.core.units import bytes_text, rounded_up, significant
 
 
-def nothing_text(
+def no_choice_text(
     rows: Sequence[Row], misses: Mapping[int, Sequence[Miss]], constraints: Constraints, refused: Mapping[int, str]
 ) -> str:
     """Why there is no choice, which row comes nearest to the limits, and how to get the least lossy one."""

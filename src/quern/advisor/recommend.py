@@ -24,7 +24,7 @@ from typing import get_args
 
 from quern.advisor.constraints import Constraints, Miss
 from quern.advisor.machine import measured_on
-from quern.advisor.no_choice import nothing_text
+from quern.advisor.no_choice import no_choice_text
 from quern.advisor.scoring import WEIGHTS, Scored, Weights, Yardstick, dominators, pareto_front
 from quern.advisor.wording import choice_reasons, dominated_text, elsewhere_text, place_text
 from quern.core.errors import UserError
@@ -121,7 +121,7 @@ def _ranked(rows: Sequence[Row], scenario: Scenario, weights: Weights, constrain
     if ranking:
         reasons = choice_reasons(ranking, scenario, weights, constraints, yardstick)
     else:
-        reasons = [nothing_text(rows, misses, constraints, refused)]
+        reasons = [no_choice_text(rows, misses, constraints, refused)]
     return Recommendation(
         scenario=scenario,
         weights=weights.to_json(),

@@ -75,7 +75,7 @@ def compare(
         raise UserError(f"--recipes {recipes!r} names no recipe; give names separated by commas, such as {RECIPES}")
     limit = options.optional_size(memory, "--memory")
     from quern.cli import render
-    from quern.comparison.inputs import Settings
+    from quern.comparison.inputs import MeasurementSettings
     from quern.pipeline.compare import compare as api
 
     with working() as progress:
@@ -85,7 +85,7 @@ def compare(
             recipes=names,
             peers=tools,
             quick=quick,
-            speed_rounds=0 if no_speed else Settings.speed_rounds,
+            speed_rounds=0 if no_speed else MeasurementSettings.speed_rounds,
             peer_time_limit=peer_time_limit,
             calibration=calibration or (),
             texts=text or (),

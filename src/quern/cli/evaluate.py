@@ -31,7 +31,7 @@ def evaluate(
     Without --text, held-out text that the running Python carries is scored.
     """
     from quern.cli import render
-    from quern.comparison.inputs import Settings
+    from quern.comparison.inputs import MeasurementSettings
     from quern.pipeline.evaluate import evaluate as api
 
     with working() as progress:
@@ -41,7 +41,7 @@ def evaluate(
             texts=text or (),
             choices=choice or (),
             tokens=tokens,
-            speed_rounds=0 if no_speed else Settings.speed_rounds,
+            speed_rounds=0 if no_speed else MeasurementSettings.speed_rounds,
             threads=threads,
             engine=engine,
             seed=seed,

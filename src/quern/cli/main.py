@@ -16,7 +16,7 @@ from quern.cli.compare import compare
 from quern.cli.evaluate import evaluate
 from quern.cli.generate import generate
 from quern.cli.inspect import inspect
-from quern.cli.outcome import end_by_exception, settings
+from quern.cli.outcome import end_by_exception, global_options
 from quern.cli.peers import app as peers
 from quern.cli.probe import probe
 from quern.cli.quantize import quantize
@@ -62,7 +62,7 @@ def main(
     ] = False,
 ) -> None:
     """Quantize large language models on the machine you have, measure what it cost, and learn which result to use."""
-    settings.debug = debug
+    global_options.debug = debug
 
 
 for _verb in VERBS:

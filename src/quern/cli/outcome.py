@@ -54,13 +54,13 @@ def end_by_exception() -> None:
 
 
 @dataclasses.dataclass
-class Settings:
+class GlobalOptions:
     """What is set before the verb."""
 
     debug: bool = False
 
 
-settings = Settings()
+global_options = GlobalOptions()
 
 
 def verb(example: str, resumes: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -116,7 +116,7 @@ def _errors_as_messages(resumes: bool) -> Iterator[None]:
 
 
 def _maybe_reraise() -> None:
-    if settings.debug:
+    if global_options.debug:
         raise
 
 

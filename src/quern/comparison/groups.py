@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from quern.comparison.artifact_size import Stored
-from quern.comparison.inputs import Inputs, Settings
+from quern.comparison.inputs import Inputs, MeasurementSettings
 from quern.comparison.row_builder import Contender, Measured
 from quern.comparison.worker_process import Worker, WorkerError
 from quern.core.errors import QuernError
@@ -83,7 +83,7 @@ class Group:
 
     members: list[Loaded]
     inputs: Inputs
-    settings: Settings
+    settings: MeasurementSettings
     progress: Progress
     failures: list[Failure]
 

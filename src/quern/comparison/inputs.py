@@ -23,7 +23,7 @@ HELD_OUT = "held-out text of the Python standard library"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class MeasurementSettings:
     """How much is measured."""
 
     tokens: int = 4096
@@ -87,7 +87,7 @@ def prepare_inputs(
     *,
     texts: Sequence[str | Path | Text] = (),
     choices: Sequence[str | Path | ChoiceSet] = (),
-    settings: Settings,
+    settings: MeasurementSettings,
     tokenizer: Tokenizer | None = None,
 ) -> Inputs:
     """Tokenize texts and choices with the tokenizer of ``checkpoint`` and write them into ``folder``.
@@ -133,7 +133,7 @@ def prepare_inputs(
     )
 
 
-def reference_key(engine: str, model_sha256: str, inputs: Inputs, settings: Settings) -> ReferenceKey:
+def reference_key(engine: str, model_sha256: str, inputs: Inputs, settings: MeasurementSettings) -> ReferenceKey:
     """Under which the logits of an unquantized model lie in the cache."""
     return ReferenceKey(
         model_sha256=model_sha256,

@@ -19,7 +19,7 @@ import psutil
 from quern.checkpoint.checkpoint import open_checkpoint
 from quern.comparison.artifact_size import Stored, stored_checkpoint, stored_folder
 from quern.comparison.groups import Group, Loaded, alternate_rounds, score_all
-from quern.comparison.inputs import Inputs, Settings, reference_key
+from quern.comparison.inputs import Inputs, MeasurementSettings, reference_key
 from quern.comparison.measured_cache import MeasuredCache
 from quern.comparison.row_builder import Contender, Machine, Measured, Original, original_of, row_of
 from quern.comparison.worker_process import Worker
@@ -48,7 +48,7 @@ def measure_all(
     reference: Contender | None,
     inputs: Inputs,
     *,
-    settings: Settings,
+    settings: MeasurementSettings,
     hardware: dict[str, Any] | None = None,
     progress: Progress | None = None,
     cache: MeasuredCache | None = None,
@@ -134,7 +134,7 @@ def _with_origin_noted(contender: Contender, reference_sha256: str | None) -> Co
 class _Run:
     inputs: Inputs
     key: ReferenceKey | None
-    settings: Settings
+    settings: MeasurementSettings
     machine: Machine
     progress: Progress
     stored: Mapping[str, Stored]

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 import quern
 from quern import _native
 from quern.checkpoint.files import write_bytes
-from quern.comparison.inputs import Inputs, Settings
+from quern.comparison.inputs import Inputs, MeasurementSettings
 from quern.comparison.row_builder import Contender, Measured
 from quern.core.results import METRICS_VERSION
 from quern.evaluation.measures import base
@@ -34,7 +34,7 @@ class MeasuredCache:
         folder: Path,
         reference_sha256: str,
         inputs: Inputs,
-        settings: Settings,
+        settings: MeasurementSettings,
         hardware: Mapping[str, Any],
         *,
         fresh: bool,
@@ -44,7 +44,7 @@ class MeasuredCache:
         self._machine = [hardware["cpu_model"], hardware["usable_cores"], hardware["gpus"]]
 
     def load(self, contender: Contender, sha256: str) -> Measured | None:
-        """What was measured of it before, or None."""
+        """What was measured before of ``contender``, whose artifact has the hash ``sha256``; None where nothing is kept."""
         if self._fresh:
             return None
         try:
@@ -53,7 +53,7 @@ class MeasuredCache:
             return None
 
     def save(self, contender: Contender, sha256: str, measured: Measured) -> None:
-        """Keep it."""
+        """Keep what was measured of ``contender``, whose artifact has the hash ``sha256``."""
         write_bytes(self._path(contender, sha256), _ADAPTER.dump_json(measured, indent=2))
 
     def _path(self, contender: Contender, sha256: str) -> Path:

@@ -1,4 +1,4 @@
-"""What the process of one contender answers, whoever loads its model.
+"""What the process of one contender answers, whichever library loads its model.
 
 A contender has a process to itself, so that its peak memory is its own and the timed rounds of several loaded
 contenders can alternate. One request is one line of JSON on stdin, its answer one line on stdout; meanwhile lines

@@ -144,7 +144,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Choice:
+class PeerVariant:
     """A tool and one of its variants."""
 
     peer: str
@@ -160,19 +160,19 @@ class Choice:
         return {"peer": self.peer, **asdict(self.variant)}
 
 
-def choices_of(wanted: Sequence[str]) -> list[Choice]:
+def peer_variants(wanted: Sequence[str]) -> list[PeerVariant]:
     """``hqq`` means the tool's default variants, ``hqq:int4-g64`` one of them, ``all`` every tool's default ones.
 
     Raises ``UserError`` for an unknown tool or variant, and for one named twice.
     """
-    found: list[Choice] = []
+    found: list[PeerVariant] = []
     for word in wanted:
         name, _, variant = word.partition(":")
         for peer in PEERS.names() if word == ALL else [name]:
             adapter = PEERS.get(peer)()
             picked = [adapter.variant(variant)] if variant else [v for v in adapter.variants if v.default]
-            found += [Choice(peer, one) for one in picked]
-    rows = [choice.row for choice in found]
+            found += [PeerVariant(peer, one) for one in picked]
+    rows = [each.row for each in found]
     if repeated := sorted({row for row in rows if rows.count(row) > 1}):
         raise UserError(f"{option('peers', '--peers')} names {', '.join(repeated)} twice; name each once")
     return found

@@ -17,7 +17,7 @@ from quern.advisor.recommend import recommend
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.output_place import write_output
-from quern.comparison.inputs import Inputs, Settings, prepare_inputs, reference_key
+from quern.comparison.inputs import Inputs, MeasurementSettings, prepare_inputs, reference_key
 from quern.comparison.measure import Measurement, measure_all
 from quern.comparison.measured_cache import MeasuredCache
 from quern.comparison.row_builder import Contender
@@ -31,7 +31,7 @@ from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.loading.fitting import open_model
-from quern.peers.base import Choice, choices_of
+from quern.peers.base import PeerVariant, peer_variants
 from quern.pipeline.artifacts import Making, make_artifact
 from quern.pipeline.comparison_folder import ComparisonFolder
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
@@ -86,12 +86,12 @@ def compare(
     if scenario == "mix":
         raise UserError(f"a mix needs weights: compare with another scenario, then {_WEIGH}")
     chosen = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
-    others = choices_of(peers)
-    _check_distinct([*(recipe.name for recipe in chosen), *(choice.row for choice in others)])
+    others = peer_variants(peers)
+    _check_distinct([*(recipe.name for recipe in chosen), *(other.row for other in others)])
     folder = ComparisonFolder(output, model)
-    folder.check(model, [recipe.name for recipe in chosen], [choice.row for choice in others], fresh)
+    folder.check(model, [recipe.name for recipe in chosen], [other.row for other in others], fresh)
     checkpoint = open_model(model, progress=progress)
-    usual = Settings(
+    usual = MeasurementSettings(
         tokens=tokens, window=window, threads=threads, seed=seed,
         speed_rounds=speed_rounds, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)  # fmt: skip
     settings = _quick(usual) if quick else usual
@@ -149,11 +149,11 @@ def _results(
 def _make_and_measure(
     making: Making,
     recipes: Sequence[Recipe],
-    others: Sequence[Choice],
+    others: Sequence[PeerVariant],
     tools: tuple[float, Path | None],
     engine: str,
     inputs: Inputs,
-    settings: Settings,
+    settings: MeasurementSettings,
     hardware: dict[str, Any],
 ) -> Measurement:
     """All artifacts, then all rows; failures of making and of measuring together."""
@@ -187,7 +187,7 @@ def _make_and_measure(
     return replace(measurement, failures=[*failures, *measurement.failures])
 
 
-def _quick(usual: Settings) -> Settings:
+def _quick(usual: MeasurementSettings) -> MeasurementSettings:
     return replace(
         usual,
         tokens=max(1, usual.tokens // QUICK_TOKENS),
@@ -196,7 +196,7 @@ def _quick(usual: Settings) -> Settings:
     )
 
 
-def _protocol(usual: Settings, settings: Settings, inputs: Inputs) -> Protocol:
+def _protocol(usual: MeasurementSettings, settings: MeasurementSettings, inputs: Inputs) -> Protocol:
     """What was measured. An interval's width goes with one over the square root of the number of tokens."""
     return Protocol(
         tokens=inputs.scored_tokens,

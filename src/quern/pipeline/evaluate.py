@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quern.advisor.hardware import measured_rates, rate_warnings
-from quern.comparison.inputs import Settings, prepare_inputs
+from quern.comparison.inputs import MeasurementSettings, prepare_inputs
 from quern.comparison.measure import measure_all
 from quern.comparison.row_builder import Contender, contender_of
 from quern.core.parallel import available_threads
@@ -43,7 +43,7 @@ def evaluate(
     divergence is then the noise floor. ``engine`` runs the model (``auto``: the fastest that can); reference logits are
     always the reference engine's. A quantized one without a reference has no divergence. Raises ``UserError``.
     """
-    settings = Settings(
+    settings = MeasurementSettings(
         tokens=tokens,
         window=window,
         dtype=dtype,

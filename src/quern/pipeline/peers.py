@@ -28,7 +28,7 @@ from quern.core.parallel import thread_count
 from quern.core.progress import telling
 from quern.core.recipe import Calibration
 from quern.core.results import Failure, Tool
-from quern.peers.base import PEERS, Choice
+from quern.peers.base import PEERS, PeerVariant
 from quern.peers.environment import Environment, Installed
 from quern.pipeline.artifacts import Making
 from quern.pipeline.calibration_text import CalibrationText
@@ -60,19 +60,19 @@ class _StageError(QuernError):
         self.stage = stage
 
 
-def make_all(making: Making, tools: Tools, choices: Sequence[Choice]) -> tuple[list[Contender], list[Failure]]:
+def make_all(making: Making, tools: Tools, variants: Sequence[PeerVariant]) -> tuple[list[Contender], list[Failure]]:
     """The contenders that other tools made, and the rows that they failed to make."""
     contenders: list[Contender] = []
     failures: list[Failure] = []
-    if choices and making.checkpoint.path.is_file():
+    if variants and making.checkpoint.path.is_file():
         raise UserError(f"other tools quantize folders of safetensors; {making.checkpoint.path} is a file")
-    for choice in choices:
+    for chosen in variants:
         try:
-            contenders.append(_make(making, tools, choice))
+            contenders.append(_make(making, tools, chosen))
         except _StageError as error:
-            tool = Environment.of(choice.peer, tools.environments).peer.tool
-            making.progress.log(f"{choice.row} failed to {error.stage}: {str(error).splitlines()[0]}")
-            failures.append(Failure(name=choice.row, tool=tool, stage=error.stage, reason=str(error)))
+            tool = Environment.of(chosen.peer, tools.environments).peer.tool
+            making.progress.log(f"{chosen.row} failed to {error.stage}: {str(error).splitlines()[0]}")
+            failures.append(Failure(name=chosen.row, tool=tool, stage=error.stage, reason=str(error)))
     return contenders, failures
 
 
@@ -84,20 +84,20 @@ def _at(stage: Literal["install", "quantize"]) -> Iterator[None]:
         raise _StageError(stage, error) from None
 
 
-def _make(making: Making, tools: Tools, choice: Choice) -> Contender:
-    environment = Environment.of(choice.peer, tools.environments)
+def _make(making: Making, tools: Tools, chosen: PeerVariant) -> Contender:
+    environment = Environment.of(chosen.peer, tools.environments)
     with _at("install"):
         installed = environment.install(making.progress)
     launch = launch_of(environment, tools.scratch, making.memory, tools.time_limit_s)
     with _at("quantize"):
-        record = _quantized(making, choice, installed, launch)
+        record = _quantized(making, chosen, installed, launch)
     peer = environment.peer
-    notes = (environment.warning(), environment.versions_note(), *peer.remarks(choice.variant))
+    notes = (environment.warning(), environment.versions_note(), *peer.remarks(chosen.variant))
     return Contender(
-        name=choice.row,
-        path=making.folder / "artifacts" / choice.row,
+        name=chosen.row,
+        path=making.folder / "artifacts" / chosen.row,
         kind="peer",
-        recipe=choice.recipe(),
+        recipe=chosen.recipe(),
         tool=Tool(
             name=peer.tool,
             version=installed.version,
@@ -108,7 +108,7 @@ def _make(making: Making, tools: Tools, choice: Choice) -> Contender:
         ),
         launch=launch,
         runs_in=environment.identity(),
-        engine=choice.peer,
+        engine=chosen.peer,
         sha256=record["artifact_sha256"],
         original_sha256=making.model_sha256,
         quantize_seconds=record["quantize_seconds"],
@@ -129,38 +129,38 @@ def launch_of(environment: Environment, scratch: Path, memory: int | None, limit
     )
 
 
-def _quantized(making: Making, choice: Choice, installed: Installed, launch: Launch) -> dict[str, Any]:
+def _quantized(making: Making, chosen: PeerVariant, installed: Installed, launch: Launch) -> dict[str, Any]:
     """The record beside the artifact; quantizes if there is none that fits."""
-    artifact = making.folder / "artifacts" / choice.row
-    record_path = artifact.with_name(f"{choice.row}.json")
+    artifact = making.folder / "artifacts" / chosen.row
+    record_path = artifact.with_name(f"{chosen.row}.json")
     sequences, text, sha256 = _calibration(making)
     fingerprint = {
         "model_sha256": making.model_sha256,
-        "settings": choice.recipe(),
+        "settings": chosen.recipe(),
         "tool": installed.version,
         "installed": installed.created,
-        "calibration_sha256": sha256 if choice.variant.calibrated else None,
+        "calibration_sha256": sha256 if chosen.variant.calibrated else None,
         "seed": making.seed,
     }
     known = read_json(record_path) if record_path.is_file() and not making.fresh else {}
     if known.get("fingerprint") == fingerprint and artifact.is_dir():
         return known
-    making.progress.log(f"quantizing by {choice.row}")
-    unfinished = artifact.with_name(f".{choice.row}.unfinished")
+    making.progress.log(f"quantizing by {chosen.row}")
+    unfinished = artifact.with_name(f".{chosen.row}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     request = {
         "do": "quantize",
         "model": str(Path(making.checkpoint.path).resolve()),
         "output": str(unfinished.resolve()),
-        "variant": asdict(choice.variant),
+        "variant": asdict(chosen.variant),
         "sequences": str(sequences.resolve()),
         "text": str(text.resolve()),
         "threads": thread_count(making.threads),
         "seed": making.seed,
     }
     try:
-        with Worker(choice.row, launch) as worker, _telling_how_long(making, choice.row):
+        with Worker(chosen.row, launch) as worker, _telling_how_long(making, chosen.row):
             answer = worker.ask(request)
         record = {
             "fingerprint": fingerprint,

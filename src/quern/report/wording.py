@@ -68,7 +68,7 @@ def under_foreign_load(row: Row) -> bool:
 
 
 def load_text(row: Row) -> str:
-    """By how much they did."""
+    """How many processors other programs kept busy while the row was timed, in words."""
     return f"{significant(row.foreign_load or 0.0, 2)} processors kept busy by other programs"
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from quern.cli import main as cli
-from quern.cli.outcome import end_by_exception, plain, settings, show, verb, working
+from quern.cli.outcome import end_by_exception, global_options, plain, show, verb, working
 from quern.core.errors import BadFileError, QuernError, UserError
 
 
@@ -65,7 +65,7 @@ def test_unexpected_errors_say_how_to_report_them():
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("oops"), UserError("wrong")])
 def test_debug_shows_the_traceback(monkeypatch, error):
-    monkeypatch.setattr(settings, "debug", True)
+    monkeypatch.setattr(global_options, "debug", True)
     assert run_verb(error).exception is error
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from quern.comparison import groups as module
 from quern.comparison.groups import REPEATS, Group, Loaded, alternate_rounds
-from quern.comparison.inputs import Settings
+from quern.comparison.inputs import MeasurementSettings
 from quern.comparison.row_builder import Contender
 from quern.core.progress import Silent
 from quern.core.results import FOREIGN_LIMIT
@@ -56,7 +56,7 @@ def timed(monkeypatch, seconds: float, loads: list[float], rounds: int = 3) -> t
     timer = Timer(seconds, loads)
     monkeypatch.setattr(module, "ForeignLoad", timer.look)
     member = Loaded(Contender(name="a", path="a"), timer)
-    settings = Settings(speed_rounds=rounds, decode_tokens=32)
+    settings = MeasurementSettings(speed_rounds=rounds, decode_tokens=32)
     alternate_rounds(Group([member], SimpleNamespace(prompt=[1], notes=()), settings, Silent(), []))
     return timer, member
 

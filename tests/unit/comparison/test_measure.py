@@ -13,7 +13,7 @@ from fake_model import VOCABULARY, FakeTokenizer, bigram_table, write_model
 from quern.checkpoint.checkpoint import open_checkpoint
 from quern.comparison import measure as module
 from quern.comparison.artifact_size import artifact_bytes
-from quern.comparison.inputs import HELD_OUT, Settings, prepare_inputs
+from quern.comparison.inputs import HELD_OUT, MeasurementSettings, prepare_inputs
 from quern.comparison.measure import measure_all
 from quern.comparison.row_builder import Contender, Machine, contender_of, original_of
 from quern.comparison.worker_process import Launch, WorkerError
@@ -29,7 +29,9 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
 FAKE = Launch(command=(sys.executable, fake_model.__file__))
 TEXTS = [Text.of("t", ["the quick brown fox jumps over", "the lazy dog and runs away", "0123456789 abc"])]
 CHOICES = [ChoiceSet("c", tuple(Item("q", (a + b, b + a), 0) for a in "abcdef" for b in "uvwxyz"), "hash")]
-SETTINGS = Settings(tokens=60, window=16, threads=1, seed=5, speed_rounds=2, prompt_tokens=12, decode_tokens=4)
+SETTINGS = MeasurementSettings(
+    tokens=60, window=16, threads=1, seed=5, speed_rounds=2, prompt_tokens=12, decode_tokens=4
+)
 HARDWARE = {
     "measured": {"read_bandwidth_gb_s": {"1": 10.0}, "gemm_gop_s": {"bfloat16": {"1": 50.0}, "int8": {"1": 70.0}}}
 }
@@ -195,7 +197,7 @@ class TestRows:
         rows, inputs, _ = run
         before = {path: path.stat().st_mtime_ns for path in inputs.folder.rglob("*.npy")}
         progress = Counter()
-        settings = Settings(**{**vars(SETTINGS), "speed_rounds": 0})
+        settings = MeasurementSettings(**{**vars(SETTINGS), "speed_rounds": 0})
         again = measure(models, inputs, contender(models, "close"), settings=settings, progress=progress)
         assert {path: path.stat().st_mtime_ns for path in inputs.folder.rglob("*.npy")} == before
         assert "reference logits" not in progress.bars
@@ -261,7 +263,7 @@ class TestTroubles:
                 return super().ask(request, *rest)
 
         monkeypatch.setattr(module, "Worker", Spy)
-        settings = Settings(**{**vars(SETTINGS), "decode_tokens": 6})
+        settings = MeasurementSettings(**{**vars(SETTINGS), "decode_tokens": 6})
         measure(models, prepare(models, tmp_path), contender(models, "close"), settings=settings)
         names = [name for name, _ in asked]
         assert names == ["original", "close", "close", "original", "original", "close"]
@@ -293,7 +295,7 @@ class TestTroubles:
             measure(models, prepare(models, tmp_path), Contender(name="small", path=small, engine="fake", launch=FAKE))
 
     def test_an_artifact_of_another_checkpoint_gets_a_note(self, models, tmp_path):
-        inputs, settings = prepare(models, tmp_path), Settings(**{**vars(SETTINGS), "speed_rounds": 0})
+        inputs, settings = prepare(models, tmp_path), MeasurementSettings(**{**vars(SETTINGS), "speed_rounds": 0})
         origin = open_checkpoint(models / "original").sha256()
         same, other = (contender(models, "close", original_sha256=sha256) for sha256 in (origin, "other"))
         rows = measure(models, inputs, same, other, settings=settings)
@@ -316,7 +318,7 @@ class TestInputs:
         assert run[1].sources[0].sha256 == TEXTS[0].sha256
 
     def test_windows_and_prompt_fit_the_context(self, models, tmp_path):
-        settings = Settings(tokens=100, window=1000, prompt_tokens=1000, decode_tokens=10)
+        settings = MeasurementSettings(tokens=100, window=1000, prompt_tokens=1000, decode_tokens=10)
         inputs = prepare(models, tmp_path, settings, texts=[Text.of("t", ["a" * 200])])
         assert max(len(window.ids) for window in load_windows(inputs.windows)) == 64
         assert len(inputs.prompt) == 54
@@ -329,7 +331,7 @@ class TestInputs:
 
     def test_no_room(self, models, tmp_path):
         with pytest.raises(UserError, match="64 decoded tokens leave no room"):
-            prepare(models, tmp_path, Settings(tokens=20, decode_tokens=64))
+            prepare(models, tmp_path, MeasurementSettings(tokens=20, decode_tokens=64))
 
     @pytest.mark.parametrize(
         "bad",
@@ -344,7 +346,7 @@ class TestInputs:
     )
     def test_settings_that_make_no_sense(self, bad):
         with pytest.raises(UserError, match=next(iter(bad))):
-            Settings(**bad)
+            MeasurementSettings(**bad)
 
     def test_a_config_that_says_too_little(self, models, tmp_path):
         checkpoint = open_checkpoint(models / "original")

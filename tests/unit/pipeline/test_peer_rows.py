@@ -21,7 +21,7 @@ from quern.core.errors import UserError
 from quern.core.progress import Silent
 from quern.core.results import load_results
 from quern.peers import lock
-from quern.peers.base import PEERS, choices_of
+from quern.peers.base import PEERS, peer_variants
 from quern.peers.environment import Environment, Installed, PeerError
 from quern.pipeline import peers as module
 from quern.pipeline.artifacts import Making
@@ -223,7 +223,7 @@ def test_unknown_names(tiny_model, tmp_path):
     with pytest.raises(UserError, match=r"Fake Tool has no variant 'int5'; known: good, "):
         compare(tiny_model, tmp_path / "out", peers=["fake:int5"])
     with pytest.raises(UserError, match="fake-good twice"):
-        choices_of(["fake", "fake:good"])
+        peer_variants(["fake", "fake:good"])
     assert not (tmp_path / "out").exists()
 
 
@@ -249,7 +249,7 @@ def test_an_artifact_that_is_reused_has_the_note_too(tmp_path, fake, monkeypatch
         checkpoint=None, model_sha256="m", folder=tmp_path, calibration=(), memory=None, threads=1, seed=0, fresh=False,
         progress=Silent(),
     )  # fmt: skip
-    (choice,) = choices_of(["fake:good"])
+    (choice,) = peer_variants(["fake:good"])
     contender = module._make(making, module.Tools(tmp_path, 77.0, fake), choice)
     assert contender.notes == ("fake-tool 1.5 with fake-kernels 0.3", "its own")
     assert contender.launch.limit_s == contender.launch.silence_s == 77.0
