@@ -61,9 +61,14 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def quiet_machine() -> Iterator[None]:
-    """Nobody else seems to use the machine while rounds are timed: rows get no note about it, nothing is repeated."""
+    """Nobody else seems to use the machine while rounds are timed: rows get no note about it, nothing is repeated.
+
+    Its rates are measured with little: they are there, and mean nothing.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("quern.core.foreign_load.ForeignLoad.processors", lambda _: 0.0)
+        patch.setattr("quern.advisor.hardware.BUFFER_BYTES", 1 << 22)
+        patch.setattr("quern.advisor.hardware.GEMM_SHAPE", (64, 64, 64))
         yield
 
 

@@ -73,7 +73,7 @@ class FakePeer(Peer):
             while True:
                 if behaviour == "talkative":
                     say_alive()
-                hoard.append(bytearray(os.urandom(1 << 20)) * 32)
+                hoard.append(bytearray(os.urandom(1 << 20)) * 64)
                 time.sleep(0.02)
         if behaviour == "raise":
             raise ValueError("groups of 64 do not divide 96")

@@ -67,7 +67,7 @@ def exported(tmp_path_factory, tiny_text):
     """By recipe: its report, and what transformers made of the artifact."""
     folder = tmp_path_factory.mktemp("exported")
     (models := folder / "models").mkdir()
-    config = tiny_config("qwen2", num_hidden_layers=2, tie_word_embeddings=False)
+    config = tiny_config("qwen2", num_hidden_layers=1, tie_word_embeddings=False)
     model, reports = write_model(models / "model", config), {}
     for name, choices in RECIPES.items():
         recipe = small_recipe(format="compressed-tensors", **choices)

@@ -64,14 +64,15 @@ def probe(measure: bool = True, threads: int | None = None) -> dict[str, Any]:
     ``int8``, each by number of threads: 1, all usable cores, and ``threads`` if given. Unknown is null.
     ``warnings`` says what makes the measured rates doubtful.
     """
+    kernels, in_use = _native.isas(), _native.isa()  # refuses a QUERN_ISA that is none, before anything is measured
     memory = psutil.virtual_memory()
     measured = measured_rates(sorted({1, available_threads(), threads or 1})) if measure else None
     return {
         "cpu_model": _cpu_model(),
         "architecture": platform.machine(),
         "instruction_sets": instruction_sets(),
-        "kernels": _native.isas(),
-        "kernels_in_use": _native.isa(),
+        "kernels": kernels,
+        "kernels_in_use": in_use,
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "usable_cores": available_threads(),

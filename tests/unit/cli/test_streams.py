@@ -7,12 +7,21 @@ import threading
 
 import pytest
 import typer
+from sample_results import sample_results
 from typer.testing import CliRunner
 
 from quern.cli import options, streams
 from quern.core.errors import UserError
 
-RECIPES = f"'{sys.executable}' -c 'from quern.cli.main import run; run()' recipes --json"
+RECOMMEND = f"'{sys.executable}' -c 'from quern.cli.main import run; run()' recommend results.json"
+"""A command that starts quickly, for it imports no torch."""
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs a line of shell where ``results.json`` is."""
+    (tmp_path / "results.json").write_text(sample_results().model_dump_json())
+    return lambda line: subprocess.run(["sh", "-c", line], capture_output=True, timeout=120, cwd=tmp_path)
 
 
 @pytest.fixture
@@ -70,19 +79,15 @@ def test_without_a_place_for_temporary_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_descriptors_may_be_closed(closed):
-    done = subprocess.run(["sh", "-c", f"{RECIPES} {closed}"], capture_output=True, timeout=120)
+def test_descriptors_may_be_closed(closed, shell):
+    done = shell(f"{RECOMMEND} --json {closed}")
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))
 
 
 @pytest.mark.parametrize("columns", ["0", "-5", "wide", ""])
-def test_a_width_that_is_none_is_as_if_it_were_not_given(columns):
-    command = RECIPES.removesuffix(" --json")
-    shown = [
-        subprocess.run(["sh", "-c", f"{width} {command}"], capture_output=True, timeout=120, check=True).stdout
-        for width in ("env -u COLUMNS", f"COLUMNS='{columns}'")
-    ]
+def test_a_width_that_is_none_is_as_if_it_were_not_given(columns, shell):
+    shown = [shell(f"{width} {RECOMMEND}").stdout for width in ("env -u COLUMNS", f"COLUMNS='{columns}'")]
     assert shown[0] == shown[1]
-    assert b"balanced" in shown[1]
+    assert sample_results().recommendation.choice.encode() in shown[1]

@@ -1,6 +1,7 @@
 """Both READMEs: commands that exist, Python that runs, links that lead somewhere, and the table's tool."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import re
@@ -15,6 +16,7 @@ from tiny_model import tiny_config, write_model
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import quern
 from quern.advisor import hardware
 from quern.cli.main import app
 from quern.cli.outcome import INTERRUPTED
@@ -65,7 +67,8 @@ QUICKER = {
     "evaluate": ["--no-speed", "--tokens", "256"],
     "compare": ["--no-speed", "--tokens", "256", "--recipes", "rtn4", "--engine", "reference"],
 }
-"""What is added to a command, so that it takes seconds instead of minutes."""
+"""What is added to a command, so that it takes seconds instead of minutes; the same for the function:"""
+QUICKER_EVALUATION = functools.partial(quern.evaluate, speed_rounds=0, tokens=256)
 
 
 def test_top_to_bottom_in_one_folder(tmp_path, monkeypatch):
@@ -79,6 +82,7 @@ def test_top_to_bottom_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hardware, "BUFFER_BYTES", 1 << 22)
     monkeypatch.setattr(hardware, "GEMM_SHAPE", (64, 64, 64))
+    monkeypatch.setattr(quern, "evaluate", QUICKER_EVALUATION)
     for words in commands():
         quick = QUICKER.get(words[0], [])
         ended = CliRunner().invoke(app, [*words, *quick])

@@ -6,7 +6,8 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict
+import types
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import fake_peer
@@ -36,17 +37,35 @@ INSTALLED = Installed(
 )
 
 
-@pytest.fixture(autouse=True)
-def fake(monkeypatch, tmp_path):
-    """The fake tool among the peers, installed in a folder of the test's own."""
+def install(environments):
+    """As if the fake tool were installed below this folder."""
+    (environments / "fake").mkdir(parents=True)
+    (environments / "fake" / "installed.json").write_text(json.dumps(asdict(INSTALLED)))
+    return environments
+
+
+@pytest.fixture(scope="module", autouse=True)
+def among_the_peers():
+    """The fake tool."""
     PEERS.names()
-    monkeypatch.setitem(PEERS._entries, "fake", fake_peer.FakePeer)
-    command = property(lambda self: [sys.executable, fake_peer.__file__])
-    monkeypatch.setattr(Environment, "command", command)
-    folder = tmp_path / "environments" / "fake"
-    folder.mkdir(parents=True)
-    (folder / "installed.json").write_text(json.dumps(asdict(INSTALLED)))
-    return tmp_path / "environments"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PEERS._entries, "fake", fake_peer.FakePeer)
+        patch.setattr(Environment, "command", property(lambda self: [sys.executable, fake_peer.__file__]))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fake(tmp_path):
+    """The fake tool's environment, in a folder of the test's own."""
+    return install(tmp_path / "environments")
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_model, tiny_text, tmp_path_factory):
+    """The folder of a comparison in which the tool works, and its results."""
+    folder = tmp_path_factory.mktemp("compared")
+    environments = install(folder / "environments")
+    return folder, run(tiny_model, tiny_text, folder / "out", "good", "calibrated", environments=environments)
 
 
 def run(tiny_model, tiny_text, output, *variants, environments, **options):
@@ -74,8 +93,8 @@ def row(results, name):
     return next(row for row in results.rows if row.name == name)
 
 
-def test_rows_of_a_tool_that_works(tiny_model, tiny_text, tmp_path, fake):
-    results = run(tiny_model, tiny_text, tmp_path / "out", "good", "calibrated", environments=fake)
+def test_rows_of_a_tool_that_works(compared):
+    folder, results = compared
     assert [r.name for r in results.rows] == ["unquantized", "fake-good", "fake-calibrated"]
     assert results.failures == []
     good, calibrated = results.rows[1:]
@@ -103,12 +122,16 @@ def test_rows_of_a_tool_that_works(tiny_model, tiny_text, tmp_path, fake):
     assert good.recipe["settings"] == {"behaviour": "good"}
     assert good.notes == []
     assert calibrated.notes == ["calibrated on 16384 tokens"]
-    assert load_results(tmp_path / "out" / "results.json") == results
+    assert load_results(folder / "out" / "results.json") == results
     assert not list(Path.cwd().glob("litter"))
 
 
-def test_finished_rows_are_not_made_or_measured_again(tiny_model, tiny_text, tmp_path, fake, monkeypatch):
-    first = run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake)
+def test_finished_rows_are_not_made_or_measured_again(tiny_model, tiny_text, compared, monkeypatch):
+    folder, first = compared
+    fake = folder / "environments"
+
+    def again(**options):
+        return run(tiny_model, tiny_text, folder / "out", "good", "calibrated", environments=fake, **options)
 
     class Refuses(module.Worker):
         def __init__(self, name, *rest):
@@ -116,25 +139,24 @@ def test_finished_rows_are_not_made_or_measured_again(tiny_model, tiny_text, tmp
 
     monkeypatch.setattr(module, "Worker", Refuses)
     monkeypatch.setattr("quern.comparison.measure.Worker", Refuses)
-    again = run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake)
-    assert again.rows == first.rows
+    assert again().rows == first.rows
     with pytest.raises(AssertionError, match="fake-good was started again"):
-        run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake, seed=1)
+        again(seed=1)
     record = fake / "fake" / "installed.json"
     content = record.read_text()
     record.write_text(json.dumps({**json.loads(content), "created": "later"}))
     with pytest.raises(AssertionError, match="fake-good was started again"):  # another build may make other bytes
-        run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake)
+        again()
     record.write_text(json.dumps({**json.loads(content), "versions": {"fake-kernels": "9"}}))
     with pytest.raises(AssertionError, match="started again"):  # or run at another speed
-        run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake)
+        again()
     record.write_text(content)
     with pytest.raises(AssertionError, match="started again"):
-        run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake, fresh=True)
+        again(fresh=True)
 
 
 FAULTS = {
-    "hang": ("quantize", "has said nothing for|took longer than"),
+    "hang": ("quantize", "has said nothing for 8 s"),
     "crash": ("quantize", r"SIGSEGV(.|\n)*the last words"),
     "garbage": ("quantize", "which is no answer"),
     "memory": ("quantize", r"used .* GB of memory; its cap is .* GB"),
@@ -146,8 +168,19 @@ FAULTS = {
 }
 
 
-def test_whatever_a_tool_does_is_the_reason_of_its_row(tiny_model, tiny_text, tmp_path, fake):
+def less_patient(quantized):
+    """With a tool that hangs; the others may start as slowly as a busy machine lets them."""
+
+    def patient(making, choice, installed, launch):
+        silence_s = 8.0 if choice.variant.name == "hang" else launch.silence_s
+        return quantized(making, choice, installed, replace(launch, silence_s=silence_s))
+
+    return patient
+
+
+def test_whatever_a_tool_does_is_the_reason_of_its_row(tiny_model, tiny_text, tmp_path, fake, monkeypatch):
     """One run with every fault: the tool that works and quern's own recipe are measured all the same."""
+    monkeypatch.setattr(module, "_quantized", less_patient(module._quantized))
     results = run(
         tiny_model,
         tiny_text,
@@ -158,7 +191,7 @@ def test_whatever_a_tool_does_is_the_reason_of_its_row(tiny_model, tiny_text, tm
         environments=fake,
         recipes=["rtn4"],
         memory=2 << 30,
-        peer_time_limit=30.0,
+        peer_time_limit=120.0,
     )
     assert [r.name for r in results.rows] == ["unquantized", "rtn4", "fake-nan", "fake-good"]
     assert {failure.name: failure.stage for failure in results.failures} == {
@@ -195,7 +228,21 @@ def _gone(process_id):
     return False
 
 
-def test_an_installation_that_fails_is_a_failed_row(tiny_model, tiny_text, tmp_path, fake, monkeypatch):
+@pytest.fixture
+def making(tmp_path):
+    """What a comparison in this folder hands to whoever makes an artifact, as far as it is used here."""
+    return Making(
+        checkpoint=types.SimpleNamespace(path=tmp_path), model_sha256="m", folder=tmp_path, calibration=(), memory=None,
+        threads=1, seed=0, fresh=False, progress=Silent(),
+    )  # fmt: skip
+
+
+def made(making, scratch, fake):
+    """The contenders and the failures of the variant that works."""
+    return module.make_all(making, module.Tools(scratch, 77.0, fake), peer_variants(["fake:good"]))
+
+
+def test_an_installation_that_fails_is_a_failed_row(tmp_path, fake, making, monkeypatch):
     (fake / "fake" / "installed.json").unlink()
 
     def fails(self, command):
@@ -203,18 +250,23 @@ def test_an_installation_that_fails_is_a_failed_row(tiny_model, tiny_text, tmp_p
 
     monkeypatch.setattr(lock, "lock_of", lambda name: "")
     monkeypatch.setattr(Environment, "_run", fails)
-    results = run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake, recipes=["rtn4"])
-    assert [r.name for r in results.rows] == ["unquantized", "rtn4"]
-    (failure,) = results.failures
-    assert (failure.stage, failure.name) == ("install", "fake-good")
+    contenders, (failure,) = made(making, tmp_path, fake)
+    assert contenders == []
+    assert (failure.stage, failure.name, failure.tool) == ("install", "fake-good", "Fake Tool")
     assert "no such wheel" in failure.reason
 
 
-def test_an_installed_version_that_the_adapter_does_not_know(tiny_model, tiny_text, tmp_path, fake):
+RECORD = {"artifact_sha256": "a", "quantize_seconds": 1.0, "quantize_peak_rss_bytes": 2, "notes": ["its own"]}
+"""What lies beside an artifact that is there already."""
+
+
+def test_an_installed_version_that_the_adapter_does_not_know(tmp_path, fake, making, monkeypatch):
     (fake / "fake" / "installed.json").write_text(json.dumps({**asdict(INSTALLED), "version": "2.1"}))
-    results = run(tiny_model, tiny_text, tmp_path / "out", "good", environments=fake)
-    assert results.rows[1].notes == ["Fake Tool 2.1 is installed; the adapter is written for >=1,<2"]
-    assert results.rows[1].tool.version == "2.1"
+    monkeypatch.setattr(module, "_quantized", lambda *arguments: RECORD)
+    (contender,), failures = made(making, tmp_path, fake)
+    assert failures == []
+    assert contender.notes[0] == "Fake Tool 2.1 is installed; the adapter is written for >=1,<2"
+    assert contender.tool.version == "2.1"
 
 
 def test_unknown_names(tiny_model, tmp_path):
@@ -240,17 +292,11 @@ def test_the_versions_that_made_a_row_are_noted_also_where_its_artifact_is_reuse
     assert environment.versions_note() == "fake-tool 1.5 with fake-kernels 0.3, transformers 5.23.0, torch 2.13.0"
 
 
-def test_an_artifact_that_is_reused_has_the_note_too(tmp_path, fake, monkeypatch):
+def test_an_artifact_that_is_reused_has_the_note_too(tmp_path, fake, making, monkeypatch):
     versions = {"fake-kernels": "0.3"}
     (fake / "fake" / "installed.json").write_text(json.dumps({**asdict(INSTALLED), "versions": versions}))
-    record = {"artifact_sha256": "a", "quantize_seconds": 1.0, "quantize_peak_rss_bytes": 2, "notes": ["its own"]}
-    monkeypatch.setattr(module, "_quantized", lambda *arguments: record)
-    making = Making(
-        checkpoint=None, model_sha256="m", folder=tmp_path, calibration=(), memory=None, threads=1, seed=0, fresh=False,
-        progress=Silent(),
-    )  # fmt: skip
-    (choice,) = peer_variants(["fake:good"])
-    contender = module._make(making, module.Tools(tmp_path, 77.0, fake), choice)
+    monkeypatch.setattr(module, "_quantized", lambda *arguments: RECORD)
+    ((contender,), _) = made(making, tmp_path, fake)
     assert contender.notes == ("fake-tool 1.5 with fake-kernels 0.3", "its own")
     assert contender.launch.limit_s == contender.launch.silence_s == 77.0
 
@@ -326,8 +372,8 @@ def test_a_tool_that_says_for_ever_that_it_goes_on(tmp_path, fake):
         "sequences": str(tmp_path / "sequences.npy"), "text": "",
     }  # fmt: skip
     advanced = []
-    launch = module.launch_of(Environment.of("fake", fake), tmp_path, None, 20.0)
-    with module.Worker("fake-endless", launch) as worker, pytest.raises(WorkerError, match=r"longer than the 20 s"):
+    launch = module.launch_of(Environment.of("fake", fake), tmp_path, None, 12.0)
+    with module.Worker("fake-endless", launch) as worker, pytest.raises(WorkerError, match=r"longer than the 12 s"):
         worker.ask(request, advanced.append)
     assert advanced
 
