@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from quern.core.errors import OutOfMemoryCapError
+from quern.core.memory import peak_rss
 from quern.core.recipe import parse_recipe
-from quern.pipeline.memory_plan import peak_rss
 from quern.pipeline.quantize import quantize
 
 

@@ -20,8 +20,10 @@ RECIPES = {
     "weights only": {"weights": {"bits": 4, "symmetric": False, "group_size": 32}, "embedding": {**INT8}},
     "int8 dynamic": {"weights": INT8, "activations": {"mode": "dynamic"}},
     "int8 static": {"weights": {**INT8, "granularity": "tensor"}, "activations": {"mode": "static"}},
+    "trellis": {"weights": {"codec": "trellis", "bits": 3, "granularity": "channel", "window": 6, "tables": 1}},
     "unquantized": None,
 }
+QUANTIZED = {name for name, choices in RECIPES.items() if choices}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,44 @@ def loaded(request, engine, artifacts):
     if reason := engine.supports(choices and small_recipe(**choices)):
         pytest.skip(f"not supported: {reason}")
     return engine.load(artifacts[request.param], dtype="float32")
+
+
+def refused(engine) -> set[str]:
+    """Those of ``RECIPES`` whose tests are skipped for this engine."""
+    return {name for name, choices in RECIPES.items() if engine.supports(choices and small_recipe(**choices))}
+
+
+def assert_runs_something(engine):
+    """The other tests skip what an engine refuses. One that refuses all must not pass for that."""
+    for kind, names in {"quantized": QUANTIZED, "unquantized": RECIPES.keys() - QUANTIZED}.items():
+        assert names - refused(engine), f"this engine runs none of the {kind} models: {sorted(names)}"
+
+
+def test_every_engine_runs_something(engine):
+    assert_runs_something(engine)
+
+
+class RefusesAll(ENGINES.get("reference")):
+    def supports(self, recipe):
+        return "not today"
+
+
+class RefusesWhatIsQuantized(ENGINES.get("reference")):
+    def supports(self, recipe):
+        return None if recipe is None else "not today"
+
+
+@pytest.mark.parametrize("lazy", [RefusesAll, RefusesWhatIsQuantized])
+def test_an_engine_that_refuses_everything_does_not_keep_the_contract(lazy):
+    with pytest.raises(AssertionError, match="runs none of the"):
+        assert_runs_something(lazy())
+
+
+def test_what_is_skipped_is_refused(engine, artifacts):
+    """What ``supports`` has a reason against does not run after all."""
+    for name in refused(engine):
+        with pytest.raises(UserError):
+            engine.load(artifacts[name])
 
 
 def test_supports_answers_none_or_a_reason(engine):

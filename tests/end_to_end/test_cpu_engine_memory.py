@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_model import tiny_config, write_model
 
-from quern.core import memory as core_memory
 from quern.core.errors import UserError
 from quern.engines.cpu import CpuEngine
 from quern.generation.generate import generate
@@ -117,37 +116,6 @@ def test_logits_say_what_fits(model, room):
     said = r"a key/value cache of 49 tokens takes 18.8 kB; the free memory has room for 48 tokens"
     with pytest.raises(UserError, match=said):
         loaded.logits(torch.ones(1, 49, dtype=torch.int64))
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_the_limit_of_a_control_group_counts(version, tmp_path, monkeypatch):
-    whole = psutil.virtual_memory().available
-    groups, mount = tmp_path / "cgroup", tmp_path / "mount"
-    limit, used = (
-        ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
-    )
-    root = mount / "memory" if version == 1 else mount
-    inner = root / "outer" / "inner"
-    inner.mkdir(parents=True)
-    groups.write_text("4:cpu,memory:/outer/inner\n0::/\n" if version == 1 else "0::/outer/inner\n")
-
-    def free():
-        return core_memory.free_memory(groups, mount)
-
-    assert abs(free() - whole) < whole // 4
-    (inner / limit).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
-    (inner / used).write_text("3000\n")
-    assert abs(free() - whole) < whole // 4
-    (inner.parent / limit).write_text("10000\n")
-    (inner.parent / used).write_text("4000\n")
-    assert free() == 6000
-    prefix = "total_" if version == 1 else ""  # what the kernel drops when memory is asked for
-    (inner.parent / "memory.stat").write_text(f"anon 7\n{prefix}inactive_file 500\n{prefix}active_file 300\n")
-    assert free() == 6800
-    (inner / limit).write_text("2000\n")
-    assert free() == 0
-    (inner / limit).write_text("nonsense\n")
-    assert free() == 6800
 
 
 def test_the_engine_asks_for_that_limit(model, monkeypatch):

@@ -20,6 +20,7 @@ import psutil
 
 from quern import _native
 from quern.core.foreign_load import ForeignLoad
+from quern.core.memory import free_memory, total_memory
 from quern.core.parallel import available_threads
 from quern.core.results import FOREIGN_LIMIT
 
@@ -47,7 +48,6 @@ SLOWER = 0.8
 """A rate with more threads below this share of the one with fewer is doubtful."""
 
 _CPUINFO = Path("/proc/cpuinfo")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _NVIDIA_FIELDS = ("name", "memory.total", "memory.free", "driver_version", "compute_cap")
 
@@ -65,7 +65,6 @@ def probe(measure: bool = True, threads: int | None = None) -> dict[str, Any]:
     ``warnings`` says what makes the measured rates doubtful.
     """
     kernels, in_use = _native.isas(), _native.isa()  # refuses a QUERN_ISA that is none, before anything is measured
-    memory = psutil.virtual_memory()
     measured = measured_rates(sorted({1, available_threads(), threads or 1})) if measure else None
     return {
         "cpu_model": _cpu_model(),
@@ -76,8 +75,8 @@ def probe(measure: bool = True, threads: int | None = None) -> dict[str, Any]:
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "usable_cores": available_threads(),
-        "ram_bytes": min(memory.total, _cgroup_limit() or memory.total),
-        "ram_free_bytes": memory.available,
+        "ram_bytes": total_memory(),
+        "ram_free_bytes": free_memory(),
         "last_level_cache_bytes": _last_level_cache(),
         "os": _operating_system(),
         "gpus": gpus(),
@@ -145,7 +144,7 @@ def read_bandwidth(thread_counts: Sequence[int], buffer_bytes: int) -> dict[int,
     """
     import torch
 
-    size = min(buffer_bytes, psutil.virtual_memory().available // 4) // 4096 * 4096
+    size = min(buffer_bytes, free_memory() // 4) // 4096 * 4096
     # numpy asks the kernel for huge pages, torch does not; the content must be written, or all pages are the zero page.
     buffer = torch.from_numpy(np.full(size // 4, 0.5, dtype=np.float32))
     result = {}
@@ -269,14 +268,6 @@ def _cpuinfo_field(names: tuple[str, ...], cpuinfo: Path = _CPUINFO) -> str | No
 
 def _cpu_model() -> str | None:
     return _cpuinfo_field(("model name", "Model", "Hardware")) or platform.processor() or None
-
-
-def _cgroup_limit() -> int | None:
-    try:
-        text = _CGROUP_LIMIT.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _last_level_cache() -> int | None:

@@ -20,9 +20,9 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Tools, or a
 def list_peers(json: options.Json = False) -> None:
     """The tools, their variants, and what is installed; --json shows all that is declared, each variant's settings too."""
     from quern.cli import render_peers
-    from quern.pipeline.peers import catalogue
+    from quern.peers.listing import known_tools
 
-    show(catalogue(), json, render_peers.peers)
+    show(known_tools(), json, render_peers.peers)
 
 
 @verb("quern peers install hqq llama.cpp")
@@ -68,8 +68,8 @@ def doctor(json: options.Json = False) -> None:
     Exit code 1 if one of them does not start, or is not what was installed.
     """
     from quern.cli import render_peers
+    from quern.comparison.tool_process import examine
     from quern.peers.base import PEERS
-    from quern.pipeline.peers import examine
 
     with working() as progress, temporary_folder("doctor") as scratch:
         task = progress.task("starting tools", len(PEERS.names()))

@@ -11,7 +11,7 @@ from rich.text import Text
 from quern.cli.columns import table
 
 if TYPE_CHECKING:
-    from quern.pipeline.peers import Health
+    from quern.comparison.tool_process import Health
 
 
 def peers(tools: Sequence[dict[str, Any]]) -> RenderableType:

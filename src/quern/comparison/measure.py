@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from quern.checkpoint.checkpoint import open_checkpoint
 from quern.comparison.artifact_size import Stored, stored_checkpoint, stored_folder
 from quern.comparison.groups import Group, Loaded, alternate_rounds, score_all
@@ -24,6 +22,7 @@ from quern.comparison.measured_cache import MeasuredCache
 from quern.comparison.row_builder import Contender, Machine, Measured, Original, original_of, row_of
 from quern.comparison.worker_process import Worker
 from quern.core.errors import QuernError, UserError
+from quern.core.memory import free_memory
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import DRIFT_LIMIT, Failure, Row
@@ -267,4 +266,4 @@ def _anchor(everyone: Sequence[Contender]) -> Contender | None:
 
 def fits_in_memory(needed: int) -> bool:
     """Whether so many bytes are free."""
-    return needed <= psutil.virtual_memory().available
+    return needed <= free_memory()

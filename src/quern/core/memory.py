@@ -1,7 +1,13 @@
-"""How much memory this process may still take: what the machine has free, or less where a control group limits it."""
+"""Memory as the system counts it: what the machine has, what is free of it, what a process has held at most.
+
+The one place that asks. Control groups are counted, so that in a container these are the container's figures.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +20,7 @@ MOUNT = Path("/sys/fs/cgroup")
 _FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
 _RECLAIMED = {1: ("total_inactive_file", "total_active_file"), 2: ("inactive_file", "active_file")}
 """Fields of ``memory.stat``: cached files, which the kernel drops when memory is asked for."""
+_PEAK = re.compile(r"^VmHWM:\s+(\d+) kB$", re.MULTILINE)
 
 
 def free_memory(groups: Path = GROUPS, mount: Path = MOUNT) -> int:
@@ -23,6 +30,41 @@ def free_memory(groups: Path = GROUPS, mount: Path = MOUNT) -> int:
     around it (Linux' Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
     """
     return max(0, min([int(psutil.virtual_memory().available), *_left(groups, mount)]))
+
+
+def total_memory(groups: Path = GROUPS, mount: Path = MOUNT) -> int:
+    """Bytes of the machine, or of the narrowest control group with this process in it where that is less."""
+    limits = (_number(folder / _FILES[version][0]) for version, folder in _folders(groups, mount))
+    return min([int(psutil.virtual_memory().total), *(limit for limit in limits if limit is not None)])
+
+
+def forget_peak() -> None:
+    """Start ``peak_rss`` of this process anew at what is resident now, where the kernel can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss(process: int | None = None) -> int:
+    """Greatest resident memory in bytes of a process (default: this one), since its start or ``forget_peak``.
+
+    The kernel's own high-water mark, so that nothing is missed between two looks. 0 for another process that is gone, or
+    on a system without /proc.
+    """
+    try:
+        found = _PEAK.search(Path(f"/proc/{process or 'self'}/status").read_text("ascii", "replace"))
+    except OSError:
+        found = None
+    if found is not None:
+        return int(found[1]) * 1024
+    return _own_peak() if process is None else 0
+
+
+def _own_peak() -> int:
+    """From what every Unix tells, which on Linux may be the peak of the process that started this one."""
+    import resource  # Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _left(groups: Path, mount: Path) -> Iterator[int]:

@@ -64,7 +64,7 @@ class Server:
         self._loader = loader
         self._advance = advance
         self._model: LoadedModel | None = None
-        self._meter = find_meter("cpu")
+        self._meter = find_meter()
         self._verbs: dict[str, Callable[..., Answer]] = {
             "load": self._load,
             "reference": self._reference,

@@ -13,6 +13,10 @@ class Detokenizer:
 
     How a token reads depends on its neighbours (a leading space, the bytes of one character), so each piece is what the
     text grows by when the token is decoded after those before it, beginning with ``context`` (the prompt).
+
+    ``decode`` is that of any tokenizer. ``tokenizers.decoders.DecodeStream`` (0.23) is not used: it needs a tokenizer of
+    that library, says again the bytes of a prompt that ends inside a character, raises where byte fallback meets bytes that
+    are no character, and keeps to itself what is unfinished at the end.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int]) -> None:

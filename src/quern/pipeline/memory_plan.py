@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
@@ -96,21 +93,3 @@ def check(job: Job, cap: int | None) -> MemoryPlan:
             needed.peak,
         )
     return needed
-
-
-def forget_peak() -> None:
-    """Start ``peak_rss`` anew at what is resident now, where the kernel can (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_rss() -> int:
-    """Greatest resident memory of this process in bytes, so far or since ``forget_peak``."""
-    try:
-        # The kernel hands ru_maxrss down from the process that started this one; VmHWM is this program's own.
-        status = Path("/proc/self/status").read_text("ascii")
-        return int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0]) * 1024
-    except (OSError, IndexError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -22,13 +22,14 @@ from quern.checkpoint.files import explain_write_errors, read_json, write_bytes,
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.comparison.artifact_size import stored_folder
 from quern.comparison.row_builder import Contender
+from quern.comparison.tool_process import launch_of
 from quern.comparison.worker_process import Launch, Worker
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import thread_count
 from quern.core.progress import telling
 from quern.core.recipe import Calibration
 from quern.core.results import Failure, Tool
-from quern.peers.base import PEERS, PeerVariant
+from quern.peers.base import PeerVariant
 from quern.peers.environment import Environment, Installed
 from quern.pipeline.artifacts import Making
 from quern.pipeline.calibration_text import CalibrationText
@@ -37,8 +38,6 @@ TIME_LIMIT_S = 3600.0
 """Most seconds that a tool may take to make one artifact, and again to be measured with it."""
 TELL_S = 60.0
 """Seconds between two lines about a tool that quantizes."""
-_DOCTOR_S = 300.0
-"""Most seconds that a tool may take to start."""
 
 
 @dataclass(frozen=True)
@@ -114,18 +113,6 @@ def _make(making: Making, tools: Tools, chosen: PeerVariant) -> Contender:
         quantize_seconds=record["quantize_seconds"],
         quantize_peak_rss_bytes=record["quantize_peak_rss_bytes"],
         notes=(*filter(None, notes), *record["notes"]),
-    )
-
-
-def launch_of(environment: Environment, scratch: Path, memory: int | None, limit_s: float) -> Launch:
-    """How a tool's process is started. All that it is asked together may take ``limit_s``, whether it talks or not."""
-    return Launch(
-        command=environment.command,
-        environment=environment.variables(),
-        folder=scratch,
-        silence_s=limit_s,
-        limit_s=limit_s,
-        memory=memory,
     )
 
 
@@ -217,75 +204,3 @@ def _calibration(making: Making) -> tuple[Path, Path, str]:
         np.save(temporary, tokens, allow_pickle=False)
         os.replace(temporary, sequences)
     return sequences, text, digest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Health:
-    """What ``quern peers doctor`` found about one tool."""
-
-    name: str
-    tool: str
-    installed: str | None
-    """Version, or None."""
-    written_for: str
-    healthy: bool | None
-    """None where it is not installed."""
-    problem: str | None
-
-
-def examine(name: str, scratch: Path, environments: Path | None = None) -> Health:
-    """Whether the tool can be imported, has a version that the adapter is written for, and is as it was installed."""
-    environment = Environment.of(name, environments)
-    installed = environment.installed()
-    peer = environment.peer
-    facts: dict[str, Any] = {"name": name, "tool": peer.tool, "written_for": peer.versions}
-    if installed is None:
-        return Health(**facts, installed=None, healthy=None, problem=None)
-    try:
-        with Worker(name, launch_of(environment, scratch, None, _DOCTOR_S)) as worker:
-            answer = worker.ask({"do": "versions"})
-        problem = environment.problem(answer["version"], answer["versions"])
-    except QuernError as error:
-        problem = _one_line(error)
-    return Health(**facts, installed=installed.version, healthy=problem is None, problem=problem)
-
-
-def _one_line(error: QuernError) -> str:
-    """What happened and the last thing that the process wrote, which names the reason."""
-    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{first} {others[-1]}" if others else first
-
-
-def catalogue(environments: Path | None = None) -> list[dict[str, Any]]:
-    """Every known tool with all that its adapter declares: ``name``, ``tool``, ``package``, ``also``, ``modules``,
-    ``installed`` (version or None), ``written_for``, ``install`` (what makes its environment), ``requirements``,
-    ``sources``, ``environment``, ``licence``, ``homepage``, ``runtime``, ``targets``, ``devices``, ``folder`` and
-    ``variants`` (``name``, ``bits``, ``settings``, ``calibrated``, ``default``).
-    """
-    found = []
-    for name in PEERS.names():
-        environment = Environment.of(name, environments)
-        peer, installed = environment.peer, environment.installed()
-        found.append(
-            {
-                "name": name,
-                "tool": peer.tool,
-                "package": peer.package,
-                "also": list(peer.also),
-                "modules": list(peer.modules),
-                "installed": None if installed is None else installed.version,
-                "written_for": peer.versions,
-                "install": f"quern peers install {name}",
-                "requirements": list(peer.requirements),
-                "sources": list(peer.sources),
-                "environment": dict(peer.environment),
-                "licence": peer.licence,
-                "runtime": peer.runtime,
-                "targets": list(peer.targets),
-                "devices": list(peer.devices),
-                "homepage": peer.homepage,
-                "folder": str(environment.folder),
-                "variants": [asdict(variant) for variant in peer.variants],
-            }
-        )
-    return found

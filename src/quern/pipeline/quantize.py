@@ -23,6 +23,7 @@ from quern.codecs.base import CODECS
 from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import OutOfMemoryCapError, UserError, option
+from quern.core.memory import forget_peak, peak_rss
 from quern.core.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, WeightScheme, load_recipe
@@ -38,6 +39,7 @@ from quern.pipeline.job import Job, decoder_linears, quantized_modules
 from quern.pipeline.outer import quantize_outer, start_chain
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target
 from quern.quantization import scale_dtypes as scales
+from quern.quantization.arithmetic import arithmetic
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
 from quern.texts.source import Text
@@ -102,9 +104,10 @@ def quantize(
         finish_removal(target.work, target.path)
         return _finished(output, chosen, checkpoint, layers)
     started = time.perf_counter()
-    memory_plan.forget_peak()
+    forget_peak()
     sequences = _sequences(architecture, text, seed)
-    with WorkFolder.open(target.work, fingerprint, fresh) as work, deterministic_workers(threads) as workers:
+    wanted = {**fingerprint, **arithmetic()}
+    with WorkFolder.open(target.work, wanted, fresh) as work, deterministic_workers(threads) as workers:
         if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:
             work.remove()
             return _finished(output, chosen, checkpoint, layers)
@@ -172,7 +175,11 @@ def _check(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme
 def _fingerprint(
     checkpoint: Checkpoint, recipe: Recipe, text: CalibrationText | None, seed: int, device: str, progress: Progress
 ) -> dict[str, Any]:
-    """Everything that the bytes of the artifact depend on."""
+    """What was asked for: everything that the bytes of the artifact depend on, the arithmetic apart.
+
+    A work folder holds the job to that as well (``quantization/arithmetic.py``); a finished artifact is what was asked for
+    wherever it was made.
+    """
     return {
         "quern": quern.__version__,
         "model_sha256": checkpoint.sha256(progress),
@@ -261,7 +268,7 @@ def _report(
         bytes=size,
         bits_per_weight=8 * data / checkpoint.parameters,
         compression=1 - size / checkpoint.bf16_bytes,
-        peak_rss_bytes=memory_plan.peak_rss(),
+        peak_rss_bytes=peak_rss(),
         layers=[LayerError.model_validate(layer) for layer in layers],
         resumed=resumed,
         notes=[*checkpoint.notes, *source_notes(checkpoint, size), *notes],

@@ -26,6 +26,7 @@ from quern.core.errors import BadFileError
 from quern.core.heap import release_freed
 from quern.core.progress import Task
 from quern.pipeline.job import Job
+from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
 from quern.quantization.calibration.token_weights import block_gradients, normalized, output_gradient, sequence_seed
@@ -47,9 +48,9 @@ def token_weights(job: Job, index: int) -> dict[str, Tensor]:
 
 
 def shared_folder(cache: Path, fingerprint: Mapping[str, Any], job: Job) -> Path:
-    """The folder in ``cache`` for the token weights of all jobs with the same model and calibration tokens as this one."""
+    """The folder in ``cache`` for the token weights of all jobs with this one's model, calibration tokens and arithmetic."""
     assert job.sequences is not None
-    depends = {key: fingerprint[key] for key in ("quern", "model_sha256", "seed", "device")}
+    depends = {key: fingerprint[key] for key in ("quern", "model_sha256", "seed", "device")} | arithmetic()
     depends["tokens"] = hashlib.sha256(job.sequences.numpy().tobytes()).hexdigest()
     depends["compute_dtype"] = str(job.compute_dtype)
     return cache / f"token-weights-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}"

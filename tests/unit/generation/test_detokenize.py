@@ -3,6 +3,8 @@
 import random
 
 import pytest
+import tokenizers
+from tokenizers import decoders
 
 from quern.generation.detokenize import Detokenizer
 
@@ -59,3 +61,58 @@ def test_random_bytes_join_to_what_decoding_at_once_gives():
     for _ in range(200):
         ids = [source.randrange(256) for _ in range(30)]
         assert "".join(pieces(decode_bytes, b"", ids)) == decode_bytes(ids)
+
+
+def byte_fallback_tokenizer():
+    """As SentencePiece models with byte fallback are converted: 0 is special, then 256 bytes, then pieces."""
+    vocabulary = {"<s>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}}
+    vocabulary |= {piece: 257 + number for number, piece in enumerate(("▁a", "b", "▁the"))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<s>"])
+    return tokenizer
+
+
+def byte_level_tokenizer():
+    """One token a byte; 0 is special."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, **{letter: 1 + number for number, letter in enumerate(alphabet)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>"])
+    return tokenizer
+
+
+TOKENIZERS = {"byte level": byte_level_tokenizer(), "byte fallback": byte_fallback_tokenizer()}
+WHOLE = {
+    "byte level": TOKENIZERS["byte level"].encode("Mühle 磨盘 🌾b").ids,
+    "byte fallback": [257, 258, 259, *(1 + byte for byte in "磨🌾".encode()), 257],
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_whole_characters_come_as_from_the_librarys_own_stream(name):
+    tokenizer, ids = TOKENIZERS[name], [0, *WHOLE[name], 0]
+    stream = decoders.DecodeStream(skip_special_tokens=True)
+    theirs = [stream.step(tokenizer, token) or "" for token in ids]
+    assert pieces(tokenizer.decode, [], ids) == [*theirs, ""]
+    assert "".join(theirs) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_unfinished_end_and_a_prompt_that_ends_in_a_character(name):
+    """Where the library's stream says nothing, or what the prompt said."""
+    tokenizer, ids = TOKENIZERS[name], WHOLE[name]
+    cut = ids.index(next(token for token in ids if tokenizer.decode([token]) == "\ufffd")) + 1
+    said = pieces(tokenizer.decode, [], ids[:cut])
+    assert said[-1] == "\ufffd"
+    assert "".join(said) == tokenizer.decode(ids[:cut])
+    assert "".join(pieces(tokenizer.decode, ids[:cut], ids[cut:])).endswith(tokenizer.decode(ids[-1:])[-1])
+
+
+def test_bytes_that_are_no_character_end_nothing():
+    tokenizer = TOKENIZERS["byte fallback"]
+    ids = [257, 258, 0xFF, 0xFE, 258, 259]
+    assert "".join(pieces(tokenizer.decode, [], ids)) == "ab" + "\ufffd\ufffd" + "b the"

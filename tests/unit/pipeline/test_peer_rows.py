@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from quern.cli import render_peers
+from quern.comparison.tool_process import examine
 from quern.comparison.worker_process import WorkerError
 from quern.core.errors import UserError
 from quern.core.progress import Silent
@@ -24,10 +25,10 @@ from quern.core.results import load_results
 from quern.peers import lock
 from quern.peers.base import PEERS, peer_variants
 from quern.peers.environment import Environment, Installed, PeerError
+from quern.peers.listing import known_tools
 from quern.pipeline import peers as module
 from quern.pipeline.artifacts import Making
 from quern.pipeline.compare import compare
-from quern.pipeline.peers import catalogue, examine
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
 
@@ -378,8 +379,8 @@ def test_a_tool_that_says_for_ever_that_it_goes_on(tmp_path, fake):
     assert advanced
 
 
-def test_the_catalogue_lists_every_tool(fake):
-    listed = {tool["name"]: tool for tool in catalogue(fake)}
+def test_every_tool_is_listed(fake):
+    listed = {tool["name"]: tool for tool in known_tools(fake)}
     assert sorted(listed) == PEERS.names()
     assert listed["fake"]["installed"] == "1.5"
     assert {variant["name"] for variant in listed["fake"]["variants"]} == set(fake_peer.BEHAVIOURS)
@@ -400,7 +401,7 @@ def test_the_catalogue_lists_every_tool(fake):
 
 def test_the_table_shows_devices_and_how_to_install(fake):
     console = Console(file=io.StringIO(), width=200)
-    console.print(render_peers.peers(catalogue(fake)))
+    console.print(render_peers.peers(known_tools(fake)))
     lines = console.file.getvalue().splitlines()
     (line,) = [line for line in lines if line.strip().startswith("hqq ")]
     assert "cpu, cuda" in line

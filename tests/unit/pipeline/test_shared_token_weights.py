@@ -8,6 +8,7 @@ from quern.core.errors import BadFileError
 from quern.core.recipe import Recipe
 from quern.pipeline import sensitivity
 from quern.pipeline.quantize import quantize
+from quern.quantization.arithmetic import arithmetic
 
 
 def recipe(bits: int, **calibration) -> Recipe:
@@ -48,3 +49,12 @@ def test_one_that_does_not_fit_is_refused_by_name(tiny_model, tmp_path):
     (first / "0000.safetensors").write_bytes(b"short")
     with pytest.raises(BadFileError, match="0000.safetensors"):
         quantize(tiny_model, tmp_path / "third", recipe=recipe(3), cache=cache, threads=1)
+
+
+def test_another_arithmetic_has_its_own(tiny_model, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    quantize(tiny_model, tmp_path / "first", recipe=recipe(4), cache=cache, threads=1)
+    for number, changed in enumerate(({"torch": "1.0"}, {"kernels_instruction_set": "zap"}), start=2):
+        monkeypatch.setattr(sensitivity, "arithmetic", lambda changed=changed: {**arithmetic(), **changed})
+        quantize(tiny_model, tmp_path / f"other{number}", recipe=recipe(4), cache=cache, threads=1)
+        assert len(list(cache.iterdir())) == number

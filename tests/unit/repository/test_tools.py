@@ -37,10 +37,12 @@ def write(path: Path, lines: int, text: str = "x = 1"):
     [
         ("src/quern/a.py", 300, False, False),
         ("src/quern/a.py", 301, True, False),
-        ("src/quern/a.py", 500, True, False),
-        ("src/quern/a.py", 501, False, True),
+        ("src/quern/a.py", 400, True, False),
+        ("src/quern/a.py", 401, False, True),
+        ("csrc/kernels/a.cc", 500, True, False),
         ("csrc/kernels/a.cc", 501, False, True),
-        ("src/quern/report/page.js", 501, False, True),
+        ("src/quern/report/page.js", 401, False, True),
+        ("tools/a.py", 501, False, True),
         ("tests/test_a.py", 600, False, False),
         ("tests/test_a.py", 601, False, True),
         ("docs/a.py", 9999, False, False),
@@ -57,6 +59,29 @@ def test_function_limit(sizes, tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src/a.py").write_text("def fits():\n" + body * 79 + "\ndef too_long():\n" + body * 80)
     assert sizes.check(tmp_path) == ([], ["src/a.py:too_long: 81 lines, a function may have 80"])
+
+
+def test_folder_limit(sizes, tmp_path):
+    """Files that lie in the folder itself count, and those of other tools may be as many as there are tools."""
+    for folder in ("codecs", "codecs/more", "peers", "peers/adapters"):
+        for number in range(8 if "peers" not in folder else 9):
+            write(tmp_path / f"src/quern/{folder}/a{number}.py", 275)
+    assert sizes.check(tmp_path) == ([], [])
+    write(tmp_path / "src/quern/codecs/more/b.py", 1)
+    (error,) = sizes.check(tmp_path)[1]
+    assert error.startswith("src/quern/codecs/more: 2201 lines of Python, a folder may have 2200")
+
+
+def test_functions_are_short_in_the_middle(sizes, tmp_path):
+    write(tmp_path / "src/quern/a.py", 1, "def short():\n" + "    pass\n" * 3)
+    for number, lines in enumerate((7, 7, 20)):
+        write(tmp_path / f"src/quern/b{number}.py", 1, "async def f():\n" + "    pass\n" * (lines - 1))
+    assert sizes.median_function(tmp_path) == 7
+    assert sizes.check(tmp_path) == ([], [])
+    write(tmp_path / "src/quern/c.py", 1, "def f():\n" + "    pass\n" * 8)
+    write(tmp_path / "src/quern/d.py", 1, "def f():\n" + "    pass\n" * 8)
+    assert sizes.check(tmp_path)[1] == ["src/quern: the median function has 8 lines; fewer than 8 are wanted"]
+    assert sizes.median_function(tmp_path / "nothing") == 0
 
 
 def test_allowed_files_pass_and_entries_must_exist(sizes, tmp_path, monkeypatch):
