@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +21,23 @@ def evaluate(
     text: options.Texts = None,
     choice: options.Choices = None,
     tokens: options.Tokens = 4096,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Tasks of lm-eval to run as well: hellaswag,arc_easy.", show_default=False),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Further tasks: lm-eval's YAML files.",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Items of each task.", show_default="all")
+    ] = None,
     no_speed: options.NoSpeed = False,
     threads: options.Threads = None,
     engine: options.EngineName = "auto",
@@ -44,6 +62,9 @@ def evaluate(
             speed_rounds=0 if no_speed else MeasurementSettings.speed_rounds,
             threads=threads,
             engine=engine,
+            tasks=options.names(tasks),
+            tasks_path=tasks_path,
+            limit=limit,
             seed=seed,
             progress=progress,
         )

@@ -65,7 +65,23 @@ def row(found: Row) -> RenderableType:
         add(table, heading(column), column.cell(found))
     missing = found.kind != "unquantized" and found.kl_mean is None
     hint = [Text("What accuracy it lost is not measured: name the unquantized model with --reference", style="dim")]
-    return Group(table, *_notes(found.notes), *(hint if missing else []))
+    return Group(table, *tasks(found), *_notes(found.notes), *(hint if missing else []))
+
+
+def tasks(found: Row) -> list[RenderableType]:
+    """What lm-eval's tasks gave, a line for each metric; nothing where none was run."""
+    table = plain_table(("task", "metric", "value", "standard error"), right=(2, 3))
+    for name, metrics in found.tasks.items():
+        for metric, value in metrics.items():
+            if "_stderr" not in metric:
+                add(table, name, metric, number(value, ".4f"), number(metrics.get(stderr_name(metric)), ".4f"))
+    return [table] if found.tasks else []
+
+
+def stderr_name(metric: str) -> str:
+    """``acc,strict`` has its standard error under ``acc_stderr,strict``."""
+    name, comma, kind = metric.partition(",")
+    return f"{name}_stderr{comma}{kind}"
 
 
 def quantize_report(report: QuantizeReport) -> RenderableType:

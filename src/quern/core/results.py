@@ -141,6 +141,8 @@ class Row(_Strict):
     """Decode speed of the unquantized model in the group that this row was timed in, over that in the first group."""
     figures: dict[str, Figure] = {}
     """By name, of the measures that have no field of their own above."""
+    tasks: dict[str, dict[str, float]] = {}
+    """By task of lm-eval: its metrics, and the standard error of each as ``<metric>_stderr`` where there is one."""
     engine: str = "reference"
     layers: list[LayerError] = []
     notes: list[str] = []

@@ -9,12 +9,14 @@ from quern.advisor.hardware import measured_rates, rate_warnings
 from quern.comparison.inputs import MeasurementSettings, prepare_inputs
 from quern.comparison.measure import measure_all
 from quern.comparison.row_builder import Contender, contender_of
+from quern.comparison.task_scores import task_scores
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import Row
 from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
+from quern.evaluation.tasks import wanted_tasks
 from quern.loading.fitting import open_model
 from quern.texts.source import Text
 
@@ -34,6 +36,9 @@ def evaluate(
     prompt_tokens: int = 256,
     decode_tokens: int = 32,
     engine: str = AUTO,
+    tasks: Sequence[str] | None = None,
+    tasks_path: str | Path | None = None,
+    limit: int | None = None,
     progress: Progress | None = None,
 ) -> Row:
     """Measure the model at ``model`` (artifact, folder, Hub id or GGUF file), against ``reference`` if it is given.
@@ -41,8 +46,12 @@ def evaluate(
     ``texts`` are files to score (see ``evaluation/texts.py``; default: held-out files of the running Python),
     ``choices`` JSONL files (see ``evaluation/choice.py``). An unquantized model without a reference is its own: its
     divergence is then the noise floor. ``engine`` runs the model (``auto``: the fastest that can); reference logits are
-    always the reference engine's. A quantized one without a reference has no divergence. Raises ``UserError``.
+    always the reference engine's. A quantized one without a reference has no divergence.
+
+    ``tasks`` names tasks of lm-eval (the extra ``quern[lm-eval]``), ``tasks_path`` a folder with further ones, ``limit`` how
+    many items of each are run (default: all); their scores are the row's ``tasks``. Raises ``UserError``.
     """
+    wanted = wanted_tasks(tasks, tasks_path, limit)
     settings = MeasurementSettings(
         tokens=tokens,
         window=window,
@@ -73,4 +82,11 @@ def evaluate(
             others, original, inputs, settings=settings, hardware={"measured": rates}, progress=progress
         )
     row = measurement.rows[-1]
-    return row.model_copy(update={"notes": [*inputs.taken, *row.notes]})
+    scores = (
+        {}
+        if wanted is None
+        else task_scores(
+            checkpoint, contender.engine, wanted, dtype=dtype, threads=threads, seed=seed, progress=progress
+        )
+    )
+    return row.model_copy(update={"tasks": scores, "notes": [*inputs.taken, *row.notes]})

@@ -16,7 +16,7 @@ SURFACE = {
     },
     "evaluate": {
         *("MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--engine", "--seed", "--json"),
-        "--no-speed",
+        *("--no-speed", "--tasks", "--tasks-path", "--limit"),
     },
     "compare": {
         *("MODEL", "--output", "-o", "--recipes", "--calibration", "--text", "--choice", "--tokens", "--scenario"),
