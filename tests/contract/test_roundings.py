@@ -9,7 +9,7 @@ from quern.codecs.base import decode
 from quern.core.parallel import Workers
 from quern.core.recipe import Rounding as Settings
 from quern.quantization.calibration.hessian import add_to_hessian
-from quern.quantization.rounding._factor import Factor, factorize
+from quern.quantization.rounding.factor import Factor, factorize
 from quern.quantization.rounding.base import ROUNDINGS, SLAB
 from quern.quantization.rounding.gptq import SAMPLED_ROWS
 

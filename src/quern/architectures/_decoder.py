@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Hashable
 from typing import Any, ClassVar
 
 from torch import nn
 
-from quern.architectures.base import Architecture, LinearGroup, Rescaling
+from quern.architectures.base import Architecture, BlockSpec, LinearSpec, Rescaling
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATED = ("mlp.gate_proj", "mlp.up_proj")
+LINEARS = (
+    ("self_attn.q_proj", "query", "attention input", ATTENTION),
+    ("self_attn.k_proj", "key", "attention input", ATTENTION),
+    ("self_attn.v_proj", "value", "attention input", ATTENTION),
+    ("self_attn.o_proj", "output", "attention output", ()),
+    ("mlp.gate_proj", "gate", "mlp input", GATED),
+    ("mlp.up_proj", "up", "mlp input", GATED),
+    ("mlp.down_proj", "down", "mlp output", ()),
+)
+"""Name, role, input group, and what it is fused with."""
 
 
 class GatedDecoder(Architecture):
@@ -16,27 +30,29 @@ class GatedDecoder(Architecture):
     module: ClassVar[str]
     class_prefix: ClassVar[str]
 
-    groups = (
-        LinearGroup("attention input", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        LinearGroup("attention output", ("self_attn.o_proj",)),
-        LinearGroup("mlp input", ("mlp.gate_proj", "mlp.up_proj")),
-        LinearGroup("mlp output", ("mlp.down_proj",)),
-    )
-    rescalings = (
-        Rescaling("norm", "input_layernorm", groups[0].linears),
-        Rescaling("value", "self_attn.v_proj", groups[1].linears),
-        Rescaling("norm", "post_attention_layernorm", groups[2].linears),
-        Rescaling("linear", "mlp.up_proj", groups[3].linears),
-    )
-    roles = {
-        "self_attn.q_proj": "query",
-        "self_attn.k_proj": "key",
-        "self_attn.v_proj": "value",
-        "self_attn.o_proj": "output",
-        "mlp.gate_proj": "gate",
-        "mlp.up_proj": "up",
-        "mlp.down_proj": "down",
-    }
+    def block(self, index: int) -> BlockSpec:
+        shapes = self.parameters(index)
+        linears = []
+        for name, role, group, fused in LINEARS:
+            rows, columns = shapes[f"{name}.weight"]
+            linears.append(LinearSpec(name, (rows, columns), role, group, fused_with=fused))
+        heads = self.config.num_key_value_heads
+        rescalings = (
+            Rescaling("norm", "input_layernorm", ATTENTION),
+            Rescaling(
+                "value", "self_attn.v_proj", ("self_attn.o_proj",), heads, self.config.num_attention_heads // heads
+            ),
+            Rescaling("norm", "post_attention_layernorm", GATED),
+            Rescaling("linear", "mlp.up_proj", ("mlp.down_proj",)),
+        )
+        return BlockSpec(index, self.block_prefix(index), tuple(linears), rescalings, self.window(index))
+
+    def window(self, index: int) -> int:
+        """How many positions the attention of block ``index`` sees back, itself included; 0: all. Families may say more."""
+        return 0
+
+    def kind_of(self, index: int) -> Hashable:
+        return None
 
     def _class(self, suffix: str) -> Any:
         return getattr(importlib.import_module(self.module), self.class_prefix + suffix)
@@ -54,7 +70,6 @@ class GatedDecoder(Architecture):
         return norm
 
 
-def windows_by_type(config: Any) -> list[int]:
-    """``GatedDecoder.windows`` of a family whose config says of each layer whether it is one of sliding attention."""
-    window = int(config.sliding_window or 0)
-    return [window if kind == "sliding_attention" else 0 for kind in config.layer_types]
+def window_by_type(config: Any, index: int) -> int:
+    """``GatedDecoder.window`` of a family whose config says of each layer whether it is one of sliding attention."""
+    return int(config.sliding_window or 0) if config.layer_types[index] == "sliding_attention" else 0

@@ -6,6 +6,7 @@ product. Python is called once a token. The reference engine judges it (tests/en
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from quern import _native
 from quern.architectures._decoder import GatedDecoder
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.core.artifact import METHOD, module_schemes, quantization_of
+from quern.core.artifact import quantization_of
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import thread_count
-from quern.core.recipe import Recipe, parse_recipe
 from quern.engines._cpu_model import CachePrecision as CachePrecision
 from quern.engines._cpu_model import CpuModel
 from quern.engines._cpu_weights import MappedWeights, unsupported
 from quern.engines._rotary import frequencies
 from quern.engines.base import ENGINES, DtypeName, Engine
+from quern.formats.base import StoredModule, reader_of
+from quern.formats.quern import METHOD
 from quern.loading.fitting import model_config, open_model
 
 ROTARY = ("default", "linear", "yarn", "llama3", "dynamic", "longrope")
@@ -44,17 +46,12 @@ ACTIVATIONS = {
 class CpuEngine(Engine):
     """Packed weights on CPUs, decoder and all in C++."""
 
-    def supports(self, recipe: Recipe | None) -> str | None:
-        if recipe is None:
-            return None
-        if recipe.format != METHOD:
-            return f"it reads artifacts of the format {METHOD}, not {recipe.format}"
-        if recipe.activations.mode == "static":
+    def obstacle(self, format: str | None, modules: Collection[StoredModule]) -> str | None:
+        if format not in (None, METHOD):
+            return f"it reads artifacts of the format {METHOD}, not {format}"
+        if any(module.activations == "static" for module in modules):
             return "static activations run on the reference engine only"
-        for scheme in (recipe.weights, recipe.embedding, recipe.head, *recipe.overrides):
-            if (reason := unsupported(scheme)) is not None:
-                return reason
-        return None
+        return next((reason for module in modules if (reason := unsupported(module.scheme)) is not None), None)
 
     def runs(self, checkpoint: Checkpoint) -> str | None:
         return super().runs(checkpoint) or _unknown(architecture_of(model_config(checkpoint)))
@@ -74,16 +71,12 @@ class CpuEngine(Engine):
         checkpoint = open_model(path)
         if (reason := self.runs(checkpoint)) is not None:
             raise UserError(f"the cpu engine does not run {path}: {reason}. Use the reference engine")
-        config = quantization_of(checkpoint.config)
-        schemes = {} if config is None else module_schemes(config)
-        recipe = None if config is None else parse_recipe(config.get("recipe"), "of the artifact")
         architecture = architecture_of(model_config(checkpoint))
         assert isinstance(architecture, GatedDecoder)
-        weights = MappedWeights(checkpoint, schemes)
-        # Whether the blocks were made for int8 activations with one scale a token.
-        scale_per_token = recipe is not None and recipe.activations.mode == "dynamic"
+        reader = reader_of(quantization_of(checkpoint.config), architecture)
+        weights = MappedWeights(checkpoint, {} if reader is None else reader.plan())
         try:
-            decoder, bytes_per_token = _decoder(architecture, weights, scale_per_token, thread_count(threads))
+            decoder, bytes_per_token = _decoder(architecture, weights, thread_count(threads))
         except QuernError:
             raise
         except ValueError as error:
@@ -91,9 +84,7 @@ class CpuEngine(Engine):
         return CpuModel(decoder, architecture.config, bytes_per_token, cache)
 
 
-def _decoder(
-    architecture: GatedDecoder, weights: MappedWeights, scale_per_token: bool, threads: int
-) -> tuple[_native.Decoder, int]:
+def _decoder(architecture: GatedDecoder, weights: MappedWeights, threads: int) -> tuple[_native.Decoder, int]:
     """The native decoder and the bytes of weights that a token reads."""
     config = architecture.config
     shape = _shape(architecture)
@@ -108,26 +99,23 @@ def _decoder(
         "up": (inner, hidden),
         "down": (hidden, inner),
     }
-    by_role = {role: name for name, role in architecture.roles.items()}
     blocks = []
-    for index in range(architecture.layers):
-        prefix = architecture.block_prefix(index)
+    for block in architecture.blocks:
+        prefix = block.prefix
+        by_role = {linear.role: linear.name for linear in block.linears}
         blocks.append(
             _native.Block(
                 weights.vector(prefix + "input_layernorm.weight", hidden),
                 weights.vector(prefix + "post_attention_layernorm.weight", hidden),
                 weights.optional_vector(prefix + "self_attn.q_norm.weight", shape["head_dim"]),
                 weights.optional_vector(prefix + "self_attn.k_norm.weight", shape["head_dim"]),
-                [
-                    weights.linear(prefix + by_role[role], size, scale_per_token=scale_per_token)
-                    for role, size in sizes.items()
-                ],
+                [weights.linear(prefix + by_role[role], size) for role, size in sizes.items()],
             )
         )
     table = (config.vocab_size, hidden)
     embedding = weights.matrix(architecture.embedding, table)
-    head_name = architecture.embedding if architecture.tied else architecture.head
-    head = weights.linear(head_name, table, scale_per_token=False)
+    head_name = architecture.head_owner
+    head = weights.linear(head_name, table)
     norm = weights.vector(f"{architecture.final_norm}.weight", hidden)
     bytes_per_token = weights.read_bytes + (0 if architecture.tied else embedding.bytes // config.vocab_size)
     return _native.Decoder(shape, blocks, embedding, norm, head, threads), bytes_per_token
@@ -158,7 +146,7 @@ def _shape(architecture: GatedDecoder) -> dict[str, Any]:
         "key_value_heads": config.num_key_value_heads,
         "head_dim": head_dim,
         "vocabulary": config.vocab_size,
-        "windows": architecture.windows(),
+        "windows": [block.window for block in architecture.blocks],
         "activation": ACTIVATIONS[config.hidden_act],
         "epsilon": float(config.rms_norm_eps),
         "rotary_factor": factor,

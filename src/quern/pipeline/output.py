@@ -49,6 +49,14 @@ def finished_layers(target: OutputFolder, fingerprint: dict[str, Any], fresh: bo
     return layers
 
 
+def provenance_notes(folder: Path) -> list[str]:
+    """What should be known of how an artifact's weights are stored, as it was noted when they were made."""
+    try:
+        return [str(note) for note in read_json(folder / PROVENANCE)["notes"]]
+    except (BadFileError, KeyError, TypeError):  # of an older version
+        return []
+
+
 def artifact_names(folder: Path) -> set[str]:
     """Names in ``folder`` that belong to an artifact of quern's there; none without its ``quern.json``."""
     if _provenance(folder) is None:
