@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from artifacts import INT8, small_recipe, stored_tensors
+from artifacts import INT8, small_recipe, stored_schemes, stored_tensors
 from safetensors.torch import load_file, save_file
 from tiny_model import calibration_text, tiny_config, write_model
 
 import quern.pipeline.quantize as job
 from quern.comparison.row_builder import contender_of
-from quern.core.artifact import module_schemes
 from quern.engines.cpu import CpuEngine
 from quern.engines.reference import load as load_reference
 from quern.loading.fitting import open_model
@@ -64,7 +63,7 @@ def skewed(plain, tmp_path_factory):
 
 
 def schemes_of(folder):
-    return module_schemes(json.loads((folder / "config.json").read_text())["quantization_config"])
+    return stored_schemes(folder)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from quern import _native
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.safetensors_file import DTYPES
-from quern.codecs.base import codec_of
+from quern.codecs.base import CODECS, codec_of
 from quern.codecs.integer import IntegerCodec
 from quern.codecs.trellis import TrellisCodec
 from quern.core.errors import BadFileError
@@ -36,7 +36,7 @@ what rounding the weights did; the second one is nearly free where memory limits
 
 def unsupported(scheme: CodecScheme) -> str | None:
     """Why the native kernels cannot read weights of ``scheme``; None if they can."""
-    codec = codec_of(scheme)
+    codec = codec_of(scheme) if scheme.codec in CODECS.names() else None
     if isinstance(codec, TrellisCodec):
         return None
     if not isinstance(codec, IntegerCodec):
