@@ -1,4 +1,4 @@
-"""Do two commits make the same bytes?   usage: compare_commits.py OLD NEW [--quick] [--no-evaluation] [--only RECIPE ...] [--keep FOLDER]
+"""Do two commits make the same bytes?   usage: compare_commits.py OLD NEW [--quick] [--no-evaluation] [--only RECIPE ...]
 
 OLD and NEW are anything that git can check out; ``.`` is the working tree as it is. Both are laid beside each other and
 compiled, and quantize the same models: the bundled one and a tiny random one of every family, by every shipped recipe and

@@ -85,6 +85,8 @@ class QuernReader(ArtifactReader):
     def _version_3(self) -> dict[str, StoredModule]:
         found = {}
         for module, entry in self.quantization["modules"].items():
+            if set(entry) != {"weights", "rotated", "activations"}:
+                raise ValueError(f"module {module!r} is described by {', '.join(map(str, entry))}")
             rotated, mode = entry["rotated"], entry["activations"]
             if type(rotated) is not bool or mode not in ("none", "dynamic", "static"):
                 raise ValueError(f"module {module!r} has rotated {rotated!r} and activations {mode!r}")

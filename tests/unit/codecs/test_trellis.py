@@ -27,7 +27,7 @@ def codec_of(variant, **changes):
 
 def encoder_of(codec, rows: int, columns: int, scale: float = 1.0, isa: str = "") -> _native.TrellisEncoder:
     scales = np.full(rows, scale, np.float32)
-    return _native.TrellisEncoder(codec.scheme.bits, codec.lag, codec.table.entries.numpy(), scales, columns, isa)
+    return _native.TrellisEncoder(codec.params.bits, codec.lag, codec.table.entries.numpy(), scales, columns, isa)
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_decoding_follows_the_description_of_the_layout(variant, shape):
     }
     heights = [min(256, rows - first) for first in range(0, rows, 256)]
     expected = decode_trellis(
-        parts["codes"].numpy(), heights, columns, codec.scheme.bits, codec.window, parts["table"].numpy(), codec.lag
+        parts["codes"].numpy(), heights, columns, codec.params.bits, codec.window, parts["table"].numpy(), codec.lag
     )
     assert np.array_equal(codec.integers(shape, parts).numpy(), expected)
     assert torch.equal(codec.decode(shape, parts), torch.from_numpy(expected).float() * parts["scale"].float())
@@ -79,11 +79,11 @@ def test_windows_by_hand():
 
 def plain_search(codec, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """All streams of a short tile: their values ``(streams, steps)`` and their numbers."""
-    count = stream_bytes(16 * steps, codec.scheme.bits)
+    count = stream_bytes(16 * steps, codec.params.bits)
     streams = torch.tensor(list(itertools.product(range(256), repeat=count)), dtype=torch.uint8).flip(1)[..., None]
     values = 0
     for table, older in zip(codec.table.entries.int(), (0, codec.lag), strict=False):
-        values = values + table[windows(streams, steps, codec.scheme.bits, codec.window, older)[..., 0].int()]
+        values = values + table[windows(streams, steps, codec.params.bits, codec.window, older)[..., 0].int()]
     return values.numpy(), np.arange(len(streams))
 
 
@@ -105,7 +105,7 @@ def test_short_tiles_get_the_best_of_all_streams(variant, steps):
 
 def plain_path(codec, x: np.ndarray) -> float:
     """Least squared error of a tail-biting path by plain dynamic programming, from every state around to itself."""
-    bits, table = codec.scheme.bits, codec.table.entries.numpy().astype(np.int64)
+    bits, table = codec.params.bits, codec.table.entries.numpy().astype(np.int64)
     span = codec.window + bits * codec.lag
     branches = np.arange(1 << span)
     value = table[0][branches >> (span - codec.window)]
