@@ -11,17 +11,8 @@ from torch import nn
 from quern.architectures.base import Architecture, BlockSpec, LinearSpec, Rescaling
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GATED = ("mlp.gate_proj", "mlp.up_proj")
-LINEARS = (
-    ("self_attn.q_proj", "query", "attention input", ATTENTION),
-    ("self_attn.k_proj", "key", "attention input", ATTENTION),
-    ("self_attn.v_proj", "value", "attention input", ATTENTION),
-    ("self_attn.o_proj", "output", "attention output", ()),
-    ("mlp.gate_proj", "gate", "mlp input", GATED),
-    ("mlp.up_proj", "up", "mlp input", GATED),
-    ("mlp.down_proj", "down", "mlp output", ()),
-)
-"""Name, role, input group, and what it is fused with."""
+OUTPUT = "self_attn.o_proj"
+ROLES = ("query", "key", "value")
 
 
 class GatedDecoder(Architecture):
@@ -31,21 +22,46 @@ class GatedDecoder(Architecture):
     class_prefix: ClassVar[str]
 
     def block(self, index: int) -> BlockSpec:
-        shapes = self.parameters(index)
-        linears = []
-        for name, role, group, fused in LINEARS:
-            rows, columns = shapes[f"{name}.weight"]
-            linears.append(LinearSpec(name, (rows, columns), role, group, fused_with=fused))
-        heads = self.config.num_key_value_heads
+        linears = (*self.attention(index), *self.gated_mlp(index, "mlp"))
         rescalings = (
-            Rescaling("norm", "input_layernorm", ATTENTION),
-            Rescaling(
-                "value", "self_attn.v_proj", ("self_attn.o_proj",), heads, self.config.num_attention_heads // heads
-            ),
-            Rescaling("norm", "post_attention_layernorm", GATED),
+            *self.attention_rescalings(),
+            Rescaling("norm", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
             Rescaling("linear", "mlp.up_proj", ("mlp.down_proj",)),
         )
-        return BlockSpec(index, self.block_prefix(index), tuple(linears), rescalings, self.window(index))
+        return BlockSpec(index, self.block_prefix(index), linears, rescalings, self.window(index))
+
+    def attention(self, index: int) -> tuple[LinearSpec, ...]:
+        """q, k, v and o of block ``index``."""
+        inner = [
+            self.linear(index, name, role, "attention input", ATTENTION)
+            for name, role in zip(ATTENTION, ROLES, strict=True)
+        ]
+        return (*inner, self.linear(index, OUTPUT, "output", "attention output"))
+
+    def gated_mlp(self, index: int, name: str, expert: int | None = None) -> tuple[LinearSpec, ...]:
+        """gate, up and down of the module called ``name``, relative to the block."""
+        gate, up = f"{name}.gate_proj", f"{name}.up_proj"
+        return (
+            self.linear(index, gate, "gate", f"{name} input", (gate, up), expert),
+            self.linear(index, up, "up", f"{name} input", (gate, up), expert),
+            self.linear(index, f"{name}.down_proj", "down", f"{name} output", (), expert),
+        )
+
+    def linear(
+        self, index: int, name: str, role: str, group: str, fused: tuple[str, ...] = (), expert: int | None = None
+    ) -> LinearSpec:
+        """A linear of block ``index``, with the shape of its module."""
+        rows, columns = self.parameters(index)[f"{name}.weight"]
+        return LinearSpec(name, (rows, columns), role, group, expert, fused)
+
+    def attention_rescalings(self) -> tuple[Rescaling, ...]:
+        """Of the norm before attention, and of values."""
+        heads = self.config.num_key_value_heads
+        times = self.config.num_attention_heads // heads
+        return (
+            Rescaling("norm", "input_layernorm", ATTENTION),
+            Rescaling("value", "self_attn.v_proj", (OUTPUT,), heads, times),
+        )
 
     def window(self, index: int) -> int:
         """How many positions the attention of block ``index`` sees back, itself included; 0: all. Families may say more."""

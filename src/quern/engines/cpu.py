@@ -42,6 +42,10 @@ ACTIVATIONS = {
 """Names in config.json, as transformers means them, and the native function that computes it."""
 
 
+SEVEN = sorted(("query", "key", "value", "output", "gate", "up", "down"))
+"""Roles of the linears of a block that it runs."""
+
+
 @ENGINES.add("cpu")
 class CpuEngine(Engine):
     """Packed weights on CPUs, decoder and all in C++."""
@@ -126,6 +130,8 @@ def _unknown(architecture: Architecture) -> str | None:
     config = architecture.config
     if not isinstance(architecture, GatedDecoder):
         return f"it does not know the layout of {architecture.model_type}"
+    if any(sorted(linear.role for linear in block.linears) != SEVEN for block in architecture.blocks):
+        return f"it knows blocks of {', '.join(SEVEN)}, one of each, and those of {architecture.model_type} have others"
     rotary: Any = architecture.build_rotary()
     if rotary.rope_type not in ROTARY:
         return f"it knows the rotary scalings {', '.join(ROTARY)}; config.json asks for {rotary.rope_type!r}"

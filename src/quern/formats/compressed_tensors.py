@@ -45,6 +45,8 @@ class CompressedTensorsWriter(ShardedWriter):
         for module, plan in self.plan.quantized().items():
             for problem in self._problems(module, plan):
                 problems.setdefault(problem, []).append(module)
+        if any(block.sources for block in self.architecture.blocks):
+            problems["it stores experts one by one, which transformers' classes of this family do not read"] = []
         for problem in self._torn():
             problems[problem] = []
         linears = {m: p for m, p in self.plan.quantized().items() if m != self.architecture.embedding}

@@ -118,6 +118,8 @@ class _BlockWork:
                 if not codecs:
                     continue
                 statistics = self._channels(rescaling.targets[0])
+                if statistics is None:  # an expert that no token met
+                    continue
                 repeat = Repeat.of(rescaling)
                 targets = [self.block.linear(name).weight.data for name in codecs]
                 wanted = scaling.scales(targets, list(codecs.values()), statistics, repeat, self.job.workers)
@@ -213,20 +215,22 @@ class _BlockWork:
         following.write(lambda start, stop: self.block.run_each(source.read(start, stop), self.job.workers))
         self.job.work.finish(f"{CHAIN} {self.index + 1}", [following.path], {})
 
-    def _channels(self, linear: str) -> ChannelStatistics:
-        """Statistics of what ``linear`` reads."""
+    def _channels(self, linear: str) -> ChannelStatistics | None:
+        """Statistics of what ``linear`` reads; None where it reads nothing."""
         assert self.source is not None
         total, largest, sample, tokens = torch.zeros(()), torch.zeros(()), [], 0
         waves = self.source.waves()
         for start, stop in waves:
             taps = self.block.capture([linear], self.source.read(start, stop), self.job.workers)
             inputs = taps[linear].inputs.float()
+            if not len(inputs):
+                continue
             sizes = inputs.abs()
             total = total + sizes.sum(0, dtype=torch.float64)
             largest = torch.maximum(largest, sizes.amax(0))
             sample.append(inputs[:: max(1, len(waves) * len(inputs) // SAMPLED_TOKENS)])
             tokens += len(inputs)
-        return ChannelStatistics((total / tokens).float(), largest, torch.cat(sample))
+        return None if not tokens else ChannelStatistics((total / tokens).float(), largest, torch.cat(sample))
 
 
 def record_of(job: Job, rounded: Sequence[RoundedLinear], prefix: str = "") -> dict[str, Any]:
