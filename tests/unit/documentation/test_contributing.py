@@ -126,8 +126,11 @@ def joined(model: Path, folder: Path) -> Path:
 def test_the_family_is_quantized_like_the_one_that_it_stores_otherwise(copy):
     model = write_model(copy / "models" / "llama", tiny_config("llama", num_hidden_layers=1))
     joined(model, copy / "models" / "joined")
-    for name in ("llama", "joined"):
-        quern(copy, "quantize", f"models/{name}", "-o", f"out-{name}", "--recipe", "rtn4", "--threads", "1")
+    script = "from quern.pipeline.quantize import quantize\n"
+    script += (
+        "for name in ('llama', 'joined'):\n    quantize(f'models/{name}', f'out-{name}', recipe='rtn4', threads=1)"
+    )
+    run(copy, "-c", script)
     found, wanted = stored_tensors(copy / "out-joined"), stored_tensors(copy / "out-llama")
     assert set(found) == set(wanted)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
