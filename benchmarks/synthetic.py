@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.safetensors_file import write_safetensors
-from quern.codecs.base import CODECS
+from quern.codecs.base import codec_of
 from quern.codecs.trellis import TrellisCodec
 from quern.core.recipe import Recipe
-from quern.formats.base import FORMATS
-from quern.pipeline.job import quantized_modules
+from quern.formats.quern import QuernWriter
+from quern.pipeline.job import plan_of
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCABULARY = 320
@@ -76,8 +76,8 @@ def write_random_artifact(folder: Path, config: dict[str, Any], recipe: Recipe, 
     """
     folder.mkdir(parents=True, exist_ok=True)
     architecture = architecture_of(config)
-    schemes = quantized_modules(recipe, architecture)
-    rotated = any(transform.method == "hadamard" for transform in recipe.transforms)
+    plan = plan_of(recipe, architecture)
+    quantized = plan.quantized()
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}
     shapes = architecture.expected_shapes()
@@ -87,24 +87,23 @@ def write_random_artifact(folder: Path, config: dict[str, Any], recipe: Recipe, 
         tensors: dict[str, torch.Tensor] = {}
         for name in names:
             module = name.removesuffix(".weight")
-            if module not in schemes:
+            if module not in quantized:
                 tensors[name] = _random(shapes[name], generator)
                 continue
             rows, columns = shapes[name]
-            codec = CODECS.get(schemes[module].codec)(schemes[module])
+            codec = codec_of(plan[module].scheme)
             for part, (size, dtype) in codec.part_shapes((rows, columns)).items():
                 tensors[f"{module}.{part}"] = _random_part(part, size, dtype, columns, generator)
             if isinstance(codec, TrellisCodec):  # sums of random entries would not fit the bytes that kernels add in
                 tensors[f"{module}.table"] = codec.table.entries.clone()
-            if rotated and ".layers." in name:
+            if plan[module].rotation is not None:
                 tensors[f"{module}.input_signs"] = torch.zeros(-(-columns // 8), dtype=torch.uint8)
         file = f"model-{shard}.safetensors"
         write_safetensors(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
-    stored = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
-    quantization = FORMATS.get(recipe.format)(recipe).quantization_config(schemes, [], stored)
+    quantization = QuernWriter(recipe, plan, architecture).quantization_config(plan)
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}), "utf-8")
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def make_artifact(
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a folder, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def stored_schemes(folder: Path) -> dict[str, Any]:
+    """Every quantized module's scheme, as the artifact says it."""
+    from quern.architectures.base import architecture_of
+    from quern.formats.base import reader_of
+
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    reader = reader_of(config["quantization_config"], architecture_of(config))
+    assert reader is not None
+    return {module: stored.scheme for module, stored in reader.plan().items()}
 
 
 def stored_tensors(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from quern.advisor.recommend import recommend
 from quern.advisor.scoring import WEIGHTS
-from quern.core.recipe import Recipe, Rounding, WeightScheme
+from quern.core.recipe import Recipe, Rounding
 from quern.core.results import (
     METRICS_VERSION,
     Failure,
@@ -24,6 +24,7 @@ from quern.core.results import (
     TextSource,
     Tool,
 )
+from quern.core.scheme import parse_scheme
 
 LAYERS = 8
 LINEARS = (
@@ -160,7 +161,7 @@ def _measured(
 
 
 def _recipe(name: str, description: str, bits: int, rounding: str = "gptq", **weights: Any) -> Recipe:
-    scheme = WeightScheme(bits=bits, **weights)
+    scheme = parse_scheme({"bits": bits, **weights})
     return Recipe(
         name=name, description=description, weights=scheme, embedding=scheme, rounding=Rounding(method=rounding)
     )

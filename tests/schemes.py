@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quern.codecs.base import CODECS, Codec, Encoder
+from quern.codecs.base import CODECS, Codec, Encoder, codec_of
 from quern.core.errors import UserError
-from quern.core.recipe import WeightScheme
+from quern.core.scheme import parse_scheme
 
 GRANULARITIES: dict[str, dict[str, Any]] = {
     "tensor": {"granularity": "tensor"},
@@ -28,8 +28,8 @@ def scheme_id(scheme: dict[str, Any]) -> str:
 def storable(scheme: dict[str, Any]) -> bool:
     """Whether the scheme's codec takes it; a trellis takes few."""
     try:
-        CODECS.get(scheme["codec"])(WeightScheme.model_validate(scheme))
-    except UserError:
+        codec_of(parse_scheme(scheme))
+    except (UserError, ValueError):
         return False
     return True
 
@@ -60,8 +60,7 @@ def promised(scheme: dict[str, Any]) -> bool | None:
 
 def make_codec(scheme: dict[str, Any], **changes: Any) -> Codec:
     """The codec of a scheme that it stores."""
-    full = WeightScheme.model_validate({**scheme, **changes})
-    return CODECS.get(full.codec)(full)
+    return codec_of(parse_scheme({**scheme, **changes}))
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -75,9 +74,10 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
 def round_by_column(encoder: Encoder, weight: Tensor) -> Tensor:
     """What a rounding with error feedback does: column by column, fitting parameters where the encoder wants it."""
     rounded = torch.empty_like(weight)
-    for column in range(weight.shape[1]):
+    for column in range(0, weight.shape[1], encoder.width):
         if encoder.refit_width and column % encoder.refit_width == 0:
             group = slice(column, min(column + encoder.refit_width, weight.shape[1]))
             encoder.refit(column, weight[:, group].T, torch.ones(group.stop - group.start))
-        rounded[:, column] = encoder.round(column, weight[:, column].clone())
+        columns = slice(column, column + encoder.width)
+        rounded[:, columns] = encoder.round(column, weight[:, columns].T.clone()).T
     return rounded

@@ -37,11 +37,18 @@ def test_every_linear_of_a_block_is_declared_once_with_a_role(family):
     with torch.device("meta"):
         block = architecture.build_block(0)
     linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    declared = list(architecture.linears())
+    declared = [linear.name for linear in architecture.block(0).linears]
     assert sorted(declared) == sorted(linears)
     assert len(set(declared)) == len(declared)
-    assert set(architecture.roles) == set(declared)
-    assert set(architecture.roles.values()) == {"query", "key", "value", "output", "gate", "up", "down"}
+    assert {linear.role for linear in architecture.block(0).linears} == {
+        "query",
+        "key",
+        "value",
+        "output",
+        "gate",
+        "up",
+        "down",
+    }
 
 
 @every_family
@@ -67,14 +74,14 @@ def test_groups_read_the_same_tensor_in_the_declared_order(family):
 
         return hook
 
-    for name in architecture.linears():
+    for name in (linear.name for linear in architecture.block(0).linears):
         block.linear(name).register_forward_pre_hook(look(name))
     block.run(torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0)))
-    groups = [{seen[name].data_ptr() for name in group.linears} for group in architecture.groups]
+    groups = [{seen[name].data_ptr() for name in group.linears} for group in architecture.block(0).groups]
     assert all(len(pointers) == 1 for pointers in groups)
     assert len(set.union(*groups)) == len(groups)
-    order = [name for group in architecture.groups for name in group.linears]
-    first_of_group = [next(name for name in seen if name in group.linears) for group in architecture.groups]
+    order = [name for group in architecture.block(0).groups for name in group.linears]
+    first_of_group = [next(name for name in seen if name in group.linears) for group in architecture.block(0).groups]
     assert first_of_group == sorted(first_of_group, key=list(seen).index), (
         "groups run in the order in which they are declared"
     )
@@ -86,8 +93,8 @@ def test_rescalings_connect_what_a_block_has(family):
     architecture = architecture_of(tiny_config(family))
     with torch.device("meta"):
         block = architecture.build_block(0)
-    groups = {group.linears for group in architecture.groups}
-    for rescaling in architecture.rescalings:
+    groups = {group.linears for group in architecture.block(0).groups}
+    for rescaling in architecture.block(0).rescalings:
         assert rescaling.targets in groups, "whoever reads the rescaled channels must be a target"
         assert isinstance(block.get_submodule(rescaling.source), nn.Linear) == (rescaling.kind != "norm")
 

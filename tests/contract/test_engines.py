@@ -11,9 +11,11 @@ from schemes import gaussian, make_codec
 from torch.nn import functional
 
 from quern.core.errors import UserError
-from quern.core.recipe import WeightScheme, load_recipe, profile_names
+from quern.core.recipe import load_recipe, profile_names
+from quern.core.scheme import CodecParameters, CodecScheme
 from quern.engines._modules import QuantizedEmbedding, QuantizedLinear, dynamic_scale
 from quern.engines.base import ENGINES
+from quern.formats.base import StoredModule
 
 IDS = torch.randint(0, 296, (2, 17), generator=torch.Generator().manual_seed(5))
 RECIPES = {
@@ -89,8 +91,8 @@ def test_supports_answers_none_or_a_reason(engine):
     for recipe in [None, *map(load_recipe, profile_names())]:
         answer = engine.supports(recipe)
         assert answer is None or (isinstance(answer, str) and answer)
-    unknown = small_recipe(weights={"codec": "zap", "group_size": 32})
-    assert "zap" in engine.supports(unknown)
+    unknown = StoredModule(CodecScheme("zap", CodecParameters()))
+    assert "zap" in engine.obstacle("quern", [unknown])
 
 
 def test_the_reference_runs_everything():
@@ -351,20 +353,29 @@ def test_casting_a_module_leaves_what_is_packed():
         assert torch.equal(buffer.nan_to_num(), before[name].nan_to_num())
 
 
+USUAL = {"weights": {"codec": "integer", "bits": 4}, "rotated": False, "activations": "none"}
+
+
 def test_what_cannot_be_loaded_is_refused(tmp_path, artifacts, tiny_model):
     engine = ENGINES.get("reference")()
     for change, match in (
         ({"quant_method": "awq"}, "quantized by 'awq'; this engine runs quern and compressed-tensors"),
-        ({"format_version": 3}, "has quern format version 3; this quern reads versions 1 and 2"),
+        ({"format_version": 4}, "has quern format version 4; this quern reads versions 1, 2 and 3"),
         (
-            {"modules": {"model.layers.0.mlp.zap": WeightScheme().model_dump()}},
+            {"modules": {"model.layers.0.mlp.zap": USUAL}},
             "names a module 'model.layers.0.mlp.zap'",
         ),
-        ({"modules": {"model.norm": WeightScheme().model_dump()}}, "neither a linear nor an embedding"),
-        ({"modules": {"model.layers.0.mlp.up_proj": {"codec": "zap"}}}, "unknown codec 'zap'"),
-        ({"modules": {"model.layers.0.mlp.up_proj": {"bits": 9}}}, "quantization_config is damaged"),
+        ({"modules": {"model.norm": USUAL}}, "neither a linear nor an embedding"),
+        ({"modules": {"model.layers.0.mlp.up_proj": {**USUAL, "weights": {"codec": "zap"}}}}, "unknown codec 'zap'"),
+        (
+            {"modules": {"model.layers.0.mlp.up_proj": {**USUAL, "weights": {"bits": 9}}}},
+            "quantization_config is damaged",
+        ),
         ({"modules": None}, "quantization_config is damaged"),
-        ({"recipe": {"name": "x", "zap": 1}}, "zap: unknown key"),
+        ({"modules": {"model.layers.0.mlp.up_proj": {**USUAL, "weights": {"codec": "none"}}}}, "is damaged"),
+        ({"modules": {"model.layers.0.mlp.up_proj": {**USUAL, "activations": "zap"}}}, "is damaged: .* 'zap'"),
+        ({"modules": {"model.layers.0.mlp.up_proj": {**USUAL, "rotated": 1}}}, "is damaged"),
+        ({"format_version": 2, "recipe": {"name": "x", "zap": 1}}, "zap: unknown key"),
     ):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()

@@ -12,12 +12,15 @@ from artifacts import INT8, make_artifact, small_recipe, stored_tensors
 from schemes import gaussian
 from tiny_model import tiny_config, write_model
 
+from quern.architectures.base import architecture_of
 from quern.codecs.base import CODECS
 from quern.core.errors import UserError
-from quern.core.packed import QuantizedWeight
-from quern.core.recipe import WeightScheme
+from quern.core.packed import PackedLinear, QuantizedWeight
+from quern.core.recipe import Recipe
+from quern.core.scheme import CodecScheme, parse_scheme
 from quern.engines.base import ENGINES
-from quern.formats.base import FORMATS
+from quern.formats.base import FORMATS, ArtifactWriter
+from quern.pipeline.job import plan_of
 from quern.rotation.rotation import rotate
 
 IDS = torch.randint(0, 296, (2, 21), generator=torch.Generator().manual_seed(3))
@@ -30,11 +33,16 @@ def untied_model(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("untied") / "model", tiny_config("qwen2", tie_word_embeddings=False))
 
 
-def rounded(scheme: WeightScheme, shape=(24, 64)) -> QuantizedWeight:
+def rounded(scheme: CodecScheme, shape=(24, 64)) -> QuantizedWeight:
     codec, weight = CODECS.get(scheme.codec)(scheme), gaussian(*shape)
     encoder = codec.encoder(weight, weight, refit=False)
     encoder.round_all(weight)
     return QuantizedWeight(scheme, shape, codec.join([encoder.parts()]))
+
+
+def writer_of(recipe: Recipe) -> ArtifactWriter:
+    architecture = architecture_of(tiny_config("llama", tie_word_embeddings=False))
+    return FORMATS.get(recipe.format).writer(recipe, plan_of(recipe, architecture), architecture)
 
 
 RECIPES = {
@@ -59,19 +67,19 @@ def choices(request):
 
 def test_encoding_keeps_every_byte_and_touches_nothing(format_name, choices):
     recipe = small_recipe(format=format_name, **choices)
-    format = FORMATS.get(format_name)(recipe)
+    writer = writer_of(recipe)
+    writer.check()
     scheme = recipe.weights
-    format.check({MODULE: scheme}, {MODULE: (24, 64)})
     weight = rounded(scheme)
     before = {name: part.clone() for name, part in weight.parts.items()}
     scale = 0.25 if recipe.activations.mode == "static" else None
-    tensors = format.encode(MODULE, weight, scale)
+    tensors = writer.encode(MODULE, PackedLinear(weight, recipe.activations.mode, scale))
     assert all(name.startswith(f"{MODULE}.") for name in tensors)
     for name, part in before.items():
         assert torch.equal(part, weight.parts[name])
     stored = {tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values() if tensor.dim()}
     assert weight.parts["scale"].contiguous().view(torch.uint8).numpy().tobytes() in stored
-    if scheme.symmetric is False:
+    if scheme.params.symmetric is False:
         assert weight.parts["zero_point"].view(torch.uint8).numpy().tobytes() in stored
     assert (f"{MODULE}.input_scale" in tensors) == (scale is not None)
     assert sum(t.nbytes for t in tensors.values()) <= weight.stored_bytes + 32
@@ -79,14 +87,12 @@ def test_encoding_keeps_every_byte_and_touches_nothing(format_name, choices):
 
 def test_config_is_plain_json_and_names_every_module(format_name, choices):
     recipe = small_recipe(format=format_name, **choices)
-    schemes = {f"model.layers.{i}.mlp.down_proj": recipe.weights for i in range(2)}
-    config = FORMATS.get(format_name)(recipe).quantization_config(
-        schemes, ["lm_head"], dict.fromkeys(schemes, (24, 64))
-    )
+    writer = writer_of(recipe)
+    config = writer.quantization_config(writer.plan)
     text = json.dumps(config, allow_nan=False)
     assert json.loads(text) == config
     assert config["quant_method"] == format_name
-    assert all(name in text for name in schemes)
+    assert all(name in text for name in writer.plan.quantized())
 
 
 def test_unknown_formats_are_refused_with_the_known_ones():
@@ -119,7 +125,7 @@ def test_artifact_computes_what_its_decoded_weights_compute(name, tied, tiny_mod
     tensors = stored_tensors(folder)
     state = {key: tensor.float() for key, tensor in tensors.items() if key in plain.state_dict()}
     for module, raw in config["modules"].items():
-        scheme = WeightScheme.model_validate(raw)
+        scheme = parse_scheme(raw["weights"])
         codec, shape = CODECS.get(scheme.codec)(scheme), tuple(plain.get_submodule(module).weight.shape)
         state[f"{module}.weight"] = codec.decode(shape, {p: tensors[f"{module}.{p}"] for p in codec.part_shapes(shape)})
     missing, unexpected = plain.load_state_dict(state, strict=False)
@@ -319,18 +325,10 @@ def test_other_transforms_of_compressed_tensors_are_refused(change, match, untie
         ENGINES.get("reference")().load(folder)
 
 
-def refused(match: str, shapes=None, **choices):
+def refused(match: str, **choices):
     recipe = small_recipe(format="compressed-tensors", **choices)
-    names = [
-        f"model.layers.0.{n}" for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
-    ]
-    schemes = {name: scheme for name in names if (scheme := recipe.scheme_for(name)).quantized}
-    if recipe.embedding.quantized:
-        schemes["model.embed_tokens"] = recipe.embedding
-    if recipe.head.quantized:
-        schemes["lm_head"] = recipe.head
     with pytest.raises(UserError, match=match):
-        FORMATS.get("compressed-tensors")(recipe).check(schemes, dict.fromkeys(schemes, (64, 96)))
+        writer_of(recipe).check()
 
 
 def test_compressed_tensors_says_what_it_cannot_store():
@@ -352,10 +350,8 @@ def test_compressed_tensors_says_what_it_cannot_store():
 
 def test_the_least_loaders_expect_is_there():
     """Names and shapes as compressed-tensors' own compressor writes them."""
-    format = FORMATS.get("compressed-tensors")
-    packed = format(small_recipe(weights={"bits": 4, "symmetric": False, "group_size": 32})).encode(
-        MODULE, rounded(WeightScheme(bits=4, symmetric=False, group_size=32)), None
-    )
+    recipe = small_recipe(format="compressed-tensors", weights={"bits": 4, "symmetric": False, "group_size": 32})
+    packed = writer_of(recipe).encode(MODULE, PackedLinear(rounded(recipe.weights)))
     assert {n.removeprefix(MODULE + "."): (tuple(t.shape), t.dtype) for n, t in packed.items()} == {
         "weight_packed": ((24, 8), torch.int32),
         "weight_scale": ((24, 2), torch.float16),
@@ -363,8 +359,10 @@ def test_the_least_loaders_expect_is_there():
         "weight_shape": ((2,), torch.int64),
     }
     assert packed[f"{MODULE}.weight_shape"].tolist() == [24, 64]
-    recipe = small_recipe(weights={**INT8, "granularity": "tensor"}, activations={"mode": "static"})
-    whole = format(recipe).encode(MODULE, rounded(recipe.weights), 0.1)
+    recipe = small_recipe(
+        format="compressed-tensors", weights={**INT8, "granularity": "tensor"}, activations={"mode": "static"}
+    )
+    whole = writer_of(recipe).encode(MODULE, PackedLinear(rounded(recipe.weights), "static", 0.1))
     assert {n.removeprefix(MODULE + "."): (tuple(t.shape), t.dtype) for n, t in whole.items()} == {
         "weight": ((24, 64), torch.int8),
         "weight_scale": ((1,), torch.float16),

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from quern.codecs.base import ScaledParameters
 from quern.codecs.integer import Grid
-from quern.core.recipe import WeightScheme
 from quern.observers.base import OBSERVERS
 from quern.observers.mean_squared_error import SHRINK
 from quern.observers.percentile import TAIL
 
 GRIDS = {
-    "symmetric": Grid(WeightScheme(bits=4, granularity="channel")),
-    "asymmetric": Grid(WeightScheme(bits=4, symmetric=False, granularity="channel")),
+    "symmetric": Grid(ScaledParameters(bits=4, granularity="channel")),
+    "asymmetric": Grid(ScaledParameters(bits=4, symmetric=False, granularity="channel")),
 }
 
 

@@ -12,8 +12,9 @@ from artifacts import INT8, small_recipe
 from tiny_model import tiny_config, write_model
 
 from quern.core.errors import UserError
-from quern.core.readers import obstacles_of, readers_of
 from quern.engines.base import ENGINES
+from quern.formats.base import obstacles_of
+from quern.formats.base import runtimes_of as readers_of
 from quern.pipeline.quantize import quantize
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")

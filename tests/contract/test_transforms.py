@@ -48,14 +48,13 @@ def hidden(width: int = 64, seed: int = 5) -> torch.Tensor:
     return x * torch.where(torch.arange(width) % 13 == 0, 20.0, 1.0)
 
 
+def captured(block: Block, linear: str, x: torch.Tensor, workers: Workers) -> torch.Tensor:
+    return block.capture([linear], x, workers)[linear].inputs
+
+
 def statistics_of(inputs: torch.Tensor) -> ChannelStatistics:
     sizes = inputs.float().abs()
     return ChannelStatistics(sizes.mean(0), sizes.amax(0), inputs.float())
-
-
-def repeat_of(rescaling, config) -> Repeat:
-    heads = config.num_key_value_heads
-    return Repeat(heads, config.num_attention_heads // heads) if rescaling.kind == "value" else Repeat(1, 1)
 
 
 @pytest.fixture(params=[name for name in TRANSFORMS.names() if issubclass(TRANSFORMS.get(name), ChannelScaling)])
@@ -71,9 +70,9 @@ def test_a_rewritten_block_computes_the_same_bits(method, family, dtype, heads, 
     architecture, x = architecture_of(tiny_config(family, num_key_value_heads=heads[1])), hidden().to(dtype)
     before = block.run_each(x, workers)
     codec = make_codec(FOUR_BITS)
-    for rescaling in architecture.rescalings:
-        inputs = block.capture(rescaling.targets[0], x, workers)
-        repeat = repeat_of(rescaling, architecture.config)
+    for rescaling in architecture.block(0).rescalings:
+        inputs = captured(block, rescaling.targets[0], x, workers)
+        repeat = Repeat.of(rescaling)
         targets = [block.linear(name).weight.data for name in rescaling.targets]
         kept = [target.clone() for target in targets]
         found = TRANSFORMS.get(method)(Settings(method=method)).scales(
@@ -84,7 +83,7 @@ def test_a_rewritten_block_computes_the_same_bits(method, family, dtype, heads, 
         noise = torch.randint(-2, 3, found.shape, generator=torch.Generator().manual_seed(6))  # AWQ may find 1 best
         scales = power_of_two(found) * torch.exp2(noise.float())
         fold(rescaling, block.module.get_submodule, scales, repeat)
-        assert torch.equal(block.capture(rescaling.targets[0], x, workers), inputs / repeat(scales).to(dtype))
+        assert torch.equal(captured(block, rescaling.targets[0], x, workers), inputs / repeat(scales).to(dtype))
     assert torch.equal(block.run_each(x, workers), before)
 
 
@@ -93,8 +92,8 @@ def test_folding_is_undone_by_its_inverse(family):
     block = block_of(family, torch.bfloat16)
     architecture = architecture_of(tiny_config(family))
     before = {name: p.clone() for name, p in block.module.named_parameters()}
-    for rescaling in architecture.rescalings:
-        repeat = repeat_of(rescaling, architecture.config)
+    for rescaling in architecture.block(0).rescalings:
+        repeat = Repeat.of(rescaling)
         width = block.linear(rescaling.targets[0]).in_features // repeat.times
         scales = torch.exp2(torch.randint(-8, 9, (width,), generator=torch.Generator().manual_seed(1)).float())
         fold(rescaling, block.module.get_submodule, scales, repeat)
@@ -114,8 +113,8 @@ def folded(kind: str, stored: torch.dtype, rounded: set[str], family: str = "qwe
     """Scales that are no powers of two, made foldable; the block before and after, float32."""
     block = block_of(family, torch.float32)
     architecture = architecture_of(tiny_config(family))
-    rescaling = next(rescaling for rescaling in architecture.rescalings if rescaling.kind == kind)
-    repeat, source = repeat_of(rescaling, architecture.config), block.module.get_submodule(rescaling.source)
+    rescaling = next(rescaling for rescaling in architecture.block(0).rescalings if rescaling.kind == kind)
+    repeat, source = Repeat.of(rescaling), block.module.get_submodule(rescaling.source)
     source.weight.data = (
         (1 + torch.rand(source.weight.shape, generator=torch.Generator().manual_seed(2))).to(stored).float()
     )
@@ -131,19 +130,19 @@ def test_a_norm_takes_the_nearest_scales_that_its_dtype_can_store(stored, worker
     block, rescaling, repeat, wanted, scales = folded("norm", stored, {name.removesuffix(".weight") for name in names})
     assert bool(((scales / wanted - 1).abs() <= torch.finfo(stored).eps).all()), "half a unit of the norm's weight"
     x = hidden()
-    before = block.capture(rescaling.targets[0], x, workers)
+    before = captured(block, rescaling.targets[0], x, workers)
     fold(rescaling, block.module.get_submodule, scales, repeat)
     norm = block.module.get_submodule(rescaling.source)
     assert torch.allclose(norm.weight, norm.weight.to(stored).float(), rtol=2**-22, atol=0)
     norm.weight.data = norm.weight.to(stored).float()  # what the artifact keeps
-    after = block.capture(rescaling.targets[0], x, workers) * repeat(scales)
+    after = captured(block, rescaling.targets[0], x, workers) * repeat(scales)
     # Four float32 roundings of half an ulp each; storing w / s itself would cost a bfloat16 or float16 one.
     assert torch.allclose(after, before, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["norm", "linear", "value"])
 def test_what_is_stored_unrounded_gets_powers_of_two(kind):
-    everything = set(architecture_of(tiny_config("qwen2")).linears())
+    everything = {linear.name for linear in architecture_of(tiny_config("qwen2")).block(0).linears}
     *_, scales = folded(kind, torch.bfloat16, set())
     assert torch.equal(scales, power_of_two(scales))
     *_, wanted, scales = folded(kind, torch.bfloat16, everything)

@@ -1,13 +1,10 @@
 """Artifacts with rotated inputs and trellis codes: what runs is what was rounded, at any number of threads."""
 
-import json
-
 import pytest
 import torch
-from artifacts import hashes, make_artifact, small_recipe, stored_tensors
+from artifacts import hashes, make_artifact, small_recipe, stored_schemes, stored_tensors
 
 from quern.codecs.base import CODECS
-from quern.core.artifact import module_schemes
 from quern.core.errors import UserError
 from quern.core.recipe import parse_recipe
 from quern.engines.base import ENGINES
@@ -37,7 +34,7 @@ def test_the_model_computes_with_the_rounded_weights_turned_back(name, tiny_mode
     engine = ENGINES.get("reference")()
     plain, tensors = engine.load(tiny_model, dtype="float32").model, stored_tensors(folder)
     state = {key: tensor.float() for key, tensor in tensors.items() if key in plain.state_dict()}
-    schemes = module_schemes(json.loads((folder / "config.json").read_text())["quantization_config"])
+    schemes = stored_schemes(folder)
     for module, scheme in schemes.items():
         codec, shape = CODECS.get(scheme.codec)(scheme), tuple(plain.get_submodule(module).weight.shape)
         decoded = codec.decode(shape, {part: tensors[f"{module}.{part}"] for part in codec.part_shapes(shape)})

@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from artifacts import INT8, small_recipe, stored_tensors
+from artifacts import INT8, small_recipe, stored_schemes, stored_tensors
 from safetensors.torch import load_file, save_file
 from tiny_model import calibration_text, tiny_config, write_model
 
 import quern.pipeline.quantize as job
 from quern.comparison.row_builder import contender_of
-from quern.core.artifact import module_schemes
 from quern.engines.cpu import CpuEngine
 from quern.engines.reference import load as load_reference
 from quern.loading.fitting import open_model
@@ -64,7 +63,7 @@ def skewed(plain, tmp_path_factory):
 
 
 def schemes_of(folder):
-    return module_schemes(json.loads((folder / "config.json").read_text())["quantization_config"])
+    return stored_schemes(folder)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -74,7 +73,7 @@ def test_rescaled_weights_get_the_codes_of_the_others(name, more, plain, skewed,
     report = quantize(
         skewed, tmp_path / "skewed", recipe=small_recipe(weights=SCHEMES[name], **more), calibration=[text]
     )
-    dtypes = {module: scheme.scale_dtype for module, scheme in schemes_of(tmp_path / "skewed").items()}
+    dtypes = {module: scheme.params.scale_dtype for module, scheme in schemes_of(tmp_path / "skewed").items()}
     assert all(dtype == "bfloat16" for module, dtype in dtypes.items() if module.endswith(SMALLER))
     assert any("store their scales as bfloat16 in place of float16" in note for note in report.notes)
     overrides = [{"pattern": module, **SCHEMES[name], "scale_dtype": dtype} for module, dtype in dtypes.items()]
@@ -100,7 +99,7 @@ def test_embedding_and_head_too(plain, tmp_path):
     expected = {
         layer.linear: layer.relative_error for layer in quantize(plain, tmp_path / "plain", recipe=recipe).layers
     }
-    dtypes = {module: scheme.scale_dtype for module, scheme in schemes_of(tmp_path / "artifact").items()}
+    dtypes = {module: scheme.params.scale_dtype for module, scheme in schemes_of(tmp_path / "artifact").items()}
     assert {module for module, dtype in dtypes.items() if dtype == "bfloat16"} == {"model.embed_tokens", "lm_head"}
     stored = stored_tensors(tmp_path / "artifact")
     assert stored["lm_head.scale"].dtype == stored["model.embed_tokens.scale"].dtype == torch.bfloat16
@@ -114,7 +113,7 @@ def test_the_next_block_is_calibrated_on_the_embedding_that_is_stored(plain, tex
     model = rescaled(plain, tmp_path / "model", {"embed_tokens": STEP})
     recipe = small_recipe(weights=GROUP, embedding=GROUP, rounding={"method": "gptq"})
     quantize(model, tmp_path / "artifact", recipe=recipe, calibration=[text])
-    assert schemes_of(tmp_path / "artifact")["model.embed_tokens"].scale_dtype == "bfloat16"
+    assert schemes_of(tmp_path / "artifact")["model.embed_tokens"].params.scale_dtype == "bfloat16"
 
 
 def test_a_run_that_was_cut_off_remembers_them(skewed, tmp_path, monkeypatch):
@@ -158,4 +157,4 @@ def test_compressed_tensors_says_it_module_by_module(symmetric, plain, tmp_path)
 def test_ordinary_weights_keep_what_the_recipe_says(plain, tmp_path):
     report = quantize(plain, tmp_path / "artifact", recipe=small_recipe(weights=GROUP))
     assert report.notes == []
-    assert {scheme.scale_dtype for scheme in schemes_of(tmp_path / "artifact").values()} == {"float16"}
+    assert {scheme.params.scale_dtype for scheme in schemes_of(tmp_path / "artifact").values()} == {"float16"}

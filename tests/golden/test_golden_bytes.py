@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from artifacts import small_recipe
+from tiny_model import tiny_config
 
+from quern.architectures.base import architecture_of
 from quern.codecs.base import CODECS
-from quern.core.recipe import WeightScheme
+from quern.core.scheme import CodecScheme, parse_scheme
 from quern.formats.base import FORMATS
+from quern.pipeline.job import plan_of
 
 FOLDER = Path(__file__).parent
 PARTS = json.loads((FOLDER / "integer_parts.json").read_text("utf-8"))
@@ -31,14 +34,14 @@ def matrix() -> torch.Tensor:
     return torch.tensor(rows) / 16.0 * torch.tensor([[1.0], [0.125], [1.0], [4.0], [1.0]])
 
 
-def scheme(key: str) -> WeightScheme:
+def scheme(key: str) -> CodecScheme:
     bits, sign, granularity = key.split(" ")
-    return WeightScheme.model_validate(
+    return parse_scheme(
         {"bits": int(bits), "symmetric": sign == "symmetric", "observer": "min_max", **GRANULARITIES[granularity]}
     )
 
 
-def stored(weight: torch.Tensor, how: WeightScheme) -> dict[str, torch.Tensor]:
+def stored(weight: torch.Tensor, how: CodecScheme) -> dict[str, torch.Tensor]:
     codec = CODECS.get("integer")(how)
     encoder = codec.encoder(weight, weight, refit=False)
     encoder.round_all(weight)
@@ -96,7 +99,11 @@ def test_rounding_by_hand(name):
 
 RECIPE = {
     "weights": {"bits": 4, "symmetric": False, "group_size": 64},
-    "overrides": [{"pattern": "*.0.mlp.down_proj", "bits": 8, "granularity": "channel"}],
+    "overrides": [
+        {"pattern": "*.self_attn.*", "codec": "none"},
+        {"pattern": "*.0.mlp.gate_proj", "codec": "none"},
+        {"pattern": "*.0.mlp.down_proj", "bits": 8, "granularity": "channel"},
+    ],
     "head": {"bits": 8, "granularity": "channel"},
     "rounding": {"method": "gptq"},
 }
@@ -106,8 +113,7 @@ RECIPE = {
 def test_quantization_config(name):
     """What config.json says. The recipe is spelled out with all its defaults, so that a later quern reads it the same way."""
     recipe = small_recipe("golden", **RECIPE)
-    linears = [f"model.layers.{i}.mlp.{linear}_proj" for i in range(2) for linear in ("up", "down")]
-    schemes = {linear: recipe.scheme_for(linear) for linear in linears} | {"lm_head": recipe.head}
-    shapes = dict.fromkeys(schemes, (128, 192))
-    config = FORMATS.get(name)(recipe).quantization_config(schemes, ["model.layers.0.mlp.gate_proj"], shapes)
+    architecture = architecture_of(tiny_config("llama", num_hidden_layers=2, tie_word_embeddings=False))
+    plan = plan_of(recipe, architecture)
+    config = FORMATS.get(name).writer(recipe, plan, architecture).quantization_config(plan)
     assert config == json.loads((FOLDER / f"quantization_config_{name}.json").read_text("utf-8"))

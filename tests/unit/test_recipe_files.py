@@ -38,4 +38,4 @@ def test_keys_that_a_merge_brings_may_be_replaced(tmp_path):
     )
     recipe = load_recipe(tmp_path / "a.yaml")
     assert recipe.head is not None
-    assert (recipe.weights.bits, recipe.head.bits, recipe.head.granularity) == (4, 8, "channel")
+    assert (recipe.weights.params.bits, recipe.head.params.bits, recipe.head.params.granularity) == (4, 8, "channel")

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from pydantic import ValidationError
 
-from quern.core.readers import obstacles_of, readers_of
+from quern.core.errors import UserError
 from quern.core.recipe import Recipe
 from quern.core.results import Row, Target
+from quern.formats.base import obstacles_of, runtimes_of
 
 QUERN_LICENCE = "Apache-2.0"
 
@@ -32,7 +33,7 @@ def targets_of(row: Row) -> tuple[str, ...]:
     if row.kind == "unquantized":
         return _UNQUANTIZED
     recipe = _recipe_of(row)
-    return ("quern",) if recipe is None else readers_of(recipe)
+    return ("quern",) if recipe is None else runtimes_of(recipe)
 
 
 def obstacle_to(row: Row, target: Target) -> str:
@@ -46,7 +47,7 @@ def _recipe_of(row: Row) -> Recipe | None:
     """The recipe of a row that quern made; None where this version does not know it."""
     try:
         return Recipe.model_validate(row.recipe) if row.kind == "quern" else None
-    except ValidationError:
+    except (ValidationError, UserError):
         return None
 
 

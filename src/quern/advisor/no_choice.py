@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from quern.advisor.constraints import Constraints, Miss
 from quern.advisor.deployment import licence_of, targets_of
 from quern.advisor.scoring import loss_of, positive
-from quern.core.readers import FORMATS_READ
 from quern.core.results import Row
 from quern.core.units import bytes_text, rounded_up, significant
+from quern.formats.base import FORMATS
 
 
 def no_choice_text(
@@ -46,7 +46,7 @@ def _out_of_reach(misses: Mapping[int, Sequence[Miss]], constraints: Constraints
     lacking = {miss.limit for missed in misses.values() for miss in missed if not miss.by_degree}
     every = [limit for limit in lacking if all(limit in {miss.limit for miss in missed} for missed in misses.values())]
     if "target" in every:
-        writes = [name for name in FORMATS_READ if constraints.target in FORMATS_READ[name]]
+        writes = [name for name in FORMATS if constraints.target in FORMATS.get(name).runtimes]
         hint = f"quern writes such in format {' or '.join(writes)}" if writes else "another tool has to make one"
         return f"None of them loads in {constraints.target}; {hint}. "
     if "licence" in every:

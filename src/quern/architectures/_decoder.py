@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Hashable
 from typing import Any, ClassVar
 
 from torch import nn
 
-from quern.architectures.base import Architecture, LinearGroup, Rescaling
+from quern.architectures.base import Architecture, BlockSpec, LinearSpec, Rescaling
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUTPUT = "self_attn.o_proj"
+ROLES = ("query", "key", "value")
 
 
 class GatedDecoder(Architecture):
@@ -16,27 +21,54 @@ class GatedDecoder(Architecture):
     module: ClassVar[str]
     class_prefix: ClassVar[str]
 
-    groups = (
-        LinearGroup("attention input", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        LinearGroup("attention output", ("self_attn.o_proj",)),
-        LinearGroup("mlp input", ("mlp.gate_proj", "mlp.up_proj")),
-        LinearGroup("mlp output", ("mlp.down_proj",)),
-    )
-    rescalings = (
-        Rescaling("norm", "input_layernorm", groups[0].linears),
-        Rescaling("value", "self_attn.v_proj", groups[1].linears),
-        Rescaling("norm", "post_attention_layernorm", groups[2].linears),
-        Rescaling("linear", "mlp.up_proj", groups[3].linears),
-    )
-    roles = {
-        "self_attn.q_proj": "query",
-        "self_attn.k_proj": "key",
-        "self_attn.v_proj": "value",
-        "self_attn.o_proj": "output",
-        "mlp.gate_proj": "gate",
-        "mlp.up_proj": "up",
-        "mlp.down_proj": "down",
-    }
+    def block(self, index: int) -> BlockSpec:
+        linears = (*self.attention(index), *self.gated_mlp(index, "mlp"))
+        rescalings = (
+            *self.attention_rescalings(),
+            Rescaling("norm", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+            Rescaling("linear", "mlp.up_proj", ("mlp.down_proj",)),
+        )
+        return BlockSpec(index, self.block_prefix(index), linears, rescalings, self.window(index))
+
+    def attention(self, index: int) -> tuple[LinearSpec, ...]:
+        """q, k, v and o of block ``index``."""
+        inner = [
+            self.linear(index, name, role, "attention input", ATTENTION)
+            for name, role in zip(ATTENTION, ROLES, strict=True)
+        ]
+        return (*inner, self.linear(index, OUTPUT, "output", "attention output"))
+
+    def gated_mlp(self, index: int, name: str, expert: int | None = None) -> tuple[LinearSpec, ...]:
+        """gate, up and down of the module called ``name``, relative to the block."""
+        gate, up = f"{name}.gate_proj", f"{name}.up_proj"
+        return (
+            self.linear(index, gate, "gate", f"{name} input", (gate, up), expert),
+            self.linear(index, up, "up", f"{name} input", (gate, up), expert),
+            self.linear(index, f"{name}.down_proj", "down", f"{name} output", (), expert),
+        )
+
+    def linear(
+        self, index: int, name: str, role: str, group: str, fused: tuple[str, ...] = (), expert: int | None = None
+    ) -> LinearSpec:
+        """A linear of block ``index``, with the shape of its module."""
+        rows, columns = self.parameters(index)[f"{name}.weight"]
+        return LinearSpec(name, (rows, columns), role, group, expert, fused)
+
+    def attention_rescalings(self) -> tuple[Rescaling, ...]:
+        """Of the norm before attention, and of values."""
+        heads = self.config.num_key_value_heads
+        times = self.config.num_attention_heads // heads
+        return (
+            Rescaling("norm", "input_layernorm", ATTENTION),
+            Rescaling("value", "self_attn.v_proj", (OUTPUT,), heads, times),
+        )
+
+    def window(self, index: int) -> int:
+        """How many positions the attention of block ``index`` sees back, itself included; 0: all. Families may say more."""
+        return 0
+
+    def kind_of(self, index: int) -> Hashable:
+        return None
 
     def _class(self, suffix: str) -> Any:
         return getattr(importlib.import_module(self.module), self.class_prefix + suffix)
@@ -54,7 +86,6 @@ class GatedDecoder(Architecture):
         return norm
 
 
-def windows_by_type(config: Any) -> list[int]:
-    """``GatedDecoder.windows`` of a family whose config says of each layer whether it is one of sliding attention."""
-    window = int(config.sliding_window or 0)
-    return [window if kind == "sliding_attention" else 0 for kind in config.layer_types]
+def window_by_type(config: Any, index: int) -> int:
+    """``GatedDecoder.window`` of a family whose config says of each layer whether it is one of sliding attention."""
+    return int(config.sliding_window or 0) if config.layer_types[index] == "sliding_attention" else 0

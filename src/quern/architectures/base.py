@@ -1,18 +1,21 @@
-"""Architectures: what quantization must know of a model family, declared as data.
+"""Architectures: what quantization must know of a model family, declared as data and asked for block by block.
 
-A family says which linears a decoder block has, which of them read the same input (and so share statistics), and which
-rescalings leave the function unchanged. The algorithms only walk these declarations.
+A family says which linears a decoder block has, which of them read the same input (and so share statistics), which
+rescalings leave the function unchanged, and where each weight lies in a checkpoint. Blocks may differ: in shapes, in the
+kind of attention, dense or routed to experts. The algorithms only walk these declarations.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quern.core.errors import UserError
 from quern.core.registry import Registry
@@ -21,8 +24,43 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where the numbers of a parameter lie in a checkpoint."""
+
+    tensor: str
+    """Full name of the stored tensor."""
+    index: int | None = None
+    """Of a stack along the first dimension, as experts are stored; None for the tensor itself."""
+    rows: tuple[int, int] | None = None
+    """``[start, stop)`` of the rows, where several linears are stored as one matrix; None for all."""
+
+    def cut(self, stored: Tensor) -> Tensor:
+        """The part of the stored tensor that is meant."""
+        part = stored if self.index is None else stored[self.index]
+        return part if self.rows is None else part[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear of a decoder block."""
+
+    name: str
+    """Relative to the block, as its module is called."""
+    shape: tuple[int, int]
+    """(output, input) features."""
+    role: str
+    """What it is for: query, key, value, output, gate, up, down, router ..."""
+    input_group: str
+    """Name shared by the linears that read the same input."""
+    expert: int | None = None
+    """Number of the expert that it belongs to; None where every token meets it."""
+    fused_with: tuple[str, ...] = ()
+    """The linears, itself included, that runtimes join into one matrix, so that they want one scheme; empty: none."""
+
+
+@dataclass(frozen=True)
 class LinearGroup:
-    """Linears of a block that read the same input, in the order in which the block computes the groups."""
+    """Linears of a block that read the same input."""
 
     name: str
     linears: tuple[str, ...]
@@ -33,23 +71,66 @@ class Rescaling:
     """Dividing the source's outputs by s and multiplying the targets' input columns by s changes nothing.
 
     ``norm``: the source is an RMSNorm weight. ``linear``: the source is a linear (rows and bias are divided).
-    ``value``: the source is the value projection; under grouped-query attention one of its heads feeds several heads of
-    the target, so that s has one entry for each value channel and is repeated for the target.
+    ``value``: the source is the value projection, of which one head feeds several heads of the target under grouped-query
+    attention; s has one entry for each value channel and is repeated for the target.
     """
 
     kind: Literal["norm", "linear", "value"]
     source: str
     targets: tuple[str, ...]
+    heads: int = 1
+    """Heads of the source (1 where source and target channels are the same)."""
+    times: int = 1
+    """Heads of the target that each head of the source feeds."""
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """A decoder block: its linears in the order in which data flows through them."""
+
+    index: int
+    prefix: str
+    """What the full names of its tensors begin with."""
+    linears: tuple[LinearSpec, ...]
+    rescalings: tuple[Rescaling, ...] = ()
+    window: int = 0
+    """How many positions its attention sees back, itself included; 0: all."""
+    experts_per_token: int = 0
+    """Experts that a token meets; 0 in a dense block."""
+    sources: dict[str, tuple[Source, ...]] = field(default_factory=dict)
+    """By parameter, relative to the block: what its rows are joined from, where that is not the tensor of its name."""
+
+    @cached_property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linears by input group."""
+        return tuple(
+            LinearGroup(name, tuple(linear.name for linear in linears))
+            for name, linears in groupby(self.linears, lambda linear: linear.input_group)
+        )
+
+    @cached_property
+    def stages(self) -> tuple[tuple[LinearGroup, ...], ...]:
+        """Groups that are calibrated together because none reads what another makes: the experts' of one role."""
+        role = {linear.name: (linear.role if linear.expert is not None else linear.name) for linear in self.linears}
+        return tuple(tuple(groups) for _, groups in groupby(self.groups, lambda group: role[group.linears[0]]))
+
+    def linear(self, name: str) -> LinearSpec:
+        """The linear called ``name``, relative to the block."""
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, LinearSpec]:
+        return {linear.name: linear for linear in self.linears}
+
+    def sources_of(self, parameter: str) -> tuple[Source, ...]:
+        """What makes up the parameter of that name, relative to the block."""
+        return self.sources.get(parameter) or (Source(self.prefix + parameter),)
 
 
 class Architecture(ABC):
     """A family of decoder-only models, as its config describes one."""
 
     model_type: ClassVar[str]
-    groups: ClassVar[tuple[LinearGroup, ...]]
-    rescalings: ClassVar[tuple[Rescaling, ...]]
-    roles: ClassVar[dict[str, str]]
-    """What each linear is for: query, key, value, output, gate, up, down."""
 
     embedding = "model.embed_tokens"
     final_norm = "model.norm"
@@ -66,6 +147,7 @@ class Architecture(ABC):
             value = getattr(self.config, key, None)
             if not isinstance(value, int) or value <= 0:
                 raise UserError(f"config.json: {key} must be a positive integer, got {value!r}")
+        self._parameters: dict[Hashable, Shapes] = {}
 
     @property
     def layers(self) -> int:
@@ -77,22 +159,51 @@ class Architecture(ABC):
         """Whether the output head is the embedding."""
         return bool(self.config.tie_word_embeddings)
 
+    @property
+    def head_owner(self) -> str:
+        """The module that holds the output head's weight."""
+        return self.embedding if self.tied else self.head
+
     def block_prefix(self, index: int) -> str:
         """What the names of block ``index`` start with."""
         return f"model.layers.{index}."
 
-    def windows(self) -> list[int]:
-        """For each block, how many positions its attention sees back, itself included; 0: all. Families may say more."""
-        return [0] * self.layers
+    @abstractmethod
+    def block(self, index: int) -> BlockSpec:
+        """What block ``index`` is made of."""
 
-    def linears(self) -> Iterator[str]:
-        """Names of a block's linears, relative to the block."""
-        for group in self.groups:
-            yield from group.linears
+    @cached_property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """All blocks in order."""
+        return tuple(self.block(index) for index in range(self.layers))
+
+    @cached_property
+    def linears(self) -> dict[str, LinearSpec]:
+        """The linears of all blocks by full name, in order."""
+        return {block.prefix + linear.name: linear for block in self.blocks for linear in block.linears}
+
+    @property
+    def outer(self) -> tuple[str, ...]:
+        """Full names of the matrices outside of the blocks: the embedding and, where it has weights of its own, the head."""
+        return (self.embedding,) if self.tied else (self.embedding, self.head)
+
+    def kind_of(self, index: int) -> Hashable:
+        """Blocks of equal kind have the same parameters. A family whose blocks are alike says so by one value for all."""
+        return index
+
+    def parameters(self, index: int) -> Shapes:
+        """Shapes of the parameters of block ``index`` by name, relative to the block."""
+        kind = self.kind_of(index)
+        if kind not in self._parameters:
+            with torch.device("meta"):
+                named = self.build_block(index).named_parameters()
+                self._parameters[kind] = {name: tuple(parameter.shape) for name, parameter in named}
+        return self._parameters[kind]
 
     @abstractmethod
     def build_block(self, index: int) -> nn.Module:
-        """A decoder block of transformers' own class, on the device that is current (``meta`` for no memory)."""
+        """A decoder block on the device that is current (``meta`` for no memory): transformers' own class, or one that
+        computes the same with an ``nn.Linear`` for each declared linear."""
 
     @abstractmethod
     def build_rotary(self) -> nn.Module:
@@ -102,17 +213,60 @@ class Architecture(ABC):
     def build_norm(self) -> nn.Module:
         """The final norm."""
 
-    def expected_shapes(self) -> Shapes:
-        """Every tensor that the checkpoint must have, with its shape."""
-        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
+    def build_model(self, dtype: torch.dtype) -> Any:
+        """transformers' model without memory, its blocks as ``build_block`` makes them."""
+        from transformers import AutoModelForCausalLM
+
         with torch.device("meta"):
-            block = {name: tuple(p.shape) for name, p in self.build_block(0).named_parameters()}
+            return AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+
+    def module_shapes(self) -> Shapes:
+        """Every parameter of the model by full name, as its modules hold it."""
+        hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
         shapes: Shapes = {f"{self.embedding}.weight": (vocabulary, hidden), f"{self.final_norm}.weight": (hidden,)}
         if not self.tied:
             shapes[f"{self.head}.weight"] = (vocabulary, hidden)
         for index in range(self.layers):
-            shapes |= {self.block_prefix(index) + name: shape for name, shape in block.items()}
+            prefix = self.block_prefix(index)
+            shapes |= {prefix + name: shape for name, shape in self.parameters(index).items()}
         return shapes
+
+    def expected_shapes(self) -> Shapes:
+        """Every tensor that the checkpoint must have, with its shape. A family that stores stacks says theirs."""
+        return self.module_shapes()
+
+    def sources_of(self, name: str) -> tuple[Source, ...]:
+        """What makes up the parameter of that full name in a checkpoint."""
+        for block in self._moved:
+            if name.startswith(block.prefix):
+                return block.sources_of(name.removeprefix(block.prefix))
+        return (Source(name),)
+
+    @cached_property
+    def _moved(self) -> tuple[BlockSpec, ...]:
+        """The blocks with parameters that lie elsewhere than their names say."""
+        return tuple(block for block in self.blocks if block.sources)
+
+
+def parameter_reader(read: Callable[[str], Tensor]) -> Callable[[tuple[Source, ...]], Tensor]:
+    """A function that joins a parameter from its sources. A stored tensor is kept until another one is wanted, so that the
+    linears of a stack, asked for one after the other, read it once."""
+    kept: dict[str, Tensor] = {}
+
+    def stored(name: str) -> Tensor:
+        if name not in kept:
+            kept.clear()
+            kept[name] = read(name)
+        return kept[name]
+
+    def joined(sources: tuple[Source, ...]) -> Tensor:
+        if len(sources) == 1 and sources[0].index is None and sources[0].rows is None:
+            kept.clear()
+            return read(sources[0].tensor)
+        parts = [source.cut(stored(source.tensor)).clone() for source in sources]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return joined
 
 
 ARCHITECTURES: Registry[type[Architecture]] = Registry("architecture", "quern.architectures")
@@ -126,8 +280,7 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         raise UserError(f"config.json: model_type {model_type!r} is not supported; supported: {known}")
     try:
         architecture = ARCHITECTURES.get(model_type)(config)
-        with torch.device("meta"):
-            architecture.build_block(0)
+        assert architecture.blocks
         architecture.build_rotary()
         return architecture
     except UserError:

@@ -14,5 +14,5 @@ class Mistral(GatedDecoder):
     module = "transformers.models.mistral.modeling_mistral"
     class_prefix = "Mistral"
 
-    def windows(self) -> list[int]:
-        return [int(self.config.sliding_window or 0)] * self.layers
+    def window(self, index: int) -> int:
+        return int(self.config.sliding_window or 0)

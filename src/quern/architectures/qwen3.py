@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quern.architectures._decoder import GatedDecoder, windows_by_type
+from quern.architectures._decoder import GatedDecoder, window_by_type
 from quern.architectures.base import ARCHITECTURES
 
 
@@ -14,5 +14,5 @@ class Qwen3(GatedDecoder):
     module = "transformers.models.qwen3.modeling_qwen3"
     class_prefix = "Qwen3"
 
-    def windows(self) -> list[int]:
-        return windows_by_type(self.config)
+    def window(self, index: int) -> int:
+        return window_by_type(self.config, index)

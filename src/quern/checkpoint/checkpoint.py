@@ -17,7 +17,7 @@ import torch
 
 from quern.checkpoint.counts import check_counts
 from quern.checkpoint.files import sha256_into
-from quern.checkpoint.folder import CONFIG, INDEX, open_folder
+from quern.checkpoint.folder import CONFIG, INDEX, OpenContainer, no_container, open_folder
 from quern.checkpoint.head import EMBEDDING, HEAD, with_true_head
 from quern.checkpoint.hub import download, is_hub_id
 from quern.checkpoint.safetensors_file import TensorInfo
@@ -147,9 +147,12 @@ def count_non_finite(tensor: torch.Tensor) -> int:
     return sum(int(piece.numel() - piece.isfinite().sum()) for piece in wide)
 
 
-def open_checkpoint(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, *, progress: Progress | None = None, open_container: OpenContainer = no_container
+) -> Checkpoint:
     """Open a folder, a Hub id (downloaded if need be) or a GGUF file. Raises ``UserError`` or ``BadFileError``.
 
+    ``open_container`` opens folders whose tensors lie in files of another kind than safetensors (see ``open_folder``).
     Headers are read and checked, weights are not read yet. Whether the tensors are those that the configuration calls for
     is checked by ``quern.loading``, which everything that uses a model's weights goes through.
     """
@@ -166,7 +169,7 @@ def open_checkpoint(model: str | Path, *, progress: Progress | None = None) -> C
             problem = "is neither a folder nor a regular file" if path.exists() else "does not exist"
             raise UserError(f"MODEL {text!r} {problem}. {_ALLOWED}")
         path = download(text, progress or Silent())
-    return _checked(Checkpoint(path, *open_folder(path)))
+    return _checked(Checkpoint(path, *open_folder(path, open_container)))
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:

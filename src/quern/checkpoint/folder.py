@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,16 @@ class FolderSource:
         return read_tensor(self.places[name], self.infos[name])
 
 
-def open_folder(folder: Path) -> tuple[dict[str, Any], FolderSource]:
-    """The configuration and the tensors of a Hugging Face folder. Raises ``BadFileError``."""
+OpenContainer = Callable[[Path, dict[str, Any]], Any]
+"""From a folder and its configuration to its tensors (a ``TensorSource``); None where they are in no file of that kind."""
+
+
+def no_container(folder: Path, config: dict[str, Any]) -> None:
+    """For those who know of safetensors only."""
+
+
+def open_folder(folder: Path, open_container: OpenContainer = no_container) -> tuple[dict[str, Any], Any]:
+    """The configuration and the tensors (a ``TensorSource``) of a Hugging Face folder. Raises ``BadFileError``."""
     if not (folder / CONFIG).is_file():
         raise what_else(folder, f"holds no {CONFIG}")
     config = read_json(folder / CONFIG)
@@ -58,6 +66,8 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], FolderSource]:
         raise BadFileError(folder / CONFIG, "names no model_type", "Give the config.json that belongs to the weights")
     if config.get("quantization_config", config) is None:
         del config["quantization_config"]  # some tools write null for none
+    if (source := open_container(folder, config)) is not None:
+        return config, source
     if (folder / SINGLE).is_file():
         infos = read_header(folder / SINGLE)
         source = FolderSource(infos, dict.fromkeys(infos, folder / SINGLE))

@@ -7,14 +7,17 @@ column" and feeds the error forward, whatever the codec is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from quern.core import scheme as schemes
 from quern.core.packed import QuantizedWeight
-from quern.core.recipe import WeightScheme
 from quern.core.registry import Registry
+from quern.core.scheme import CodecParameters, CodecScheme
 
 Parts = dict[str, Tensor]
 TINY = 2.0**-24
@@ -28,12 +31,51 @@ def least_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale == 0, TINY, scale.clamp(min=torch.finfo(dtype).tiny))
 
 
+class ScaledParameters(CodecParameters):
+    """What codecs with scales share."""
+
+    bits: Annotated[int, Field(ge=1, le=8)] = 4
+    """Bits of one stored code."""
+    symmetric: bool = True
+    """Symmetric grids have their zero in the middle; asymmetric ones store a zero point for each scale."""
+    granularity: Literal["tensor", "channel", "group"] = "group"
+    """Who shares a scale: the tensor, one output channel (row), or ``group_size`` inputs of a row."""
+    group_size: Annotated[int, Field(ge=1)] | None = 128
+    """Inputs that share a scale under ``group`` (the last group of a row may be shorter); otherwise null."""
+    observer: str = "mean_squared_error"
+    """Name of the observer that picks the range that the scale covers."""
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """How scales are stored."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_group_without_granularity(cls, values: Any) -> Any:
+        usual = cls.model_fields["granularity"].default
+        if isinstance(values, dict) and values.get("granularity", usual) != "group":
+            return {"group_size": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check_group(self) -> ScaledParameters:
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("group_size goes with granularity: group, and only with it")
+        return self
+
+    def int8_obstacle(self) -> str | None:
+        if self.bits == 8 and self.symmetric and self.granularity != "group":
+            return None
+        return f"asks for {self.bits} bits, symmetric: {self.symmetric}, granularity: {self.granularity}"
+
+
 class Encoder(ABC):
     """Rounds the columns of one slab of rows and remembers the codes.
 
-    Columns may come in any order, each exactly once. Values are float32.
+    Columns come in tuples of ``width``, of which the last may be shorter. Tuples may come in any order, each exactly once.
+    Values are float32.
     """
 
+    width: int = 1
+    """Columns that are coded jointly."""
     refit_width: int | None = None
     """Columns that ``refit`` fits together just before the first of them is rounded; None: all are fitted at the start."""
 
@@ -44,14 +86,15 @@ class Encoder(ABC):
         """
 
     @abstractmethod
-    def round(self, column: int, values: Tensor) -> Tensor:
-        """Round ``values`` ``(rows,)`` of one column; returns the stored values ``(rows,)`` as they will be decoded."""
+    def round(self, first: int, values: Tensor) -> Tensor:
+        """Round ``values`` ``(width, rows)`` of the columns from ``first`` on; what will be decoded, of the same shape."""
 
     def round_all(self, weight: Tensor) -> Tensor:
         """Round a whole slab ``(rows, columns)`` to nearest; returns what will be decoded."""
         rounded = torch.empty_like(weight)
-        for column in range(weight.shape[1]):
-            rounded[:, column] = self.round(column, weight[:, column])
+        for first in range(0, weight.shape[1], self.width):
+            columns = slice(first, first + self.width)
+            rounded[:, columns] = self.round(first, weight[:, columns].T.contiguous()).T
         return rounded
 
     @abstractmethod
@@ -59,14 +102,40 @@ class Encoder(ABC):
         """The slab's stored tensors; ``Codec.join`` puts the slabs of a matrix together."""
 
 
-class Codec(ABC):
-    """A way to store weight matrices under one ``WeightScheme``. Raises ``UserError`` for schemes that it cannot store."""
+@dataclass(frozen=True)
+class Described:
+    """What tables show of a scheme."""
 
+    granularity: str
+    """``tensor``, ``channel``, ``group 64``; ``-`` where nothing is scaled."""
+    bits: float
+    """Of one stored code, scales not counted."""
+
+
+class Codec(ABC):
+    """A way to store weight matrices under one ``CodecScheme``. Raises ``UserError`` for schemes that it cannot store."""
+
+    Parameters: ClassVar[type[CodecParameters]]
+    """What a recipe may choose; the constructor finds an instance in ``scheme.params``."""
     slab_rows: ClassVar[int] = 32
     """Rows of a slab are a multiple of this, unless it is the last."""
 
-    def __init__(self, scheme: WeightScheme) -> None:
+    def __init__(self, scheme: CodecScheme) -> None:
         self.scheme = scheme
+
+    @abstractmethod
+    def describe(self) -> Described:
+        """What tables show of the scheme."""
+
+    @property
+    def scale_dtype_name(self) -> str | None:
+        """The dtype of the stored scales, where a scheme may have another one; None for codecs of which that is not so."""
+        return None
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether a whole matrix has one scale."""
+        return False
 
     @abstractmethod
     def encoder(self, weight: Tensor, whole: Tensor, refit: bool) -> Encoder:
@@ -100,9 +169,14 @@ class Codec(ABC):
         return self.decode(shape, parts)[rows]
 
 
-CODECS: Registry[type[Codec]] = Registry("codec", "quern.codecs")
+CODECS: Registry[type[Codec]] = schemes.CODECS
+
+
+def codec_of(scheme: CodecScheme) -> Codec:
+    """The codec that stores weights under ``scheme``. Raises ``UserError`` for a scheme that it cannot store."""
+    return CODECS.get(scheme.codec)(scheme)
 
 
 def decode(weight: QuantizedWeight) -> Tensor:
     """The values that ``weight`` stores, float32 ``(rows, columns)``."""
-    return CODECS.get(weight.scheme.codec)(weight.scheme).decode(weight.shape, weight.parts)
+    return codec_of(weight.scheme).decode(weight.shape, weight.parts)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quern.codecs import _bits
-from quern.codecs.base import CODECS, Codec, Encoder, Parts, least_scale
+from quern.codecs import bits
+from quern.codecs.base import CODECS, Codec, Described, Encoder, Parts, ScaledParameters, least_scale
 from quern.core.errors import UserError
-from quern.core.recipe import WeightScheme
+from quern.core.scheme import CodecScheme
 from quern.observers.base import OBSERVERS
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 class Grid:
     """The integer grid of one scheme: ranges to scales, values to codes and back."""
 
-    def __init__(self, scheme: WeightScheme) -> None:
-        self.levels = (1 << scheme.bits) - 1
-        self.middle = 1 << (scheme.bits - 1)
-        self.symmetric = scheme.symmetric
-        self.scale_dtype = getattr(torch, scheme.scale_dtype)
+    def __init__(self, params: ScaledParameters) -> None:
+        self.levels = (1 << params.bits) - 1
+        self.middle = 1 << (params.bits - 1)
+        self.symmetric = params.symmetric
+        self.scale_dtype = getattr(torch, params.scale_dtype)
 
     def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale (as it will be stored, float32) and zero point (integers in float32) that cover ``[low, high]`` and 0."""
@@ -69,10 +69,10 @@ class IntegerEncoder(Encoder):
         self.codes = weight.new_zeros(columns, rows, dtype=torch.uint8)
         self.scale = weight.new_zeros(groups, rows)
         self.zero = weight.new_zeros(groups, rows)
-        if codec.scheme.granularity == "tensor":
+        if codec.params.granularity == "tensor":
             scale, zero = self._observe(_flat(whole))
             self.scale[:], self.zero[:] = scale.item(), zero.item()
-        elif refit and codec.scheme.granularity == "group":
+        elif refit and codec.params.granularity == "group":
             self.refit_width = self.group
         else:
             for first in range(0, columns, self.group):
@@ -88,18 +88,18 @@ class IntegerEncoder(Encoder):
         if not bool((scale * self.grid.levels).isfinite().all()):
             raise UserError(
                 f"weights up to {float(values.abs().max()):.3g} are too large for scales in scale_dtype "
-                f"{self.codec.scheme.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"
+                f"{self.codec.params.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"
             )
         return scale, zero
 
     def refit(self, first_column: int, values: Tensor, importance: Tensor) -> None:
         self._fit(first_column // self.group, values.T.contiguous(), importance)
 
-    def round(self, column: int, values: Tensor) -> Tensor:
-        group = column // self.group
+    def round(self, first: int, values: Tensor) -> Tensor:
+        group = first // self.group
         scale, zero = self.scale[group], self.zero[group]
         codes = self.grid.encode(values, scale, zero)
-        self.codes[column] = codes
+        self.codes[first] = codes[0]
         return codes.sub_(zero).mul_(scale)
 
     def round_all(self, weight: Tensor) -> Tensor:
@@ -115,11 +115,11 @@ class IntegerEncoder(Encoder):
         codec = self.codec
         codes = self.codes.T
         scale, zero = self.scale.T, self.zero.T
-        if codec.scheme.granularity == "tensor":
+        if codec.params.granularity == "tensor":
             scale, zero = scale[:1], zero[:1]
         parts = {"codes": codec.pack_codes(codes), "scale": scale.to(self.grid.scale_dtype).contiguous()}
-        if not codec.scheme.symmetric:
-            packed = _bits.pack(zero.T.to(torch.uint8), codec.scheme.bits)
+        if not codec.params.symmetric:
+            packed = bits.pack(zero.T.to(torch.uint8), codec.params.bits)
             parts["zero_point"] = packed.T.contiguous()
         return parts
 
@@ -128,24 +128,40 @@ class IntegerEncoder(Encoder):
 class IntegerCodec(Codec):
     """Uniform integers; see the module's page for what is stored."""
 
-    def __init__(self, scheme: WeightScheme) -> None:
+    Parameters = ScaledParameters
+
+    def __init__(self, scheme: CodecScheme) -> None:
         super().__init__(scheme)
-        self.grid = Grid(scheme)
-        self.observer: Observer = OBSERVERS.get(scheme.observer)()
+        assert isinstance(scheme.params, ScaledParameters)
+        self.params = scheme.params
+        self.grid = Grid(self.params)
+        self.observer: Observer = OBSERVERS.get(self.params.observer)()
+
+    def describe(self) -> Described:
+        params = self.params
+        return Described(f"group {params.group_size}" if params.group_size else params.granularity, params.bits)
+
+    @property
+    def scale_dtype_name(self) -> str:
+        return self.params.scale_dtype
+
+    @property
+    def has_one_scale(self) -> bool:
+        return self.params.granularity == "tensor"
 
     @property
     def _bytes(self) -> bool:
-        return self.scheme.bits == 8 and self.scheme.symmetric
+        return self.params.bits == 8 and self.params.symmetric
 
     def group_width(self, columns: int) -> int:
         """Inputs of a row that share a scale."""
-        return min(self.scheme.group_size or columns, columns)
+        return min(self.params.group_size or columns, columns)
 
     def encoder(self, weight: Tensor, whole: Tensor, refit: bool) -> IntegerEncoder:
         return IntegerEncoder(self, weight, whole, refit)
 
     def ideal_scales(self, weight: Tensor) -> Tensor:
-        if self.scheme.granularity == "tensor":
+        if self.params.granularity == "tensor":
             weight = weight.reshape(1, -1)
         width, (rows, columns) = self.group_width(weight.shape[1]), weight.shape
         whole = columns // width * width
@@ -153,39 +169,39 @@ class IntegerCodec(Codec):
         if whole < columns:
             parts.append(weight[:, None, whole:])
         low, high = (torch.cat(ends, dim=1) for ends in zip(*(part.aminmax(dim=-1) for part in parts), strict=True))
-        if self.scheme.symmetric:
+        if self.params.symmetric:
             return torch.maximum(low.abs(), high.abs()) * (2 / self.grid.levels)
         return (high.clamp(min=0) - low.clamp(max=0)) / self.grid.levels
 
     def join(self, slabs: list[Parts]) -> Parts:
         joined = super().join(slabs)
-        if self.scheme.granularity == "tensor":
+        if self.params.granularity == "tensor":
             joined |= {name: slabs[0][name] for name in ("scale", "zero_point") if name in joined}
         return joined
 
     def pack_codes(self, codes: Tensor) -> Tensor:
         """The stored form of uint8 codes ``(rows, columns)``."""
-        return (codes.to(torch.int16) - 128).to(torch.int8) if self._bytes else _bits.pack(codes, self.scheme.bits)
+        return (codes.to(torch.int16) - 128).to(torch.int8) if self._bytes else bits.pack(codes, self.params.bits)
 
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, columns = shape
-        bits = self.scheme.bits
+        width = self.params.bits
         groups = -(-columns // self.group_width(columns))
-        scale_rows = 1 if self.scheme.granularity == "tensor" else rows
+        scale_rows = 1 if self.params.granularity == "tensor" else rows
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((rows, columns), torch.int8)
             if self._bytes
-            else ((rows, _bits.words_per_row(columns, bits)), torch.int32),
+            else ((rows, bits.words_per_row(columns, width)), torch.int32),
             "scale": ((scale_rows, groups), self.grid.scale_dtype),
         }
-        if not self.scheme.symmetric:
-            shapes["zero_point"] = ((_bits.words_per_row(scale_rows, bits), groups), torch.int32)
+        if not self.params.symmetric:
+            shapes["zero_point"] = ((bits.words_per_row(scale_rows, width), groups), torch.int32)
         return shapes
 
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None, columns: int) -> Tensor:
         """(code - zero point) x scale, float32 ``(rows, columns)``, of the stored ``codes`` of some rows."""
         # Signed bytes are codes minus the middle already.
-        values = codes.float() if self._bytes else _bits.unpack(codes, self.scheme.bits, columns).float()
+        values = codes.float() if self._bytes else bits.unpack(codes, self.params.bits, columns).float()
         width = self.group_width(columns)
         whole = columns // width * width
         for start, stop, size in ((0, whole, width), (whole, columns, columns - whole)):
@@ -200,9 +216,9 @@ class IntegerCodec(Codec):
 
     def _zero(self, parts: Parts) -> Tensor | None:
         """Zero points uint8 ``(scale rows, groups)`` of an asymmetric grid."""
-        if self.scheme.symmetric:
+        if self.params.symmetric:
             return None
-        return _bits.unpack(parts["zero_point"].T, self.scheme.bits, parts["scale"].shape[0]).T
+        return bits.unpack(parts["zero_point"].T, self.params.bits, parts["scale"].shape[0]).T
 
     def spread(self, values: Tensor, columns: int) -> Tensor:
         """Per-group values ``(rows, groups)`` repeated for every column: ``(rows, columns)``, or broadcastable to it."""
@@ -215,7 +231,7 @@ class IntegerCodec(Codec):
 
     def decode_rows(self, shape: tuple[int, int], parts: Parts, rows: Tensor) -> Tensor:
         scale, zero = parts["scale"], self._zero(parts)
-        if self.scheme.granularity != "tensor":
+        if self.params.granularity != "tensor":
             scale = scale[rows]
             zero = None if zero is None else zero[rows]
         return self._values(parts["codes"][rows], scale, zero, shape[1])

@@ -16,14 +16,16 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from quern import _native
-from quern.codecs.base import CODECS, Codec, Encoder, Parts, least_scale
+from quern.codecs.base import CODECS, Codec, Described, Encoder, Parts, ScaledParameters, least_scale
 from quern.core.errors import UserError
-from quern.core.recipe import WeightScheme
+from quern.core.scheme import CodecScheme
 
 TABLES = "trellis_tables.json"
 TILE, LANE_ROWS, BLOCK, LANES = 256, 16, 4, 64
@@ -88,11 +90,11 @@ class TrellisEncoder(Encoder):
         self.codec = codec
         self.scale = codec.row_scales(weight)
         entries, columns = codec.table.entries.numpy(), weight.shape[1]
-        self._native = _native.TrellisEncoder(codec.scheme.bits, codec.lag, entries, self.scale.numpy(), columns)
+        self._native = _native.TrellisEncoder(codec.params.bits, codec.lag, entries, self.scale.numpy(), columns)
 
-    def round(self, column: int, values: Tensor) -> Tensor:
+    def round(self, first: int, values: Tensor) -> Tensor:
         decoded = torch.empty(values.shape, dtype=torch.float32)
-        self._native.round(column, values.detach().cpu().contiguous().numpy(), decoded.numpy())
+        self._native.round(first, values[0].detach().cpu().contiguous().numpy(), decoded[0].numpy())
         return decoded.to(values.device)
 
     def round_all(self, weight: Tensor) -> Tensor:
@@ -108,24 +110,45 @@ class TrellisEncoder(Encoder):
         }
 
 
+class TrellisParameters(ScaledParameters):
+    """Scales lie at rows, and the observer is not asked."""
+
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    group_size: Annotated[int, Field(ge=1)] | None = None
+    window: Annotated[int, Field(ge=1)] = 7
+    """Bits of the stream that pick an entry of a table."""
+    tables: Annotated[int, Field(ge=1)] = 2
+    """Tables whose entries are added."""
+
+
 @CODECS.add("trellis")
 class TrellisCodec(Codec):
     """Trellis codes; see the module's page for what is stored."""
 
+    Parameters = TrellisParameters
     slab_rows = TILE
 
-    def __init__(self, scheme: WeightScheme) -> None:
+    def __init__(self, scheme: CodecScheme) -> None:
         super().__init__(scheme)
-        key = (scheme.bits, scheme.window or 0, scheme.tables or 0)
-        if scheme.granularity != "channel" or not scheme.symmetric or key not in trained_tables():
+        assert isinstance(scheme.params, TrellisParameters)
+        self.params = params = scheme.params
+        key = (params.bits, params.window, params.tables)
+        if params.granularity != "channel" or not params.symmetric or key not in trained_tables():
             raise UserError(
                 f"codec trellis stores 2, 3 or 4 bits, symmetric, with granularity channel, window 6 with one table or "
-                f"7 with one or two; the recipe asks for {scheme.bits} bits, symmetric: {scheme.symmetric}, granularity "
-                f"{scheme.granularity}, window: {scheme.window}, tables: {scheme.tables}. Change these keys"
+                f"7 with one or two; the recipe asks for {params.bits} bits, symmetric: {params.symmetric}, granularity "
+                f"{params.granularity}, window: {params.window}, tables: {params.tables}. Change these keys"
             )
         self.table = trained_tables()[key]
         self.window, self.tables, self.lag = key[1], key[2], lag(*key)
-        self.scale_dtype: torch.dtype = getattr(torch, scheme.scale_dtype)
+        self.scale_dtype: torch.dtype = getattr(torch, params.scale_dtype)
+
+    def describe(self) -> Described:
+        return Described(self.params.granularity, self.params.bits)
+
+    @property
+    def scale_dtype_name(self) -> str:
+        return self.params.scale_dtype
 
     def row_scales(self, weight: Tensor) -> Tensor:
         """Scales as they will be stored, float32 ``(rows,)``: the table's unit for weights of each row's variance."""
@@ -135,7 +158,7 @@ class TrellisCodec(Codec):
         if not bool((stored * (2 * 127)).isfinite().all()):
             raise UserError(
                 f"weights up to {float(weight.abs().max()):.3g} are too large for scales in scale_dtype "
-                f"{self.scheme.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"
+                f"{self.params.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"
             )
         return stored
 
@@ -154,7 +177,7 @@ class TrellisCodec(Codec):
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, columns = shape
         whole, rest = divmod(rows, TILE)
-        a_block = whole * stream_bytes(TILE, self.scheme.bits) + stream_bytes(rest, self.scheme.bits)
+        a_block = whole * stream_bytes(TILE, self.params.bits) + stream_bytes(rest, self.params.bits)
         return {
             "codes": ((a_block * -(-columns // BLOCK) * LANES,), torch.uint8),
             "scale": ((rows, 1), self.scale_dtype),
@@ -176,7 +199,7 @@ class TrellisCodec(Codec):
                 continue
             height = min(TILE, last - first)
             tiles, blocks = (last - first) // height, -(-columns // BLOCK)
-            size = tiles * blocks * stream_bytes(height, self.scheme.bits) * LANES
+            size = tiles * blocks * stream_bytes(height, self.params.bits) * LANES
             streams = parts["codes"][done : done + size].view(tiles, blocks, -1, LANES)
             done += size
             sums = self._sums(streams, -(-height // LANE_ROWS), table)
@@ -187,7 +210,7 @@ class TrellisCodec(Codec):
         return values
 
     def _sums(self, streams: Tensor, steps: int, table: Tensor) -> Tensor:
-        sums = table[0][windows(streams, steps, self.scheme.bits, self.window).int()]
+        sums = table[0][windows(streams, steps, self.params.bits, self.window).int()]
         if self.tables == 2:
-            sums = sums + table[1][windows(streams, steps, self.scheme.bits, self.window, self.lag).int()]
+            sums = sums + table[1][windows(streams, steps, self.params.bits, self.window, self.lag).int()]
         return sums

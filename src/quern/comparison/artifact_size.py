@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import sha256_into
 from quern.checkpoint.gguf.header import read_gguf_header
 from quern.checkpoint.safetensors_file import read_header
 from quern.core.errors import BadFileError
 from quern.core.progress import Progress
 from quern.core.units import bytes_text
+from quern.loading.fitting import open_any
 
 _RAW = (".bin", ".onnx", ".data", ".onnx_data", ".pt", ".pth")
 
@@ -44,7 +45,7 @@ class Stored:
 
 def stored_checkpoint(path: str | Path, sha256: str | None = None, progress: Progress | None = None) -> Stored:
     """A checkpoint or an artifact of quern's."""
-    checkpoint = open_checkpoint(path, progress=progress)
+    checkpoint = open_any(path, progress=progress)
     return Stored(
         path=checkpoint.path,
         sha256=sha256 or checkpoint.sha256(progress),

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quern.checkpoint.checkpoint import open_checkpoint
 from quern.comparison.artifact_size import Stored, stored_checkpoint, stored_folder
 from quern.comparison.groups import Group, Loaded, alternate_rounds, score_all
 from quern.comparison.inputs import Inputs, MeasurementSettings, reference_key
@@ -27,6 +26,7 @@ from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import DRIFT_LIMIT, Failure, Row
 from quern.evaluation.reference_cache import ReferenceKey, has_reference
+from quern.loading.fitting import open_any
 
 LOADED_BYTES = 1 << 30
 """What a process needs beside its weights: interpreter, libraries, activations and a batch of logits."""
@@ -64,7 +64,7 @@ def measure_all(
     everyone = [contender for contender in everyone if contender.name in stored]
     if reference is not None:
         _check_vocabularies(everyone, stored)
-    original = original_of(open_checkpoint(everyone[0].path))
+    original = original_of(open_any(everyone[0].path))
     key = (
         None if reference is None else reference_key(reference.engine, stored[reference.name].sha256, inputs, settings)
     )

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from quern.architectures.base import architecture_of
+from quern.architectures.base import BlockSpec, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
 from quern.comparison.artifact_size import Stored
@@ -18,9 +18,7 @@ from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError
 from quern.core.results import Figure, LayerError, Row, RowKind, Spread, Tool
 from quern.evaluation.measures.base import all_measures
-from quern.quantization.scale_dtypes import notes_of
-
-_OUTSIDE_BLOCKS = ("model.embed_tokens.weight", "lm_head.weight")
+from quern.loading.fitting import model_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +54,19 @@ def contender_of(checkpoint: Checkpoint, engine: str = "reference") -> Contender
     name = checkpoint.path.name
     if not isinstance(quantization, dict):
         return Contender(name=name, path=checkpoint.path, engine=engine, notes=checkpoint.notes)
-    recipe, layers, made_from = quantization, [], None
+    recipe, layers, made_from, notes = quantization, [], None, []
     provenance = checkpoint.path / PROVENANCE
     if provenance.is_file():
         try:
             found = read_json(provenance)
             recipe, made_from = found["fingerprint"]["recipe"], found["fingerprint"].get("model_sha256")
+            notes = [str(note) for note in found.get("notes", [])]
             layers = [LayerError.model_validate(layer) for layer in found["layers"]]
         except (KeyError, TypeError, ValueError) as error:
             raise BadFileError(provenance, f"is not what quern writes: {error}", "Quantize the model again") from None
     return Contender(
         name=name, path=checkpoint.path, kind="quern", recipe=recipe, layers=tuple(layers), engine=engine,
-        original_sha256=made_from, notes=(*checkpoint.notes, *notes_of(checkpoint)),
+        original_sha256=made_from, notes=(*checkpoint.notes, *notes),
     )  # fmt: skip
 
 
@@ -126,7 +125,7 @@ class Original:
     """Tied weights once."""
     bf16_bytes: int
     block_parameters: int
-    """Entries of the matrices inside the decoder blocks: what every token of a prompt is multiplied with. The head is
+    """Entries of the matrices inside the decoder blocks that a token of a prompt is multiplied with. The head is
     left out, which prefill needs for the last token only."""
 
 
@@ -135,17 +134,20 @@ def original_of(checkpoint: Checkpoint) -> Original:
 
     An artifact's own shapes are those of packed codes; the shapes of the original then follow from ``config.json``.
     """
+    architecture = architecture_of(model_config(checkpoint))
+    met = round(sum(_entries_per_token(block) for block in architecture.blocks))
     if "quantization_config" not in checkpoint.config:
-        shapes = {name: checkpoint.info(name).shape for name in checkpoint.names()}
-        return Original(checkpoint.parameters, checkpoint.bf16_bytes, _block_parameters(shapes))
-    shapes = architecture_of(checkpoint.config).expected_shapes()
-    parameters = sum(prod(shape) for shape in shapes.values())
+        return Original(checkpoint.parameters, checkpoint.bf16_bytes, met)
+    parameters = sum(prod(shape) for shape in architecture.expected_shapes().values())
     others = sum(path.stat().st_size for path in checkpoint.files if path not in checkpoint.source.weight_files)
-    return Original(parameters, 2 * parameters + others, _block_parameters(shapes))
+    return Original(parameters, 2 * parameters + others, met)
 
 
-def _block_parameters(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name not in _OUTSIDE_BLOCKS)
+def _entries_per_token(block: BlockSpec) -> float:
+    """Entries of the matrices that a token meets: of the experts' those of as many as it is sent to."""
+    experts = len({linear.expert for linear in block.linears} - {None})
+    share = block.experts_per_token / experts if experts else 0.0
+    return sum(prod(linear.shape) * (1 if linear.expert is None else share) for linear in block.linears)
 
 
 def row_of(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from quern.core.recipe import WeightScheme
+from quern.core.scheme import CodecScheme
 
 if TYPE_CHECKING:
     import torch
+
+ActivationMode = Literal["none", "dynamic", "static"]
+"""What inputs become when a model runs: as they are, int8 with a scale a token, int8 with a calibrated scale."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class QuantizedWeight:
     ``scale`` and, where asymmetric, ``zero_point``.
     """
 
-    scheme: WeightScheme
+    scheme: CodecScheme
     shape: tuple[int, int]
     parts: dict[str, torch.Tensor]
 
@@ -27,3 +30,15 @@ class QuantizedWeight:
     def stored_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """What a format stores of one module."""
+
+    weight: QuantizedWeight
+    activations: ActivationMode = "none"
+    input_scale: float | None = None
+    """Of static activations."""
+    input_signs: torch.Tensor | None = None
+    """Packed signs uint8 ``(ceil(columns / 8),)`` of the rotation of its inputs; None: they are not rotated."""

@@ -9,13 +9,14 @@ import json
 from collections import Counter
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
+from quern.core.scheme import UNQUANTIZED, CodecScheme, parse_scheme, scheme_keys
 from quern.core.suggest import did_you_mean
 
 RECIPE_PACKAGE = "quern.recipes"
@@ -25,56 +26,6 @@ ROTATION = "hadamard"
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class WeightScheme(_Strict):
-    """Which values a weight matrix may take and who shares a scale."""
-
-    codec: str = "integer"
-    """Name of a registered codec; ``none`` keeps the checkpoint's own values."""
-    bits: Annotated[int, Field(ge=1, le=8)] = 4
-    """Bits of one stored code."""
-    symmetric: bool = True
-    """Symmetric grids have their zero in the middle; asymmetric ones store a zero point for each scale."""
-    granularity: Literal["tensor", "channel", "group"] = "group"
-    """Who shares a scale: the tensor, one output channel (row), or ``group_size`` inputs of a row."""
-    group_size: Annotated[int, Field(ge=1)] | None = 128
-    """Inputs that share a scale under ``group`` (the last group of a row may be shorter); otherwise null."""
-    observer: str = "mean_squared_error"
-    """Name of the observer that picks the range that the scale covers."""
-    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """How scales are stored."""
-    window: Annotated[int, Field(ge=1)] | None = None
-    """Codec ``trellis``: bits of the stream that pick an entry of a table (default 7); otherwise null."""
-    tables: Annotated[int, Field(ge=1)] | None = None
-    """Codec ``trellis``: tables whose entries are added (default 2); otherwise null."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_dependent_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        if values.get("codec") == "trellis":
-            values = {"granularity": "channel", "window": 7, "tables": 2, **values}
-        if values.get("granularity", "group") != "group":
-            values = {"group_size": None, **values}
-        return values
-
-    @model_validator(mode="after")
-    def _check(self) -> WeightScheme:
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise ValueError("group_size goes with granularity: group, and only with it")
-        if self.codec != "trellis" and (self.window, self.tables) != (None, None):
-            raise ValueError(f"window and tables go with codec trellis, not with {self.codec}")
-        return self
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the weight is stored as codes at all."""
-        return self.codec != "none"
-
-
-UNQUANTIZED = WeightScheme(codec="none", bits=8, granularity="tensor", group_size=None)
 
 
 class Rounding(_Strict):
@@ -129,10 +80,40 @@ class Calibration(_Strict):
     """Arithmetic of the calibration passes; ``auto``: float32 below 10^9 parameters, bfloat16 from there on."""
 
 
-class Override(WeightScheme):
-    """Another weight scheme for the linears whose name matches ``pattern`` (shell wildcards)."""
+class Override(_Strict):
+    """Other choices for the linears whose name matches ``pattern`` (shell wildcards).
+
+    Beside the keys below stand those of a weight scheme. They go together: where one is given, the others have their
+    defaults; where none is, the linears keep the scheme that they had.
+    """
 
     pattern: str
+    rounding: Rounding | None = None
+    """Another rounding; null: that of the recipe."""
+    rotated: bool | None = None
+    """Whether the recipe's rotation of inputs reaches these linears; null: as it does without the override."""
+    activations: Activations | None = None
+    """What their inputs become at run time; null: as the recipe says."""
+    scheme: CodecScheme | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_scheme(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "scheme" in values:
+            return values
+        own = {key: value for key, value in values.items() if key in cls.model_fields}
+        scheme = {key: value for key, value in values.items() if key not in cls.model_fields}
+        return {**own, "scheme": scheme} if scheme else own
+
+    @model_serializer
+    def _spread_scheme(self) -> dict[str, Any]:
+        given = {key: getattr(self, key) for key in ("rounding", "rotated", "activations")}
+        plain = {
+            key: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+            for key, value in given.items()
+            if value is not None
+        }
+        return {**({} if self.scheme is None else self.scheme.to_json()), "pattern": self.pattern, **plain}
 
     def matches(self, linear: str) -> bool:
         """Whether this means the linear called ``linear`` (full dotted name)."""
@@ -144,13 +125,13 @@ class Recipe(_Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str = ""
-    weights: WeightScheme = WeightScheme()
+    weights: CodecScheme = Field(default_factory=lambda: parse_scheme({}))
     """Scheme of every linear inside the decoder blocks."""
     overrides: tuple[Override, ...] = ()
     """Later overrides win."""
-    embedding: WeightScheme = UNQUANTIZED
+    embedding: CodecScheme = UNQUANTIZED
     """Scheme of the token embedding (and of a head that is tied to it)."""
-    head: WeightScheme = UNQUANTIZED
+    head: CodecScheme = UNQUANTIZED
     """Scheme of an output head with its own weights."""
     transforms: tuple[Transform, ...] = ()
     rounding: Rounding = Rounding()
@@ -164,39 +145,41 @@ class Recipe(_Strict):
         methods = [transform.method for transform in self.transforms]
         if methods.count(ROTATION) > 1:
             raise ValueError(f"transform {ROTATION} is named twice; once is enough")
-        if self.activations.mode != "none":
-            schemes = {"weights": self.weights, **{o.pattern: o for o in self.overrides}}
-            for where, scheme in schemes.items():
-                if scheme.quantized and (scheme.bits != 8 or not scheme.symmetric or scheme.granularity == "group"):
-                    raise ValueError(
-                        f"int8 activations need 8-bit symmetric weights per channel or tensor; {where} asks for "
-                        f"{scheme.bits} bits, symmetric: {scheme.symmetric}, granularity: {scheme.granularity}"
-                    )
+        schemes: dict[str, tuple[CodecScheme, Activations]] = {"weights": (self.weights, self.activations)}
+        for override in self.overrides:
+            schemes[override.pattern] = (override.scheme or self.weights, override.activations or self.activations)
+            if override.rotated and not self.rotated:
+                raise ValueError(f"{override.pattern} is to be rotated, but the recipe has no transform that rotates")
+        for where, (scheme, activations) in schemes.items():
+            if activations.mode != "none" and scheme.quantized and (obstacle := scheme.params.int8_obstacle()):
+                raise ValueError(
+                    f"int8 activations need 8-bit symmetric weights per channel or tensor; {where} {obstacle}"
+                )
         return self
 
     @property
     def needs_calibration(self) -> bool:
         """Whether statistics of activations are used at all."""
-        scaled = any(transform.method != ROTATION for transform in self.transforms)
-        return self.rounding.method != "nearest" or scaled or self.activations.mode == "static"
+        if any(transform.method != ROTATION for transform in self.transforms):
+            return True
+        roundings = [self.rounding, *(o.rounding for o in self.overrides if o.rounding is not None)]
+        activations = [self.activations, *(o.activations for o in self.overrides if o.activations is not None)]
+        return any(r.method != "nearest" for r in roundings) or any(a.mode == "static" for a in activations)
+
+    @property
+    def rotation(self) -> Transform | None:
+        """The rotation of the inputs of the quantized linears in the decoder blocks at run time; None: none."""
+        return next((transform for transform in self.transforms if transform.method == ROTATION), None)
 
     @property
     def rotated(self) -> bool:
-        """Whether the inputs of the quantized linears in the decoder blocks are rotated at run time."""
-        return any(transform.method == ROTATION for transform in self.transforms)
+        """Whether there is a rotation."""
+        return self.rotation is not None
 
     @property
     def random_signs(self) -> bool:
         """Whether the rotation turns the signs of random columns."""
         return any(t.method == ROTATION and t.random_signs is not False for t in self.transforms)
-
-    def scheme_for(self, linear: str) -> WeightScheme:
-        """The scheme of the decoder linear called ``linear`` (full dotted name)."""
-        scheme = self.weights
-        for override in self.overrides:
-            if override.matches(linear):
-                scheme = WeightScheme(**override.model_dump(exclude={"pattern"}))
-        return scheme
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that ``parse_recipe`` reads back."""
@@ -209,22 +192,36 @@ def parse_recipe(data: object, source: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise UserError(
-            f"recipe {source} is not valid:\n" + "\n".join(_explain(item) for item in error.errors())
+            f"recipe {source} is not valid:\n" + "\n".join(_explain(item, data) for item in error.errors())
         ) from None
 
 
-def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"]) or "recipe"
+def _explain(item: Any, data: object) -> str:
+    """A line that says what is wrong and where."""
+    loc = [part for part in item["loc"] if part != "scheme"]  # where an override's scheme lies is nobody's concern
+    where = ".".join(map(str, loc)) or "recipe"
     if item["type"] == "extra_forbidden":
-        model: type[BaseModel] = Recipe
-        for part in item["loc"][:-1]:
-            if isinstance(part, str) and part in model.model_fields:
-                annotation = model.model_fields[part].annotation
-                if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                    model = annotation
-        known, meant = list(model.model_fields), str(item["loc"][-1])
+        known, meant = _known_keys(loc[:-1], data), str(loc[-1])
         return f"  {where}: unknown key; known keys here: {', '.join(known)}{did_you_mean(meant, known)}"
     return f"  {where}: {item['msg'].removeprefix('Value error, ')} (got {str(item.get('input'))[:80]!r})"
+
+
+def _known_keys(loc: list[Any], data: object) -> list[str]:
+    """The keys of the mapping that lies at ``loc`` in a recipe's ``data``."""
+    place: Any = data
+    for part in loc:
+        place = place[part]
+    if not loc:
+        return list(Recipe.model_fields)
+    field = Recipe.model_fields[str(loc[0])].annotation
+    if field is CodecScheme:
+        return scheme_keys(place)
+    if loc[0] == "overrides" and len(loc) == 2:
+        return [*(key for key in Override.model_fields if key != "scheme"), *scheme_keys(place)]
+    last = {"overrides": Override, "transforms": Transform}.get(str(loc[0]), field) if len(loc) < 3 else None
+    model: Any = last or Override.model_fields[str(loc[2])].annotation
+    found = [model, *get_args(model)]
+    return next(list(m.model_fields) for m in found if isinstance(m, type) and issubclass(m, BaseModel))
 
 
 def profile_names() -> list[str]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quern.architectures.base import architecture_of
+from quern.architectures.base import Source, architecture_of, parameter_reader
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.head import EMBEDDING, HEAD
 from quern.checkpoint.safetensors_file import DTYPES
-from quern.core.artifact import in_block, module_schemes, quantization_of
+from quern.core.artifact import quantization_of
 from quern.core.errors import UserError
-from quern.core.recipe import parse_recipe
 from quern.engines._modules import PackedWeight, QuantizedEmbedding, QuantizedLinear, TiedHead
+from quern.formats.base import StoredModule, reader_of
 from quern.loading.fitting import model_config
 
 
@@ -24,20 +25,25 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     ``dtype``: of activations and of what is not packed. Apart from the model, memory for one tensor. Raises
     ``BadFileError`` where a file cannot be read, ``UserError`` where memory does not suffice.
     """
-    from transformers import AutoModelForCausalLM
-
     architecture = architecture_of(model_config(checkpoint))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture.config, dtype=dtype)
-    quantization = quantization_of(checkpoint.config)
-    if quantization is not None:
-        insert_packed(model, quantization, dtype)
+    model = architecture.build_model(dtype)
+    reader = reader_of(quantization_of(checkpoint.config), architecture)
+    modules = {} if reader is None else reader.plan()
+    insert_packed(model, modules, dtype)
     # The only buffers that are computed and not stored.
     model.model.rotary_emb = architecture.build_rotary()
     tied = model.config.tie_word_embeddings
+    packed = {f"{module}.{part}" for module in modules for part in dict(model.get_submodule(module).named_buffers())}
+    joined = parameter_reader(checkpoint.read)
     for name in model.state_dict():
-        if not (tied and name == HEAD):
-            _put(model, name, checkpoint.read(name), dtype)
+        if name in packed or (tied and name == HEAD):
+            continue
+        sources = architecture.sources_of(name) if reader is None else (Source(name),)
+        _put(model, name, joined(sources), dtype)
+    for module in modules:
+        assert reader is not None
+        for part, tensor in reader.parts(checkpoint, module).items():
+            _put(model, f"{module}.{part}", tensor, dtype)
     if tied and isinstance(model.lm_head, nn.Linear):
         model.lm_head.weight = model.get_parameter(EMBEDDING)
     return model.eval()
@@ -64,10 +70,9 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return found if found in (torch.bfloat16, torch.float16) else torch.float32
 
 
-def insert_packed(model: Any, quantization: dict[str, Any], dtype: torch.dtype) -> None:
-    """Put packed modules, without memory, where an artifact's ``quantization_config`` names some. Raises ``UserError``."""
-    recipe = parse_recipe(quantization.get("recipe"), "of the artifact")
-    for name, scheme in module_schemes(quantization).items():
+def insert_packed(model: Any, modules: Mapping[str, StoredModule], dtype: torch.dtype) -> None:
+    """Put packed modules, without memory, in the places of ``modules``. Raises ``UserError``."""
+    for name, stored in modules.items():
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -75,14 +80,12 @@ def insert_packed(model: Any, quantization: dict[str, Any], dtype: torch.dtype) 
         replacement: PackedWeight
         with torch.device("meta"):
             if isinstance(module, nn.Embedding):
-                replacement = QuantizedEmbedding(scheme, (module.num_embeddings, module.embedding_dim), dtype)
+                shape = (module.num_embeddings, module.embedding_dim)
+                replacement = QuantizedEmbedding(stored.scheme, shape, dtype)
             elif isinstance(module, nn.Linear):
-                inside = in_block(name)
-                mode = recipe.activations.mode if inside else "none"
                 shape = (module.out_features, module.in_features)
-                replacement = QuantizedLinear(
-                    scheme, shape, module.bias is not None, dtype, mode, inside and recipe.rotated
-                )
+                biased = module.bias is not None
+                replacement = QuantizedLinear(stored.scheme, shape, biased, dtype, stored.activations, stored.rotated)
             else:
                 raise UserError(f"the artifact quantizes {name!r}, which is neither a linear nor an embedding")
         model.set_submodule(name, replacement)

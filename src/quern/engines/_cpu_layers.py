@@ -12,6 +12,7 @@ import numpy as np
 
 from quern import _native
 from quern.architectures._decoder import GatedDecoder
+from quern.architectures.base import BlockSpec
 from quern.engines._cpu_weights import MappedWeights
 from quern.engines._rotary import frequencies
 
@@ -46,34 +47,30 @@ class Buffers:
 
 
 class GatedSteps:
-    """The steps of the layout that the Llama family and its descendants share.
+    """The steps of the layout that the Llama family and its descendants share."""
 
-    ``scale_per_token``: whether the blocks were made for int8 activations with one scale a token.
-    """
-
-    def __init__(self, architecture: GatedDecoder, weights: MappedWeights, scale_per_token: bool) -> None:
+    def __init__(self, architecture: GatedDecoder, weights: MappedWeights) -> None:
         config = architecture.config
-        self._architecture, self._weights, self._scale_per_token = architecture, weights, scale_per_token
+        self._architecture, self._weights = architecture, weights
         self.buffers = Buffers()
         self.epsilon = float(config.rms_norm_eps)
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.windows = architecture.windows()
         self.width, self.inner = int(config.hidden_size), int(config.intermediate_size)
         self.heads, self.key_value_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.head_dim = int(getattr(config, "head_dim", None) or self.width // self.heads)
         self.hidden, self.normed = self.buffers.of("hidden", self.width), self.buffers.of("normed", self.width)
         self.branch = self.buffers.of("branch", self.width)
-        self._by_role = {role: name for name, role in architecture.roles.items()}
 
     def layer(self, index: int) -> list[_native.Step]:
         """Attention and gated MLP of layer ``index``, a norm before each."""
-        step, prefix = _native.Step, self._architecture.block_prefix(index)
+        step, block = _native.Step, self._architecture.block(index)
+        prefix = block.prefix
         return [
             self.norm(f"{prefix}input_layernorm.weight"),
-            *self.attention(index, prefix),
+            *self.attention(block),
             step.add(self.branch, self.hidden),
             self.norm(f"{prefix}post_attention_layernorm.weight"),
-            *self.gated(prefix),
+            *self.gated(block),
             step.add(self.branch, self.hidden),
         ]
 
@@ -81,9 +78,9 @@ class GatedSteps:
         """What a block reads: the hidden states through the norm called ``name``."""
         return _native.Step.norm(self.hidden, self.normed, self._weights.vector(name, self.width), self.epsilon)
 
-    def attention(self, index: int, prefix: str) -> list[_native.Step]:
+    def attention(self, block: BlockSpec) -> list[_native.Step]:
         """From the normed hidden states to what attention adds to them."""
-        size, step = self.head_dim, _native.Step
+        size, step, prefix, index = self.head_dim, _native.Step, block.prefix, block.index
         width, key_width = self.heads * size, self.key_value_heads * size
         query, attended = self.buffers.of("query", width), self.buffers.of("attended", width)
         key, value = self.buffers.of("key", key_width), self.buffers.of("value", key_width)
@@ -92,50 +89,51 @@ class GatedSteps:
         # An int8 cache holds keys without their bias (csrc/engine/cache.h); what a norm made of it cannot be taken away.
         apart = key_norm is None
         linears = [
-            self._linear(prefix, "query", (width, self.width)),
-            self._linear(prefix, "key", (key_width, self.width), bias=not apart),
-            self._linear(prefix, "value", (key_width, self.width)),
+            self._linear(block, "query", (width, self.width)),
+            self._linear(block, "key", (key_width, self.width), bias=not apart),
+            self._linear(block, "value", (key_width, self.width)),
         ]
-        key_bias = self._weights.optional_vector(f"{prefix}{self._by_role['key']}.bias", key_width) if apart else None
+        key_bias = self._weights.optional_vector(f"{prefix}{_by_role(block, 'key')}.bias", key_width) if apart else None
         return [
             step.project(self.normed, linears, [query, key, value]),
             *([] if query_norm is None else [step.norm(query, query, query_norm, self.epsilon)]),
             *([] if key_norm is None else [step.norm(key, key, key_norm, self.epsilon)]),
             step.rotate(query, scale=float(np.float32(1) / np.sqrt(np.float32(size)))),
             step.store(index, key, value, key_bias),
-            step.attend(index, query, attended, self.windows[index], key_bias),
-            step.project(attended, [self._linear(prefix, "output", (self.width, width))], [self.branch]),
+            step.attend(index, query, attended, block.window, key_bias),
+            step.project(attended, [self._linear(block, "output", (self.width, width))], [self.branch]),
         ]
 
-    def gated(self, prefix: str) -> list[_native.Step]:
+    def gated(self, block: BlockSpec) -> list[_native.Step]:
         """From the normed hidden states to what the MLP adds to them."""
         gate, up = self.buffers.of("gate", self.inner), self.buffers.of("up", self.inner)
-        wide = [self._linear(prefix, role, (self.inner, self.width)) for role in ("gate", "up")]
+        wide = [self._linear(block, role, (self.inner, self.width)) for role in ("gate", "up")]
         return [
             _native.Step.project(self.normed, wide, [gate, up]),
             _native.Step.activate(self.activation, gate, up),
-            _native.Step.project(gate, [self._linear(prefix, "down", (self.width, self.inner))], [self.branch]),
+            _native.Step.project(gate, [self._linear(block, "down", (self.width, self.inner))], [self.branch]),
         ]
 
-    def _linear(self, prefix: str, role: str, shape: tuple[int, int], *, bias: bool = True) -> _native.Linear:
-        name = prefix + self._by_role[role]
-        return self._weights.linear(name, shape, scale_per_token=self._scale_per_token, bias=bias)
+    def _linear(self, block: BlockSpec, role: str, shape: tuple[int, int], *, bias: bool = True) -> _native.Linear:
+        return self._weights.linear(block.prefix + _by_role(block, role), shape, bias=bias)
 
 
-def gated_decoder(
-    architecture: GatedDecoder, weights: MappedWeights, scale_per_token: bool, threads: int
-) -> tuple[_native.Decoder, int]:
+def _by_role(block: BlockSpec, role: str) -> str:
+    """The name of the block's linear for ``role``."""
+    return next(linear.name for linear in block.linears if linear.role == role)
+
+
+def gated_decoder(architecture: GatedDecoder, weights: MappedWeights, threads: int) -> tuple[_native.Decoder, int]:
     """The native decoder of ``architecture``, and the bytes of weights that a token reads.
 
     Raises ``ValueError`` where shapes disagree.
     """
-    made = GatedSteps(architecture, weights, scale_per_token)
+    made = GatedSteps(architecture, weights)
     config: Any = architecture.config
     layers = [step for index in range(architecture.layers) for step in made.layer(index)]
     table = (config.vocab_size, made.width)
     embedding = weights.matrix(architecture.embedding, table)
-    head_name = architecture.embedding if architecture.tied else architecture.head
-    head = weights.linear(head_name, table, scale_per_token=False)
+    head = weights.linear(architecture.head_owner, table)
     last = made.norm(f"{architecture.final_norm}.weight")
     decoder = _native.Decoder(
         widths=made.buffers.widths,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 from quern import _native
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.safetensors_file import DTYPES
-from quern.codecs.base import CODECS
+from quern.codecs.base import CODECS, codec_of
 from quern.codecs.integer import IntegerCodec
 from quern.codecs.trellis import TrellisCodec
-from quern.core.artifact import INPUT_SIGNS
 from quern.core.errors import BadFileError
-from quern.core.recipe import UNQUANTIZED, WeightScheme
+from quern.core.scheme import CodecScheme
+from quern.formats.base import StoredModule
+from quern.formats.quern import INPUT_SIGNS
 
 NATIVE_BITS = 4
 """Integer codes of this width are read as they are stored, and so are symmetric bytes."""
@@ -32,13 +34,14 @@ FINE_BITS = 8
 what rounding the weights did; the second one is nearly free where memory limits, because the weights are read once."""
 
 
-def unsupported(scheme: WeightScheme) -> str | None:
+def unsupported(scheme: CodecScheme) -> str | None:
     """Why the native kernels cannot read weights of ``scheme``; None if they can."""
-    if not scheme.quantized or scheme.codec == "trellis":
+    codec = codec_of(scheme) if scheme.codec in CODECS.names() else None
+    if isinstance(codec, TrellisCodec):
         return None
-    if scheme.codec != "integer":
+    if not isinstance(codec, IntegerCodec):
         return f"it has no kernel for the codec {scheme.codec}"
-    if scheme.bits == 8 and not scheme.symmetric:
+    if codec.params.bits == 8 and not codec.params.symmetric:
         return "it has no kernel for asymmetric 8-bit weights"
     return None
 
@@ -50,17 +53,18 @@ class MappedWeights:
     asked for.
     """
 
-    def __init__(self, checkpoint: Checkpoint, schemes: dict[str, WeightScheme]) -> None:
-        self._checkpoint, self._schemes = checkpoint, schemes
+    def __init__(self, checkpoint: Checkpoint, modules: Mapping[str, StoredModule]) -> None:
+        """``modules``: those whose weights are stored as codes, as their artifact says."""
+        self._checkpoint, self._modules = checkpoint, modules
         self._files: dict[Path, NDArray[np.uint8]] = {}
         self.read_bytes = 0
         """Bytes of all linears and vectors handed out so far."""
 
-    def linear(self, name: str, shape: tuple[int, int], *, scale_per_token: bool, bias: bool = True) -> _native.Linear:
-        """The linear called ``name``, ``(rows, columns)``, with rotation signs, and a bias if asked for, where it has them.
-
-        ``scale_per_token``: whether the artifact was made for int8 inputs with one scale a token.
-        """
+    def linear(self, name: str, shape: tuple[int, int], *, bias: bool = True) -> _native.Linear:
+        """The linear called ``name``, ``(rows, columns)``, with signs, and a bias if asked for, where it has them."""
+        stored = self._modules.get(name)
+        # Whether it was made for int8 inputs with one scale a token.
+        scale_per_token = stored is not None and stored.activations == "dynamic"
         signs = f"{name}.{INPUT_SIGNS}"
         matrix = self.matrix(name, shape, None if scale_per_token or self._has(signs) else INPUT_GROUP)
         self.read_bytes += matrix.bytes
@@ -73,15 +77,16 @@ class MappedWeights:
 
     def _fine(self, name: str) -> bool:
         """Whether int8 inputs would lose more than the weights did."""
-        scheme = self._schemes.get(name, UNQUANTIZED)
-        return scheme.quantized and scheme.codec == "integer" and scheme.bits >= FINE_BITS
+        stored = self._modules.get(name)
+        codec = None if stored is None else codec_of(stored.scheme)
+        return isinstance(codec, IntegerCodec) and codec.params.bits >= FINE_BITS
 
     def matrix(self, name: str, shape: tuple[int, int], input_group: int | None = None) -> _native.Matrix:
         """The packed weight of module ``name``; integers with one scale a row repeat it for ``input_group`` columns each."""
-        scheme = self._schemes.get(name, UNQUANTIZED)
-        if not scheme.quantized:
+        stored = self._modules.get(name)
+        if stored is None:
             return self._plain(f"{name}.weight", shape)
-        codec = CODECS.get(scheme.codec)(scheme)
+        codec = codec_of(stored.scheme)
         parts = {
             part: self._mapped(f"{name}.{part}", size, dtype)
             for part, (size, dtype) in codec.part_shapes(shape).items()
@@ -132,21 +137,21 @@ class MappedWeights:
     def _integer(
         self, name: str, codec: IntegerCodec, shape: tuple[int, int], parts: dict[str, Any], input_group: int | None
     ) -> _native.Matrix:
-        scheme, group = codec.scheme, codec.group_width(shape[1])
+        params, group = codec.params, codec.group_width(shape[1])
         if input_group is not None and input_group < shape[1] == group:
             group, repeats = input_group, -(-shape[1] // input_group)
-            for part, size in {"scale": getattr(torch, scheme.scale_dtype).itemsize, "zero_point": 4}.items():
+            for part, size in {"scale": getattr(torch, params.scale_dtype).itemsize, "zero_point": 4}.items():
                 if part in parts:
                     parts[part] = parts[part].reshape(-1, 1, size).repeat(repeats, axis=1).reshape(-1)
         scaling = {
             "scale": parts["scale"],
-            "scale_type": scheme.scale_dtype,
+            "scale_type": params.scale_dtype,
             "group": group,
-            "one_scale": scheme.granularity == "tensor",
+            "one_scale": params.granularity == "tensor",
         }
-        if scheme.bits == NATIVE_BITS:
+        if params.bits == NATIVE_BITS:
             return _native.Matrix("integer4", *shape, parts["codes"], zeros=parts.get("zero_point"), **scaling)
-        if scheme.bits == 8:
+        if params.bits == 8:
             return _native.Matrix("integer8", *shape, parts["codes"], **scaling)
         # Other widths have no kernel of their own: code - zero point fits a byte up to seven bits.
         stored = {part: self._checkpoint.read(f"{name}.{part}") for part in parts}
@@ -174,9 +179,9 @@ def _trellis(codec: TrellisCodec, shape: tuple[int, int], parts: dict[str, Any])
         *shape,
         parts["codes"],
         scale=parts["scale"],
-        scale_type=codec.scheme.scale_dtype,
+        scale_type=codec.params.scale_dtype,
         table=parts["table"].view(np.int8),
-        bits=codec.scheme.bits,
+        bits=codec.params.bits,
         window=codec.window,
         tables=codec.tables,
         lag=codec.lag,

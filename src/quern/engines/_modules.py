@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quern.codecs.base import CODECS, Codec
-from quern.core.recipe import WeightScheme
+from quern.codecs.base import Codec, codec_of
+from quern.core.packed import ActivationMode
+from quern.core.scheme import CodecScheme
 from quern.rotation.rotation import rotate
 
-ActivationMode = Literal["none", "dynamic", "static"]
 LARGEST, LEAST = 127, -128
 
 
 class PackedWeight(nn.Module):
     """A codec's parts as buffers, under the names that quern's format stores them by."""
 
-    def __init__(self, scheme: WeightScheme, shape: tuple[int, int]) -> None:
+    def __init__(self, scheme: CodecScheme, shape: tuple[int, int]) -> None:
         super().__init__()
-        self.codec: Codec = CODECS.get(scheme.codec)(scheme)
+        self.codec: Codec = codec_of(scheme)
         self.shape = shape
         self._part_names: list[str] = []
         for name, (size, dtype) in self.codec.part_shapes(shape).items():
@@ -56,7 +56,7 @@ class QuantizedLinear(PackedWeight):
 
     def __init__(
         self,
-        scheme: WeightScheme,
+        scheme: CodecScheme,
         shape: tuple[int, int],
         bias: bool,
         dtype: torch.dtype,
@@ -111,7 +111,7 @@ def dynamic_scale(rows: Tensor) -> Tensor:
 class QuantizedEmbedding(PackedWeight):
     """``ids (...) -> (..., columns)``; decodes the rows that are asked for."""
 
-    def __init__(self, scheme: WeightScheme, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, scheme: CodecScheme, shape: tuple[int, int], dtype: torch.dtype) -> None:
         super().__init__(scheme, shape)
         self.num_embeddings, self.embedding_dim = shape
         self.dtype = dtype

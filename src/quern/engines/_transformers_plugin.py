@@ -9,12 +9,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.folder import FolderSource
 from quern.checkpoint.head import with_true_head
 from quern.checkpoint.safetensors_file import TensorInfo, read_header
-from quern.core.artifact import METHOD
 from quern.engines._build import insert_packed
+from quern.formats.quern import METHOD, QuernReader
 from quern.loading.fitting import fitted
 
 _registered = False
@@ -58,7 +59,8 @@ class QuernQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
-        insert_packed(model, config, model.dtype)
+        architecture = architecture_of(model.config.to_dict())
+        insert_packed(model, QuernReader(config, architecture).plan(), model.dtype)
         if files := kwargs.get("checkpoint_files"):
             _check_fit(model, config, [Path(file) for file in files])
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
+from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.core.artifact import METHOD, quantization_of
+from quern.core.artifact import quantization_of
 from quern.core.engine import BatchModel
 from quern.core.errors import UserError, option
-from quern.core.recipe import Recipe, parse_recipe
+from quern.core.recipe import Recipe
 from quern.core.registry import Registry
 from quern.core.suggest import did_you_mean
+from quern.formats.base import FORMATS, StoredModule, format_of, reader_of
+from quern.loading.fitting import model_config
 
 DtypeName = Literal["auto", "float32", "bfloat16"]
 
@@ -21,21 +25,38 @@ class Engine(ABC):
     """Something that runs models."""
 
     @abstractmethod
+    def obstacle(self, format: str | None, modules: Collection[StoredModule]) -> str | None:
+        """Why the engine does not run artifacts of the format whose method is ``format`` (None: unquantized) with modules
+        that are stored like ``modules``; None if it does."""
+
     def supports(self, recipe: Recipe | None) -> str | None:
         """None if the engine runs artifacts of ``recipe`` (None: an unquantized checkpoint), otherwise why not."""
+        if recipe is None:
+            return self.obstacle(None, ())
+        return self.obstacle(FORMATS.get(recipe.format).method, stored_modules(recipe))
 
     def runs(self, checkpoint: Checkpoint) -> str | None:
         """None if the engine runs what lies in ``checkpoint``, otherwise why not."""
-        config = quantization_of(checkpoint.config)
-        if config is None:
-            return self.supports(None)
-        if config.get("quant_method") != METHOD:
-            return f"it does not run what {config.get('quant_method')} quantized"
-        return self.supports(parse_recipe(config.get("recipe"), "of the artifact"))
+        quantization = quantization_of(checkpoint.config)
+        if quantization is None:
+            return self.obstacle(None, ())
+        method = quantization.get("quant_method")
+        if format_of(method) is None:
+            return f"it does not run what {method} quantized"
+        reader = reader_of(quantization, architecture_of(model_config(checkpoint)))
+        return self.obstacle(str(method), () if reader is None else reader.plan().values())
 
     @abstractmethod
     def load(self, path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> BatchModel:
         """Load a folder. ``dtype`` is that of the activations; ``auto``: as the folder's config says."""
+
+
+def stored_modules(recipe: Recipe) -> list[StoredModule]:
+    """What ``recipe`` would store, one of every kind."""
+    overriding = [(o.scheme or recipe.weights, o.activations or recipe.activations) for o in recipe.overrides]
+    inside = [StoredModule(s, recipe.rotated, a.mode) for s, a in [(recipe.weights, recipe.activations), *overriding]]
+    found = [*inside, StoredModule(recipe.embedding), StoredModule(recipe.head)]
+    return [module for module in found if module.scheme.quantized]
 
 
 ENGINES: Registry[type[Engine]] = Registry("engine", "quern.engines")

@@ -6,42 +6,43 @@ product. Python is called once a token. The reference engine judges it (tests/en
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from quern.architectures._decoder import GatedDecoder
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.core.artifact import METHOD, module_schemes, quantization_of
+from quern.core.artifact import quantization_of
 from quern.core.errors import QuernError, UserError
 from quern.core.parallel import thread_count
-from quern.core.recipe import Recipe, parse_recipe
 from quern.engines._cpu_layers import ACTIVATIONS, gated_decoder
 from quern.engines._cpu_model import CpuModel
 from quern.engines._cpu_pool import CachePrecision as CachePrecision
 from quern.engines._cpu_weights import MappedWeights, unsupported
 from quern.engines.base import ENGINES, DtypeName, Engine
+from quern.formats.base import StoredModule, reader_of
+from quern.formats.quern import METHOD
 from quern.loading.fitting import model_config, open_model
 
 ROTARY = ("default", "linear", "yarn", "llama3", "dynamic", "longrope")
 """Scaling variants that are known; ``_rotary`` says how frequencies depend on the text's length."""
 
 
+SEVEN = sorted(("query", "key", "value", "output", "gate", "up", "down"))
+"""Roles of the linears of a block that it runs."""
+
+
 @ENGINES.add("cpu")
 class CpuEngine(Engine):
     """Packed weights on CPUs, decoder and all in C++."""
 
-    def supports(self, recipe: Recipe | None) -> str | None:
-        if recipe is None:
-            return None
-        if recipe.format != METHOD:
-            return f"it reads artifacts of the format {METHOD}, not {recipe.format}"
-        if recipe.activations.mode == "static":
+    def obstacle(self, format: str | None, modules: Collection[StoredModule]) -> str | None:
+        if format not in (None, METHOD):
+            return f"it reads artifacts of the format {METHOD}, not {format}"
+        if any(module.activations == "static" for module in modules):
             return "static activations run on the reference engine only"
-        for scheme in (recipe.weights, recipe.embedding, recipe.head, *recipe.overrides):
-            if (reason := unsupported(scheme)) is not None:
-                return reason
-        return None
+        return next((reason for module in modules if (reason := unsupported(module.scheme)) is not None), None)
 
     def runs(self, checkpoint: Checkpoint) -> str | None:
         return super().runs(checkpoint) or _unknown(architecture_of(model_config(checkpoint)))
@@ -61,16 +62,12 @@ class CpuEngine(Engine):
         checkpoint = open_model(path)
         if (reason := self.runs(checkpoint)) is not None:
             raise UserError(f"the cpu engine does not run {path}: {reason}. Use the reference engine")
-        config = quantization_of(checkpoint.config)
-        schemes = {} if config is None else module_schemes(config)
-        recipe = None if config is None else parse_recipe(config.get("recipe"), "of the artifact")
         architecture = architecture_of(model_config(checkpoint))
         assert isinstance(architecture, GatedDecoder)
-        weights = MappedWeights(checkpoint, schemes)
-        # Whether the blocks were made for int8 activations with one scale a token.
-        scale_per_token = recipe is not None and recipe.activations.mode == "dynamic"
+        reader = reader_of(quantization_of(checkpoint.config), architecture)
+        weights = MappedWeights(checkpoint, {} if reader is None else reader.plan())
         try:
-            decoder, bytes_per_token = gated_decoder(architecture, weights, scale_per_token, thread_count(threads))
+            decoder, bytes_per_token = gated_decoder(architecture, weights, thread_count(threads))
         except QuernError:
             raise
         except ValueError as error:
@@ -83,6 +80,8 @@ def _unknown(architecture: Architecture) -> str | None:
     config = architecture.config
     if not isinstance(architecture, GatedDecoder):
         return f"it does not know the layout of {architecture.model_type}"
+    if any(sorted(linear.role for linear in block.linears) != SEVEN for block in architecture.blocks):
+        return f"it knows blocks of {', '.join(SEVEN)}, one of each, and those of {architecture.model_type} have others"
     rotary: Any = architecture.build_rotary()
     if rotary.rope_type not in ROTARY:
         return f"it knows the rotary scalings {', '.join(ROTARY)}; config.json asks for {rotary.rope_type!r}"

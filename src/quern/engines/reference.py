@@ -6,27 +6,26 @@ compressed-tensors package is installed, compressed-tensors artifacts (the only 
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.codecs.base import CODECS
-from quern.core.artifact import METHOD, quantization_of
+from quern.core.artifact import quantization_of
 from quern.core.engine import cache_argument, switch_length
-from quern.core.errors import QuernError, UserError
+from quern.core.errors import UserError
 from quern.core.parallel import thread_count
-from quern.core.recipe import Recipe
 from quern.engines._build import build, stored_dtype
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
 from quern.engines._session import SequenceSession, check_batch
 from quern.engines.base import ENGINES, DtypeName, Engine
-from quern.loading.fitting import open_model
+from quern.formats.base import FORMATS, StoredModule, format_of, reader_of
+from quern.loading.fitting import model_config, open_model
 
 
 class ReferenceSequence:
@@ -166,114 +165,34 @@ class ReferenceModel:
 class ReferenceEngine(Engine):
     """Runs whatever the registered codecs can decode."""
 
-    def supports(self, recipe: Recipe | None) -> str | None:
-        if recipe is None:
-            return None
-        unknown = {s.codec for s in (recipe.weights, recipe.embedding, recipe.head, *recipe.overrides) if s.quantized}
-        unknown -= set(CODECS.names())
+    def obstacle(self, format: str | None, modules: Collection[StoredModule]) -> str | None:
+        unknown = {module.scheme.codec for module in modules} - set(CODECS.names())
         return f"no codec called {', '.join(sorted(unknown))} is installed" if unknown else None
 
     def runs(self, checkpoint: Checkpoint) -> str | None:
-        config = quantization_of(checkpoint.config) or {}
-        return super().runs(checkpoint) if config.get("quant_method") == METHOD else None  # load() says what is missing
+        method = (quantization_of(checkpoint.config) or {}).get("quant_method")
+        found = format_of(method)
+        own = found is not None and not found.reader.through_transformers
+        return super().runs(checkpoint) if own else None  # load() says what is missing
 
     def load(self, path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> ReferenceModel:
         checkpoint = open_model(path)
-        config = quantization_of(checkpoint.config) or {}
-        method = config.get("quant_method")
-        if method == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
-            raise UserError(
-                f"{path} is a compressed-tensors artifact; install its reader: pip install 'quern[compressed-tensors]'"
-            )
-        if method not in (None, "quern", "compressed-tensors"):
-            raise UserError(
-                f"{path} is quantized by {method!r}; this engine runs quern and compressed-tensors artifacts"
-            )
+        quantization = quantization_of(checkpoint.config)
+        method = None if quantization is None else quantization.get("quant_method")
+        if quantization is not None and format_of(method) is None:
+            known = " and ".join(FORMATS.get(name).method for name in reversed(FORMATS.names()))
+            raise UserError(f"{path} is quantized by {method!r}; this engine runs {known} artifacts")
+        reader = reader_of(quantization, architecture_of(model_config(checkpoint)))
         if threads is not None:
             torch.set_num_threads(thread_count(threads))
-        if method != "compressed-tensors":
-            return ReferenceModel(build(checkpoint, stored_dtype(checkpoint) if dtype == "auto" else _dtype(dtype)))
-        model = _from_pretrained(Path(checkpoint.path), dtype, _has_zero_points(config, checkpoint.path))
-        _decompress(model, checkpoint.path)
-        if config.get("transform_config"):
-            _add_transforms(model, config["transform_config"], checkpoint.path)
-        return ReferenceModel(model)
+        if reader is not None and reader.through_transformers:
+            return ReferenceModel(reader.load_model(checkpoint, "auto" if dtype == "auto" else _dtype(dtype)))
+        return ReferenceModel(build(checkpoint, stored_dtype(checkpoint) if dtype == "auto" else _dtype(dtype)))
 
 
 def _dtype(name: str) -> torch.dtype:
     found: torch.dtype = getattr(torch, name)
     return found
-
-
-def _has_zero_points(config: dict[str, Any], path: Path) -> bool:
-    """Whether a compressed-tensors configuration stores packed zero points; ``UserError`` where it has several schemes."""
-    groups = config.get("config_groups")
-    known = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    weights = [group["weights"] for group in known if isinstance(group.get("weights"), dict)]
-    found = any(not one.get("symmetric", True) for one in weights)
-    if found and len(weights) > 1:  # transformers 5.24 decompresses all by the scheme of one
-        raise UserError(
-            f"{path} holds asymmetric weights beside weights of another scheme, which transformers does not decompress "
-            "rightly. Quantize the checkpoint again with one scheme, or with symmetric ones"
-        )
-    return found
-
-
-def _from_pretrained(folder: Path, dtype: DtypeName, decompress: bool) -> Any:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else _dtype(dtype)}
-    if decompress:
-        # compressed-tensors 0.20 allocates zero points unpacked, so that packed ones only load by its other path.
-        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that the configuration above overrides the artifact's
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-            lost = sorted({*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])})
-            if lost:  # transformers would make them up
-                raise UserError(
-                    f"{folder} cannot be loaded: {lost[0]} (and {len(lost) - 1} more) is missing or has another shape. "
-                    "Get its files again, or quantize the checkpoint again"
-                )
-            return model
-    except QuernError:
-        raise
-    except Exception as error:  # transformers' classes raise many kinds for values that make no sense
-        raise UserError(f"{folder} cannot be loaded: {error}") from error
-
-
-def _decompress(model: Any, path: Path) -> None:
-    """Run a token: compressed-tensors decompresses at the first one, and sees only then that a tensor has another shape."""
-    try:
-        with torch.inference_mode():
-            model(torch.tensor([[0]]), use_cache=False)
-    except Exception as error:  # whatever torch says of shapes that do not fit
-        raise UserError(f"{path} cannot be run: {error}. Get its files again, or quantize again") from error
-
-
-def _add_transforms(model: Any, config: Any, path: Path) -> None:
-    """The transforms of activations in a compressed-tensors configuration; transformers 5.23 reads none of it."""
-    from compressed_tensors.transform import TransformConfig, TransformFactory
-
-    try:
-        schemes = TransformConfig.model_validate(config).config_groups
-        for name, scheme in schemes.items():
-            scheme.apply = [place for place in scheme.apply if place.is_online()]  # the others are in the weights
-            if scheme.apply and (scheme.type != "hadamard" or scheme.randomize):
-                kind = f"{scheme.type}, randomize: {scheme.randomize}"
-                raise UserError(
-                    f"{path} wants inputs transformed ({kind}); this engine knows type hadamard, not randomized"
-                )
-            TransformFactory.from_scheme(scheme, name=name).apply_to_model(model, use_tqdm=False)
-    except QuernError:
-        raise
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} has an unusable transform_config: {error}") from None
 
 
 def load(path: str | Path, *, dtype: DtypeName = "auto", threads: int | None = None) -> ReferenceModel:

@@ -1,57 +1,192 @@
-"""Formats: how quantized weights lie on disk so that some loader finds them."""
+"""Formats: how quantized weights lie on disk so that some loader finds them.
+
+A format has a writer, which owns its files; a reader, which alone knows what an artifact says of itself; and the runtimes
+that it is for. Whoever makes or uses an artifact goes through these, and no reader needs the recipe.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from quern.core.packed import QuantizedWeight
-from quern.core.recipe import Recipe, WeightScheme
+from quern.core.packed import ActivationMode, PackedLinear
+from quern.core.plan import Plan
+from quern.core.recipe import Recipe
 from quern.core.registry import Registry
+from quern.core.results import Target
+from quern.core.scheme import CodecScheme
+
+if TYPE_CHECKING:
+    from quern.architectures.base import Architecture
+    from quern.checkpoint.checkpoint import Checkpoint
+    from quern.checkpoint.work_folder import WorkFolder
 
 
-class Format(ABC):
-    """Pure functions from quantized weights to named tensors and a ``quantization_config`` for config.json."""
+@dataclass(frozen=True)
+class StoredModule:
+    """What an artifact says of one module whose weight is stored as codes: all that a runtime must know to use it."""
 
-    extra: str | None = None
-    """The optional dependency that loading this format needs, if any."""
+    scheme: CodecScheme
+    rotated: bool = False
+    """Whether its inputs are rotated."""
+    activations: ActivationMode = "none"
+    """What its inputs become."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """What tables show of a quantized weight."""
+
+    shape: tuple[int, ...]
+    """Of the weight, not of its packed form."""
+    codec: str
+    granularity: str
+    bits: float
+    parts: tuple[str, ...]
+    """Names of the tensors that it is made of."""
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a runtime does not run an artifact as it is."""
+
+    target: Target
+    reason: str
+    """A clause, with what helps."""
+
+
+class ArtifactWriter(ABC):
+    """Writes one artifact, stage by stage: 0 is the embedding, 1 ... L are the blocks, L + 1 the final norm and the head.
+
+    A stage's files are complete when ``end`` returns, and ``finish`` may run in another process than the stages did.
+    """
+
+    def __init__(self, recipe: Recipe, plan: Plan, architecture: Architecture) -> None:
+        self.recipe, self.plan, self.architecture = recipe, plan, architecture
+
+    def check(self) -> None:  # noqa: B027 - most formats store everything
+        """Raise ``UserError`` with the reasons if the format cannot store the plan; before any work is done."""
 
     @abstractmethod
-    def check(self, schemes: dict[str, WeightScheme], shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise ``UserError`` with the reason if the format cannot store this.
-
-        ``schemes`` maps every quantized module's name to its scheme, ``shapes`` to its weight's (rows, columns).
-        """
+    def begin(self, work: WorkFolder, stage: int) -> None:
+        """Start a stage; files go below ``work.path("artifact")``."""
 
     @abstractmethod
-    def encode(
-        self, module: str, weight: QuantizedWeight, input_scale: float | None, input_signs: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The tensors, by full name, that store ``module``'s weight, the scale of its static activations, and the packed
-        signs of the rotation that its inputs want."""
+    def put(self, module: str, linear: PackedLinear) -> None:
+        """Store the quantized weight of ``module`` (full name)."""
 
     @abstractmethod
-    def parts(
-        self, module: str, scheme: WeightScheme, shape: tuple[int, int], tensors: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The codec's parts of ``module`` again, from the tensors that ``encode`` made."""
+    def put_plain(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor (full name) as it is."""
 
     @abstractmethod
-    def quantization_config(
-        self, schemes: dict[str, WeightScheme], unquantized: Sequence[str], shapes: dict[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        """What goes into config.json. ``unquantized``: the linears, by full name, that keep the checkpoint's weights;
-        ``shapes`` as in ``check``."""
+    def end(self) -> list[Path]:
+        """Complete the stage; its files."""
 
-    def notes(self, biased: Sequence[str]) -> list[str]:
-        """What whoever quantizes should know of the artifact's readers. ``biased``: the quantized modules with a bias."""
+    @abstractmethod
+    def finish(self, work: WorkFolder, config: Mapping[str, Any], plan: Plan) -> None:
+        """Write what makes the stages one artifact. ``config`` is the checkpoint's config.json; ``plan`` is what was
+        carried out."""
+
+    def notes(self) -> list[str]:
+        """What whoever quantizes should know of the artifact's readers."""
         return []
 
 
+class ArtifactReader(ABC):
+    """What an artifact of one format says of itself. Made from its config.json; raises ``UserError`` for a damaged one."""
+
+    through_transformers: ClassVar[bool] = False
+    """Whether torch runs such artifacts by transformers' own classes; otherwise by quern's modules, from ``parts``."""
+
+    def __init__(self, quantization: Mapping[str, Any], architecture: Architecture) -> None:
+        self.quantization, self.architecture = quantization, architecture
+
+    @abstractmethod
+    def plan(self) -> dict[str, StoredModule]:
+        """Every module whose weight is stored as codes, by full name."""
+
+    @abstractmethod
+    def problems(self, checkpoint: Checkpoint) -> list[str]:
+        """Clauses that say how the tensors and the configuration contradict each other; none if all is well."""
+
+    @abstractmethod
+    def describe(self, checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
+        """Every quantized module and what tables show of it."""
+
+    def parts(self, checkpoint: Checkpoint, module: str) -> dict[str, Tensor]:
+        """The codec's parts of ``module``, with ``input_scale`` and ``input_signs`` where it has them."""
+        raise NotImplementedError(f"transformers reads {module}")
+
+    def load_model(self, checkpoint: Checkpoint, dtype: Any) -> Any:
+        """transformers' model of the artifact; for formats that run through transformers. ``dtype``: a torch dtype or
+        ``auto``. Raises ``UserError``."""
+        raise NotImplementedError
+
+    def recipe_name(self) -> str | None:
+        """Name of the recipe, where the artifact says it."""
+        recipe = self.quantization.get("recipe")
+        name = recipe.get("name") if isinstance(recipe, dict) else None
+        return name if isinstance(name, str) else None
+
+
+class Format(ABC):
+    """A way to lie on disk."""
+
+    method: ClassVar[str]
+    """``quant_method`` in ``quantization_config`` of config.json."""
+    extra: ClassVar[str | None] = None
+    """The optional dependency that loading this format needs, if any."""
+    runtimes: ClassVar[tuple[Target, ...]] = ("quern",)
+    """What loads it where nothing stands in the way."""
+    writer: ClassVar[type[ArtifactWriter]]
+    reader: ClassVar[type[ArtifactReader]]
+
+    @classmethod
+    def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
+        """What keeps runtimes from running what ``recipe`` makes."""
+        return iter(())
+
+    @classmethod
+    def open_container(cls, folder: Path, config: dict[str, Any]) -> Any:
+        """The tensors (a ``TensorSource``) of an artifact that does not keep them in safetensors files; else None."""
+        return None
+
+
 FORMATS: Registry[type[Format]] = Registry("format", "quern.formats")
+
+
+def format_of(method: object) -> type[Format] | None:
+    """The format whose artifacts name ``method`` as their ``quant_method``; None for another tool's."""
+    return next((found for name in FORMATS if (found := FORMATS.get(name)).method == method), None)
+
+
+def reader_of(quantization: Mapping[str, Any] | None, architecture: Architecture) -> ArtifactReader | None:
+    """The reader of an artifact by its ``quantization_config``; None for an unquantized model or another tool's."""
+    found = None if quantization is None else format_of(quantization.get("quant_method"))
+    return None if found is None or quantization is None else found.reader(quantization, architecture)
+
+
+def open_container(folder: Path, config: dict[str, Any]) -> Any:
+    """The tensors of a folder that some format keeps in files of its own kind; None where none does."""
+    opened = (FORMATS.get(name).open_container(folder, config) for name in FORMATS)
+    return next((source for source in opened if source is not None), None)
+
+
+def runtimes_of(recipe: Recipe) -> tuple[Target, ...]:
+    """The runtimes that load what ``recipe`` writes and compute with it what quern does, without further settings."""
+    if recipe.format not in FORMATS.names():
+        return ("quern",)
+    chosen = FORMATS.get(recipe.format)
+    stopped = {obstacle.target for obstacle in chosen.obstacles(recipe)}
+    return tuple(target for target in chosen.runtimes if target not in stopped)
+
+
+def obstacles_of(recipe: Recipe) -> Sequence[Obstacle]:
+    """What keeps runtimes of the recipe's format from running the artifact."""
+    return tuple(FORMATS.get(recipe.format).obstacles(recipe)) if recipe.format in FORMATS.names() else ()

@@ -12,42 +12,47 @@ width, where each of our groups has signs of its own, and its readers multiply b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quern.codecs._bits import pack
+from quern.codecs import bits
+from quern.codecs.base import ScaledParameters
 from quern.core.errors import UserError, option
-from quern.core.packed import QuantizedWeight
-from quern.core.readers import obstacles_of
-from quern.core.recipe import Recipe, WeightScheme
-from quern.formats.base import FORMATS, Format
+from quern.core.packed import ActivationMode, PackedLinear
+from quern.core.plan import LinearPlan, Plan
+from quern.core.recipe import Recipe
+from quern.core.results import Target
+from quern.formats.base import FORMATS, Format, Obstacle
+from quern.formats.compressed_tensors_reader import METHOD, CompressedTensorsReader
+from quern.formats.sharded import ShardedWriter
 from quern.rotation.rotation import block_size
 
-METHOD = "compressed-tensors"
 _QUERN = option("format='quern'", "--format quern")
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that vLLM joins into one when it loads; they must share a scheme."""
+_VLLM_BITS = (4, 8)
+_Kind = tuple[ScaledParameters, ActivationMode]
+"""What the modules of one config group have in common."""
 
 
-@FORMATS.add("compressed-tensors")
-class CompressedTensors(Format):
+class CompressedTensorsWriter(ShardedWriter):
     """Integer weights of 2 to 8 bits per channel or group; int8 activations per token or tensor."""
 
-    extra = "compressed-tensors"
-
-    def check(self, schemes: dict[str, WeightScheme], shapes: dict[str, tuple[int, ...]]) -> None:
+    def check(self) -> None:
         problems: dict[str, list[str]] = {}
         if self.recipe.random_signs:
             problems["its Hadamard rotation has no random signs; set random_signs: false in transform hadamard"] = []
-        for module, scheme in schemes.items():
-            for problem in _problems(module, scheme, shapes[module], self.recipe):
+        for module, plan in self.plan.quantized().items():
+            for problem in self._problems(module, plan):
                 problems.setdefault(problem, []).append(module)
-        for problem in _torn(schemes):
+        if any(block.sources for block in self.architecture.blocks):
+            problems["it stores experts one by one, which transformers' classes of this family do not read"] = []
+        for problem in self._torn():
             problems[problem] = []
-        linears = {module: scheme for module, scheme in schemes.items() if not module.endswith("embed_tokens")}
-        if len(self._alike(linears)) > 1 and not all(scheme.symmetric for scheme in linears.values()):
+        linears = {m: p for m, p in self.plan.quantized().items() if m != self.architecture.embedding}
+        scaled = [p.scheme.params for p in linears.values() if isinstance(p.scheme.params, ScaledParameters)]
+        alike = {(str(p.scheme), p.activations.mode) for p in linears.values()}
+        if len(alike) > 1 and not all(params.symmetric for params in scaled):
             problems["asymmetric weights need one scheme for all, because transformers decompresses all by one"] = []
         if problems:
             raise UserError(
@@ -56,73 +61,101 @@ class CompressedTensors(Format):
                 + f"\nChange the recipe, or use {_QUERN}"
             )
 
-    def encode(
-        self, module: str, weight: QuantizedWeight, input_scale: float | None, input_signs: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        assert input_signs is None or not bool(input_signs.any())  # check() refuses random signs
-        scheme, parts = weight.scheme, weight.parts
+    def _problems(self, module: str, plan: LinearPlan) -> Iterator[str]:
+        """Everything about ``module`` that the format, or vLLM with it, cannot say."""
+        params = plan.scheme.params
+        if plan.scheme.codec != "integer":
+            yield f"it stores integers, not codec {plan.scheme.codec!r}; set codec: integer"
+        if module == self.architecture.embedding:
+            yield "vLLM reads no quantized embedding; set embedding: {codec: none}"
+            return
+        if not isinstance(params, ScaledParameters):
+            return
+        columns = self._shape(module)[1]
+        if params.group_size is not None and columns % params.group_size:
+            yield f"the rows have {columns} inputs, which is not a multiple of the group size {params.group_size}"
+        if params.bits < 2:
+            yield "1-bit integers are not part of it"
+        if plan.activations.mode == "none" and params.granularity == "tensor":
+            yield "weight-only quantization per tensor is not part of it; use granularity channel or group"
+
+    def _torn(self) -> list[str]:
+        """Linears that vLLM joins into one matrix and that have several schemes."""
+        found: dict[str, None] = {}
+        for block in self.architecture.blocks:
+            for linear in block.linears:
+                plans = [self.plan[block.prefix + name] for name in linear.fused_with]
+                if any(p.quantized for p in plans) and any(_alike(p) != _alike(plans[0]) for p in plans):
+                    names = ", ".join(name.rpartition(".")[2] for name in linear.fused_with)
+                    found[f"{names} of {block.prefix}{linear.name.rpartition('.')[0]}"] = None
+        return [
+            f"{names} need one scheme, because vLLM joins them into one matrix; change the overrides" for names in found
+        ]
+
+    def encode(self, module: str, linear: PackedLinear) -> dict[str, Tensor]:
+        assert linear.input_signs is None or not bool(linear.input_signs.any())  # check() refuses random signs
+        params, parts = linear.weight.scheme.params, linear.weight.parts
+        assert isinstance(params, ScaledParameters)
         tensors = {"weight_scale": parts["scale"]}
-        if scheme.granularity == "tensor":
+        if params.granularity == "tensor":
             tensors["weight_scale"] = parts["scale"].reshape(1)
-        if _activation_mode(module, self.recipe) != "none":
+        if linear.activations != "none":
             tensors["weight"] = parts["codes"]
         else:
-            tensors["weight_packed"] = _packed(scheme, parts["codes"])
-            tensors["weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
-        if not scheme.symmetric:
+            tensors["weight_packed"] = _packed(parts["codes"])
+            tensors["weight_shape"] = torch.tensor(linear.weight.shape, dtype=torch.int64)
+        if not params.symmetric:
             tensors["weight_zero_point"] = parts["zero_point"]
-        if input_scale is not None:
-            tensors["input_scale"] = torch.tensor([input_scale], dtype=torch.float32)
+        if linear.input_scale is not None:
+            tensors["input_scale"] = torch.tensor([linear.input_scale], dtype=torch.float32)
         return {f"{module}.{name}": tensor for name, tensor in tensors.items()}
 
-    def parts(
-        self, module: str, scheme: WeightScheme, shape: tuple[int, int], tensors: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        raise UserError(f"format compressed-tensors stores no quantized embedding, and {module} is one")
-
-    def quantization_config(
-        self, schemes: dict[str, WeightScheme], unquantized: Sequence[str], shapes: dict[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        unsaid = not all(scheme.symmetric for scheme in schemes.values()) and len(_scale_dtypes(schemes)) > 1
+    def quantization_config(self, plan: Plan) -> dict[str, Any]:
+        alike = _kinds(plan)
+        dtypes = {params.scale_dtype for params, _ in alike}
+        unsaid = not all(params.symmetric for params, _ in alike) and len(dtypes) > 1
         if unsaid:  # transformers decompresses asymmetric weights by one scheme for all, with scales as they are stored
-            schemes = {name: scheme.model_copy(update={"scale_dtype": "float32"}) for name, scheme in schemes.items()}
-        alike = self._alike(schemes)
+            alike = _kinds(plan, scale_dtype="float32")
         groups, formats = {}, set()
-        for position, ((scheme, mode), modules) in enumerate(alike.items()):
+        for position, ((params, mode), modules) in enumerate(alike.items()):
             name = "pack-quantized" if mode == "none" else "int-quantized"
             formats.add(name)
             groups[f"group_{position}"] = {
                 "targets": modules,
-                "weights": _arguments(scheme) | ({"scale_dtype": None} if unsaid else {}),
+                "weights": _arguments(params) | ({"scale_dtype": None} if unsaid else {}),
                 "input_activations": _activations(mode),
                 "output_activations": None,
                 "format": name,
             }
-        config = {
+        kept = [
+            name for name in (*self.architecture.linears, self.architecture.head) if not self._quantized(plan, name)
+        ]
+        config: dict[str, Any] = {
             "quant_method": METHOD,
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": sorted(unquantized),
+            "ignore": sorted(kept),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+        rotated = {name: self._shape(name)[1] for name, p in sorted(plan.quantized().items()) if p.rotation is not None}
         if self.recipe.rotated:
-            widths = {module: shapes[module][1] for module in sorted(schemes) if _in_block(module)}
-            config["transform_config"] = {"config_groups": _rotations(widths)}
+            config["transform_config"] = {"config_groups": _rotations(rotated)}
         return config
 
-    def _alike(self, schemes: dict[str, WeightScheme]) -> dict[tuple[WeightScheme, str], list[str]]:
-        """The modules of each scheme and mode of activations: the groups of the configuration."""
-        alike: dict[tuple[WeightScheme, str], list[str]] = {}
-        for module, scheme in sorted(schemes.items()):
-            alike.setdefault((scheme, _activation_mode(module, self.recipe)), []).append(module)
-        return alike
+    def _shape(self, module: str) -> tuple[int, ...]:
+        return self.architecture.module_shapes()[f"{module}.weight"]
 
-    def notes(self, biased: Sequence[str]) -> list[str]:
-        found = [f"{obstacle.target} {obstacle.reason}" for obstacle in obstacles_of(self.recipe)]
-        if self.recipe.rotated and (rotated := [module for module in biased if _in_block(module)]):
-            names = sorted({module.rpartition(".")[2] for module in rotated})
+    def _quantized(self, plan: Plan, name: str) -> bool:
+        return name in plan and plan[name].quantized
+
+    def notes(self) -> list[str]:
+        found = [f"{obstacle.target} {obstacle.reason}" for obstacle in CompressedTensors.obstacles(self.recipe)]
+        shapes = self.architecture.module_shapes()
+        biased = [m for m, plan in self.plan.quantized().items() if plan.rotation is not None and f"{m}.bias" in shapes]
+        if biased:
+            names = sorted({module.rpartition(".")[2] for module in biased})
             found.append(
                 f"vllm refuses this artifact: it rotates no inputs of linears with a bias, and {', '.join(names)} of this "
                 "model have one; leave the rotation away, or keep them out of it by overrides of codec none"
@@ -130,13 +163,59 @@ class CompressedTensors(Format):
         return found
 
 
-def _activation_mode(module: str, recipe: Recipe) -> str:
-    """What the inputs of ``module`` become: the recipe's choice inside the decoder blocks, nothing before the head."""
-    return recipe.activations.mode if _in_block(module) else "none"
+@FORMATS.add("compressed-tensors")
+class CompressedTensors(Format):
+    """vLLM's. Tried with transformers 5.24 and compressed-tensors 0.20.1 without quern, and with vLLM 0.32 on a CPU; what
+    needs a GPU was read in vLLM's source (docs/compressed-tensors.md)."""
+
+    method = METHOD
+    extra = "compressed-tensors"
+    runtimes: ClassVar[tuple[Target, ...]] = ("vllm", "transformers", "quern")
+    writer = CompressedTensorsWriter
+    reader = CompressedTensorsReader
+
+    @classmethod
+    def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
+        overriding = (override.scheme for override in recipe.overrides)
+        schemes = [s.params for s in (recipe.weights, *overriding, recipe.head) if s is not None and s.quantized]
+        scaled = [params for params in schemes if isinstance(params, ScaledParameters)]
+        if any(not params.symmetric for params in scaled):
+            yield Obstacle(
+                "transformers",
+                "loads asymmetric weights only by from_pretrained(..., "
+                "quantization_config=CompressedTensorsConfig(dequantize=True)); symmetric ones it loads as they are",
+            )
+        if recipe.rotated:
+            yield Obstacle(
+                "transformers",
+                "drops the rotation without a word and computes nonsense; docs/compressed-tensors.md has the lines that add "
+                "it",
+            )
+            yield Obstacle(
+                "vllm",
+                "rotates inputs on one GPU only (read in its source, not tried), and none of a linear that has a bias",
+            )
+        head = recipe.head.params
+        packed = scaled if recipe.activations.mode == "none" else [head] if isinstance(head, ScaledParameters) else []
+        odd = sorted({params.bits for params in packed} - {*_VLLM_BITS})
+        if odd:
+            yield Obstacle(
+                "vllm", f"has kernels for packed weights of 4 and 8 bits, not of {' and '.join(map(str, odd))}"
+            )
 
 
-def _in_block(module: str) -> bool:
-    return ".layers." in module
+def _alike(plan: LinearPlan) -> tuple[object, ...]:
+    return plan.scheme, plan.activations.mode, plan.rotation
+
+
+def _kinds(plan: Plan, **changes: Any) -> dict[_Kind, list[str]]:
+    """The modules of each scheme and mode of activations: the groups of the configuration."""
+    alike: dict[_Kind, list[str]] = {}
+    for module, chosen in sorted(plan.quantized().items()):
+        params = chosen.scheme.with_params(**changes).params
+        assert isinstance(params, ScaledParameters)
+        alike.setdefault((params, chosen.activations.mode), []).append(module)
+    return alike
 
 
 def _rotations(widths: dict[str, int]) -> dict[str, Any]:
@@ -161,34 +240,6 @@ def _rotations(widths: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _problems(module: str, scheme: WeightScheme, shape: tuple[int, ...], recipe: Recipe) -> Iterator[str]:
-    """Everything about ``module`` that the format, or vLLM with it, cannot say."""
-    if scheme.codec != "integer":
-        yield f"it stores integers, not codec {scheme.codec!r}; set codec: integer"
-    if module.endswith("embed_tokens"):
-        yield "vLLM reads no quantized embedding; set embedding: {codec: none}"
-        return
-    if scheme.group_size is not None and shape[1] % scheme.group_size:
-        yield f"the rows have {shape[1]} inputs, which is not a multiple of the group size {scheme.group_size}"
-    if scheme.bits < 2:
-        yield "1-bit integers are not part of it"
-    if _activation_mode(module, recipe) == "none" and scheme.granularity == "tensor":
-        yield "weight-only quantization per tensor is not part of it; use granularity channel or group"
-
-
-def _torn(schemes: dict[str, WeightScheme]) -> list[str]:
-    """Linears that vLLM joins into one matrix and that have several schemes."""
-    found: dict[str, None] = {}
-    for fused in FUSED:
-        for module in schemes:
-            stem, _, last = module.rpartition(".")
-            if last in fused and any(schemes.get(f"{stem}.{name}") != schemes[module] for name in fused):
-                found[f"{', '.join(fused)} of {stem}"] = None
-    return [
-        f"{names} need one scheme, because vLLM joins them into one matrix; change the overrides" for names in found
-    ]
-
-
 def _examples(modules: Sequence[str]) -> str:
     """One module's name and how many more there are; nothing where a line names its modules itself."""
     if not modules:
@@ -197,30 +248,26 @@ def _examples(modules: Sequence[str]) -> str:
     return f" ({modules[0]}{more})"
 
 
-def _scale_dtypes(schemes: dict[str, WeightScheme]) -> set[str]:
-    return {scheme.scale_dtype for scheme in schemes.values()}
-
-
-def _packed(scheme: WeightScheme, codes: Tensor) -> Tensor:
+def _packed(codes: Tensor) -> Tensor:
     if codes.dtype == torch.int8:  # quern keeps symmetric 8-bit codes as signed bytes
-        return pack((codes.to(torch.int16) + 128).to(torch.uint8), 8)
+        return bits.pack((codes.to(torch.int16) + 128).to(torch.uint8), 8)
     return codes
 
 
-def _arguments(scheme: WeightScheme) -> dict[str, Any]:
+def _arguments(params: ScaledParameters) -> dict[str, Any]:
     return {
-        "num_bits": scheme.bits,
+        "num_bits": params.bits,
         "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": scheme.granularity,
-        "group_size": scheme.group_size,
+        "symmetric": params.symmetric,
+        "strategy": params.granularity,
+        "group_size": params.group_size,
         "dynamic": False,
         "actorder": None,
         "block_structure": None,
         "observer": "minmax",
         "observer_kwargs": {},
-        "scale_dtype": f"torch.{scheme.scale_dtype}",
-        "zp_dtype": None if scheme.symmetric else "torch.int8",
+        "scale_dtype": f"torch.{params.scale_dtype}",
+        "zp_dtype": None if params.symmetric else "torch.int8",
     }
 
 

@@ -1,53 +1,169 @@
-"""Quern's own format: the codec's parts as they are, and every module's scheme spelled out in config.json.
+"""Quern's own format: the codec's parts as they are, and what a reader must know of every module in config.json.
 
-Described byte for byte in docs/format.md.
+Described byte for byte in docs/format.md. transformers loads it once ``import quern`` has registered the plug-in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quern.codecs.base import CODECS
-from quern.core.artifact import INPUT_SCALE, INPUT_SIGNS, METHOD, VERSION
-from quern.core.packed import QuantizedWeight
-from quern.core.recipe import WeightScheme
-from quern.formats.base import FORMATS, Format
+from quern.architectures.base import Architecture
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.codecs.base import codec_of
+from quern.core.errors import BadFileError, UserError
+from quern.core.packed import PackedLinear
+from quern.core.plan import Plan
+from quern.core.recipe import parse_recipe
+from quern.core.results import Target
+from quern.core.scheme import CodecScheme, parse_scheme
+from quern.formats.base import FORMATS, ArtifactReader, Format, StoredModule, StoredWeight
+from quern.formats.fit import Expected, differences, plain
+from quern.formats.sharded import ShardedWriter
+
+METHOD = "quern"
+VERSION = 3
+"""``format_version`` that is written."""
+READ_VERSIONS = (1, 2, 3)
+"""Versions that are read: 1 had neither trellis codes nor rotations, and 1 and 2 said of the model as a whole what 3 says
+of each module."""
+INPUT_SCALE = "input_scale"
+"""Last part of a tensor's name: the scale of static activations."""
+INPUT_SIGNS = "input_signs"
+"""The packed signs of the rotation that a module's inputs want."""
 
 
-@FORMATS.add("quern")
-class QuernFormat(Format):
+class QuernWriter(ShardedWriter):
     """``<module>.<part>`` for every part, ``<module>.input_scale`` float32 ``()`` for static activations, and
     ``<module>.input_signs`` uint8 ``(ceil(columns / 8),)`` for rotated inputs."""
 
-    def check(self, schemes: dict[str, WeightScheme], shapes: dict[str, tuple[int, ...]]) -> None:
-        pass
-
-    def encode(
-        self, module: str, weight: QuantizedWeight, input_scale: float | None, input_signs: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        tensors = {f"{module}.{name}": part for name, part in weight.parts.items()}
-        if input_scale is not None:
-            tensors[f"{module}.{INPUT_SCALE}"] = torch.tensor(input_scale, dtype=torch.float32)
-        if input_signs is not None:
-            tensors[f"{module}.{INPUT_SIGNS}"] = input_signs
+    def encode(self, module: str, linear: PackedLinear) -> dict[str, Tensor]:
+        tensors = {f"{module}.{name}": part for name, part in linear.weight.parts.items()}
+        if linear.input_scale is not None:
+            tensors[f"{module}.{INPUT_SCALE}"] = torch.tensor(linear.input_scale, dtype=torch.float32)
+        if linear.input_signs is not None:
+            tensors[f"{module}.{INPUT_SIGNS}"] = linear.input_signs
         return tensors
 
-    def parts(
-        self, module: str, scheme: WeightScheme, shape: tuple[int, int], tensors: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        names = CODECS.get(scheme.codec)(scheme).part_shapes(shape)
-        return {name: tensors[f"{module}.{name}"] for name in names}
-
-    def quantization_config(
-        self, schemes: dict[str, WeightScheme], unquantized: Sequence[str], shapes: dict[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
+    def quantization_config(self, plan: Plan) -> dict[str, Any]:
+        modules = {
+            module: {
+                "weights": chosen.scheme.to_json(),
+                "rotated": chosen.rotation is not None,
+                "activations": chosen.activations.mode,
+            }
+            for module, chosen in sorted(plan.quantized().items())
+        }
         return {
             "quant_method": METHOD,
             "format_version": VERSION,
             "recipe": self.recipe.to_json(),
-            "modules": {module: scheme.model_dump(mode="json") for module, scheme in sorted(schemes.items())},
+            "modules": modules,
         }
+
+
+class QuernReader(ArtifactReader):
+    """Reads every version that this package has written."""
+
+    def __init__(self, quantization: Mapping[str, Any], architecture: Architecture) -> None:
+        super().__init__(quantization, architecture)
+        version = quantization.get("format_version")
+        if type(version) is not int or version not in READ_VERSIONS:
+            known = f"{', '.join(map(str, READ_VERSIONS[:-1]))} and {READ_VERSIONS[-1]}"
+            raise UserError(
+                f"the artifact has quern format version {version!r}; this quern reads versions {known}. "
+                "Install the quern that wrote it, or quantize the checkpoint again"
+            )
+        try:
+            self._modules = self._versions_1_and_2() if version < 3 else self._version_3()
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"the artifact's quantization_config is damaged: {error}") from None
+
+    def _version_3(self) -> dict[str, StoredModule]:
+        found = {}
+        for module, entry in self.quantization["modules"].items():
+            if set(entry) != {"weights", "rotated", "activations"}:
+                raise ValueError(f"module {module!r} is described by {', '.join(map(str, entry))}")
+            rotated, mode = entry["rotated"], entry["activations"]
+            if type(rotated) is not bool or mode not in ("none", "dynamic", "static"):
+                raise ValueError(f"module {module!r} has rotated {rotated!r} and activations {mode!r}")
+            found[module] = StoredModule(_scheme(entry["weights"]), rotated, mode)
+        return found
+
+    def _versions_1_and_2(self) -> dict[str, StoredModule]:
+        """What these say of the inputs of all modules in decoder blocks stands in their recipe."""
+        recipe = parse_recipe(self.quantization.get("recipe"), "of the artifact")
+        outer = (self.architecture.embedding, self.architecture.head)
+        return {
+            module: StoredModule(_scheme(scheme))
+            if module in outer
+            else StoredModule(_scheme(scheme), recipe.rotated, recipe.activations.mode)
+            for module, scheme in self.quantization["modules"].items()
+        }
+
+    def plan(self) -> dict[str, StoredModule]:
+        return self._modules
+
+    def problems(self, checkpoint: Checkpoint) -> list[str]:
+        return differences(checkpoint, self.architecture, self.expected())
+
+    def expected(self) -> dict[str, Expected]:
+        """The tensors of the artifact. Raises ``UserError`` for modules that the model does not have."""
+        expected = plain(self.architecture.module_shapes())
+        allowed = {*self.architecture.linears, *self.architecture.outer}
+        for module, stored in self._modules.items():
+            found = expected.pop(f"{module}.weight", None)
+            if found is None:
+                raise UserError(f"the artifact names a module {module!r} that the model does not have")
+            if module not in allowed:
+                raise UserError(f"the artifact quantizes {module!r}, which is neither a linear nor an embedding")
+            rows, columns = found.shape
+            sizes = codec_of(stored.scheme).part_shapes((rows, columns))
+            expected |= {f"{module}.{part}": Expected(tuple(s), frozenset((d,))) for part, (s, d) in sizes.items()}
+            if stored.activations == "static":
+                expected[f"{module}.{INPUT_SCALE}"] = Expected((), frozenset((torch.float32,)))
+            if stored.rotated:
+                expected[f"{module}.{INPUT_SIGNS}"] = Expected((-(-columns // 8),), frozenset((torch.uint8,)))
+        return expected
+
+    def describe(self, checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
+        shapes = self.architecture.module_shapes()
+        for module, stored in self._modules.items():
+            shape = shapes.get(f"{module}.weight", ())
+            if len(shape) != 2:
+                raise BadFileError(
+                    checkpoint.path / "config.json",
+                    f"module {module!r} is no linear or embedding of this model",
+                    "Quantize the model again, or get its files again",
+                )
+            codec = codec_of(stored.scheme)
+            names = tuple(f"{module}.{part}" for part in codec.part_shapes((shape[0], shape[1])))
+            said = codec.describe()
+            yield module, StoredWeight(shape, stored.scheme.codec, said.granularity, said.bits, names)
+
+    def parts(self, checkpoint: Checkpoint, module: str) -> dict[str, Tensor]:
+        stored = self._modules[module]
+        rows, columns = self.architecture.module_shapes()[f"{module}.weight"]
+        names = [*codec_of(stored.scheme).part_shapes((rows, columns))]
+        names += [INPUT_SCALE] * (stored.activations == "static") + [INPUT_SIGNS] * stored.rotated
+        return {name: checkpoint.read(f"{module}.{name}") for name in names}
+
+
+def _scheme(values: object) -> CodecScheme:
+    scheme = parse_scheme(values)
+    if not scheme.quantized:
+        raise ValueError("a module is listed that is not quantized")
+    return scheme
+
+
+@FORMATS.add("quern")
+class QuernFormat(Format):
+    """Quern's own."""
+
+    method = METHOD
+    runtimes: ClassVar[tuple[Target, ...]] = ("quern", "transformers")
+    writer = QuernWriter
+    reader = QuernReader

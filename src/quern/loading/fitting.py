@@ -6,30 +6,28 @@ or of another shape or dtype is refused before anything is computed.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quern.architectures.base import Architecture, architecture_of
+from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.head import EMBEDDING, HEAD
-from quern.checkpoint.safetensors_file import DTYPES, TensorInfo
-from quern.core.artifact import METHOD, quantization_of
+from quern.core.artifact import quantization_of
 from quern.core.errors import BadFileError, UserError
 from quern.core.progress import Progress
-from quern.loading import expected
-from quern.loading.expected import Expected
+from quern.formats.base import format_of, open_container, reader_of
+from quern.formats.fit import differences, plain
 
-COMPRESSED = "compressed-tensors"
 _SHOWN = 5
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-_COMPRESSED_PARTS = (
-    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
-    "input_scale", "input_zero_point", "input_global_scale", "output_scale",
-)  # fmt: skip
 _ROUNDED = ("weight_scale_inv", "weight_scale", "qweight", "qzeros", "scales", "absmax", "SCB", "weight_packed")
 """Ends of names that only quantized checkpoints have."""
+
+
+def open_any(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
+    """Open a model whether it fits or not: folder, Hub id, GGUF file, or an artifact of any format.
+
+    Raises ``UserError`` for what is no model, ``BadFileError`` for a damaged one.
+    """
+    return open_checkpoint(model, progress=progress, open_container=open_container)
 
 
 def open_model(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
@@ -37,7 +35,7 @@ def open_model(model: str | Path, *, progress: Progress | None = None) -> Checkp
 
     Raises ``UserError`` for what is no model, ``BadFileError`` where tensors and configuration do not fit each other.
     """
-    return fitted(open_checkpoint(model, progress=progress))
+    return fitted(open_any(model, progress=progress))
 
 
 def fitted(checkpoint: Checkpoint) -> Checkpoint:
@@ -47,15 +45,13 @@ def fitted(checkpoint: Checkpoint) -> Checkpoint:
     """
     quantization = quantization_of(checkpoint.config)
     method = None if quantization is None else quantization.get("quant_method")
-    if method not in (None, METHOD, COMPRESSED):
+    if quantization is not None and format_of(method) is None:
         return checkpoint
     architecture = architecture_of(checkpoint.config)
-    if quantization is None:
-        problems = _differences(checkpoint, architecture, expected.unquantized(architecture))
-    elif method == METHOD:
-        problems = _differences(checkpoint, architecture, expected.artifact(architecture, quantization))
+    if (reader := reader_of(quantization, architecture)) is not None:
+        problems = reader.problems(checkpoint)
     else:
-        problems = _compressed_differences(checkpoint, architecture)
+        problems = differences(checkpoint, architecture, plain(architecture.expected_shapes()))
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise BadFileError(
@@ -82,58 +78,7 @@ def model_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
 
 
-def _differences(checkpoint: Checkpoint, architecture: Architecture, wanted: Mapping[str, Expected]) -> list[str]:
-    infos = checkpoint.source.infos
-    surplus = [name for name in sorted(set(infos) - set(wanted)) if not _harmless(name, architecture, infos)]
-    problems = _surplus(surplus, architecture)
-    problems += [f"tensor {name!r} is missing" for name in sorted(set(wanted) - set(infos))]
-    for name in sorted(set(wanted) & set(infos)):
-        problems += _misfit(name, infos[name], wanted[name])
-    return problems
-
-
-def _misfit(name: str, info: TensorInfo, wanted: Expected) -> list[str]:
-    if info.shape != wanted.shape:
-        return [f"tensor {name!r} has shape {info.shape}, the config calls for {wanted.shape}"]
-    if DTYPES[info.dtype] not in wanted.dtypes:
-        named = ", ".join(sorted(key for key, dtype in DTYPES.items() if dtype in wanted.dtypes))
-        return [f"tensor {name!r} has dtype {info.dtype}; there it must be {named}"]
-    return []
-
-
-def _harmless(name: str, architecture: Architecture, infos: Mapping[str, TensorInfo]) -> bool:
-    """Old checkpoints' rotary frequencies, which models compute themselves, and a head that repeats the embedding."""
-    return name.endswith("rotary_emb.inv_freq") or (name == HEAD and architecture.tied and EMBEDDING in infos)
-
-
-def _surplus(names: list[str], architecture: Architecture) -> list[str]:
-    """Tensors that the model has no place for; layers beyond its last one in one sentence."""
-    layers = {int(match[1]) for name in names if (match := _LAYER.match(name))}
-    problems = []
-    if layers and (last := max(layers)) >= architecture.layers:
-        beyond = [name for name in names if (m := _LAYER.match(name)) and int(m[1]) >= architecture.layers]
-        problems.append(f"the config says num_hidden_layers {architecture.layers}, the weights have {last + 1} layers")
-        names = [name for name in names if name not in set(beyond)]
-    return problems + [f"tensor {name!r} is not part of such a model" for name in names]
-
-
-def _compressed_differences(checkpoint: Checkpoint, architecture: Architecture) -> list[str]:
-    """Of a compressed-tensors folder: a weight is stored as it is, or as parts whose shapes the package itself checks."""
-    infos = checkpoint.source.infos
-    wanted = expected.unquantized(architecture)
-    modules = {name.removesuffix(".weight") for name in wanted if name.endswith(".weight")}
-    parts = {f"{module}.{part}": module for module in modules for part in _COMPRESSED_PARTS}
-    packed = {parts[name] for name in infos if name in parts}
-    surplus = [n for n in sorted(set(infos) - set(wanted) - set(parts)) if not _harmless(n, architecture, infos)]
-    problems = _surplus(surplus, architecture)
-    for name, what in sorted(wanted.items()):
-        if name.removesuffix(".weight") in packed and name.endswith(".weight"):
-            continue
-        problems += _misfit(name, infos[name], what) if name in infos else [f"tensor {name!r} is missing"]
-    return problems
-
-
-def _hint(checkpoint: Checkpoint, method: str | None) -> str:
+def _hint(checkpoint: Checkpoint, method: object) -> str:
     if method is not None:
         return "The artifact is damaged or belongs to another config.json; get its files again, or quantize again"
     infos = checkpoint.source.infos

@@ -13,8 +13,8 @@ from quern.core.progress import Progress
 from quern.core.recipe import Recipe
 from quern.engines.base import engine_for
 from quern.loading.fitting import open_model
+from quern.pipeline.output import provenance_notes
 from quern.pipeline.quantize import quantize
-from quern.quantization.scale_dtypes import notes_of
 from quern.texts.source import Text
 
 
@@ -69,5 +69,5 @@ def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
         layers=tuple(report.layers),
         engine=engine_for(made, engine),
         sha256=sha256,
-        notes=tuple(notes_of(made)),
+        notes=tuple(provenance_notes(artifact)),
     )

@@ -1,34 +1,35 @@
 """The heart of the main job: quantize one decoder block after the other, each on the outputs of the quantized ones.
 
-A block is rewritten by the transforms, then its linears are rounded group by group, in the order in which data flows
-through them, so that each group is calibrated on what the rounded groups before it really deliver. The peak of memory
-is one block, the Hessians of one group and one wave of tokens, however many layers and tokens there are.
+A block is rewritten by the transforms, then its linears are rounded stage by stage, in the order in which data flows
+through them, so that each is calibrated on what the rounded ones before it really deliver. The peak of memory is one
+block, the Hessians of one stage and one wave of tokens, however many layers and tokens there are.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quern.architectures.base import LinearGroup, Rescaling
+from quern.architectures.base import LinearGroup
 from quern.checkpoint.safetensors_file import DTYPES
-from quern.codecs.base import CODECS, Codec
+from quern.codecs.base import Codec, codec_of
 from quern.core.heap import release_freed
-from quern.core.parallel import pieces
-from quern.observers.base import OBSERVERS
+from quern.core.plan import LinearPlan
+from quern.core.recipe import Transform
 from quern.pipeline import sensitivity
 from quern.pipeline.job import Job
-from quern.quantization import scale_dtypes as scales
+from quern.quantization.block import RoundedLinear, round_linears
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
-from quern.quantization.calibration.hessian import add_to_hessian, norm_weights
-from quern.quantization.calibration.histogram import InputHistogram
-from quern.quantization.rounding._factor import Factor, factorize
-from quern.quantization.rounding.base import ROUNDINGS, SLAB, Rounded
+from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, collector
+from quern.quantization.calibration.token_weights import normalized
+from quern.quantization.rounding.base import ROUNDINGS
+from quern.quantization.scale_dtypes import fitting
 from quern.quantization.transforms.base import (
     TRANSFORMS,
     ChannelScaling,
@@ -38,17 +39,14 @@ from quern.quantization.transforms.base import (
     fold,
     foldable,
 )
-from quern.rotation.rotation import rotate, rotate_back
 
 CHAIN = "chain"
 SAMPLED_TOKENS = 256
 """Tokens that the search of AWQ looks at, at most."""
-ROTATED_TOKENS = 512
-"""Tokens that a worker rotates at a time."""
 
 
 def quantize_blocks(job: Job) -> None:
-    """All blocks that are not done yet; each leaves a shard of the artifact and the next one's inputs."""
+    """All blocks that are not done yet; each leaves a stage of the artifact and the next one's inputs."""
     layers = job.architecture.layers
     pending = [index for index in range(layers) if job.work.done(f"block {index}") is None]
     task = job.progress.task("quantizing blocks", layers, layers - len(pending))
@@ -59,22 +57,31 @@ def quantize_blocks(job: Job) -> None:
 
 
 def quantize_block(job: Job, index: int) -> None:
-    """One block, from its inputs on disk to a shard and its outputs on disk."""
+    """One block, from its inputs on disk to its files and its outputs on disk."""
     started = time.perf_counter()
     work = _BlockWork(job, index)
     work.transform()
     release_freed()
-    for group in job.architecture.groups:
-        work.quantize_group(group)
+    for stage in work.block.spec.stages:
+        work.quantize_stage(stage)
         release_freed()
-    tensors = work.tensors | work.unquantized()
-    record = {"layers": work.errors, "scale_dtypes": work.scale_dtypes}
-    shard = job.work.write_tensors(f"artifact/{job.shard(index + 1).removesuffix('.safetensors')}", tensors)
+    files = work.store()
     if work.source is not None and index + 1 < job.architecture.layers:
         work.write_outputs(job.activations(CHAIN, index + 1), work.source)
-    job.work.finish(f"block {index}", [shard], {**record, "seconds": time.perf_counter() - started})
+    job.work.finish(
+        f"block {index}", files, {**record_of(job, work.rounded, work.prefix), "seconds": time.perf_counter() - started}
+    )
     if work.source is not None:
         work.source.path.unlink()  # the block is done: nobody needs its inputs any more
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Linears that read the same input, rotated alike; names relative to the block."""
+
+    linears: tuple[str, ...]
+    wanted: Wanted
+    """What is to be known of that input."""
 
 
 class _BlockWork:
@@ -82,37 +89,38 @@ class _BlockWork:
 
     def __init__(self, job: Job, index: int) -> None:
         self.job, self.index = job, index
-        self.prefix = job.architecture.block_prefix(index)
         length = 1 if job.sequences is None else job.sequences.shape[1]
         self.block = Block(job.architecture, index, job.read, job.compute_dtype, length)
+        self.prefix = self.block.spec.prefix
         self.source = None if job.sequences is None else job.activations(CHAIN, index)
-        fisher = self.source is not None and job.recipe.calibration.token_weight == "fisher" and _uses_hessian(job)
+        fisher = self.source is not None and sensitivity.needed(job)
         self.token_weights = sensitivity.token_weights(job, index) if fisher else {}
+        self.plans: dict[str, LinearPlan] = {}
         self.codecs: dict[str, Codec] = {}
-        for name in job.architecture.linears():
-            scheme = job.recipe.scheme_for(self.prefix + name)
-            if scheme.quantized:
-                self.codecs[name] = CODECS.get(scheme.codec)(scheme)
+        for linear in self.block.spec.linears:
+            if (plan := job.plan[self.prefix + linear.name]).quantized:
+                self.plans[linear.name] = plan
+                self.codecs[linear.name] = codec_of(plan.scheme)
         transforms = [TRANSFORMS.get(settings.method)(settings) for settings in job.recipe.transforms]
         self.scalings = [transform for transform in transforms if isinstance(transform, ChannelScaling)]
-        self.rotation = next((transform for transform in transforms if isinstance(transform, InputRotation)), None)
-        self.tensors: dict[str, Tensor] = {}
-        self.scale_dtypes: dict[str, str] = {}
-        self.errors: list[dict[str, Any]] = []
+        self.rounded: list[RoundedLinear] = []
 
     def transform(self) -> None:
         """Rewrite the block: every scaling of the recipe along every rescaling of the architecture, in order."""
-        groups = [[name for name in group.linears if name in self.codecs] for group in self.job.architecture.groups]
+        groups = [[name for name in group.linears if name in self.codecs] for group in self.block.spec.groups]
         fitted: dict[str, Codec] = {}
         for linears in groups if self.scalings else []:
-            fitted |= self._fitting(linears)
+            weights = {name: self.block.linear(name).weight.data for name in linears}
+            fitted |= fitting({name: self.codecs[name] for name in linears}, weights, self.job.workers)
         for scaling in self.scalings:
-            for rescaling in self.job.architecture.rescalings:
+            for rescaling in self.block.spec.rescalings:
                 codecs = {name: fitted[name] for name in rescaling.targets if name in fitted}
                 if not codecs:
                     continue
                 statistics = self._channels(rescaling.targets[0])
-                repeat = self._repeat(rescaling)
+                if statistics is None:  # an expert that no token met
+                    continue
+                repeat = Repeat.of(rescaling)
                 targets = [self.block.linear(name).weight.data for name in codecs]
                 wanted = scaling.scales(targets, list(codecs.values()), statistics, repeat, self.job.workers)
                 source = self.block.module.get_submodule(rescaling.source)
@@ -124,124 +132,122 @@ class _BlockWork:
                     repeat,
                 )
 
-    def quantize_group(self, group: LinearGroup) -> None:
-        """Round the linears of one group; their rounded weights replace the block's own."""
-        linears = [name for name in group.linears if name in self.codecs]
-        if not linears:
-            return
-        rounding = ROUNDINGS.get(self.job.recipe.rounding.method)(self.job.recipe.rounding)
-        signs = None
-        if self.rotation is not None:
-            columns = self.block.linear(linears[0]).in_features
-            signs = self.rotation.signs(columns, self.job.seed, self.index, group.name)
-        hessians, input_scale = self._statistics(linears, signs)
-        factor: Factor | None = None
-        for name in linears:
-            self._turn(self.block.linear(name).weight.data, signs, rotate)
-        codecs = self._fitting(linears)
-        dtypes = scales.changes({name: self.codecs[name].scheme for name in linears}, codecs)
-        self.scale_dtypes |= {self.prefix + name: dtype for name, dtype in dtypes.items()}
-        for name in linears:
-            if name in hessians:
-                settings = self.job.recipe.rounding
-                factor = factorize(hessians.pop(name), settings.damping, settings.activation_order, self.job.workers)
-            linear = self.block.linear(name)
-            rounded = rounding.round(linear.weight.data, codecs[name], factor, self.job.workers)
-            linear.weight.data = rounded.decoded
-            self._turn(linear.weight.data, signs, rotate_back)
-            self.tensors |= self.job.format.encode(self.prefix + name, rounded.weight, input_scale, signs)
-            self.errors.append(layer_error(self.prefix + name, rounded, signs))
+    def quantize_stage(self, stage: Sequence[LinearGroup]) -> None:
+        """Round the linears of one stage; their rounded weights replace the block's own."""
+        alike = [part for group in stage for part in self._alike(group)]
+        for part, statistics in zip(alike, self._statistics(alike), strict=True):
+            weights = {name: self.block.linear(name).weight.data for name in part.linears}
+            for linear in round_linears(weights, self.plans, statistics, self.job.workers, part.wanted.signs):
+                self.block.linear(linear.name).weight.data = linear.decoded
+                self.rounded.append(linear)
 
-    def _fitting(self, linears: list[str]) -> dict[str, Codec]:
-        """The codecs of ``linears``, which share an input, with scales that can be stored for their weights as they are."""
-        weights = {name: self.block.linear(name).weight.data for name in linears}
-        return scales.fitting({name: self.codecs[name] for name in linears}, weights, self.job.workers)
+    def _alike(self, group: LinearGroup) -> list[_Alike]:
+        """The quantized linears of a group, those together that read their input rotated alike, or as it is."""
+        by_rotation: dict[Transform | None, list[str]] = {}
+        for name in group.linears:
+            if name in self.plans:
+                by_rotation.setdefault(self.plans[name].rotation, []).append(name)
+        return [
+            _Alike(tuple(linears), self._wanted(linears, self._signs(rotation, linears[0], group)))
+            for rotation, linears in by_rotation.items()
+        ]
 
-    def _turn(self, weight: Tensor, signs: Tensor | None, turn: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Rotate the rows of ``weight`` in place, if they are rotated at all."""
-        if signs is None:
-            return
+    def _signs(self, rotation: Transform | None, linear: str, group: LinearGroup) -> Tensor | None:
+        if rotation is None:
+            return None
+        method = TRANSFORMS.get(rotation.method)(rotation)
+        assert isinstance(method, InputRotation)
+        return method.signs(self.block.linear(linear).in_features, self.job.seed, self.index, group.name)
 
-        def piece(rows: tuple[int, int]) -> None:
-            weight[rows[0] : rows[1]] = turn(weight[rows[0] : rows[1]], signs)
+    def _wanted(self, linears: Sequence[str], signs: Tensor | None) -> Wanted:
+        """A Hessian for each linear where linears have token weights of their own; else one for all that want it alike."""
+        plans = {name: self.plans[name] for name in linears}
+        own = [name for name, plan in plans.items() if ROUNDINGS.get(plan.rounding.method).needs_hessian]
+        if not self.token_weights:
+            first = {
+                (p.rounding.damping, p.rounding.activation_order): n for n, p in reversed(plans.items()) if n in own
+            }
+            own = [name for name in own if name in first.values()]
+        weights = {name: normalized(self.token_weights[name]) for name in own if self.token_weights}
+        return Wanted(
+            hessians=tuple(own) if self.source is not None else (),
+            token_weights={name: values for name, (values, _) in weights.items()},
+            loss_scales={name: scale for name, (_, scale) in weights.items()},
+            weigh_by_norm=self.job.recipe.calibration.token_weight == "norm",
+            histogram=any(plan.activations.mode == "static" for plan in plans.values()),
+            signs=signs,
+        )
 
-        self.job.workers.map(piece, pieces(len(weight), SLAB))
+    def _statistics(self, alike: Sequence[_Alike]) -> list[GroupStatistics]:
+        """What is wanted of the inputs of each, from one pass over the calibration tokens."""
+        found = [collector(part.wanted, self._columns(part), self.job.device) for part in alike]
+        looked_at = [(part, statistics) for part, statistics in zip(alike, found, strict=True) if part.wanted]
+        if self.source is None or not looked_at:
+            return found
+        first = [part.linears[0] for part, _ in looked_at]
+        for start, stop in self.source.waves():
+            taps = self.block.capture(list(dict.fromkeys(first)), self.source.read(start, stop), self.job.workers)
+            for part, statistics in looked_at:
+                tap = taps[part.linears[0]]
+                add_tap(statistics, part.wanted, start * self.source.shape[1], tap, self.job.workers)
+        return found
 
-    def unquantized(self) -> dict[str, Tensor]:
-        """The block's other tensors, transforms included, in the checkpoint's own dtypes."""
-        tensors = {}
+    def _columns(self, part: _Alike) -> int:
+        return self.block.linear(part.linears[0]).in_features
+
+    def store(self) -> list[Any]:
+        """Hand the whole block to the format; its files."""
+        writer = self.job.writer
+        writer.begin(self.job.work, self.index + 1)
+        for linear in self.rounded:
+            writer.put(self.prefix + linear.name, linear.packed)
         for name, parameter in self.block.module.named_parameters():
-            if name.removesuffix(".weight") not in self.codecs:
-                tensors[self.prefix + name] = parameter.data.to(self._stored_dtype(name))
-        return tensors
+            if name.removesuffix(".weight") not in self.codecs:  # transforms included, in the checkpoint's own dtype
+                writer.put_plain(self.prefix + name, parameter.data.to(self._stored_dtype(name)))
+        return writer.end()
 
     def _stored_dtype(self, name: str) -> torch.dtype:
-        """The checkpoint's own dtype of the block's tensor ``name``."""
-        return DTYPES[self.job.checkpoint.info(self.prefix + name).dtype]
+        """The checkpoint's own dtype of the block's parameter ``name``."""
+        return DTYPES[self.job.checkpoint.info(self.block.spec.sources_of(name)[0].tensor).dtype]
 
     def write_outputs(self, following: ActivationFile, source: ActivationFile) -> None:
         """What the rounded block makes of its inputs: the inputs of the next one."""
         following.write(lambda start, stop: self.block.run_each(source.read(start, stop), self.job.workers))
         self.job.work.finish(f"{CHAIN} {self.index + 1}", [following.path], {})
 
-    def _statistics(self, linears: list[str], signs: Tensor | None) -> tuple[dict[str, Tensor], float | None]:
-        """Hessians, and the scale of static activations, of inputs that are rotated where there are ``signs``.
-
-        One Hessian for each linear where every linear has token weights of its own; otherwise one for all, under the
-        first one's name.
-        """
-        recipe = self.job.recipe
-        static = recipe.activations.mode == "static"
-        own = (linears if self.token_weights else linears[:1]) if _uses_hessian(self.job) else []
-        if self.source is None or not (own or static):
-            return {}, None
-        columns = self.block.linear(linears[0]).in_features
-        hessians = {name: torch.zeros(columns, columns, device=self.job.device) for name in own}
-        histogram = InputHistogram()
-        for start, stop in self.source.waves():
-            inputs = self.block.capture(linears[0], self.source.read(start, stop), self.job.workers)
-            if signs is not None:
-                inputs = torch.cat(
-                    self.job.workers.map(lambda part: rotate(part, signs), torch.split(inputs, ROTATED_TOKENS))
-                )
-            tokens = slice(start * self.source.shape[1], stop * self.source.shape[1])
-            if static:
-                histogram.add(inputs)
-            for name, hessian in hessians.items():
-                weights = self.token_weights[name][tokens] if self.token_weights else None
-                if recipe.calibration.token_weight == "norm":
-                    weights = norm_weights(inputs)
-                add_to_hessian(hessian, inputs, weights, self.job.workers)
-        observer = OBSERVERS.get(recipe.activations.observer)()
-        return hessians, histogram.scale(observer) if static else None
-
-    def _channels(self, linear: str) -> ChannelStatistics:
-        """Statistics of what ``linear`` reads."""
+    def _channels(self, linear: str) -> ChannelStatistics | None:
+        """Statistics of what ``linear`` reads; None where it reads nothing."""
         assert self.source is not None
         total, largest, sample, tokens = torch.zeros(()), torch.zeros(()), [], 0
         waves = self.source.waves()
         for start, stop in waves:
-            inputs = self.block.capture(linear, self.source.read(start, stop), self.job.workers).float()
+            taps = self.block.capture([linear], self.source.read(start, stop), self.job.workers)
+            inputs = taps[linear].inputs.float()
+            if not len(inputs):
+                continue
             sizes = inputs.abs()
             total = total + sizes.sum(0, dtype=torch.float64)
             largest = torch.maximum(largest, sizes.amax(0))
             sample.append(inputs[:: max(1, len(waves) * len(inputs) // SAMPLED_TOKENS)])
             tokens += len(inputs)
-        return ChannelStatistics((total / tokens).float(), largest, torch.cat(sample))
-
-    def _repeat(self, rescaling: Rescaling) -> Repeat:
-        config = self.job.architecture.config
-        if rescaling.kind != "value":
-            return Repeat(1, 1)
-        return Repeat(config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads)
+        return None if not tokens else ChannelStatistics((total / tokens).float(), largest, torch.cat(sample))
 
 
-def _uses_hessian(job: Job) -> bool:
-    return ROUNDINGS.get(job.recipe.rounding.method).needs_hessian
-
-
-def layer_error(name: str, rounded: Rounded, signs: Tensor | None = None) -> dict[str, Any]:
-    """The entry of one linear in the artifact's provenance; see ``core.results.LayerError``."""
-    rows, columns = rounded.weight.shape
-    stored = rounded.weight.stored_bytes + (0 if signs is None else signs.nbytes)
-    return {"linear": name, "bits_per_weight": 8 * stored / (rows * columns), "relative_error": rounded.relative_error}
+def record_of(job: Job, rounded: Sequence[RoundedLinear], prefix: str = "") -> dict[str, Any]:
+    """What the journal keeps of rounded linears, whose names get ``prefix``: their errors (see
+    ``core.results.LayerError``), and ``scale_dtype`` of those where it is not the one asked for."""
+    layers = [
+        {
+            "linear": prefix + linear.name,
+            "bits_per_weight": linear.bits_per_weight,
+            "relative_error": linear.relative_loss,
+        }
+        for linear in rounded
+    ]
+    dtypes: dict[str, str] = {}
+    for linear in rounded:
+        name = prefix + linear.name
+        carried_out = codec_of(linear.plan.scheme).scale_dtype_name
+        if carried_out is not None and carried_out != codec_of(job.plan[name].scheme).scale_dtype_name:
+            dtypes[name] = carried_out
+    return {"layers": layers, "scale_dtypes": dtypes}

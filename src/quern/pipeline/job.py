@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,10 +11,12 @@ from quern.architectures.base import Architecture
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.work_folder import WorkFolder
 from quern.core.parallel import Workers
+from quern.core.plan import Plan, make_plan
 from quern.core.progress import Progress
-from quern.core.recipe import Recipe, WeightScheme
-from quern.formats.base import Format
+from quern.core.recipe import Recipe
+from quern.formats.base import ArtifactWriter
 from quern.quantization.calibration.activations import ActivationFile
+from quern.quantization.rounding.base import ROUNDINGS
 
 LARGE = 10**9
 """From so many parameters on, ``compute_dtype: auto`` means bfloat16."""
@@ -28,7 +29,8 @@ class Job:
     checkpoint: Checkpoint
     architecture: Architecture
     recipe: Recipe
-    format: Format
+    plan: Plan
+    writer: ArtifactWriter
     sequences: Tensor | None
     """Calibration tokens, int64 ``(sequences, time)``; None where the recipe needs none."""
     seed: int
@@ -36,7 +38,6 @@ class Job:
     workers: Workers
     progress: Progress
     device: torch.device
-    notes: list[str] = field(default_factory=list)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -58,29 +59,18 @@ class Job:
         path = self.work.path(kind, f"{index:04d}.bin")
         return ActivationFile(path, (count, time, self.architecture.config.hidden_size), self.compute_dtype)
 
-    def artifact_path(self, *parts: str) -> Path:
-        """A path inside the artifact while it is being made."""
-        return self.work.path("artifact", *parts)
-
-    def shard(self, position: int) -> str:
-        """File name of a shard: 0 the embedding, 1 ... layers the blocks, layers + 1 the final norm and the head."""
-        return f"model-{position + 1:05d}-of-{self.architecture.layers + 2:05d}.safetensors"
+    @property
+    def uses_hessians(self) -> bool:
+        """Whether a rounding of the plan reads Hessians."""
+        return uses_hessians(self.plan)
 
 
-def quantized_modules(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme]:
-    """Every module that is stored as codes, by full name, with its scheme."""
-    schemes = {}
-    if recipe.embedding.quantized:
-        schemes[architecture.embedding] = recipe.embedding
-    if recipe.head.quantized and not architecture.tied:
-        schemes[architecture.head] = recipe.head
-    for name in decoder_linears(architecture):
-        scheme = recipe.scheme_for(name)
-        if scheme.quantized:
-            schemes[name] = scheme
-    return schemes
+def uses_hessians(plan: Plan) -> bool:
+    """Whether the rounding of a matrix reads its Hessian."""
+    return any(ROUNDINGS.get(linear.rounding.method).needs_hessian for linear in plan.quantized().values())
 
 
-def decoder_linears(architecture: Architecture) -> list[str]:
-    """The linears of all decoder blocks, by full name."""
-    return [architecture.block_prefix(i) + name for i in range(architecture.layers) for name in architecture.linears()]
+def plan_of(recipe: Recipe, architecture: Architecture) -> Plan:
+    """What ``recipe`` makes of every matrix of a model."""
+    head = None if architecture.tied else architecture.head
+    return make_plan(recipe, architecture.linears, architecture.embedding, head)

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import psutil
 
+from quern.architectures.base import BlockSpec
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.errors import OutOfMemoryCapError, option
 from quern.core.units import bytes_text, rounded_up
 from quern.pipeline.job import Job
 from quern.quantization.calibration.activations import WAVE_TOKENS
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
-from quern.quantization.rounding.base import ROUNDINGS, SLAB
+from quern.quantization.rounding.base import SLAB
 
 MIB = 1 << 20
 SLAB_COPIES = 8
@@ -40,27 +41,17 @@ class MemoryPlan:
 
 def plan(job: Job) -> MemoryPlan:
     """Estimate the peak from the model's shapes and the recipe."""
-    shapes = job.architecture.expected_shapes()
     itemsize = job.compute_dtype.itemsize
-    prefix = job.architecture.block_prefix(0)
-    block = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-    matrices = {name.removesuffix(".weight"): shape for name, shape in block.items() if len(shape) == 2}
-    weights = itemsize * sum(rows * columns for rows, columns in matrices.values())
-    widest = max(columns for _, columns in matrices.values())
-    largest = max(rows * columns for rows, columns in matrices.values())
-    hessians = max(
-        (1 if job.recipe.calibration.token_weight != "fisher" else len(group.linears))
-        * 4
-        * matrices[group.linears[0]][1] ** 2
-        for group in job.architecture.groups
-    )
+    sizes = [_sizes(block, own_hessians=job.recipe.calibration.token_weight == "fisher") for block in _kinds(job)]
+    weights, widest, largest, hessians = (max(values) for values in zip(*sizes, strict=True))
+    weights *= itemsize
     calibrated = job.sequences is not None
     # A rotated copy of the activations comes on top.
     wave = (WAVE_COPIES + job.recipe.rotated) * 4 * WAVE_TOKENS * widest if calibrated else 0
     slabs = job.workers.threads * SLAB_COPIES * 4 * SLAB * widest
     # Codes of the linears done so far, and the rounded copy of the one in hand.
     packed = weights // itemsize + largest * (itemsize + 1)
-    uses_hessian = calibrated and ROUNDINGS.get(job.recipe.rounding.method).needs_hessian
+    uses_hessian = calibrated and job.uses_hessians
     table = job.architecture.config.vocab_size * job.architecture.config.hidden_size
     # Of embedding or head: the weight, its rounded slabs and these joined; the codes, in slabs and joined.
     stored = DTYPES[job.checkpoint.info(f"{job.architecture.embedding}.weight").dtype].itemsize
@@ -78,6 +69,26 @@ def plan(job: Job) -> MemoryPlan:
     )
 
 
+def _kinds(job: Job) -> list[BlockSpec]:
+    """A block of every kind."""
+    architecture = job.architecture
+    return list({architecture.kind_of(block.index): block for block in reversed(architecture.blocks)}.values())
+
+
+def _sizes(block: BlockSpec, own_hessians: bool) -> tuple[int, int, int, int]:
+    """Entries of all matrices, inputs of the widest, entries of the largest, bytes of the Hessians of the greatest stage."""
+    shapes = [linear.shape for linear in block.linears]
+    hessians = [
+        sum(
+            (len(group.linears) if own_hessians else 1) * 4 * block.linear(group.linears[0]).shape[1] ** 2
+            for group in stage
+        )
+        for stage in block.stages
+    ]
+    entries = [rows * columns for rows, columns in shapes]
+    return sum(entries), max(columns for _, columns in shapes), max(entries), max(hessians)
+
+
 def check(job: Job, cap: int | None) -> MemoryPlan:
     """The plan, if it fits ``cap`` bytes. Raises ``OutOfMemoryCapError`` with the least that would do."""
     needed = plan(job)
@@ -85,7 +96,7 @@ def check(job: Job, cap: int | None) -> MemoryPlan:
         least = bytes_text(rounded_up(needed.peak))
         enough = option(f"memory={rounded_up(needed.peak):_}", f"--memory {least.replace(' ', '')}")
         less = f"fewer {option('threads', '--threads')}"
-        if ROUNDINGS.get(job.recipe.rounding.method).needs_hessian:
+        if job.uses_hessians:
             less += ", or a recipe with rounding: nearest"
         raise OutOfMemoryCapError(
             f"a memory cap of {bytes_text(cap)} is too small: one decoder block of this model with recipe "

@@ -6,40 +6,40 @@ import time
 
 import torch
 
-from quern.codecs.base import CODECS
-from quern.pipeline.blocks import CHAIN, layer_error
+from quern.codecs.base import codec_of
+from quern.pipeline.blocks import CHAIN, record_of
 from quern.pipeline.job import Job
-from quern.quantization import scale_dtypes as scales
-from quern.quantization.rounding.base import ROUNDINGS
+from quern.quantization.block import RoundedLinear, round_linears
+from quern.quantization.calibration.statistics import GroupStatistics
+
+EMBEDDING = "embedding"
+"""The file that keeps the embedding as it was stored until the first block has its inputs."""
 
 
 def quantize_outer(job: Job) -> None:
     """Embedding, final norm and head: each rounded to nearest or taken over."""
-    architecture, recipe = job.architecture, job.recipe
+    architecture = job.architecture
     last = architecture.layers + 1
-    places = [(architecture.embedding, recipe.embedding, 0), (architecture.final_norm, None, last)]
-    if not architecture.tied:
-        places.append((architecture.head, recipe.head, last))
-    nearest = ROUNDINGS.get("nearest")(recipe.rounding)
-    for position in (0, last):
-        if job.work.done(f"outer {position}") is not None:
+    stages = {0: [architecture.embedding], last: [architecture.final_norm, *architecture.outer[1:]]}
+    for stage, modules in stages.items():
+        if job.work.done(f"outer {stage}") is not None:
             continue
-        started, tensors, errors, dtypes = time.perf_counter(), {}, [], dict[str, str]()
-        for module, scheme, where in places:
-            if where != position:
-                continue
+        started = time.perf_counter()
+        rounded: list[RoundedLinear] = []
+        job.writer.begin(job.work, stage)
+        for module in modules:
             weight = job.read(f"{module}.weight")
-            if scheme is None or not scheme.quantized:
-                tensors[f"{module}.weight"] = weight
-                continue
-            codecs = scales.fitting({module: CODECS.get(scheme.codec)(scheme)}, {module: weight}, job.workers)
-            dtypes |= scales.changes({module: scheme}, codecs)
-            rounded = nearest.round(weight, codecs[module], None, job.workers)
-            tensors |= job.format.encode(module, rounded.weight, None)
-            errors.append(layer_error(module, rounded))
-        path = job.work.write_tensors(f"artifact/{job.shard(position).removesuffix('.safetensors')}", tensors)
-        record = {"layers": errors, "scale_dtypes": dtypes, "seconds": time.perf_counter() - started}
-        job.work.finish(f"outer {position}", [path], record)
+            if module in job.plan and job.plan[module].quantized:
+                rounded += round_linears({module: weight}, job.plan, GroupStatistics(), job.workers)
+                job.writer.put(module, rounded[-1].packed)
+                kept = rounded[-1].weight.parts
+            else:
+                job.writer.put_plain(f"{module}.weight", weight)
+                kept = {"weight": weight}
+            if module == architecture.embedding and job.sequences is not None:
+                job.work.finish(EMBEDDING, [job.work.write_tensors(EMBEDDING, kept)], {})
+        files = job.writer.end()
+        job.work.finish(f"outer {stage}", files, {**record_of(job, rounded), "seconds": time.perf_counter() - started})
 
 
 def start_chain(job: Job) -> None:
@@ -47,19 +47,16 @@ def start_chain(job: Job) -> None:
     if job.sequences is None or job.work.done(f"{CHAIN} 0") is not None or job.work.done("block 0") is not None:
         return
     name, sequences = job.architecture.embedding, job.sequences
-    stored = job.work.read_tensors(f"artifact/{job.shard(0).removesuffix('.safetensors')}")
-    dtypes = (job.work.done("outer 0") or {}).get("scale_dtypes", {})
-    scheme, shape = (
-        scales.changed({name: job.recipe.embedding}, dtypes)[name],
-        job.checkpoint.info(f"{name}.weight").shape,
-    )
-    if scheme.quantized:
-        codec = CODECS.get(scheme.codec)(scheme)
-        parts = job.format.parts(name, scheme, (shape[0], shape[1]), stored)
+    kept = job.work.read_tensors(EMBEDDING)
+    if job.plan[name].quantized:
+        dtypes = (job.work.done("outer 0") or {}).get("scale_dtypes", {})
+        codec = codec_of(job.plan.changed(dtypes)[name].scheme)
         rows, index = torch.unique(sequences, return_inverse=True)
-        table = codec.decode_rows((shape[0], shape[1]), parts, rows)
+        shape = job.architecture.module_shapes()[f"{name}.weight"]
+        table = codec.decode_rows((shape[0], shape[1]), kept, rows)
     else:
-        table, index = stored[f"{name}.weight"], sequences
+        table, index = kept["weight"], sequences
     store = job.activations(CHAIN, 0)
     store.write(lambda start, stop: table[index[start:stop]])
     job.work.finish(f"{CHAIN} 0", [store.path], {})
+    job.work.path(f"{EMBEDDING}.safetensors").unlink()

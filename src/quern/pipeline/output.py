@@ -49,6 +49,14 @@ def finished_layers(target: OutputFolder, fingerprint: dict[str, Any], fresh: bo
     return layers
 
 
+def provenance_notes(folder: Path) -> list[str]:
+    """What should be known of how an artifact's weights are stored, as it was noted when they were made."""
+    try:
+        return [str(note) for note in read_json(folder / PROVENANCE)["notes"]]
+    except (BadFileError, KeyError, TypeError):  # of an older version
+        return []
+
+
 def artifact_names(folder: Path) -> set[str]:
     """Names in ``folder`` that belong to an artifact of quern's there; none without its ``quern.json``."""
     if _provenance(folder) is None:
@@ -56,6 +64,8 @@ def artifact_names(folder: Path) -> set[str]:
     shards: set[str] = set()
     with suppress(BadFileError, KeyError, TypeError, ValueError):  # shards that nothing names are not taken for quern's
         shards = {str(name) for name in dict(read_json(folder / INDEX)["weight_map"]).values()}
+    with suppress(BadFileError, KeyError, TypeError):  # artifacts of older versions name none
+        shards |= {str(name) for name in list(read_json(folder / PROVENANCE)["files"])}
     names = {*COMPLETE_WITH, *COPIED, *shards}
     found = {name for name in names if "/" not in name and (folder / name).is_file()}
     return found | {name for name in (_TEMPLATES,) if (folder / name).is_dir()}

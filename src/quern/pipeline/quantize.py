@@ -16,31 +16,31 @@ import quern
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import write_json
-from quern.checkpoint.safetensors_file import read_header
 from quern.checkpoint.tokenizer import copy_tokenizer, usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
-from quern.codecs.base import CODECS
+from quern.codecs.base import codec_of
 from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import OutOfMemoryCapError, UserError, option
 from quern.core.memory import forget_peak, peak_rss
 from quern.core.parallel import deterministic_workers
+from quern.core.plan import Plan
 from quern.core.progress import Progress, Silent
-from quern.core.recipe import Recipe, WeightScheme, load_recipe
+from quern.core.recipe import Recipe, load_recipe
 from quern.core.results import LayerError
-from quern.formats.base import FORMATS
+from quern.formats.base import FORMATS, ArtifactWriter
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_model, require_unquantized
 from quern.observers.base import OBSERVERS
 from quern.pipeline import memory_plan, sensitivity
 from quern.pipeline.blocks import quantize_blocks
 from quern.pipeline.calibration_text import CalibrationText
-from quern.pipeline.job import Job, decoder_linears, quantized_modules
+from quern.pipeline.job import Job, plan_of
 from quern.pipeline.outer import quantize_outer, start_chain
-from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target
-from quern.quantization import scale_dtypes as scales
+from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target, provenance_notes
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.rounding.base import ROUNDINGS
+from quern.quantization.scale_dtypes import note as scale_note
 from quern.quantization.transforms.base import TRANSFORMS
 from quern.texts.source import Text
 
@@ -95,7 +95,8 @@ def quantize(
     checkpoint, chosen = open_model(model, progress=progress), _recipe(recipe, format)
     require_unquantized(checkpoint)
     architecture = architecture_of(checkpoint.config)
-    schemes, where = _check(chosen, architecture), _device(device)
+    plan, where = plan_of(chosen, architecture), _device(device)
+    writer = _check(chosen, plan, architecture)
     tokenizer = usable_tokenizer(checkpoint.path, chosen.needs_calibration)
     named_ends(checkpoint)  # the artifact takes the file over and could not generate with a bad one
     text = CalibrationText(calibration, tokenizer, chosen.calibration) if chosen.needs_calibration else None
@@ -116,7 +117,8 @@ def quantize(
             checkpoint,
             architecture,
             chosen,
-            FORMATS.get(chosen.format)(chosen),
+            plan,
+            writer,
             sequences,
             seed,
             work,
@@ -138,12 +140,12 @@ def quantize(
             spared = sensitivity.run(job, shared)
         start_chain(job)
         quantize_blocks(job)
-        layers = _write_metadata(job, schemes, fingerprint)
+        notes = list(text.notes if text else ())
+        layers = _write_metadata(job, fingerprint, notes)
         replaced = artifact_names(target.path) if fresh else ()
         work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
-    biased = [module for module in schemes if f"{module}.bias" in architecture.expected_shapes()]
-    notes = [*(text.notes if text else ()), *job.notes, *job.format.notes(biased)]
-    return _report(output, chosen, checkpoint, time.perf_counter() - started + spared, layers, resumed, notes)
+    seconds = time.perf_counter() - started + spared
+    return _report(output, chosen, checkpoint, seconds, layers, resumed, [*notes, *writer.notes()])
 
 
 def _recipe(recipe: str | Path | Recipe, format: str | None) -> Recipe:
@@ -151,25 +153,27 @@ def _recipe(recipe: str | Path | Recipe, format: str | None) -> Recipe:
     return chosen if format is None else chosen.model_copy(update={"format": format})
 
 
-def _check(recipe: Recipe, architecture: Architecture) -> dict[str, WeightScheme]:
-    """Schemes of all quantized modules; every name in the recipe is known and the format can store the result."""
-    schemes = quantized_modules(recipe, architecture)
-    for scheme in schemes.values():
-        CODECS.get(scheme.codec)(scheme)
+def _check(recipe: Recipe, plan: Plan, architecture: Architecture) -> ArtifactWriter:
+    """The writer, if every name in the recipe is known, some linear answers to each override, and the format can store the
+    result."""
+    for linear in plan.values():
+        if linear.quantized:
+            codec_of(linear.scheme)
+        ROUNDINGS.get(linear.rounding.method)
+        OBSERVERS.get(linear.activations.observer)
     ROUNDINGS.get(recipe.rounding.method)
     OBSERVERS.get(recipe.activations.observer)
     for settings in recipe.transforms:
         TRANSFORMS.get(settings.method)(settings)
-    linears = decoder_linears(architecture)
-    unused = [o.pattern for o in recipe.overrides if not any(o.matches(name) for name in linears)]
+    unused = [o.pattern for o in recipe.overrides if not any(o.matches(name) for name in architecture.linears)]
     if unused:
         raise UserError(
             f"recipe {recipe.name!r}: no linear matches {' or '.join(map(repr, unused))}; names look like "
-            f"{architecture.block_prefix(0)}{next(architecture.linears())}"
+            f"{next(iter(architecture.linears))}"
         )
-    shapes = {name.removesuffix(".weight"): shape for name, shape in architecture.expected_shapes().items()}
-    FORMATS.get(recipe.format)(recipe).check(schemes, {name: shapes[name] for name in schemes})
-    return schemes
+    writer = FORMATS.get(recipe.format).writer(recipe, plan, architecture)
+    writer.check()
+    return writer
 
 
 def _fingerprint(
@@ -204,48 +208,36 @@ def _sequences(architecture: Architecture, text: CalibrationText | None, seed: i
         return None
     config = architecture.config
     context = config.max_position_embeddings
-    context = min([context, *filter(None, architecture.windows())])  # within one window attention is plainly causal
+    windows = filter(None, (block.window for block in architecture.blocks))
+    context = min([context, *windows])  # within one window attention is plainly causal
     return text.sequences(context, config.vocab_size, seed)
 
 
-def _write_metadata(job: Job, schemes: dict[str, WeightScheme], fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
-    """Everything beside the shards: index, config.json, provenance, tokenizer. Returns the errors of all layers.
-
-    ``schemes`` are the recipe's; where scales were stored otherwise, the artifact says so, and a note.
-    """
+def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
+    """Everything that makes the stages one artifact: the format's own, provenance, tokenizer. Returns the errors of all
+    layers and adds to ``notes``."""
     layers = job.architecture.layers
-    steps = ["outer 0", *(f"block {index}" for index in range(layers)), f"outer {layers + 1}"]
-    records = [job.work.done(step) for step in steps]
     errors: list[dict[str, Any]] = []
     dtypes: dict[str, str] = {}
-    weight_map, total = {}, 0
-    for position, record in enumerate(records):
+    for step in ("outer 0", *(f"block {index}" for index in range(layers)), f"outer {layers + 1}"):
+        record = job.work.done(step)
         if record is None:
-            raise UserError(f"the work folder lost step {steps[position]!r}; run the same command again")
+            raise UserError(f"the work folder lost step {step!r}; run the same command again")
         errors += record["layers"]
         dtypes |= record.get("scale_dtypes", {})
-        for name, info in read_header(job.artifact_path(job.shard(position))).items():
-            weight_map[name] = job.shard(position)
-            total += info.stored_bytes
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(job.artifact_path("model.safetensors.index.json"), index)
-    config = {**job.checkpoint.config}
-    schemes = scales.changed(schemes, dtypes)
-    job.notes.extend(scales.note(dtypes))
-    if schemes:
-        kept = [name for name in (*decoder_linears(job.architecture), job.architecture.head) if name not in schemes]
-        stored = job.architecture.expected_shapes()
-        shapes = {name: stored[f"{name}.weight"] for name in schemes}
-        config["quantization_config"] = job.format.quantization_config(schemes, kept, shapes)
-    write_json(job.artifact_path("config.json"), config)
-    write_json(job.artifact_path(PROVENANCE), {"fingerprint": fingerprint, "layers": errors})
-    copy_tokenizer(job.checkpoint.path, job.artifact_path())
+    job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
+    stored_otherwise = scale_note(dtypes)
+    notes += stored_otherwise
+    files = sorted(path.name for path in job.work.path("artifact").iterdir())
+    provenance = {"fingerprint": fingerprint, "layers": errors, "notes": stored_otherwise, "files": files}
+    write_json(job.work.path("artifact", PROVENANCE), provenance)
+    copy_tokenizer(job.checkpoint.path, job.work.path("artifact"))
     return errors
 
 
 def _finished(output: Path, recipe: Recipe, checkpoint: Checkpoint, layers: list[dict[str, Any]]) -> QuantizeReport:
     """The report of an artifact that an earlier run of the same job made."""
-    notes = ["was finished already", *scales.notes_of(open_model(output.resolve()))]
+    notes = ["was finished already", *provenance_notes(output)]
     return _report(output, recipe, checkpoint, None, layers, True, notes)
 
 

@@ -29,8 +29,7 @@ from quern.pipeline.job import Job
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
-from quern.quantization.calibration.token_weights import block_gradients, normalized, output_gradient, sequence_seed
-from quern.quantization.rounding.base import ROUNDINGS
+from quern.quantization.calibration.token_weights import block_gradients, output_gradient, sequence_seed
 
 INPUTS, GRADIENTS, WEIGHTS = "inputs", "gradients", "weights"
 _TIMING = "timing.json"
@@ -38,12 +37,11 @@ _TIMING = "timing.json"
 
 def needed(job: Job) -> bool:
     """Whether the recipe's rounding reads Fisher token weights."""
-    rounding, calibration = job.recipe.rounding, job.recipe.calibration
-    return calibration.token_weight == "fisher" and ROUNDINGS.get(rounding.method).needs_hessian
+    return job.recipe.calibration.token_weight == "fisher" and job.uses_hessians
 
 
 def token_weights(job: Job, index: int) -> dict[str, Tensor]:
-    """Weights float32 ``(tokens,)`` of block ``index`` by linear, once ``run`` has ended."""
+    """Squared gradients float32 ``(tokens,)`` of block ``index`` by linear, once ``run`` has ended."""
     return job.work.read_tensors(f"{WEIGHTS}/{index:04d}")
 
 
@@ -53,6 +51,7 @@ def shared_folder(cache: Path, fingerprint: Mapping[str, Any], job: Job) -> Path
     depends = {key: fingerprint[key] for key in ("quern", "model_sha256", "seed", "device")} | arithmetic()
     depends["tokens"] = hashlib.sha256(job.sequences.numpy().tobytes()).hexdigest()
     depends["compute_dtype"] = str(job.compute_dtype)
+    depends["holds"] = "squared gradients"
     return cache / f"token-weights-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
@@ -80,8 +79,8 @@ def run(job: Job, shared: Path | None = None) -> float:
 
 def _take_over(job: Job, shared: Path) -> float:
     assert job.sequences is not None
-    linears = list(job.architecture.linears())
     for index in range(job.architecture.layers):
+        linears = [linear.name for linear in job.architecture.block(index).linears]
         path = shared / f"{index:04d}.safetensors"
         tensors = read_tensors(path)
         if [(name, tensors[name].numel()) for name in sorted(tensors)] != [
@@ -159,7 +158,7 @@ def _backward(job: Job, index: int) -> None:
     block = _block(job, index)
     inputs, outer = job.activations(INPUTS, index), job.activations(GRADIENTS, index + 1)
     inner = job.activations(GRADIENTS, index)
-    linears = list(job.architecture.linears())
+    linears = [linear.name for linear in block.spec.linears]
     collected: list[Tensor] = []
 
     def wave(start: int, stop: int) -> Tensor:
@@ -170,7 +169,7 @@ def _backward(job: Job, index: int) -> None:
 
     with block.recording(linears):
         inner.write(wave)
-    squares = normalized(torch.cat(collected, dim=1))
+    squares = torch.cat(collected, dim=1)
     path = job.work.write_tensors(f"{WEIGHTS}/{index:04d}", dict(zip(linears, squares, strict=True)))
     job.work.finish(f"gradients {index}", [inner.path], {})
     job.work.finish(f"weights {index}", [path], {})
@@ -195,8 +194,7 @@ def _output_gradients(job: Job) -> None:
     weight = job.read(f"{architecture.final_norm}.weight").to(job.compute_dtype)
     norm.load_state_dict({"weight": weight}, assign=True)
     norm.requires_grad_(False)
-    head_name = architecture.embedding if architecture.tied else architecture.head
-    head = job.read(f"{head_name}.weight").to(job.compute_dtype)
+    head = job.read(f"{architecture.head_owner}.weight").to(job.compute_dtype)
     source, target = job.activations(INPUTS, architecture.layers), job.activations(GRADIENTS, architecture.layers)
 
     def wave(start: int, stop: int) -> Tensor:

@@ -11,12 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from quern.architectures.base import Architecture
-from quern.checkpoint.checkpoint import Checkpoint
-from quern.codecs.base import CODECS, Codec
-from quern.core.artifact import METHOD, module_schemes, quantization_of
+from quern.codecs.base import Codec, codec_of
 from quern.core.parallel import Workers, pieces
-from quern.core.recipe import WeightScheme, parse_recipe
 
 NARROW, WIDE = "float16", "bfloat16"
 LEAST, GREATEST = 2.0**-20, 2.0**15
@@ -35,20 +31,6 @@ def fitting(codecs: Mapping[str, Codec], weights: Mapping[str, Tensor], workers:
     return {name: _widened(codec) for name, codec in codecs.items()}
 
 
-def changes(asked: Mapping[str, WeightScheme], codecs: Mapping[str, Codec]) -> dict[str, str]:
-    """``scale_dtype`` of the modules where it is not the one asked for."""
-    found = {name: codec.scheme.scale_dtype for name, codec in codecs.items()}
-    return {name: dtype for name, dtype in found.items() if dtype != asked[name].scale_dtype}
-
-
-def changed(schemes: Mapping[str, WeightScheme], dtypes: Mapping[str, str]) -> dict[str, WeightScheme]:
-    """``schemes`` with the scale dtypes that ``changes`` told of."""
-    return {
-        name: scheme.model_copy(update={"scale_dtype": dtypes[name]}) if name in dtypes else scheme
-        for name, scheme in schemes.items()
-    }
-
-
 def note(dtypes: Mapping[str, str]) -> list[str]:
     """What whoever quantizes should know of these changes."""
     if not dtypes:
@@ -61,27 +43,15 @@ def note(dtypes: Mapping[str, str]) -> list[str]:
     ]
 
 
-def notes_of(artifact: Checkpoint) -> list[str]:
-    """The same of an artifact in quern's own format, which holds both its recipe and what was stored; else nothing."""
-    config = quantization_of(artifact.config)
-    if config is None or config.get("quant_method") != METHOD or "recipe" not in config:
-        return []
-    recipe = parse_recipe(config.get("recipe"), "of the artifact")
-    outer = {Architecture.embedding: recipe.embedding, Architecture.head: recipe.head}
-    stored = module_schemes(config)
-    asked = {name: outer.get(name) or recipe.scheme_for(name) for name in stored}
-    return note({n: s.scale_dtype for n, s in stored.items() if s.scale_dtype != asked[n].scale_dtype})
-
-
 def _holds(codec: Codec, weight: Tensor, workers: Workers) -> bool:
-    if codec.scheme.scale_dtype != NARROW:
+    if codec.scale_dtype_name != NARROW:
         return True
 
     def slab(rows: tuple[int, int]) -> bool:
         scales = codec.ideal_scales(weight[rows[0] : rows[1]].float())
         return scales is None or not bool(((scales > GREATEST) | ((scales > 0) & (scales < LEAST))).any())
 
-    if codec.scheme.granularity == "tensor":  # one scale, of the largest weight
+    if codec.has_one_scale:  # that scale, of the largest weight
         largest = torch.stack(
             workers.map(lambda rows: weight[rows[0] : rows[1]].abs().amax(), pieces(len(weight), ROWS))
         )
@@ -91,6 +61,6 @@ def _holds(codec: Codec, weight: Tensor, workers: Workers) -> bool:
 
 
 def _widened(codec: Codec) -> Codec:
-    if codec.scheme.scale_dtype != NARROW:
+    if codec.scale_dtype_name != NARROW:
         return codec
-    return CODECS.get(codec.scheme.codec)(codec.scheme.model_copy(update={"scale_dtype": WIDE}))
+    return codec_of(codec.scheme.with_params(scale_dtype=WIDE))

@@ -11,7 +11,8 @@ from quern import _native
 from quern.codecs.base import CODECS
 from quern.codecs.trellis import stream_bytes, trained_tables, windows
 from quern.core.errors import UserError
-from quern.core.recipe import WeightScheme, parse_recipe
+from quern.core.recipe import parse_recipe
+from quern.core.scheme import parse_scheme
 
 VARIANTS = sorted(trained_tables())
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "/".join(map(str, v)))
@@ -21,12 +22,12 @@ ISAS = ("scalar", *(name for name in ("avx2", "avx512") if name in _native.isas(
 def codec_of(variant, **changes):
     bits, window, tables = variant
     scheme = {"codec": "trellis", "bits": bits, "window": window, "tables": tables, **changes}
-    return CODECS.get("trellis")(WeightScheme.model_validate(scheme))
+    return CODECS.get("trellis")(parse_scheme(scheme))
 
 
 def encoder_of(codec, rows: int, columns: int, scale: float = 1.0, isa: str = "") -> _native.TrellisEncoder:
     scales = np.full(rows, scale, np.float32)
-    return _native.TrellisEncoder(codec.scheme.bits, codec.lag, codec.table.entries.numpy(), scales, columns, isa)
+    return _native.TrellisEncoder(codec.params.bits, codec.lag, codec.table.entries.numpy(), scales, columns, isa)
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -56,7 +57,7 @@ def test_decoding_follows_the_description_of_the_layout(variant, shape):
     }
     heights = [min(256, rows - first) for first in range(0, rows, 256)]
     expected = decode_trellis(
-        parts["codes"].numpy(), heights, columns, codec.scheme.bits, codec.window, parts["table"].numpy(), codec.lag
+        parts["codes"].numpy(), heights, columns, codec.params.bits, codec.window, parts["table"].numpy(), codec.lag
     )
     assert np.array_equal(codec.integers(shape, parts).numpy(), expected)
     assert torch.equal(codec.decode(shape, parts), torch.from_numpy(expected).float() * parts["scale"].float())
@@ -78,11 +79,11 @@ def test_windows_by_hand():
 
 def plain_search(codec, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """All streams of a short tile: their values ``(streams, steps)`` and their numbers."""
-    count = stream_bytes(16 * steps, codec.scheme.bits)
+    count = stream_bytes(16 * steps, codec.params.bits)
     streams = torch.tensor(list(itertools.product(range(256), repeat=count)), dtype=torch.uint8).flip(1)[..., None]
     values = 0
     for table, older in zip(codec.table.entries.int(), (0, codec.lag), strict=False):
-        values = values + table[windows(streams, steps, codec.scheme.bits, codec.window, older)[..., 0].int()]
+        values = values + table[windows(streams, steps, codec.params.bits, codec.window, older)[..., 0].int()]
     return values.numpy(), np.arange(len(streams))
 
 
@@ -104,7 +105,7 @@ def test_short_tiles_get_the_best_of_all_streams(variant, steps):
 
 def plain_path(codec, x: np.ndarray) -> float:
     """Least squared error of a tail-biting path by plain dynamic programming, from every state around to itself."""
-    bits, table = codec.scheme.bits, codec.table.entries.numpy().astype(np.int64)
+    bits, table = codec.params.bits, codec.table.entries.numpy().astype(np.int64)
     span = codec.window + bits * codec.lag
     branches = np.arange(1 << span)
     value = table[0][branches >> (span - codec.window)]
@@ -229,11 +230,16 @@ def test_what_it_cannot_store_is_refused(changes):
 
 
 def test_window_and_tables_are_no_keys_of_other_codecs():
-    with pytest.raises(UserError, match="window and tables go with codec trellis, not with integer"):
+    with pytest.raises(UserError, match=r"weights\.window: unknown key; known keys here: codec, bits"):
         parse_recipe({"name": "x", "weights": {"window": 7}}, "x")
-    plain = WeightScheme.model_validate({"codec": "trellis", "bits": 3})
-    assert (plain.granularity, plain.group_size, plain.window, plain.tables) == ("channel", None, 7, 2)
-    assert WeightScheme().window is None
+    plain = parse_scheme({"codec": "trellis", "bits": 3})
+    assert (plain.params.granularity, plain.params.group_size, plain.params.window, plain.params.tables) == (
+        "channel",
+        None,
+        7,
+        2,
+    )
+    assert parse_scheme({"window": None}) == parse_scheme({}), "as older versions wrote it"
 
 
 def test_the_encoder_checks_what_it_is_given():

@@ -9,13 +9,19 @@ import torch
 from artifacts import INT8, make_artifact
 from tiny_model import tiny_config, write_model
 
+from quern.architectures.base import architecture_of
 from quern.checkpoint.safetensors_file import DTYPES, read_header, read_tensor
-from quern.codecs.base import CODECS
-from quern.core.artifact import VERSION, module_schemes
-from quern.core.recipe import WeightScheme, load_recipe
+from quern.codecs.base import CODECS, ScaledParameters, codec_of
+from quern.core.plan import plan_for
+from quern.core.recipe import load_recipe
+from quern.core.scheme import parse_scheme
+from quern.formats.base import StoredModule
+from quern.formats.quern import READ_VERSIONS, VERSION, QuernReader
+from quern.pipeline.inspect import inspect
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "format.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+EXAMPLE = json.loads(re.search(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)[1])
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +33,22 @@ def reader() -> dict:
 
 def table(heading: str) -> dict[str, list[str]]:
     """Rows of the first table below ``heading``, by the code in their first cell."""
-    text = PAGE.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    text = re.split(rf"^##+ {re.escape(heading)}\n", PAGE, maxsplit=1, flags=re.MULTILINE)[1]
+    text = re.split(r"^##", text, maxsplit=1, flags=re.MULTILINE)[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")
     ]
     return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def written_config(folder: Path) -> dict:
+    """The artifact's config.json."""
+    return json.loads((folder / "config.json").read_text("utf-8"))
+
+
+def plan_of(config: dict) -> dict[str, StoredModule]:
+    """What the package reads of an artifact with that config.json."""
+    return QuernReader(config["quantization_config"], architecture_of(config)).plan()
 
 
 def test_the_worked_example_is_right():
@@ -41,22 +58,33 @@ def test_the_worked_example_is_right():
 
 def test_the_page_is_about_this_version():
     assert PAGE.startswith(f"# The quern format, version {VERSION}\n")
-    example = json.loads(re.search(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)[1])
-    assert example["format_version"] == VERSION
-    ((module, scheme),) = module_schemes(example).items()
-    recipe = load_recipe(example["recipe"]["name"])
-    assert example["modules"][module] == recipe.scheme_for(module).model_dump(mode="json")
-    assert scheme == recipe.scheme_for("model.layers.0.mlp.down_proj")
+    assert EXAMPLE["format_version"] == VERSION
+    recipe = load_recipe(EXAMPLE["recipe"]["name"])
+    ((module, entry),) = EXAMPLE["modules"].items()
+    assert entry["weights"] == plan_for(recipe, module).scheme.to_json()
+    stored = plan_of({**tiny_config("llama"), "quantization_config": EXAMPLE})
+    assert stored == {module: StoredModule(plan_for(recipe, module).scheme, recipe.rotated, recipe.activations.mode)}
 
 
 def test_the_tables_name_every_key(tiny_model, tiny_text, tmp_path):
     folder = make_artifact(tiny_model, tmp_path / "out", tiny_text, weights=INT8, activations={"mode": "static"})
-    written = json.loads((folder / "config.json").read_text())["quantization_config"]
-    example = json.loads(re.search(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)[1])
-    assert set(written) == set(example)
-    assert set(table("`quantization_config`")) == set(WeightScheme.model_fields)
+    written = written_config(folder)["quantization_config"]
+    assert set(written) == set(EXAMPLE)
+    assert all(set(entry) == set(table("A module")) for entry in written["modules"].values())
+    scheme = table("A scheme")
+    assert scheme["codec"][1] == "`integer` or `trellis`"
+    trellis = CODECS.get("trellis").Parameters.model_fields
+    assert {"codec", *trellis} == set(scheme)
+    assert CODECS.get("integer").Parameters is ScaledParameters
+    only = {key for key, (codecs, *_) in scheme.items() if codecs == "`trellis`"}
+    assert only == set(trellis) - set(ScaledParameters.model_fields)
+    assert all(cells[0] in ("all", "`trellis`") for cells in scheme.values())
     provenance = json.loads((folder / "quern.json").read_text())
-    assert set(table("`quern.json`")) == {f"fingerprint.{key}" for key in provenance["fingerprint"]} | {"layers"}
+    assert set(table("`quern.json`")) == {f"fingerprint.{key}" for key in provenance["fingerprint"]} | {
+        "layers",
+        "notes",
+    }
+    assert set(provenance) == {"fingerprint", "layers", "notes"}
     assert all(f"`{key}`" in table("`quern.json`")["layers"][0] for key in provenance["layers"][0])
     files = {path.name for path in folder.iterdir()}
     assert files == {
@@ -94,17 +122,17 @@ def test_the_pages_reader_reads_what_the_package_writes(name, reader, tiny_text,
     model = write_model(tmp_path / "model", config)
     folder = make_artifact(model, tmp_path / "out", tiny_text, **RECIPES[name])
     weights = reader["read_weights"](folder)
-    schemes = module_schemes(json.loads((folder / "config.json").read_text())["quantization_config"])
+    schemes = {module: stored.scheme for module, stored in plan_of(written_config(folder)).items()}
     assert set(weights) == set(schemes)
     tensors = {
         key: read_tensor(path, info) for path in folder.glob("*.safetensors") for key, info in read_header(path).items()
     }
     for module, scheme in schemes.items():
-        codec, shape = CODECS.get(scheme.codec)(scheme), weights[module].shape
+        codec, shape = codec_of(scheme), weights[module].shape
         parts = {part: tensors[f"{module}.{part}"] for part in codec.part_shapes(shape)}
         assert torch.equal(codec.decode(shape, parts), torch.from_numpy(weights[module])), module
         assert {name: (size, dtype) for name, (size, dtype) in codec.part_shapes(shape).items()} == expected_parts(
-            scheme, shape
+            scheme.params, shape
         )
 
 
@@ -120,7 +148,7 @@ def test_the_pages_reader_reads_trellis_codes(variant, reader, tiny_text, tmp_pa
     tensors = reader["read_tensors"](folder)
     assert len(weights) == 8
     for module, found in weights.items():
-        codec = CODECS.get("trellis")(WeightScheme.model_validate(scheme))
+        codec = codec_of(parse_scheme(scheme))
         parts = {part: torch.from_numpy(tensors[f"{module}.{part}"].copy()) for part in codec.part_shapes(found.shape)}
         assert {part: (tuple(t.shape), t.dtype) for part, t in parts.items()} == codec.part_shapes(found.shape)
         assert torch.equal(codec.decode(found.shape, parts), torch.from_numpy(found)), module
@@ -129,18 +157,18 @@ def test_the_pages_reader_reads_trellis_codes(variant, reader, tiny_text, tmp_pa
         assert signs is None or signs.shape == (-(-found.shape[1] // 8),)
 
 
-def expected_parts(scheme: WeightScheme, shape: tuple[int, int]) -> dict:
+def expected_parts(params: ScaledParameters, shape: tuple[int, int]) -> dict:
     """The page's table, evaluated: every cell of it is an expression in the words that it defines."""
     rows, columns = shape
-    width = min(scheme.group_size or columns, columns)
+    width = min(params.group_size or columns, columns)
     words = {
         "rows": rows, "columns": columns, "groups": -(-columns // width),
-        "scale_rows": 1 if scheme.granularity == "tensor" else rows, "words": lambda n: -(-n * scheme.bits // 32),
+        "scale_rows": 1 if params.granularity == "tensor" else rows, "words": lambda n: -(-n * params.bits // 32),
     }  # fmt: skip
     holds = {
-        "`bits` is 8 and `symmetric`": scheme.bits == 8 and scheme.symmetric,
+        "`bits` is 8 and `symmetric`": params.bits == 8 and params.symmetric,
         "always": True,
-        "not `symmetric`": not scheme.symmetric,
+        "not `symmetric`": not params.symmetric,
     }
     holds["otherwise"] = not holds["`bits` is 8 and `symmetric`"]
     section = PAGE.split("## Tensors of a module: codec `integer`", 1)[1].split("### Bits", 1)[0]
@@ -149,7 +177,7 @@ def expected_parts(scheme: WeightScheme, shape: tuple[int, int]) -> dict:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| `<module>.") and holds.get(cells[3]):
             dtype = (
-                {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[scheme.scale_dtype]
+                {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[params.scale_dtype]
                 if "F16" in cells[1]
                 else cells[1].strip("`")
             )
@@ -157,12 +185,77 @@ def expected_parts(scheme: WeightScheme, shape: tuple[int, int]) -> dict:
     return found
 
 
+ROTATED_WITH_INT8 = {
+    "weights": {"bits": 3, "group_size": 32},
+    "overrides": [
+        {"pattern": "*.down_proj", "rotated": False},
+        {"pattern": "*.up_proj", **INT8, "activations": {"mode": "static"}},
+        {"pattern": "*.q_proj", **INT8, "activations": {"mode": "dynamic"}},
+    ],
+    "head": {"codec": "trellis", "bits": 3},
+    "transforms": [{"method": "hadamard"}],
+}
+
+
+def test_the_pages_reader_knows_what_becomes_of_inputs(reader, tiny_text, tmp_path):
+    """Modules that differ in it, so that no choice for all of them would do."""
+    model = write_model(tmp_path / "model", tiny_config("llama", num_hidden_layers=1, tie_word_embeddings=False))
+    folder = make_artifact(model, tmp_path / "out", tiny_text, **ROTATED_WITH_INT8)
+    config = written_config(folder)
+    modules = reader["modules_of"](config)
+    assert {m: StoredModule(parse_scheme(s), *inputs) for m, (s, *inputs) in modules.items()} == plan_of(config)
+    assert {tuple(inputs) for _, *inputs in modules.values()} == {
+        (True, "none"), (False, "none"), (True, "static"), (True, "dynamic"),
+    }  # fmt: skip
+    tensors = reader["read_tensors"](folder)
+    for module, (_, rotated, activations) in modules.items():
+        assert (f"{module}.input_signs" in tensors) == rotated
+        assert (f"{module}.input_scale" in tensors) == (activations == "static")
+
+
+def as_version(config: dict, version: int) -> dict:
+    """A config.json as quern wrote it when ``version`` was the newest."""
+    stored = config["quantization_config"]
+    unused = {} if version == 1 else {"window": None, "tables": None}
+    modules = {module: {**unused, **entry["weights"]} for module, entry in stored["modules"].items()}
+    return {**config, "quantization_config": {**stored, "format_version": version, "modules": modules}}
+
+
+OLDER = {
+    1: {"weights": INT8, "activations": {"mode": "static"}, "head": {"bits": 4, "group_size": 32}},
+    2: {"weights": {"codec": "trellis", "bits": 3}, "head": INT8, "transforms": [{"method": "hadamard"}]},
+}
+
+
+@pytest.mark.parametrize("version", OLDER)
+def test_older_versions_are_read_as_the_page_says(version, reader, tiny_text, tmp_path):
+    """By the page's reader and by the package; the head's inputs are as they are, whatever the recipe says."""
+    assert {*OLDER, VERSION} == set(READ_VERSIONS)
+    model = write_model(tmp_path / "model", tiny_config("llama", num_hidden_layers=1, tie_word_embeddings=False))
+    folder = make_artifact(model, tmp_path / "out", tiny_text, **OLDER[version])
+    newest = written_config(folder)
+    modules, weights, shown = reader["modules_of"](newest), reader["read_weights"](folder), inspect(folder)
+    assert shown.notes == ()
+    older = as_version(newest, version)
+    assert plan_of(older) == plan_of(newest)
+    found = reader["modules_of"](older)
+    assert {name: inputs for name, (_, *inputs) in found.items()} == {n: i for n, (_, *i) in modules.items()}
+    assert {tuple(inputs) for _, *inputs in found.values()} == {
+        (False, "none"), (False, "static") if version == 1 else (True, "none"),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(older))
+    assert (inspect(folder).tensors, inspect(folder).notes) == (shown.tensors, ())
+    again = reader["read_weights"](folder)
+    assert set(again) == set(weights) == set(modules)
+    assert all((again[module] == weight).all() for module, weight in weights.items())
+
+
 def test_the_pages_reader_refuses_what_it_does_not_know(reader, tiny_model, tiny_text, tmp_path):
     folder = make_artifact(tiny_model, tmp_path / "out", tiny_text, weights={"bits": 4, "group_size": 32})
-    config = json.loads((folder / "config.json").read_text())
-    for change in ({"format_version": 3}, {"quant_method": "zap"}):
+    config = written_config(folder)
+    for change in ({"format_version": 4}, {"quant_method": "zap"}):
         (folder / "config.json").write_text(
             json.dumps({**config, "quantization_config": {**config["quantization_config"], **change}})
         )
-        with pytest.raises(ValueError, match="not the quern format, version 1 or 2"):
+        with pytest.raises(ValueError, match="not the quern format, version 1, 2 or 3"):
             reader["read_weights"](folder)

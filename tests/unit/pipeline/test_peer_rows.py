@@ -96,8 +96,8 @@ def row(results, name):
 
 def test_rows_of_a_tool_that_works(compared):
     folder, results = compared
-    assert results.failures == []
     assert [r.name for r in results.rows] == ["unquantized", "fake-good", "fake-calibrated"]
+    assert results.failures == []
     good, calibrated = results.rows[1:]
     # The artifact is the model itself: what runs in the tool's process is measured by the same rules.
     assert good.kl_mean == pytest.approx(results.rows[0].kl_mean, rel=1e-6)

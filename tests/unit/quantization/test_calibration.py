@@ -201,7 +201,7 @@ def test_capture_is_what_the_linear_reads(block, workers):
         for sequence in x:
             block.run(sequence[None])
     handle.remove()
-    captured = block.capture("mlp.down_proj", x, workers)
+    captured = block.capture(["mlp.down_proj"], x, workers)["mlp.down_proj"].inputs
     assert captured.shape == (60, 96)
     assert torch.equal(captured, torch.cat([one[0] for one in seen]))
 
@@ -211,7 +211,9 @@ def test_results_do_not_depend_on_threads(block):
     results = []
     for threads in (1, 2, 3):
         pool = Workers(threads)
-        results.append((block.run_each(x, pool), block.capture("self_attn.o_proj", x, pool)))
+        results.append(
+            (block.run_each(x, pool), block.capture(["self_attn.o_proj"], x, pool)["self_attn.o_proj"].inputs)
+        )
         pool.close()
     for other in results[1:]:
         assert torch.equal(other[0], results[0][0])

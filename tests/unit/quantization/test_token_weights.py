@@ -14,7 +14,7 @@ from quern.core.parallel import Workers
 from quern.core.progress import Silent
 from quern.formats.base import FORMATS
 from quern.pipeline import sensitivity
-from quern.pipeline.job import Job
+from quern.pipeline.job import Job, plan_of
 from quern.quantization.calibration import token_weights
 from quern.quantization.calibration.token_weights import normalized, output_gradient, sequence_seed
 
@@ -61,7 +61,9 @@ def pass_result(tmp_path_factory):
     for threads in (1, 3):
         workers = Workers(threads)
         with WorkFolder.open(folder / f"work{threads}", {"x": 1}) as work:
-            job = Job(open_checkpoint(model_folder), architecture, recipe, FORMATS.get("quern")(recipe), ids, SEED, work,
+            plan = plan_of(recipe, architecture)
+            writer = FORMATS.get("quern").writer(recipe, plan, architecture)
+            job = Job(open_checkpoint(model_folder), architecture, recipe, plan, writer, ids, SEED, work,
                       workers, Silent(), torch.device("cpu"))  # fmt: skip
             sensitivity.run(job)
             streamed.append([sensitivity.token_weights(job, index) for index in range(architecture.layers)])
@@ -74,7 +76,7 @@ def autograd_weights(architecture, ids):
 
     model = AutoModelForCausalLM.from_config(architecture.config).eval()
     model.load_state_dict(random_weights(FAMILY_CONFIG))
-    names = [architecture.block_prefix(i) + n for i in range(architecture.layers) for n in architecture.linears()]
+    names = list(architecture.linears)
     sequences = []
     for position, sequence in enumerate(ids):
         whole_model_weights.seed = sequence_seed(SEED, position)
@@ -89,7 +91,7 @@ def test_streamed_weights_are_the_squared_gradients_of_the_whole_model(pass_resu
     assert len(expected) == 3 * 7
     for name, weights in expected.items():
         index, linear = name.removeprefix("model.layers.").split(".", 1)
-        ours = streamed[int(index)][linear].double()
+        ours = normalized(streamed[int(index)][linear])[0].double()
         assert ours.shape == (SEQUENCES * TIME,)
         assert float((ours - weights).abs().max()) <= 1e-4 * float(weights.max()), name
     first, second = (list(expected.values())[i] for i in (0, 1))
@@ -148,5 +150,11 @@ def test_every_sequence_has_labels_of_its_own():
 
 
 def test_weights_are_divided_by_their_mean():
-    weights = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [1e-30, 2e-30, 3e-30]])
-    assert np.allclose(normalized(weights).numpy(), [[0.5, 1, 1.5], [1, 1, 1], [0.5, 1, 1.5]], rtol=1e-6)
+    for given, expected, mean in (
+        ([1.0, 2, 3], [0.5, 1, 1.5], 2),
+        ([0.0, 0, 0], [1, 1, 1], 0),
+        ([1e-30, 2e-30, 3e-30], [0.5, 1, 1.5], 2e-30),
+    ):
+        weights, scale = normalized(torch.tensor(given))
+        assert np.allclose(weights.numpy(), expected, rtol=1e-6)
+        assert scale == pytest.approx(mean, rel=1e-6), "what the allocator needs is not lost"

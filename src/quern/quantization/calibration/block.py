@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from quern.architectures.base import Architecture
+from quern.architectures.base import Architecture, parameter_reader
+from quern.architectures.routing import routed_tokens
 from quern.core.parallel import Workers
 
 
-class _Captured(Exception):  # noqa: N818 - not an error: it carries a value out of a forward pass that may stop there
-    def __init__(self, inputs: Tensor) -> None:
-        self.inputs = inputs
+class _Captured(Exception):  # noqa: N818 - not an error: it stops a forward pass that has nothing left to show
+    pass
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What one linear reads in a run of the block."""
+
+    inputs: Tensor
+    """``(n, columns)``."""
+    tokens: Tensor | None
+    """The positions int64 ``(n,)`` of these inputs among the tokens of the run; None: all of them, in order."""
+    length: int
+    """Tokens of the run."""
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Those of ``values`` ``(length, ...)`` that belong to the inputs."""
+        return values if self.tokens is None else values[self.tokens]
 
 
 class Block:
@@ -26,8 +43,8 @@ class Block:
     ) -> None:
         with torch.device("meta"):
             self.module = architecture.build_block(index)
-        prefix = architecture.block_prefix(index)
-        weights = {name: read(prefix + name).to(dtype) for name, _ in self.module.named_parameters()}
+        self.spec, joined = architecture.block(index), parameter_reader(read)
+        weights = {name: joined(self.spec.sources_of(name)).to(dtype) for name, _ in self.module.named_parameters()}
         self.module.load_state_dict(weights, assign=True)
         self.module.requires_grad_(False)
         self.dtype = dtype
@@ -60,31 +77,57 @@ class Block:
         with torch.no_grad():  # the setting is per thread
             return self.run(sequence.to(self.device))
 
-    def capture(self, linear: str, hidden: Tensor, workers: Workers) -> Tensor:
-        """What ``linear`` reads when the block reads ``hidden``: ``(sequences * time, inputs)``."""
+    def capture(self, linears: Sequence[str], hidden: Tensor, workers: Workers) -> dict[str, Tap]:
+        """What each of ``linears`` reads when the block reads ``hidden`` ``(sequences, time, width)``.
 
-        def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _Captured(inputs[0])
+        None of them may read what another one makes. The run of a sequence ends at the last of them that all tokens meet.
+        """
+        modules: dict[nn.Module, str] = {self.linear(name): name for name in linears}
+        certain = all(self.spec.linear(name).expert is None for name in linears)
 
-        def inputs_of(sequence: Tensor) -> Tensor:
-            try:
+        def inputs_of(sequence: Tensor) -> dict[str, Tap]:
+            seen: dict[str, Tap] = {}
+            self._recorded.taps = seen
+            with suppress(_Captured):
                 self._no_grad(sequence[None])
-            except _Captured as captured:
-                return captured.inputs[0]
-            raise AssertionError(f"the block never reached {linear}")
+            assert not certain or len(seen) == len(linears), f"the block never reached {sorted(linears)}"
+            return seen
 
-        handle = self.linear(linear).register_forward_pre_hook(stop)
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen = self._recorded.taps
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+            seen[modules[module]] = Tap(rows, routed_tokens(), hidden.shape[1])
+            if certain and len(seen) == len(linears):
+                raise _Captured
+
+        handles = [module.register_forward_pre_hook(keep) for module in modules]
         try:
-            return torch.cat(workers.map(inputs_of, list(hidden)))
+            runs = workers.map(inputs_of, list(hidden))
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+        return {name: self._joined(name, runs, hidden.shape[1]) for name in linears}
+
+    def _joined(self, linear: str, runs: Sequence[dict[str, Tap]], time: int) -> Tap:
+        """The taps of several sequences as one."""
+        taps = {position: run[linear] for position, run in enumerate(runs) if linear in run}
+        length = time * len(runs)
+        if not taps:
+            none = torch.empty(0, self.linear(linear).in_features, dtype=self.dtype, device=self.device)
+            return Tap(none, torch.empty(0, dtype=torch.int64), length)
+        inputs = torch.cat([tap.inputs for tap in taps.values()])
+        if all(tap.tokens is None for tap in taps.values()):
+            return Tap(inputs, None, length)
+        every = torch.arange(time)
+        tokens = [every if tap.tokens is None else tap.tokens.cpu() for tap in taps.values()]
+        return Tap(inputs, torch.cat([at * time + own for at, own in zip(taps, tokens, strict=True)]), length)
 
     @contextmanager
     def recording(self, linears: Sequence[str]) -> Iterator[None]:
         """Inside, ``run_recorded`` keeps the outputs of ``linears``."""
 
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._recorded.outputs[module] = output
+            self._recorded.outputs[module] = (output, routed_tokens())
 
         handles = [self.linear(name).register_forward_hook(keep) for name in linears]
         self._order = [self.linear(name) for name in linears]
@@ -94,8 +137,9 @@ class Block:
             for handle in handles:
                 handle.remove()
 
-    def run_recorded(self, hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """``run``, and the outputs of the recorded linears in the order in which they were named."""
+    def run_recorded(self, hidden: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor | None] | None]]:
+        """``run``, and of each recorded linear, in the order in which they were named, its output and the positions that
+        this is of (see ``Tap.tokens``); None for one that no token met."""
         self._recorded.outputs = {}
         result = self.run(hidden.to(self.device))
-        return result, [self._recorded.outputs.pop(module) for module in self._order]
+        return result, [self._recorded.outputs.pop(module, None) for module in self._order]

@@ -55,10 +55,22 @@ def block_gradients(block: Block, hidden: Tensor, gradient: Tensor) -> tuple[Ten
     """
     inputs = hidden[None].to(block.device).detach().requires_grad_()
     with torch.enable_grad():
-        result, outputs = block.run_recorded(inputs)
-        gradients = torch.autograd.grad(result, [inputs, *outputs], gradient[None].to(result))
-    squares = torch.stack([g[0].float().square().sum(-1) for g in gradients[1:]])
-    return squares, gradients[0][0]
+        result, recorded = block.run_recorded(inputs)
+        met = [entry for entry in recorded if entry is not None]
+        gradients = torch.autograd.grad(result, [inputs, *(output for output, _ in met)], gradient[None].to(result))
+    of_outputs = iter(gradients[1:])
+    squares = [_squares(entry[1], next(of_outputs), len(hidden)) if entry else _nothing(hidden) for entry in recorded]
+    return torch.stack(squares), gradients[0][0]
+
+
+def _squares(tokens: Tensor | None, gradient: Tensor, time: int) -> Tensor:
+    """|dL/dy_t|^2 float32 ``(time,)``; 0 for tokens that did not meet the linear."""
+    found = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(-1)
+    return found if tokens is None else found.new_zeros(time).index_put((tokens,), found)
+
+
+def _nothing(hidden: Tensor) -> Tensor:
+    return torch.zeros(len(hidden), device=hidden.device)
 
 
 def sequence_seed(seed: int, sequence: int) -> int:
@@ -66,7 +78,7 @@ def sequence_seed(seed: int, sequence: int) -> int:
     return derive_seed(seed, "fisher labels", sequence)
 
 
-def normalized(weights: Tensor) -> Tensor:
-    """Weights ``(linears, tokens)`` divided by their mean for each linear; all ones where the mean is zero."""
-    mean = weights.double().mean(1, keepdim=True)
-    return torch.where(mean > 0, weights.double() / mean, 1.0).float()
+def normalized(weights: Tensor) -> tuple[Tensor, float]:
+    """Weights ``(tokens,)`` of one linear divided by their mean, and that mean; all ones where it is zero."""
+    mean = weights.double().mean()
+    return torch.where(mean > 0, weights.double() / mean, 1.0).float(), float(mean)

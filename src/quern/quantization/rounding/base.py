@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -12,10 +12,23 @@ from quern.core.packed import QuantizedWeight
 from quern.core.parallel import Workers, pieces
 from quern.core.recipe import Rounding as Settings
 from quern.core.registry import Registry
-from quern.quantization.rounding._factor import Factor
+from quern.quantization.rounding.factor import Factor
 
 SLAB = 1024
 """Rows that one worker rounds at a time: a multiple of 32, because codecs pack down the rows; keeps a block in the cache."""
+
+
+@dataclass(frozen=True)
+class RoundedSlab:
+    """Some rows of a matrix, rounded."""
+
+    parts: Parts
+    decoded: Tensor
+    """The stored values, float32 ``(rows, columns)``."""
+    loss: float
+    """tr(E H E^T); E is the change, H the identity where the rounding uses no Hessian."""
+    size: float
+    """tr(W H W^T) of the weights W that came in."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +38,10 @@ class Rounded:
     weight: QuantizedWeight
     decoded: Tensor
     """The stored values, ``(rows, columns)``, in the dtype of the weight that came in."""
-    relative_error: float
-    """tr(E H E^T) / tr(W H W^T); E is the change, W the weight, H the identity where the rounding uses no Hessian."""
+    loss: float
+    """tr(E H E^T) of all rows."""
+    relative_loss: float
+    """That over tr(W H W^T); 0 where the weight is."""
 
 
 class Rounding(ABC):
@@ -38,10 +53,8 @@ class Rounding(ABC):
         self.settings = settings
 
     @abstractmethod
-    def round_slab(
-        self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None
-    ) -> tuple[Parts, Tensor, float, float]:
-        """Parts, decoded values, squared error and squared size of float32 ``slab`` ``(rows, columns)``."""
+    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
+        """Round float32 ``slab`` ``(rows, columns)``, rows of ``whole``."""
 
     def round(self, weight: Tensor, codec: Codec, factor: Factor | None, workers: Workers) -> Rounded:
         """Round ``weight`` ``(rows, columns)``; rows are independent, so slabs of them go to the workers."""
@@ -50,21 +63,19 @@ class Rounding(ABC):
         )
         decoded = weight.new_empty(weight.shape)
         for (start, stop), slab in zip(pieces(weight.shape[0], SLAB), slabs, strict=True):
-            decoded[start:stop] = slab[1]
+            decoded[start:stop] = slab.decoded
         rows, columns = weight.shape
         packed = QuantizedWeight(
             codec.scheme,
             (rows, columns),
-            codec.join([{name: part.cpu() for name, part in slab[0].items()} for slab in slabs]),
+            codec.join([{name: part.cpu() for name, part in slab.parts.items()} for slab in slabs]),
         )
-        size = sum(slab[3] for slab in slabs)
-        return Rounded(packed, decoded, sum(slab[2] for slab in slabs) / size if size else 0.0)
+        loss, size = sum(slab.loss for slab in slabs), sum(slab.size for slab in slabs)
+        return Rounded(packed, decoded, loss, loss / size if size else 0.0)
 
-    def _slab(
-        self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None
-    ) -> tuple[Parts, Tensor, float, float]:
-        parts, decoded, error, size = self.round_slab(rows.float(), whole, codec, factor)
-        return parts, decoded.to(rows.dtype), error, size
+    def _slab(self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
+        slab = self.round_slab(rows.float(), whole, codec, factor)
+        return replace(slab, decoded=slab.decoded.to(rows.dtype))
 
 
 ROUNDINGS: Registry[type[Rounding]] = Registry("rounding", "quern.quantization.rounding")

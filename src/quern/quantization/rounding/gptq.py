@@ -1,6 +1,6 @@
 """GPTQ: columns in turn, each rounded after adding what the columns before it got wrong.
 
-With H = U D U^T (``_factor``), column k is rounded at
+With H = U D U^T (``factor``), column k is rounded at
 
     w'_k = w_k + (W - Q)_{:, <k} U_{<k, k}                                (QuIP, arXiv 2307.13304, eq. 2)
 
@@ -11,12 +11,15 @@ time.
 
 from __future__ import annotations
 
+from math import lcm
+
 import torch
 from torch import Tensor
 
-from quern.codecs.base import Codec, Encoder, Parts
-from quern.quantization.rounding._factor import Factor
-from quern.quantization.rounding.base import ROUNDINGS, Rounding
+from quern.codecs.base import Codec, Encoder
+from quern.core.errors import UserError
+from quern.quantization.rounding.base import ROUNDINGS, RoundedSlab, Rounding
+from quern.quantization.rounding.factor import Factor
 
 SAMPLED_ROWS = 64
 """Rows of a slab from which tr(W H W^T) is estimated; the whole would cost as much as the rounding itself."""
@@ -28,24 +31,27 @@ class Gptq(Rounding):
 
     needs_hessian = True
 
-    def round_slab(
-        self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None
-    ) -> tuple[Parts, Tensor, float, float]:
+    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
         assert factor is not None
         encoder = codec.encoder(slab, whole, refit=factor.order is None)
+        if factor.order is not None and encoder.width > 1:
+            raise UserError(
+                f"codec {codec.scheme.codec} codes {encoder.width} neighbouring columns jointly, which cannot be rounded in "
+                "another order. Set rounding: {activation_order: false}"
+            )
         weight = slab if factor.order is None else slab[:, factor.order]
         decoded, error = self._feed_forward(weight, encoder, factor)
         size = _quadratic_size(weight, factor)
         if factor.order is not None:
             decoded = decoded[:, factor.order.argsort()]
-        return encoder.parts(), decoded, error, size
+        return RoundedSlab(encoder.parts(), decoded, error, size)
 
     def _feed_forward(self, weight: Tensor, encoder: Encoder, factor: Factor) -> tuple[Tensor, float]:
         """Q ``(rows, columns)`` and the quadratic loss; ``weight`` and Q have their columns in rounding order."""
         rows, columns = weight.shape
-        width, block = encoder.refit_width, self.settings.block_size
-        if width:
-            block = -(-block // width) * width  # parameters are fitted to whole groups
+        group, width, block = encoder.refit_width, encoder.width, self.settings.block_size
+        together = lcm(group or 1, width)
+        block = -(-block // together) * together  # parameters are fitted to whole groups, and tuples stay whole
         change = torch.empty_like(weight)  # W - Q
         decoded = torch.empty_like(weight)
         error = 0.0
@@ -57,15 +63,19 @@ class Gptq(Rounding):
             rounded = weight.new_empty(stop - start, rows)
             original = weight[:, start:stop].T.contiguous()
             inside = factor.upper[start:stop, start:stop].T.contiguous()
-            for k in range(stop - start):
+            for k in range(0, stop - start, width):
                 column = start + k
-                if width and column % width == 0:
-                    last = min(k + width, stop - start)
+                if group and column % group == 0:
+                    last = min(k + group, stop - start)
                     values = torch.addmm(target[k:last], inside[k:last, :k], done[:k])
                     values = _expected(values, original[k:last], inside[k:last, k:last])
                     encoder.refit(column, values, factor.diagonal[column : start + last])
+                if width > 1:
+                    at = slice(k, min(k + width, stop - start))
+                    _round_jointly(encoder, column, at, target, original, inside, done, rounded)
+                    continue
                 value = torch.addmv(target[k], done[:k].T, inside[k, :k])
-                stored = encoder.round(column if factor.order is None else int(factor.order[column]), value)
+                stored = encoder.round(column if factor.order is None else int(factor.order[column]), value[None])[0]
                 torch.sub(original[k], stored, out=done[k])
                 rounded[k] = stored
                 target[k] = value.sub_(stored)
@@ -73,6 +83,27 @@ class Gptq(Rounding):
             change[:, start:stop] = done.T
             decoded[:, start:stop] = rounded.T
         return decoded, error
+
+
+def _round_jointly(
+    encoder: Encoder,
+    first: int,
+    at: slice,
+    target: Tensor,
+    original: Tensor,
+    inside: Tensor,
+    done: Tensor,
+    rounded: Tensor,
+) -> None:
+    """Round the columns ``at`` of a block at once, to values near what they would be rounded at one after the other.
+
+    That is ``_expected``, because what one of them gets wrong cannot be fed to the next. What is left in ``target`` counts
+    the feedback among them as it then is, so that the loss stays sum_k D_k |w'_k - q_k|^2.
+    """
+    values = torch.addmm(target[at], inside[at, : at.start], done[: at.start])
+    rounded[at] = encoder.round(first, _expected(values, original[at], inside[at, at]))
+    done[at] = original[at] - rounded[at]
+    target[at] = values + inside[at, at].tril(-1) @ done[at] - rounded[at]
 
 
 def _expected(values: Tensor, original: Tensor, inside: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quern.codecs.base import Codec, Parts
-from quern.quantization.rounding._factor import Factor
-from quern.quantization.rounding.base import ROUNDINGS, Rounding
+from quern.codecs.base import Codec
+from quern.quantization.rounding.base import ROUNDINGS, RoundedSlab, Rounding
+from quern.quantization.rounding.factor import Factor
 
 
 @ROUNDINGS.add("nearest")
@@ -15,10 +15,8 @@ class Nearest(Rounding):
 
     needs_hessian = False
 
-    def round_slab(
-        self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None
-    ) -> tuple[Parts, Tensor, float, float]:
+    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
         encoder = codec.encoder(slab, whole, refit=False)
         decoded = encoder.round_all(slab)
         error = float((slab - decoded).double().square_().sum())
-        return encoder.parts(), decoded, error, float(slab.double().square_().sum())
+        return RoundedSlab(encoder.parts(), decoded, error, float(slab.double().square_().sum()))

@@ -81,6 +81,11 @@ class Repeat:
     times: int
     """Target heads that each source head feeds."""
 
+    @classmethod
+    def of(cls, rescaling: Rescaling) -> Repeat:
+        """That of a rescaling."""
+        return cls(rescaling.heads, rescaling.times)
+
     def __call__(self, scales: Tensor) -> Tensor:
         """``(source channels,)`` to ``(target channels,)``."""
         return scales.view(self.heads, 1, -1).expand(-1, self.times, -1).reshape(-1)

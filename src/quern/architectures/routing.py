@@ -1,0 +1,33 @@
+"""Which tokens meet an expert: said by the module that routes, heard by whoever looks at what the expert's linears read."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+
+class _Here(threading.local):
+    """Sequences run in several threads through the same modules."""
+
+    tokens: Tensor | None = None
+
+
+_here = _Here()
+
+
+@contextmanager
+def routed_to(tokens: Tensor) -> Iterator[None]:
+    """Inside, linears read the inputs of ``tokens`` only: positions int64 ``(n,)`` in the batch, flattened."""
+    before, _here.tokens = _here.tokens, tokens
+    try:
+        yield
+    finally:
+        _here.tokens = before
+
+
+def routed_tokens() -> Tensor | None:
+    """The positions whose inputs the linear that runs now reads; None for all, in order."""
+    return _here.tokens

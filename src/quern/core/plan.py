@@ -1,0 +1,84 @@
+"""The plan of a quantization: for every matrix of a model, by full name, what it becomes. Made once, of recipe and names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from quern.core.recipe import Activations, Recipe, Rounding, Transform
+from quern.core.scheme import UNQUANTIZED, CodecScheme
+
+NEAREST = Rounding(method="nearest")
+"""How matrices outside of the decoder blocks are rounded."""
+AS_THEY_ARE = Activations()
+"""What the inputs of most matrices become."""
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What one matrix becomes."""
+
+    scheme: CodecScheme
+    rounding: Rounding = NEAREST
+    rotation: Transform | None = None
+    """The rotation of its inputs; None: none."""
+    activations: Activations = AS_THEY_ARE
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the matrix is stored as codes at all."""
+        return self.scheme.quantized
+
+    def with_scale_dtype(self, dtype: str) -> LinearPlan:
+        """The same with scales stored as ``dtype``."""
+        return replace(self, scheme=self.scheme.with_params(scale_dtype=dtype))
+
+
+KEPT = LinearPlan(UNQUANTIZED)
+"""Of a matrix that stays as it is."""
+
+
+class Plan(Mapping[str, LinearPlan]):
+    """Plans by full name: embedding and head first, then the linears of all blocks in order."""
+
+    def __init__(self, plans: Mapping[str, LinearPlan]) -> None:
+        self._plans = dict(plans)
+
+    def __getitem__(self, name: str) -> LinearPlan:
+        return self._plans[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plans)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def quantized(self) -> dict[str, LinearPlan]:
+        """Those that are stored as codes."""
+        return {name: plan for name, plan in self._plans.items() if plan.quantized}
+
+    def changed(self, scale_dtypes: Mapping[str, str]) -> Plan:
+        """The plan with other dtypes for the scales of some modules."""
+        return Plan({**self._plans, **{name: self[name].with_scale_dtype(d) for name, d in scale_dtypes.items()}})
+
+
+def make_plan(recipe: Recipe, linears: Iterable[str], embedding: str, head: str | None) -> Plan:
+    """The plan of ``recipe`` for the decoder linears of these full names; ``head`` None: the embedding is the head."""
+    outer = {embedding: LinearPlan(recipe.embedding)}
+    if head is not None:
+        outer[head] = LinearPlan(recipe.head)
+    return Plan(outer | {name: plan_for(recipe, name) for name in linears})
+
+
+def plan_for(recipe: Recipe, linear: str) -> LinearPlan:
+    """What ``recipe`` makes of the decoder linear called ``linear`` (full dotted name); later overrides win."""
+    plan = LinearPlan(recipe.weights, recipe.rounding, recipe.rotation, recipe.activations)
+    for override in recipe.overrides:
+        if override.matches(linear):
+            plan = LinearPlan(
+                plan.scheme if override.scheme is None else override.scheme,
+                override.rounding or plan.rounding,
+                plan.rotation if override.rotated is None else (recipe.rotation if override.rotated else None),
+                override.activations or plan.activations,
+            )
+    return plan if plan.quantized else KEPT

@@ -1,0 +1,58 @@
+"""What formats share that keep their tensors in safetensors shards: one a stage, an index, and a ``quantization_config``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quern.checkpoint.files import write_json
+from quern.checkpoint.folder import CONFIG, INDEX
+from quern.checkpoint.safetensors_file import read_header
+from quern.checkpoint.work_folder import WorkFolder
+from quern.core.packed import PackedLinear
+from quern.core.plan import Plan
+from quern.formats.base import ArtifactWriter
+
+
+class ShardedWriter(ArtifactWriter):
+    """A subclass says which tensors store a module and what config.json says of them."""
+
+    @abstractmethod
+    def encode(self, module: str, linear: PackedLinear) -> dict[str, Tensor]:
+        """The tensors, by full name, that store ``module``."""
+
+    @abstractmethod
+    def quantization_config(self, plan: Plan) -> dict[str, Any]:
+        """What goes into config.json; ``plan`` is what was carried out."""
+
+    def begin(self, work: WorkFolder, stage: int) -> None:
+        self._work, self._stage = work, stage
+        self._tensors: dict[str, Tensor] = {}
+
+    def put(self, module: str, linear: PackedLinear) -> None:
+        self._tensors |= self.encode(module, linear)
+
+    def put_plain(self, name: str, tensor: Tensor) -> None:
+        self._tensors[name] = tensor
+
+    def end(self) -> list[Path]:
+        tensors, self._tensors = self._tensors, {}
+        return [self._work.write_tensors(f"artifact/{self._shard(self._stage).removesuffix('.safetensors')}", tensors)]
+
+    def finish(self, work: WorkFolder, config: Mapping[str, Any], plan: Plan) -> None:
+        weight_map, total = {}, 0
+        for stage in range(self.architecture.layers + 2):
+            for name, info in read_header(work.path("artifact", self._shard(stage))).items():
+                weight_map[name] = self._shard(stage)
+                total += info.stored_bytes
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(work.path("artifact", INDEX), index)
+        said = {"quantization_config": self.quantization_config(plan)} if plan.quantized() else {}
+        write_json(work.path("artifact", CONFIG), {**config, **said})
+
+    def _shard(self, stage: int) -> str:
+        return f"model-{stage + 1:05d}-of-{self.architecture.layers + 2:05d}.safetensors"

@@ -1,0 +1,114 @@
+"""Rounding linears that read the same input: weights, plans and statistics in, rounded linears out. Nothing is read or
+written here, and no block is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quern.codecs.base import codec_of
+from quern.core.packed import PackedLinear, QuantizedWeight
+from quern.core.parallel import Workers, pieces
+from quern.core.plan import LinearPlan
+from quern.observers.base import OBSERVERS
+from quern.quantization import scale_dtypes
+from quern.quantization.calibration.statistics import GroupStatistics
+from quern.quantization.rounding.base import ROUNDINGS, SLAB
+from quern.quantization.rounding.factor import Factor, factorize
+from quern.rotation.rotation import rotate, rotate_back
+
+
+@dataclass(frozen=True)
+class RoundedLinear:
+    """A rounded linear: what is stored, what a model computes with, what it cost."""
+
+    name: str
+    plan: LinearPlan
+    """As carried out: with the dtype that the scales have got."""
+    weight: QuantizedWeight
+    decoded: Tensor
+    """The stored values as the model sees them (rotated back), ``(rows, columns)``, in the dtype that came in."""
+    loss: float
+    """tr(E H E^T) of the change E; H the identity where the rounding uses no Hessian."""
+    relative_loss: float
+    """That over tr(W H W^T)."""
+    input_scale: float | None = None
+    """Of static activations."""
+    input_signs: Tensor | None = None
+    """Packed signs of the rotation of its inputs, uint8 ``(ceil(columns / 8),)``."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all that is stored for it."""
+        rows, columns = self.weight.shape
+        extra = 0 if self.input_signs is None else self.input_signs.nbytes
+        return 8 * (self.weight.stored_bytes + extra) / (rows * columns)
+
+    @property
+    def packed(self) -> PackedLinear:
+        """What a format stores."""
+        return PackedLinear(self.weight, self.plan.activations.mode, self.input_scale, self.input_signs)
+
+
+def round_linears(
+    weights: Mapping[str, Tensor],
+    plans: Mapping[str, LinearPlan],
+    statistics: GroupStatistics,
+    workers: Workers,
+    signs: Tensor | None = None,
+) -> list[RoundedLinear]:
+    """Round ``weights`` ``(rows, columns)`` by ``plans``, both by name, in order. ``weights`` are overwritten.
+
+    ``signs``: packed signs of the rotation that all their inputs get. A linear without statistics of its own takes those of
+    the one before it that wants them factorized alike; Hessians are used up.
+    """
+    for weight in weights.values():
+        _turn(weight, signs, rotate, workers)
+    asked = {name: codec_of(plans[name].scheme) for name in weights}
+    codecs = scale_dtypes.fitting(asked, weights, workers)
+    factors: dict[tuple[float, bool], Factor] = {}
+    rounded = []
+    for name, weight in weights.items():
+        plan = plans[name]
+        rounding = ROUNDINGS.get(plan.rounding.method)(plan.rounding)
+        wanted = (plan.rounding.damping, plan.rounding.activation_order)
+        if rounding.needs_hessian and name in statistics.by_linear:
+            factors.pop(wanted, None)  # its memory goes first
+            factors[wanted] = factorize(statistics.by_linear[name].take_hessian(), *wanted, workers)
+        factor = factors[wanted] if rounding.needs_hessian else None
+        result = rounding.round(weight, codecs[name], factor, workers)
+        _turn(result.decoded, signs, rotate_back, workers)
+        dtype = codecs[name].scale_dtype_name
+        rounded.append(
+            RoundedLinear(
+                name,
+                plan if dtype is None else plan.with_scale_dtype(dtype),
+                result.weight,
+                result.decoded,
+                result.loss,
+                result.relative_loss,
+                static_scale(plan, statistics),
+                signs,
+            )
+        )
+    return rounded
+
+
+def static_scale(plan: LinearPlan, statistics: GroupStatistics) -> float | None:
+    """The scale of static activations; None for others."""
+    if plan.activations.mode != "static" or statistics.histogram is None:
+        return None
+    return statistics.histogram.scale(OBSERVERS.get(plan.activations.observer)())
+
+
+def _turn(weight: Tensor, signs: Tensor | None, turn: Callable[[Tensor, Tensor], Tensor], workers: Workers) -> None:
+    """Rotate the rows of ``weight`` in place, if they are rotated at all."""
+    if signs is None:
+        return
+
+    def piece(rows: tuple[int, int]) -> None:
+        weight[rows[0] : rows[1]] = turn(weight[rows[0] : rows[1]], signs)
+
+    workers.map(piece, pieces(len(weight), SLAB))

@@ -1,0 +1,96 @@
+"""What calibration knows of the inputs of one group of linears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quern.core.parallel import Workers
+from quern.quantization.calibration.block import Tap
+from quern.quantization.calibration.hessian import add_to_hessian, norm_weights
+from quern.quantization.calibration.histogram import InputHistogram
+from quern.rotation.rotation import rotate
+
+ROTATED_TOKENS = 512
+"""Tokens that a worker rotates at a time."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to collect of the inputs of linears that read the same ones."""
+
+    hessians: tuple[str, ...] = ()
+    """The linears that get a Hessian each; where tokens have no weights of a linear's own, one stands for its group."""
+    token_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """By linear: weights float32 ``(tokens,)`` of all calibration tokens; empty for none."""
+    loss_scales: Mapping[str, float] = field(default_factory=dict)
+    """By linear: what the token weights were divided by."""
+    weigh_by_norm: bool = False
+    """Whether each token is scaled to unit norm instead."""
+    histogram: bool = False
+    """Whether the sizes of inputs are counted, for a static scale."""
+    signs: Tensor | None = None
+    """Packed signs of the rotation of the inputs; None: they are not rotated."""
+
+    def __bool__(self) -> bool:
+        return bool(self.hessians) or self.histogram
+
+
+@dataclass
+class Statistics:
+    """Of the inputs of one linear, or of those that share them."""
+
+    hessian: Tensor | None
+    """Float32 ``(columns, columns)``, upper triangle: sum over tokens of weight x input input^T."""
+    loss_scale: float = 1.0
+    """What token weights were divided by: the Hessian of the loss itself is so many times greater."""
+    tokens: int = 0
+    """Tokens that met the linear."""
+
+    def take_hessian(self) -> Tensor:
+        """The Hessian, which the caller may overwrite; it is gone here."""
+        hessian, self.hessian = self.hessian, None
+        assert hessian is not None, "a Hessian is used once"
+        return hessian
+
+
+@dataclass
+class GroupStatistics:
+    """Of the inputs of one group of linears."""
+
+    by_linear: dict[str, Statistics] = field(default_factory=dict)
+    histogram: InputHistogram | None = None
+
+
+def collector(wanted: Wanted, columns: int, device: torch.device) -> GroupStatistics:
+    """Nothing seen yet of inputs ``(tokens, columns)``."""
+    return GroupStatistics(
+        {
+            name: Statistics(torch.zeros(columns, columns, device=device), wanted.loss_scales.get(name, 1.0))
+            for name in wanted.hessians
+        },
+        InputHistogram() if wanted.histogram else None,
+    )
+
+
+def add_tap(found: GroupStatistics, wanted: Wanted, start: int, tap: Tap, workers: Workers) -> None:
+    """Add what one run of the block handed out; ``start`` is the position of its first token among all calibration tokens.
+
+    Sums are added up run by run, so that they depend on how the calibration text is cut and on nothing else.
+    """
+    inputs = tap.inputs
+    if wanted.signs is not None:
+        signs = wanted.signs
+        inputs = torch.cat(workers.map(lambda part: rotate(part, signs), torch.split(inputs, ROTATED_TOKENS)))
+    if found.histogram is not None and len(inputs):
+        found.histogram.add(inputs)
+    for name, statistics in found.by_linear.items():
+        weights = norm_weights(inputs) if wanted.weigh_by_norm else None
+        if wanted.token_weights:
+            weights = tap.of_tokens(wanted.token_weights[name][start : start + tap.length])
+        assert statistics.hessian is not None
+        add_to_hessian(statistics.hessian, inputs, weights, workers)
+        statistics.tokens += len(inputs)
