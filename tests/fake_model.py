@@ -85,7 +85,7 @@ def write_model(folder: Path, table: torch.Tensor, *, behaviour: str = "", quant
 
 
 class FakeEngine(Engine):
-    def supports(self, recipe: object) -> str | None:
+    def obstacle(self, format: object, modules: object) -> str | None:
         return None
 
     def load(self, path: str | Path, *, dtype: str = "auto", threads: int | None = None) -> FakeModel:

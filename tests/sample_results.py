@@ -49,7 +49,7 @@ def make_row(name: str, **changes: Any) -> Row:
     """A quantized row of half the size with every number measured; ``changes`` replace fields."""
     values: dict[str, Any] = {
         "name": name,
-        "kind": "peer" if changes.get("tool") else "quern",
+        "kind": "peer" if changes.get("tool") else "unquantized" if changes.get("recipe", name) is None else "quern",
         "recipe": {"name": name},
         "artifact_sha256": sha256(name),
         "bytes": 500,

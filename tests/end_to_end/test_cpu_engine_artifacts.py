@@ -120,10 +120,11 @@ def test_a_tensor_too_many_is_named(family, after, name, tensor, families, tmp_p
         load(broken)
 
 
-def test_signs_that_the_recipe_does_not_ask_for_are_refused(families, tmp_path):
+def test_signs_that_the_artifact_does_not_speak_of_are_refused(families, tmp_path):
     plain = shutil.copytree(families("qwen2"), tmp_path / "out")
     config = json.loads((plain / "config.json").read_text())
-    config["quantization_config"]["recipe"]["transforms"] = []
+    for module in config["quantization_config"]["modules"].values():
+        module["rotated"] = False
     (plain / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadFileError, match=r"input_signs' is not part of such a model"):
         load(plain)

@@ -134,17 +134,21 @@ def original_of(checkpoint: Checkpoint) -> Original:
 
     An artifact's own shapes are those of packed codes; the shapes of the original then follow from ``config.json``.
     """
-    architecture = architecture_of(model_config(checkpoint))
-    met = round(sum(_entries_per_token(block) for block in architecture.blocks))
+    met = entries_per_token(checkpoint)
     if "quantization_config" not in checkpoint.config:
         return Original(checkpoint.parameters, checkpoint.bf16_bytes, met)
-    parameters = sum(prod(shape) for shape in architecture.expected_shapes().values())
+    parameters = sum(prod(shape) for shape in architecture_of(model_config(checkpoint)).expected_shapes().values())
     others = sum(path.stat().st_size for path in checkpoint.files if path not in checkpoint.source.weight_files)
     return Original(parameters, 2 * parameters + others, met)
 
 
-def _entries_per_token(block: BlockSpec) -> float:
-    """Entries of the matrices that a token meets: of the experts' those of as many as it is sent to."""
+def entries_per_token(checkpoint: Checkpoint) -> int:
+    """Entries of the matrices inside the decoder blocks that a token meets."""
+    return round(sum(map(_entries_of_block, architecture_of(model_config(checkpoint)).blocks)))
+
+
+def _entries_of_block(block: BlockSpec) -> float:
+    """Of the experts' matrices those of as many as a token is sent to."""
     experts = len({linear.expert for linear in block.linears} - {None})
     share = block.experts_per_token / experts if experts else 0.0
     return sum(prod(linear.shape) * (1 if linear.expert is None else share) for linear in block.linears)

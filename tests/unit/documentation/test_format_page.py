@@ -83,8 +83,9 @@ def test_the_tables_name_every_key(tiny_model, tiny_text, tmp_path):
     assert set(table("`quern.json`")) == {f"fingerprint.{key}" for key in provenance["fingerprint"]} | {
         "layers",
         "notes",
+        "files",
     }
-    assert set(provenance) == {"fingerprint", "layers", "notes"}
+    assert set(provenance) == {"fingerprint", "layers", "notes", "files"}
     assert all(f"`{key}`" in table("`quern.json`")["layers"][0] for key in provenance["layers"][0])
     files = {path.name for path in folder.iterdir()}
     assert files == {

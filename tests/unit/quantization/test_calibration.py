@@ -225,6 +225,6 @@ def test_recording_ends_with_the_block(block):
     names = ["mlp.up_proj", "self_attn.q_proj"]
     with block.recording(names):
         result, outputs = block.run_recorded(x)
-    assert [tuple(output.shape) for output in outputs] == [(1, 12, 96), (1, 12, 64)]
+    assert [(tuple(output.shape), tokens) for output, tokens in outputs] == [((1, 12, 96), None), ((1, 12, 64), None)]
     assert torch.equal(result, block.run(x))
     assert not any(module._forward_hooks for module in block.module.modules())
