@@ -7,7 +7,7 @@ nor transformers.
 import importlib
 from typing import TYPE_CHECKING
 
-from quern.engines import _hook
+from quern.engines import transformers_hook
 
 if TYPE_CHECKING:
     from quern.advisor.hardware import probe
@@ -68,4 +68,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_hook.install()
+transformers_hook.install()

@@ -120,7 +120,7 @@ def test_blocks_one_by_one_compute_what_the_model_does(family, dtype):
     assert torch.equal(logits, expected.logits)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "", None, 7, "base", "_decoder"])
+@pytest.mark.parametrize("model_type", ["gpt2", "", None, 7, "base", "gated_decoder", "routing"])
 def test_unknown_model_types_are_refused_with_the_known_ones(model_type):
     with pytest.raises(UserError, match=r"model_type .* is not supported; supported: llama, mistral, qwen2, qwen3"):
         architecture_of({"model_type": model_type})

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from quern.architectures._decoder import GatedDecoder
 from quern.architectures.base import ARCHITECTURES, BlockSpec, Rescaling, Shapes, Source
+from quern.architectures.gated_decoder import GatedDecoder
 from quern.architectures.routing import routed_to
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quern.architectures._decoder import GatedDecoder, window_by_type
 from quern.architectures.base import ARCHITECTURES
+from quern.architectures.gated_decoder import GatedDecoder, window_by_type
 
 
 @ARCHITECTURES.add("qwen3")

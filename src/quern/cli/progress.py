@@ -27,7 +27,7 @@ LINE_INTERVAL_S = 10.0
 FIRST_LINE_S = 2.0
 """What takes no longer needs no line."""
 _COUNTABLE = 1_000_000
-"""Larger numbers of steps (bytes) are told as a share."""
+"""Larger numbers of steps (bytes) are shown as a share."""
 
 
 def progress_on(console: Console) -> RichProgress | LineProgress:
@@ -88,7 +88,7 @@ class RichProgress:
 
 
 class LineTask:
-    """A task that is told in lines."""
+    """A task shown as lines of text."""
 
     def __init__(self, lines: LineProgress, description: str, total: float, done: float) -> None:
         self._lines = lines

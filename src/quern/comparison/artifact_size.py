@@ -27,8 +27,8 @@ _RAW = (".bin", ".onnx", ".data", ".onnx_data", ".pt", ".pth")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
-    """An artifact or an unquantized checkpoint."""
+class ArtifactSize:
+    """What an artifact, or an unquantized checkpoint, takes on the disk, and what it is."""
 
     path: Path
     sha256: str
@@ -43,10 +43,10 @@ class Stored:
         return self.config.get("vocab_size")
 
 
-def stored_checkpoint(path: str | Path, sha256: str | None = None, progress: Progress | None = None) -> Stored:
+def stored_checkpoint(path: str | Path, sha256: str | None = None, progress: Progress | None = None) -> ArtifactSize:
     """A checkpoint or an artifact of quern's."""
     checkpoint = open_any(path, progress=progress)
-    return Stored(
+    return ArtifactSize(
         path=checkpoint.path,
         sha256=sha256 or checkpoint.sha256(progress),
         bytes=artifact_bytes(checkpoint),
@@ -55,13 +55,13 @@ def stored_checkpoint(path: str | Path, sha256: str | None = None, progress: Pro
     )
 
 
-def stored_folder(folder: Path, sha256: str | None = None) -> Stored:
+def stored_folder(folder: Path, sha256: str | None = None) -> ArtifactSize:
     """Another tool's artifact. Raises ``BadFileError`` for a folder without weights."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     weights = sum(file_weight_bytes(path) for path in files)
     if weights == 0:
         raise BadFileError(folder, "holds no weights: the tool wrote nothing that can be run")
-    return Stored(
+    return ArtifactSize(
         path=folder,
         sha256=sha256 or folder_sha256(folder),
         bytes=sum(path.stat().st_size for path in files),

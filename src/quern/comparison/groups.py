@@ -11,7 +11,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from quern.comparison.artifact_size import Stored
+from quern.comparison.artifact_size import ArtifactSize
 from quern.comparison.inputs import Inputs, MeasurementSettings
 from quern.comparison.row_builder import Contender, Measured
 from quern.comparison.worker_process import Worker, WorkerError
@@ -92,7 +92,7 @@ class Group:
         """That every contender runs with."""
         return thread_count(self.settings.threads)
 
-    def load(self, stored: Mapping[str, Stored], meanwhile: Callable[[], None]) -> None:
+    def load(self, stored: Mapping[str, ArtifactSize], meanwhile: Callable[[], None]) -> None:
         """Load all, quern's own contenders at once and other tools one after another; ``meanwhile`` is called in between."""
         ours = [member for member in self.members if member.contender.kind != "peer"]
         for member in ours:
@@ -106,7 +106,7 @@ class Group:
                 member.bytes_per_token = answer["bytes_per_token"]
                 self._check_vocabulary(member, answer["vocabulary_size"])
 
-    def _load_request(self, stored: Stored) -> dict[str, Any]:
+    def _load_request(self, stored: ArtifactSize) -> dict[str, Any]:
         return {"do": "load", "path": str(stored.path), "threads": self.settings.threads}
 
     def _check_vocabulary(self, member: Loaded, size: int) -> None:

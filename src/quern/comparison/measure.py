@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quern.comparison.artifact_size import Stored, stored_checkpoint, stored_folder
+from quern.comparison.artifact_size import ArtifactSize, stored_checkpoint, stored_folder
 from quern.comparison.groups import Group, Loaded, alternate_rounds, score_all
 from quern.comparison.inputs import Inputs, MeasurementSettings, reference_key
 from quern.comparison.measured_cache import MeasuredCache
@@ -89,8 +89,8 @@ def measure_all(
     return Measurement(rows, failures)
 
 
-def _open_all(everyone: Sequence[Contender], progress: Progress) -> tuple[dict[str, Stored], list[Failure]]:
-    stored: dict[str, Stored] = {}
+def _open_all(everyone: Sequence[Contender], progress: Progress) -> tuple[dict[str, ArtifactSize], list[Failure]]:
+    stored: dict[str, ArtifactSize] = {}
     failures: list[Failure] = []
     for contender in everyone:
         if contender.kind != "peer":
@@ -109,7 +109,7 @@ def failure(contender: Contender, stage: Any, error: QuernError) -> Failure:
     return Failure(name=contender.name, tool=contender.tool.name, stage=stage, reason=str(error))
 
 
-def _check_vocabularies(everyone: Sequence[Contender], stored: Mapping[str, Stored]) -> None:
+def _check_vocabularies(everyone: Sequence[Contender], stored: Mapping[str, ArtifactSize]) -> None:
     first = stored[everyone[0].name].vocabulary
     for contender in everyone:
         size = stored[contender.name].vocabulary
@@ -136,7 +136,7 @@ class _Run:
     settings: MeasurementSettings
     machine: Machine
     progress: Progress
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, ArtifactSize]
     failures: list[Failure]
     cache: MeasuredCache | None
     anchor_speed: float | None = field(default=None)

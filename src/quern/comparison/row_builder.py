@@ -11,7 +11,7 @@ from typing import Any
 from quern.architectures.base import BlockSpec, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
-from quern.comparison.artifact_size import Stored
+from quern.comparison.artifact_size import ArtifactSize
 from quern.comparison.worker_process import OURS, Launch
 from quern.core import metrics
 from quern.core.artifact import PROVENANCE
@@ -155,7 +155,7 @@ def _entries_of_block(block: BlockSpec) -> float:
 
 
 def row_of(
-    contender: Contender, measured: Measured, reference: Measured | None, *, stored: Stored, original: Original,
+    contender: Contender, measured: Measured, reference: Measured | None, *, stored: ArtifactSize, original: Original,
     dtype: str, seed: int,
 ) -> Row:  # fmt: skip
     """The row of one contender; ``reference`` is the unquantized model in its stored dtype, measured alike."""

@@ -21,7 +21,7 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Whoever listens."""
+    """Where work reports how far it has got."""
 
     def task(self, description: str, total: float, done: float = 0) -> Task:
         """A new bar of ``total`` steps, of which an earlier run has ``done`` some: the time left is that of the rest."""

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from quern import _native
-from quern.architectures._decoder import GatedDecoder
 from quern.architectures.base import BlockSpec
+from quern.architectures.gated_decoder import GatedDecoder
 from quern.engines._cpu_weights import MappedWeights
 from quern.engines._rotary import frequencies
 

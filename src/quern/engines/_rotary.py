@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quern.architectures._decoder import GatedDecoder
+from quern.architectures.gated_decoder import GatedDecoder
 from quern.core.engine import switch_length
 
 

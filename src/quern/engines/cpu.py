@@ -10,8 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from quern.architectures._decoder import GatedDecoder
 from quern.architectures.base import Architecture, architecture_of
+from quern.architectures.gated_decoder import GatedDecoder
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.core.artifact import quantization_of
 from quern.core.errors import QuernError, UserError

@@ -19,7 +19,7 @@ from quern.texts.source import Text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Making:
+class ArtifactRequest:
     """What the making of all artifacts of one comparison shares."""
 
     checkpoint: Checkpoint
@@ -34,7 +34,7 @@ class Making:
     progress: Progress
 
 
-def make_artifact(making: Making, recipe: Recipe, engine: str) -> Contender:
+def make_artifact(making: ArtifactRequest, recipe: Recipe, engine: str) -> Contender:
     """Quantize by one recipe, or find that it was done; how long it took is kept beside the artifact."""
     artifact = making.folder / "artifacts" / recipe.name
     if making.fresh or not artifact.is_dir():

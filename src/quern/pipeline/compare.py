@@ -32,7 +32,7 @@ from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.loading.fitting import open_model
 from quern.peers.base import PeerVariant, peer_variants
-from quern.pipeline.artifacts import Making, make_artifact
+from quern.pipeline.artifacts import ArtifactRequest, make_artifact
 from quern.pipeline.comparison_folder import ComparisonFolder
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
 from quern.report.html import render
@@ -103,7 +103,7 @@ def compare(
         hardware = probe(threads=thread_count(threads))
         for warning in hardware["warnings"]:
             progress.log(f"warning: {warning}")
-        making = Making(
+        making = ArtifactRequest(
             checkpoint=checkpoint,
             model_sha256=checkpoint.sha256(progress),
             folder=folder.path,
@@ -123,7 +123,7 @@ def compare(
 
 
 def _results(
-    making: Making,
+    making: ArtifactRequest,
     measurement: Measurement,
     inputs: Inputs,
     hardware: dict[str, Any],
@@ -147,7 +147,7 @@ def _results(
 
 
 def _make_and_measure(
-    making: Making,
+    making: ArtifactRequest,
     recipes: Sequence[Recipe],
     others: Sequence[PeerVariant],
     tools: tuple[float, Path | None],
@@ -209,7 +209,7 @@ def _protocol(usual: MeasurementSettings, settings: MeasurementSettings, inputs:
     )
 
 
-def _unquantized(making: Making, reference: Contender, engine: str) -> list[Contender]:
+def _unquantized(making: ArtifactRequest, reference: Contender, engine: str) -> list[Contender]:
     """The unquantized model once more, in the engine that quantized ones run in, where that is another."""
     fast = engine_for(making.checkpoint, engine)
     if fast == reference.engine:

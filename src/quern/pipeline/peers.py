@@ -31,7 +31,7 @@ from quern.core.recipe import Calibration
 from quern.core.results import Failure, Tool
 from quern.peers.base import PeerVariant
 from quern.peers.environment import Environment, Installed
-from quern.pipeline.artifacts import Making
+from quern.pipeline.artifacts import ArtifactRequest
 from quern.pipeline.calibration_text import CalibrationText
 
 TIME_LIMIT_S = 3600.0
@@ -59,7 +59,9 @@ class _StageError(QuernError):
         self.stage = stage
 
 
-def make_all(making: Making, tools: Tools, variants: Sequence[PeerVariant]) -> tuple[list[Contender], list[Failure]]:
+def make_all(
+    making: ArtifactRequest, tools: Tools, variants: Sequence[PeerVariant]
+) -> tuple[list[Contender], list[Failure]]:
     """The contenders that other tools made, and the rows that they failed to make."""
     contenders: list[Contender] = []
     failures: list[Failure] = []
@@ -83,7 +85,7 @@ def _at(stage: Literal["install", "quantize"]) -> Iterator[None]:
         raise _StageError(stage, error) from None
 
 
-def _make(making: Making, tools: Tools, chosen: PeerVariant) -> Contender:
+def _make(making: ArtifactRequest, tools: Tools, chosen: PeerVariant) -> Contender:
     environment = Environment.of(chosen.peer, tools.environments)
     with _at("install"):
         installed = environment.install(making.progress)
@@ -116,7 +118,7 @@ def _make(making: Making, tools: Tools, chosen: PeerVariant) -> Contender:
     )
 
 
-def _quantized(making: Making, chosen: PeerVariant, installed: Installed, launch: Launch) -> dict[str, Any]:
+def _quantized(making: ArtifactRequest, chosen: PeerVariant, installed: Installed, launch: Launch) -> dict[str, Any]:
     """The record beside the artifact; quantizes if there is none that fits."""
     artifact = making.folder / "artifacts" / chosen.row
     record_path = artifact.with_name(f"{chosen.row}.json")
@@ -162,7 +164,7 @@ def _quantized(making: Making, chosen: PeerVariant, installed: Installed, launch
     return record
 
 
-def _telling_how_long(making: Making, row: str) -> AbstractContextManager[None]:
+def _telling_how_long(making: ArtifactRequest, row: str) -> AbstractContextManager[None]:
     """A line a minute: the tool's own output is kept for its errors."""
     started = time.monotonic()
     return telling(
@@ -185,7 +187,7 @@ def _replace(artifact: Path, unfinished: Path, record_path: Path, record: dict[s
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _calibration(making: Making) -> tuple[Path, Path, str]:
+def _calibration(making: ArtifactRequest) -> tuple[Path, Path, str]:
     """The token ids and the text that every calibrated tool gets, as files, and the hash of the ids.
 
     They are those that quern's own recipes calibrate on with their default settings.

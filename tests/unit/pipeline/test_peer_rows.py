@@ -27,7 +27,7 @@ from quern.peers.base import PEERS, peer_variants
 from quern.peers.environment import Environment, Installed, PeerError
 from quern.peers.listing import known_tools
 from quern.pipeline import peers as module
-from quern.pipeline.artifacts import Making
+from quern.pipeline.artifacts import ArtifactRequest
 from quern.pipeline.compare import compare
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
@@ -232,7 +232,7 @@ def _gone(process_id):
 @pytest.fixture
 def making(tmp_path):
     """What a comparison in this folder hands to whoever makes an artifact, as far as it is used here."""
-    return Making(
+    return ArtifactRequest(
         checkpoint=types.SimpleNamespace(path=tmp_path), model_sha256="m", folder=tmp_path, calibration=(), memory=None,
         threads=1, seed=0, fresh=False, progress=Silent(),
     )  # fmt: skip

@@ -116,3 +116,29 @@ def test_a_new_package_needs_a_layer(tmp_path):
     (tmp_path / "quern" / "novelty").mkdir()
     (tmp_path / "quern" / "novelty" / "__init__.py").touch()
     assert contracts(tmp_path).returncode == 1
+
+
+def private_imports(package: Path) -> list[str]:
+    """Imports of a name or module with an underscore in front from a folder other than the importer's own."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        own = path.relative_to(package).parent.as_posix()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("quern"):
+                continue
+            parts = node.module.split(".")[1:]
+            for alias in node.names:
+                places = [*parts, alias.name]
+                for depth, name in enumerate(places):
+                    private = name.startswith("_") and not name.startswith("__") and name != "_native"
+                    if private and "/".join(places[:depth]) != own:
+                        found.append(f"{path.relative_to(package)}: {node.module} {alias.name}")
+    return found
+
+
+def test_what_an_underscore_marks_stays_in_its_folder(tmp_path):
+    """The compiled module, whose underscore says that it is no part of the public interface, is for every layer."""
+    assert private_imports(ROOT / "src" / "quern") == []
+    (tmp_path / "cli").mkdir()
+    (tmp_path / "cli" / "x.py").write_text("def f():\n    from quern.engines._build import build\n", "utf-8")
+    assert private_imports(tmp_path) == ["cli/x.py: quern.engines._build build"]

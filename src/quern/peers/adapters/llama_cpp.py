@@ -134,7 +134,7 @@ class LlamaCpp(Peer):
 
 
 def _options() -> list[str]:
-    """What cmake is told: this processor, shared libraries that find each other wherever they lie, no servers."""
+    """Options of cmake: this processor, shared libraries that find each other wherever they lie, no servers."""
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",

@@ -1,0 +1,89 @@
+"""Recipe and names make a plan: an exact map from full name to what a matrix becomes."""
+
+import pytest
+from artifacts import INT8, small_recipe
+
+from quern.core.errors import UserError
+from quern.core.plan import KEPT, make_plan, plan_for
+from quern.core.recipe import parse_recipe
+from quern.core.scheme import UNQUANTIZED, parse_scheme
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+ROTATED = {"transforms": [{"method": "hadamard"}]}
+
+
+def test_every_matrix_has_a_plan_outer_ones_first():
+    recipe = small_recipe(weights={"bits": 3}, head={"bits": 8}, rounding={"method": "gptq"}, **ROTATED)
+    plan = make_plan(recipe, [Q, DOWN], "model.embed_tokens", "lm_head")
+    assert list(plan) == ["model.embed_tokens", "lm_head", Q, DOWN]
+    assert list(plan.quantized()) == ["lm_head", Q, DOWN]
+    assert plan["lm_head"].rounding.method == "nearest", "no statistics reach beyond the blocks"
+    assert plan["lm_head"].rotation is None
+    assert (plan[Q].rounding, plan[Q].rotation) == (recipe.rounding, recipe.transforms[0])
+    assert list(make_plan(recipe, [Q], "model.embed_tokens", None)) == ["model.embed_tokens", Q]
+
+
+def test_overrides_change_what_they_say_and_nothing_else():
+    recipe = small_recipe(
+        weights={"bits": 3, "group_size": 32},
+        rounding={"method": "gptq"},
+        overrides=[
+            {"pattern": "*.down_proj", "rounding": {"method": "nearest"}},
+            {"pattern": "*.q_proj", "rotated": False},
+            {"pattern": "*.q_proj", "bits": 8, "granularity": "channel", "activations": {"mode": "dynamic"}},
+            {"pattern": "*.k_proj", "codec": "none"},
+        ],
+        **ROTATED,
+    )
+    down, query = plan_for(recipe, DOWN), plan_for(recipe, Q)
+    assert down.scheme == recipe.weights == parse_scheme({"bits": 3, "group_size": 32})
+    assert (down.rounding.method, down.rotation, down.activations.mode) == ("nearest", recipe.transforms[0], "none")
+    assert (query.scheme.params.bits, query.rounding, query.rotation) == (8, recipe.rounding, None)
+    assert query.activations.mode == "dynamic"
+    assert plan_for(recipe, "model.layers.0.self_attn.k_proj") is KEPT
+    assert parse_recipe(recipe.to_json(), "again") == recipe, "an override without a scheme does not get one on the way"
+
+
+def test_what_one_override_needs_the_recipe_calibrates_for():
+    assert not small_recipe().needs_calibration
+    assert small_recipe(overrides=[{"pattern": "*", "rounding": {"method": "gptq"}}]).needs_calibration
+    static = {"pattern": "*.q_proj", **INT8, "activations": {"mode": "static"}}
+    assert small_recipe(overrides=[static]).needs_calibration
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ({"rotated": True}, "is to be rotated, but the recipe has no transform that rotates"),
+        ({"activations": {"mode": "dynamic"}}, "int8 activations need 8-bit symmetric weights"),
+        ({"rounding": {"methd": "nearest"}}, r"overrides\.0\.rounding\.methd: unknown key.*did you mean 'method'"),
+        (
+            {"bit": 4},
+            r"overrides\.0\.bit: unknown key; known keys here: pattern, rounding, rotated, activations, codec, bits",
+        ),
+        ({"scheme": {"codec": "trellis", "zap": 1}}, r"overrides\.0\.zap: unknown key"),
+    ],
+)
+def test_overrides_that_cannot_be_meant_are_refused(override, match):
+    with pytest.raises(UserError, match=match):
+        small_recipe(overrides=[{"pattern": "*", **override}])
+
+
+def test_scales_that_got_another_dtype_change_the_plan_of_their_module_alone():
+    plan = make_plan(small_recipe(), [Q, DOWN], "model.embed_tokens", None)
+    changed = plan.changed({DOWN: "bfloat16"})
+    assert (changed[DOWN].scheme.params.scale_dtype, changed[Q]) == ("bfloat16", plan[Q])
+
+
+@pytest.mark.parametrize("values", [7, "integer", None, []])
+def test_a_scheme_is_a_set_of_keys(values):
+    with pytest.raises(UserError, match="a weight scheme is a set of keys"):
+        small_recipe(weights=values)
+
+
+def test_beside_codec_none_no_key_means_anything():
+    assert parse_scheme({"codec": "none", "bits": 8, "group_size": None}) == UNQUANTIZED, "as older versions wrote it"
+    with pytest.raises(UserError, match=r"unknown codec 'zap'; known: integer, trellis"):
+        small_recipe(weights={"codec": "zap"})
+    with pytest.raises(UserError, match="codec must be a name"):
+        small_recipe(weights={"codec": 4})
