@@ -53,7 +53,7 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ToolJob:
     """What an adapter is given to quantize."""
 
     model: Path
@@ -118,7 +118,7 @@ class Peer(ABC):
         return ()
 
     @abstractmethod
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         """Quantize and save the tool's own artifact into ``job.output``; notes for the row.
 
         Runs in the tool's environment. Any exception becomes the reason of a failed row.

@@ -23,7 +23,7 @@ from quern.core.errors import UserError
 from quern.core.parallel import available_threads
 from quern.evaluation.peak_memory import peak_rss_bytes
 from quern.evaluation.worker import Answer, serve
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, Peer, ToolJob, Variant
 
 
 def main(name: str) -> None:
@@ -52,7 +52,7 @@ def _quantize(
     torch.manual_seed(seed)
     np.random.seed(seed)  # the tools draw from it
     torch.set_num_threads(threads)
-    job = Job(
+    job = ToolJob(
         model=Path(model),
         output=Path(output),
         variant=Variant(**variant),

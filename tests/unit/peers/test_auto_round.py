@@ -6,7 +6,7 @@ import types
 import numpy as np
 from safetensors.numpy import save_file
 
-from quern.peers.base import PEERS, Job
+from quern.peers.base import PEERS, ToolJob
 
 
 class Tool:
@@ -34,7 +34,7 @@ def test_the_row_says_that_it_ran_a_quarter_of_the_standard(tmp_path, monkeypatc
     output = tmp_path / "artifact"
     output.mkdir()
     peer = PEERS.get("auto-round")()
-    job = Job(
+    job = ToolJob(
         model=tmp_path, output=output, variant=peer.variant("int4-g64"), sequences=np.zeros((2, 8), np.int64),
         text=tmp_path, threads=1, seed=0,
     )  # fmt: skip

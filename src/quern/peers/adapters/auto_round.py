@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quern.core.engine import LoadedModel
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, Peer, ToolJob, Variant
 from quern.peers.transformers_model import TransformersModel, dense_matrices
 
 _LIGHT = {"iters": 50, "lr": 0.005, "batch_size": 4}
@@ -50,7 +50,7 @@ class AutoRound(Peer):
             f"the tool's standard is {_STANDARD}, which takes longer and may lose less"
         ]
 
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         import torch
         from auto_round import AutoRound as Rounding
         from transformers import AutoTokenizer

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quern.core.engine import LoadedModel
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, Peer, ToolJob, Variant
 from quern.peers.transformers_model import TransformersModel, copy_tokenizer
 
 
@@ -34,7 +34,7 @@ class BitsAndBytes(Peer):
         Variant(name="int8", bits=8, settings={"load_in_8bit": True}),
     )
 
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         import torch
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quern.core.engine import LoadedModel
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, Peer, ToolJob, Variant
 from quern.peers.transformers_model import TransformersModel, dense_matrices
 
 
@@ -34,7 +34,7 @@ class GptqModel(Peer):
     # Its thread pool refuses to start on machines with few cores unless it is told how many workers to use.
     environment = {"GPTQMODEL_CPU_WORKERS": "2"}
 
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         from gptqmodel import GPTQModel, QuantizeConfig
 
         # Without a place of its own it fills the system's temporary folder and leaves it full.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quern.core.engine import LoadedModel
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, Peer, ToolJob, Variant
 from quern.peers.transformers_model import TransformersModel, copy_tokenizer
 
 
@@ -34,7 +34,7 @@ class Hqq(Peer):
         Variant(name="int8-g64", bits=8, settings={"nbits": 8, "group_size": 64, "axis": 1}, default=False),
     )
 
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         import torch
         from hqq.core.quantize import BaseQuantizeConfig
         from hqq.models.hf.base import AutoHQQHFModel

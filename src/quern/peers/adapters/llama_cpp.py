@@ -18,7 +18,7 @@ from typing import Any
 
 from quern.core.engine import LoadedModel
 from quern.core.parallel import available_threads
-from quern.peers.base import PEERS, PIP, Job, Peer, Variant
+from quern.peers.base import PEERS, PIP, Peer, ToolJob, Variant
 from quern.peers.llama_convert import ANNOUNCEMENT
 
 VERSION = "0.3.36"
@@ -106,7 +106,7 @@ class LlamaCpp(Peer):
         if missing := [name for name in TOOLS if not Path(_tool(name)).is_file()]:
             raise FileNotFoundError(f"{', '.join(missing)} not found in {_home() / 'bin'}")
 
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         wanted = job.variant.settings
         work = job.output / "work"
         work.mkdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quern.core.engine import LoadedModel
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, Peer, ToolJob, Variant
 from quern.peers.transformers_model import TransformersModel, copy_tokenizer, dense_matrices
 
 
@@ -45,7 +45,7 @@ class LlmCompressor(Peer):
         ),
     )
 
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         from datasets import Dataset
         from llmcompressor import oneshot
         from transformers import AutoModelForCausalLM

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quern.core.engine import LoadedModel
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, Peer, ToolJob, Variant
 
 FILE = "model.onnx"
 _PLAIN = "unquantized Gather"
@@ -63,7 +63,7 @@ class OnnxRuntime(Peer):
         _variant("int4-rtn-sym-b64", "int4", 64, {**_RTN, "is_symmetric": "true"}),
     )
 
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         settings = dict(job.variant.settings)
         precision = str(settings.pop("precision"))
         if not json.loads((job.model / "config.json").read_text("utf-8")).get("tie_word_embeddings"):

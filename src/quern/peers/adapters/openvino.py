@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quern.core.engine import LoadedModel
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, Peer, ToolJob, Variant
 
 FILE = "openvino_model.xml"
 DEPLOYED = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
@@ -53,7 +53,7 @@ class OpenVino(Peer):
         _data_aware("int2-sym-g64-awq-se", 2, "int2_sym"),
     )
 
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         import nncf
         import openvino
         from optimum.intel import OVModelForCausalLM

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quern.core.engine import LoadedModel
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, Peer, ToolJob, Variant
 from quern.peers.transformers_model import TransformersModel, copy_tokenizer
 
 WEIGHTS, MAP = "model.safetensors", "quantization_map.json"
@@ -34,7 +34,7 @@ class Quanto(Peer):
         Variant(name="int2", bits=2, settings={"weights": "qint2"}, default=False),
     )
 
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         from optimum import quanto
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM

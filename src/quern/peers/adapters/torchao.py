@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quern.core.engine import LoadedModel
-from quern.peers.base import PEERS, Job, Peer, Variant
+from quern.peers.base import PEERS, Peer, ToolJob, Variant
 from quern.peers.transformers_model import TransformersModel, copy_tokenizer
 
 WARM_UP = ([1] * 32, [1], [1], [1])
@@ -39,7 +39,7 @@ class Torchao(Peer):
         ),
     )
 
-    def quantize(self, job: Job) -> Sequence[str]:
+    def quantize(self, job: ToolJob) -> Sequence[str]:
         from transformers import AutoModelForCausalLM, TorchAoConfig
 
         config = TorchAoConfig(quant_type=_config(**job.variant.settings))
