@@ -23,6 +23,7 @@ from quern.core.foreign_load import ForeignLoad
 from quern.core.memory import free_memory, total_memory
 from quern.core.parallel import available_threads
 from quern.core.results import FOREIGN_LIMIT
+from quern.core.units import processors_text
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def rate_warnings(measured: Mapping[str, Any]) -> list[str]:
     """Why what ``measured_rates`` returned is not what the machine can do, a sentence each."""
     if (load := measured["foreign_load"]) > FOREIGN_LIMIT:
         return [
-            f"other programs kept {load:.2g} processors busy meanwhile, so these rates are not what the machine can do. "
+            f"other programs kept {processors_text(load)} busy meanwhile, so these rates are not what the machine can do. "
             "Measure again when nothing else runs"
         ]
     products = {f"matrix products in {name}": rates for name, rates in measured["gemm_gop_s"].items() if rates}

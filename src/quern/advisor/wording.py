@@ -10,7 +10,7 @@ from quern.advisor.deployment import runtime_of, runtime_target
 from quern.advisor.drift import favour, favour_text, group_speed_of
 from quern.advisor.scoring import Scored, Weights, Yardstick, loss_of, positive
 from quern.core.results import DRIFT_LIMIT, FOREIGN_LIMIT, Row, Scenario, Target
-from quern.core.units import bytes_text, percent_text, seconds_text, signed, significant
+from quern.core.units import bytes_text, percent_text, processors_text, seconds_text, signed, significant
 
 
 def dominated_text(row: Row, winner: Row, *, first_token: bool) -> str:
@@ -133,9 +133,7 @@ def _circumstances(row: Row, constraints: Constraints) -> list[str]:
             "by so much its speed is not comparable with that of rows of other groups."
         )
     if row.foreign_load is not None and row.foreign_load > FOREIGN_LIMIT:
-        found.append(
-            f"Its speed is uncertain: other programs kept {significant(row.foreign_load, 2)} processors busy meanwhile."
-        )
+        found.append(f"Its speed is uncertain: other programs kept {processors_text(row.foreign_load)} busy meanwhile.")
     return found
 
 

@@ -25,6 +25,12 @@ def bytes_text(count: float) -> str:
     return f"{significant(scaled)} {unit}"
 
 
+def processors_text(load: float) -> str:
+    """``0.62 processors``, ``1 processor``: how many of them are kept busy."""
+    number = significant(load, 2)
+    return f"{number} processor{'' if number == '1' else 's'}"
+
+
 def rounded_up(count: int) -> int:
     """``count`` with all but its first three digits raised away: what ``bytes_text`` says of it is enough."""
     step: int = 10 ** max(len(str(count)) - 3, 0)

@@ -8,7 +8,7 @@ from quern.advisor.deployment import maker_of
 from quern.advisor.placement import SMALL, small_loss_limit
 from quern.advisor.scoring import SMALL_LOSS
 from quern.core.results import FOREIGN_LIMIT, Protocol, Results, Row
-from quern.core.units import significant
+from quern.core.units import processors_text, significant
 
 STAGES: dict[str, str] = {
     "install": "installing it",
@@ -69,7 +69,7 @@ def under_foreign_load(row: Row) -> bool:
 
 def load_text(row: Row) -> str:
     """How many processors other programs kept busy while the row was timed, in words."""
-    return f"{significant(row.foreign_load or 0.0, 2)} processors kept busy by other programs"
+    return f"{processors_text(row.foreign_load or 0.0)} kept busy by other programs"
 
 
 def failures_text(results: Results) -> list[str]:
