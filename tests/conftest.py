@@ -19,6 +19,7 @@ LONGEST = (
     "end_to_end/test_quantize_memory.py",
     "end_to_end/test_command_line.py",
     "end_to_end/test_scale_dtypes.py",
+    "drop_in/test_drop_in.py",
     "unit/documentation/test_contributing.py",
     "contract/test_readers.py",
 )

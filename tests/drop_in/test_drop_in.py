@@ -1,86 +1,19 @@
-"""A family, a codec and a format are one file each: dropped into a copy of the package, they reach every command."""
+"""A family, a codec, a format and a measure are one file each: in a copy of the package they reach every command."""
 
 import json
-import os
+import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import other_copy
+import numpy as np
 import pytest
-from tiny_model import calibration_text, tiny_config, write_model
+from drop_in.conftest import ROOT, run
+from tiny_model import tiny_config
 
+from quern.core.results import load_results
 from quern.pipeline.output import artifact_names
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
-DROPPED = {"family": "architectures/qwen2_moe.py", "codec": "codecs/vector.py", "form": "formats/zipped.py"}
-RECIPE = """
-name: dropped
-weights: {codec: vector, entries: 64, steps: 4}
-overrides:
-  - {pattern: "*.down_proj", codec: integer, bits: 4, group_size: 16}
-  - {pattern: "*.o_proj", rounding: {method: nearest}, rotated: false}
-transforms: [{method: hadamard}]
-calibration: {tokens: 512, sequence_length: 64}
-format: zipped
-"""
 
-
-def config() -> dict:
-    """One dense block, and one with four routed experts and a shared one."""
-    return tiny_config(
-        "qwen2_moe",
-        num_hidden_layers=2,
-        decoder_sparse_step=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=48,
-        layer_types=["full_attention"] * 2,
-    )
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("dropped")
-    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name, place in DROPPED.items():
-        shutil.copy(HERE / f"{name}.py", folder / "src" / "quern" / place)
-    other_copy.prefer(folder / "src")
-    write_model(folder / "model", config())
-    (folder / "text.txt").write_text(calibration_text()[:40_000], "utf-8")
-    (folder / "dropped.yaml").write_text(RECIPE, "utf-8")
-    quern(
-        folder,
-        "quantize",
-        "model",
-        "--recipe",
-        "dropped.yaml",
-        "--calibration",
-        "text.txt",
-        "-o",
-        "out",
-        "--threads",
-        "1",
-    )
-    return folder
-
-
-def run(folder: Path, *command: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "COLUMNS": "200"}
-    ended = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
-
-
-def quern(folder: Path, *arguments: str) -> str:
-    return run(folder, "-c", "from quern.cli.main import run; run()", *arguments)
-
-
-def test_the_artifact_is_one_archive_and_says_everything_of_each_module(copy):
+def test_the_artifact_is_one_archive_and_says_everything_of_each_module(copy, shown):
     assert {path.name for path in (copy / "out").iterdir()} >= {"model.zip", "config.json", "quern.json"}
     assert not list((copy / "out").glob("*.safetensors"))
     assert "model.zip" in artifact_names(copy / "out"), "what --fresh may replace"
@@ -92,45 +25,26 @@ def test_the_artifact_is_one_archive_and_says_everything_of_each_module(copy):
     assert modules["model.layers.1.self_attn.o_proj"]["rotated"] is False
 
 
-def test_inspect_shows_the_codec(copy):
-    rows = json.loads(quern(copy, "inspect", "out", "--json"))["tensors"]
-    (row,) = [row for row in rows if row["name"] == "model.layers.1.mlp.experts.0.up_proj.weight"]
+def test_inspect_shows_the_codec(shown):
+    (row,) = [
+        row
+        for row in json.loads(shown["inspect"])["tensors"]
+        if row["name"] == "model.layers.1.mlp.experts.0.up_proj.weight"
+    ]
     assert (row["codec"], row["bits"], row["shape"]) == ("vector", 2.0, [32, 64])
     assert row["bytes"] == 32 * 16 + 2 * 32 + 2 * 64 * 4
 
 
-def test_evaluate_and_compare_run_it(copy):
-    shown = json.loads(
-        quern(
-            copy,
-            "evaluate",
-            "out",
-            "--reference",
-            "model",
-            "--tokens",
-            "256",
-            "--no-speed",
-            "--text",
-            "text.txt",
-            "--json",
-        )
-    )
-    row = next(row for row in shown["rows"] if row["name"] == "out") if "rows" in shown else shown
-    assert 0 < row["kl_mean"] < 5
-    quern(
-        copy, "compare", "model", "--recipes", "dropped.yaml", "--calibration", "text.txt", "--text", "text.txt",
-        "--tokens", "256", "--no-speed", "-o", "compared",
-    )  # fmt: skip
-    results = json.loads((copy / "compared/results.json").read_text())
-    assert [row["name"] for row in results["rows"]] == ["unquantized", "dropped"]
-    compared = results["rows"][1]
-    assert compared["kl_mean"] == pytest.approx(row["kl_mean"], rel=1e-6), "the same bytes as by quantize"
-    assert len(compared["layers"]) == 26
+def test_evaluate_and_compare_run_it(copy, shown, rows):
+    assert [row["name"] for row in rows] == ["unquantized", "dropped"]
+    assert 0 < rows[1]["kl_mean"] < 5
+    assert f"{rows[1]['kl_mean']:.3g}"[:4] in shown["evaluate"], "the same bytes as by quantize"
+    assert len(rows[1]["layers"]) == 26
     assert "dropped" in (copy / "compared/report.html").read_text("utf-8")
 
 
 CHECK = """
-import json, sys
+import json
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from safetensors.torch import load_file
@@ -151,11 +65,88 @@ print(float((ours - expected).abs().max() / expected.abs().max()))
 
 def test_experts_as_linears_compute_what_the_stack_does(copy):
     """The same products in another order: float32 rounding through two blocks."""
-    assert float(run(copy, "-c", CHECK).split()[-1]) < 1e-5
+    assert float(run(copy, "-c", CHECK).split()[-1]) == pytest.approx(0, abs=1e-5)
 
 
-def test_nothing_else_was_touched(copy):
-    ours = {path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py")}
-    theirs = {path.relative_to(copy / "src") for path in (copy / "src").rglob("*.py")} - {Path("sitecustomize.py")}
-    assert theirs - ours == {Path("quern", place) for place in DROPPED.values()}
-    assert all((copy / "src" / path).read_bytes() == (ROOT / "src" / path).read_bytes() for path in ours)
+# A measure
+
+
+def written(row: dict) -> str:
+    return f"{row['figures']['entropy']['value']:.3g}"
+
+
+def test_evaluate_shows_it(shown, rows):
+    (line,) = [line for line in shown["evaluate"].splitlines() if "Entropy" in line]
+    assert line.split()[-1] == written(rows[1])
+
+
+def test_compare_writes_it_for_every_row(copy, shown, rows):
+    assert [set(row["figures"]) for row in rows] == [{"entropy"}] * len(rows)
+    for row in rows:
+        figure = row["figures"]["entropy"]
+        low, high = figure["interval"]
+        assert low < figure["value"] < high < np.log(tiny_config()["vocab_size"])
+        assert figure["unit"] == "nats/token"
+    values = {row["kind"]: row["figures"]["entropy"]["value"] for row in rows}
+    assert values["quern"] != values["unquantized"]
+    without_the_measure = load_results(copy / "compared" / "results.json")
+    assert [row.figures["entropy"].value for row in without_the_measure.rows] == [
+        row["figures"]["entropy"]["value"] for row in rows
+    ]
+
+
+def test_compare_shows_it(shown, rows):
+    table = shown["compare"].split("Places.")[0]
+    assert "Entropy," in table
+    for row in rows:
+        assert any(row["name"] in line and written(row) in line for line in table.splitlines())
+
+
+def test_the_report_has_a_column_of_it(copy, shown):
+    page = (copy / "compared" / "report.html").read_text("utf-8")
+    assert '<th scope="col" data-key="entropy" data-better="low">' in page
+    assert "Mean entropy of the predictions" in page
+    data = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+    assert {"key": "entropy", "label": "Entropy", "unit": "nats/token", "better": "low", "kind": "number"} in data[
+        "columns"
+    ]
+    assert all(
+        row["ranges"]["entropy"][0] < row["values"]["entropy"] < row["ranges"]["entropy"][1] for row in data["rows"]
+    )
+
+
+def test_the_page_of_results_gets_its_line(copy):
+    for name in ("tools/update_results_page.py", "docs/results.md"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    run(copy, "tools/update_results_page.py")
+    old, new = ((folder / "docs/results.md").read_text("utf-8").splitlines() for folder in (ROOT, copy))
+    (line,) = [line for line in new if line not in old]
+    assert line == (
+        "| `entropy` | nats/token | low | `figures.entropy` | Mean entropy of the predictions, with its 95 % interval. |"
+    )
+    assert len(new) == len(old) + 1
+
+
+UNIFORM = """
+import numpy, torch
+from pathlib import Path
+from fake_model import VOCABULARY, FakeModel
+from quern.evaluation.measures.base import MEASURES, Given
+from quern.evaluation.texts import Window, Windows, save_windows
+
+windows = tuple(Window(number // 2, numpy.arange(2, 6 + number)) for number in range(4))
+save_windows(Path("w.npz"), Windows(windows, ()))
+steps = []
+measure = MEASURES.get("entropy")
+raw = measure.run(FakeModel(torch.zeros(VOCABULARY, VOCABULARY)), Given(advance=steps.append, windows_file="w.npz"))
+print(VOCABULARY, sum(steps), [row[:2] for row in raw], measure.summarize(raw, 0).value)
+"""
+
+
+def test_a_uniform_model_has_the_entropy_of_its_vocabulary(copy):
+    told = run(copy, "-c", UNIFORM)
+    vocabulary, steps, value = re.fullmatch(r"(\d+) (\d+) \[.*\] (\S+)\n", told).groups()
+    assert "[(0, 3), (0, 4), (1, 5), (1, 6)]" in told
+    assert steps == "22"
+    assert float(value) == pytest.approx(np.log(int(vocabulary)), rel=1e-12)

@@ -25,7 +25,7 @@ PAGE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 NAMED_BLOCK = re.compile(r"`([\w/]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)```", re.DOTALL)
 FILES = dict(NAMED_BLOCK.findall(PAGE))
 CODEC, TEST, RECIPE = "src/quern/codecs/power_of_two.py", "tests/unit/codecs/test_power_of_two.py", "shifts.yaml"
-MEASURE = "src/quern/evaluation/measures/entropy.py"  # tests/drop_in/test_new_measure.py follows its steps
+MEASURE = "src/quern/evaluation/measures/entropy.py"  # tests/drop_in/test_drop_in.py follows its steps
 FAMILY = "src/quern/architectures/joined.py"
 
 
