@@ -222,6 +222,10 @@ class Architecture(ABC):
 
     def module_shapes(self) -> Shapes:
         """Every parameter of the model by full name, as its modules hold it."""
+        return dict(self._module_shapes)
+
+    @cached_property
+    def _module_shapes(self) -> Shapes:
         hidden, vocabulary = self.config.hidden_size, self.config.vocab_size
         shapes: Shapes = {f"{self.embedding}.weight": (vocabulary, hidden), f"{self.final_norm}.weight": (hidden,)}
         if not self.tied:
