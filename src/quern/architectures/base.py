@@ -139,7 +139,6 @@ class Architecture(ABC):
     def __init__(self, config: dict[str, Any]) -> None:
         from transformers import AutoConfig
 
-        self.raw_config = config
         values = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
         self.config = AutoConfig.for_model(self.model_type, **values)
         self.config._attn_implementation = "sdpa"
@@ -284,7 +283,7 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         raise UserError(f"config.json: model_type {model_type!r} is not supported; supported: {known}")
     try:
         architecture = ARCHITECTURES.get(model_type)(config)
-        assert architecture.blocks
+        _ = architecture.blocks  # not in an assertion, which python -O leaves out
         architecture.build_rotary()
         return architecture
     except UserError:

@@ -16,7 +16,7 @@ from quern.core.registry import Registry
 
 CODECS: Registry[Any] = Registry("codec", "quern.codecs")
 """Classes with an attribute ``Parameters``; ``quern.codecs.base`` says what else they are."""
-KEPT = "none"
+NO_CODEC = "none"
 """In the place of a codec: the checkpoint's own values."""
 USUAL = "integer"
 """The codec of a scheme that names none."""
@@ -42,7 +42,7 @@ class CodecScheme:
     @property
     def quantized(self) -> bool:
         """Whether the weight is stored as codes at all."""
-        return self.codec != KEPT
+        return self.codec != NO_CODEC
 
     def with_params(self, **changes: Any) -> CodecScheme:
         """The same with other values of some parameters, which are taken as they are."""
@@ -70,7 +70,7 @@ def parse_scheme(values: object) -> CodecScheme:
     if not isinstance(values, dict):
         raise ValueError("a weight scheme is a set of keys, such as {bits: 4}")
     codec = values.get("codec", USUAL)
-    if codec == KEPT:
+    if codec == NO_CODEC:
         return UNQUANTIZED
     if not isinstance(codec, str):
         raise ValueError(f"codec must be a name, such as {USUAL}")
@@ -80,7 +80,7 @@ def parse_scheme(values: object) -> CodecScheme:
     return CodecScheme(codec, model.model_validate(known))
 
 
-UNQUANTIZED = CodecScheme(KEPT, CodecParameters())
+UNQUANTIZED = CodecScheme(NO_CODEC, CodecParameters())
 
 
 def scheme_keys(values: dict[str, Any]) -> list[str]:
