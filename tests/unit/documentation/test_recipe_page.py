@@ -22,7 +22,7 @@ from quern.core.recipe import (
     parse_recipe,
     profile_names,
 )
-from quern.core.scheme import KEPT, USUAL, parse_scheme
+from quern.core.scheme import NO_CODEC, USUAL, parse_scheme
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "recipes.md").read_text("utf-8")
 OWN_CODECS = [name for name in CODECS.names() if CODECS.get(name).__module__.startswith("quern.codecs.")]
@@ -83,7 +83,7 @@ def test_keys_defaults_and_values(heading):
 def test_the_codecs():
     ((key, (default, meaning)),) = table("### `weights`, `embedding`, `head`").items()
     assert (key, json.loads(default.strip("`"))) == ("codec", USUAL)
-    assert all(f"`{name}`" in meaning for name in (*OWN_CODECS, KEPT))
+    assert all(f"`{name}`" in meaning for name in (*OWN_CODECS, NO_CODEC))
 
 
 def test_what_the_tables_say_in_words():
