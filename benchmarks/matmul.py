@@ -32,7 +32,8 @@ PACKINGS = [
     Packing("int4-g64", "integer4", 4, group=64),
     Packing("int4-channel", "integer4", 4),
     Packing("int8-channel", "integer8", 8),
-    Packing("codebook4-g64", "codebook4", 4, group=64),
+    Packing("nf4-g64", "codebook4", 4, group=64),
+    Packing("kmeans3-channel", "codebook3", 3, group=64, shared="row"),
 ]
 
 

@@ -39,7 +39,18 @@ PACKINGS = [
     Packing("int4-g64", "integer4", 4, group=64),
     Packing("int4-channel", "integer4", 4),
     Packing("int8-channel", "integer8", 8),
-    Packing("codebook4-g64", "codebook4", 4, group=64),
+    Packing("nf4-g64", "codebook4", 4, group=64),
+    Packing("mxfp4", "codebook4", 4, group=32, scale_bytes=1, scale_type="float8_e8m0fnu"),
+    Packing("nvfp4", "codebook4", 4, group=16, scale_bytes=1, scale_type="float8_e4m3fn"),
+    Packing("kmeans4-channel", "codebook4", 4, group=64, shared="row"),
+    Packing("kmeans3-channel", "codebook3", 3, group=64, shared="row"),
+    Packing("kmeans2-channel", "codebook2", 2, group=64, shared="row"),
+    Packing("kmeans2-g128", "codebook2", 2, group=128, shared="row"),
+    Packing("log3-g64", "codebook3", 3, group=64),
+    Packing("log4-g64", "codebook4", 4, group=64),
+    Packing("int3-g64", "codebook3", 3, group=64),
+    Packing("float8-e4m3", "float8_e4m3", 8),
+    Packing("float8-e5m2", "float8_e5m2", 8),
 ]
 
 

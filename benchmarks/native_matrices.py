@@ -27,6 +27,10 @@ class Packing:
     window: int = 0
     tables: int = 1
     lag: int = 0
+    shared: str = "tensor"
+    """Who shares a codebook's table: tensor, or row."""
+    scale_bytes: int = 2
+    scale_type: str = "float16"
 
     def code_bytes(self, rows: int, columns: int) -> int:
         """Bytes of the codes alone."""
@@ -36,14 +40,17 @@ class Packing:
         return 64 * -(-columns // 4) * (full * 2 * self.bits + -(-self.bits * -(-rest // 16) // 8))
 
     def bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the codes, of scales (float16) and of zero points (half a byte each)."""
+        """Bytes of the codes, of scales and of zero points (half a byte each)."""
         groups = rows * -(-columns // (self.group or columns))
-        return self.code_bytes(rows, columns) + 2 * groups + (groups // 2 if self.zeros else 0)
+        return self.code_bytes(rows, columns) + self.scale_bytes * groups + (groups // 2 if self.zeros else 0)
 
     def matrix(self, rows: int, columns: int, codes: np.ndarray) -> _native.Matrix:
         """The matrix of ``codes`` (uint8) with scales of one."""
         groups = -(-columns // (self.group or columns))
-        keywords: dict[str, Any] = {"scale": np.ones(rows * groups, np.float16).view(np.uint8), "group": self.group}
+        ones = np.ones(rows * groups, np.float16).view(np.uint8)
+        if self.scale_bytes == 1:
+            ones = np.full(rows * groups, 127 if self.scale_type == "float8_e8m0fnu" else 0x38, np.uint8)
+        keywords: dict[str, Any] = {"scale": ones, "group": self.group, "scale_type": self.scale_type}
         if self.zeros:
             keywords["zeros"] = np.full(-(-rows // 8) * groups, 0x77777777, np.int32).view(np.uint8)
         if self.kind == "trellis":
@@ -55,8 +62,9 @@ class Packing:
                 "tables": self.tables,
                 "lag": self.lag,
             }
-        if self.kind == "codebook4":
-            keywords["table"] = np.linspace(-127, 127, 16).astype(np.int8)
+        if self.kind.startswith("codebook"):
+            table = np.linspace(-127, 127, 1 << self.bits).astype(np.int8)
+            keywords["table"] = table if self.shared == "tensor" else np.tile(table, rows)
         return _native.Matrix(self.kind, rows, columns, codes, **keywords)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 TILE = 256
-SCALE_TYPES = ("float16", "bfloat16", "float32")
+SCALE_TYPES = ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e8m0fnu")
 assert np.finfo(np.longdouble).nmant >= 63, "the emulation of fma needs 80-bit numbers"
 
 
@@ -32,6 +32,29 @@ def pack_nibbles(codes: np.ndarray) -> np.ndarray:
     padded = np.zeros((rows, -(-columns // 8) * 8), np.uint8)
     padded[:, :columns] = codes
     return padded[:, ::2] | padded[:, 1::2] << 4
+
+
+def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 codes ``(rows, columns)``, least significant bit first, rows filled up to whole 32-bit words."""
+    rows, columns = codes.shape
+    words = -(-columns * bits // 32)
+    stream = np.zeros((rows, words * 32), np.uint8)
+    stream[:, : columns * bits] = np.unpackbits(codes[..., None], axis=2, count=bits, bitorder="little").reshape(
+        rows, -1
+    )
+    return np.packbits(stream, axis=1, bitorder="little")
+
+
+def pack_three(codes: np.ndarray) -> np.ndarray:
+    """uint8 codes below 8: the lower two bits of a row, then of every 256 columns four planes of third bits."""
+    parts = [pack_bits(codes & 3, 2)]
+    for first in range(0, codes.shape[1], 256):
+        third = codes[:, first : first + 256] >> 2
+        width = -(-third.shape[1] // 32)
+        for plane in range(4):
+            bits = np.packbits(third[:, plane::4], axis=1, bitorder="little")
+            parts.append(np.pad(bits, ((0, 0), (0, width - bits.shape[1]))))
+    return np.concatenate(parts, axis=1)
 
 
 @dataclass
@@ -57,7 +80,9 @@ class Packed:
 
     def product(self, inputs: np.ndarray) -> np.ndarray:
         """(tokens, rows) float32."""
-        return plain_product(self, inputs) if self.scale is None else packed_product(self, inputs)
+        if self.scale is None:
+            return plain_product(self.values, inputs)
+        return scaled_product(self, inputs) if self.kind.startswith("float8") else packed_product(self, inputs)
 
 
 def quantize(inputs: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,15 +114,45 @@ def packed_product(matrix: Packed, inputs: np.ndarray) -> np.ndarray:
     return out
 
 
-def plain_product(matrix: Packed, inputs: np.ndarray) -> np.ndarray:
-    lanes = np.zeros((len(inputs), matrix.rows, 16), np.float32)
-    for first in range(0, matrix.columns, 16):
-        part = slice(first, min(first + 16, matrix.columns))
+def plain_product(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    rows, columns = values.shape
+    lanes = np.zeros((len(inputs), rows, 16), np.float32)
+    for first in range(0, columns, 16):
+        part = slice(first, min(first + 16, columns))
         width = part.stop - first
-        lanes[:, :, :width] = fma(matrix.values[None, :, part], inputs[:, None, part], lanes[:, :, :width])
+        lanes[:, :, :width] = fma(values[None, :, part], inputs[:, None, part], lanes[:, :, :width])
     for width in (8, 4, 2, 1):
         lanes = lanes[:, :, :width] + lanes[:, :, width : 2 * width]
     return lanes[:, :, 0]
+
+
+def scaled_product(matrix: Packed, inputs: np.ndarray) -> np.ndarray:
+    """Plain numbers with scales: each group as plain numbers, then one fused multiply-add."""
+    assert matrix.scale is not None
+    out, group = np.zeros((len(inputs), matrix.rows), np.float32), matrix.activation_group
+    for index, first in enumerate(range(0, matrix.columns, group)):
+        part = slice(first, first + group)
+        sums = plain_product(matrix.values[:, part], np.ascontiguousarray(inputs[:, part]))
+        out = fma(sums, np.broadcast_to(matrix.scale[None, :, index], sums.shape), out)
+    return out
+
+
+def float8_table(variant: str) -> np.ndarray:
+    """float32 (256,): what each byte means (OCP 8-bit Floating Point Specification 1.0)."""
+    exponent_bits, fraction_bits, bias = (4, 3, 7) if variant == "e4m3" else (5, 2, 15)
+    found = []
+    for byte in range(256):
+        sign, exponent = -1.0 if byte & 0x80 else 1.0, byte >> fraction_bits & (1 << exponent_bits) - 1
+        fraction = (byte & (1 << fraction_bits) - 1) / (1 << fraction_bits)
+        number = fraction * 2.0 ** (1 - bias) if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - bias)
+        found.append(sign * number)
+    table = np.array(found, np.float32)
+    if variant == "e4m3":
+        table[[0x7F, 0xFF]] = np.nan
+    else:
+        table[0x7C:0x80] = [np.inf, np.nan, np.nan, np.nan]
+        table[0xFC:] = [-np.inf, np.nan, np.nan, np.nan]
+    return table
 
 
 def stored(scale: np.ndarray, scale_type: str) -> tuple[np.ndarray, np.ndarray]:
@@ -105,6 +160,13 @@ def stored(scale: np.ndarray, scale_type: str) -> tuple[np.ndarray, np.ndarray]:
     if scale_type == "bfloat16":
         halves = bfloat16(scale)
         return halves, (halves.astype(np.uint32) << 16).view(np.float32)
+    if scale_type == "float8_e8m0fnu":
+        exponents = np.clip(np.round(np.log2(scale)) + 127, 0, 254).astype(np.uint8)
+        return exponents, np.exp2(exponents.astype(np.float64) - 127).astype(np.float32)
+    if scale_type == "float8_e4m3fn":
+        table = float8_table("e4m3")[:0x7F]
+        nearest = np.abs(scale[..., None] - table).argmin(-1).astype(np.uint8)
+        return nearest, table[nearest]
     typed = scale.astype(scale_type)
     return typed, typed.astype(np.float32)
 
@@ -141,14 +203,35 @@ class Maker:
         options = {"scale_type": scale_type, "one_scale": one_scale}
         return Packed("integer4", rows, columns, arrays, values, scale, group, options)
 
+    def codebook(self, bits, rows, columns, group=None, scale_type="float16", shared="tensor", factor=1.0) -> Packed:
+        """``shared``: who shares a table: tensor, row or group."""
+        groups, entries = -(-columns // (group or columns)), 1 << bits
+        codes = self.codes(entries, (rows, columns))
+        data, scale = self.scales(rows, groups, scale_type, False)
+        owners = {"tensor": (1, 1), "row": (rows, 1), "group": (rows, groups)}[shared]
+        table = self.random.integers(-128, 128, (*owners, entries)).astype(np.int8)
+        table[..., 0], table[..., -1] = -128, 127
+        which = np.broadcast_to(np.arange(columns) // (group or columns), (rows, columns)) % owners[1]
+        values = table[np.arange(rows)[:, None] % owners[0], which, codes].astype(np.int64)
+        arrays = {"codes": pack_three(codes) if bits == 3 else pack_bits(codes, bits), "scale": data, "table": table}
+        options = {"scale_type": scale_type, "scale_factor": factor}
+        return Packed(f"codebook{bits}", rows, columns, arrays, values, scale * np.float32(factor), group, options)
+
     def codebook4(self, rows, columns, group=None, scale_type="float16") -> Packed:
-        made = self.integer4(rows, columns, group, scale_type=scale_type)
-        table = self.random.integers(-128, 128, 16).astype(np.int8)
-        table[[0, 15]] = -128, 127
-        values = table[made.values + 8].astype(np.int64)
-        return Packed(
-            "codebook4", rows, columns, made.arrays | {"table": table}, values, made.scale, group, made.options
-        )
+        return self.codebook(4, rows, columns, group, scale_type)
+
+    def float8(self, variant, rows, columns, group=None, scale_type="float16") -> Packed:
+        """Numbers of 8 bits but no NaN, whose products are those of plain numbers, group by group."""
+        groups = -(-columns // (group or columns))
+        codes = self.codes(256, (rows, columns))
+        unusual = (0x7F, 0xFF) if variant == "e4m3" else (0x7C, 0x7D, 0x7E, 0x7F, 0xFC, 0xFD, 0xFE, 0xFF)
+        codes[np.isin(codes, unusual)] = 0x12
+        data, scale = self.scales(rows, groups, scale_type, False)
+        unit = 256 if variant == "e4m3" else 1
+        values = float8_table(variant)[codes] / np.float32(unit)
+        options = {"scale_type": scale_type}
+        return Packed(f"float8_{variant}", rows, columns, {"codes": codes, "scale": data}, values,
+                      scale * np.float32(unit), group, options)  # fmt: skip
 
     def integer8(self, rows, columns, group=None, scale_type="float16", one_scale=False) -> Packed:
         groups = -(-columns // (group or columns))

@@ -21,7 +21,7 @@ GRANULARITIES: dict[str, dict[str, Any]] = {
 
 def scheme_id(scheme: dict[str, Any]) -> str:
     sign = "symmetric" if scheme["symmetric"] else "asymmetric"
-    variant = "".join(f"-{scheme[key]}" for key in ("window", "tables") if key in scheme)
+    variant = "".join(f"-{scheme[key]}" for key in ("window", "tables", "variant") if key in scheme)
     return f"{scheme['codec']}-{scheme['bits']}-{sign}-{scheme['granularity']}{scheme.get('group_size') or ''}{variant}"
 
 
@@ -44,6 +44,13 @@ EVERY: list[dict[str, Any]] = [
     {"codec": "trellis", "bits": bits, "symmetric": True, "granularity": "channel", "window": window, "tables": 1}
     for bits in (2, 3, 4)
     for window in (6, 7)
+]
+EVERY += [
+    {"codec": "nvfp4", "bits": 4, "symmetric": True, "granularity": "group", "group_size": 16},
+    {"codec": "integer", "bits": 4, "symmetric": True, "granularity": "block", "group_size": 32},
+    {"codec": "integer", "bits": 8, "symmetric": True, "granularity": "block", "group_size": 64},
+    {"codec": "float8", "bits": 8, "symmetric": True, "granularity": "channel", "variant": "e5m2"},
+    {"codec": "float8", "bits": 8, "symmetric": True, "granularity": "block", "group_size": 32},
 ]
 ALL = [scheme for scheme in EVERY if storable(scheme)]
 """Every codec with every width, sign and granularity that it stores."""

@@ -221,10 +221,10 @@ void bind_engine(nb::module_& module) {
   nb::class_<Matrix>(module, "Matrix")
       .def(nb::init<const std::string&, int32_t, int32_t, Bytes, std::optional<Bytes>, const std::string&,
                     std::optional<int32_t>, bool, std::optional<Bytes>, std::optional<Array<int8_t, nb::ndim<1>>>,
-                    int32_t, int32_t, int32_t, int32_t>(),
+                    int32_t, int32_t, int32_t, int32_t, float>(),
            "kind"_a, "rows"_a, "columns"_a, "codes"_a, "scale"_a = nb::none(), "scale_type"_a = "float16",
            "group"_a = nb::none(), "one_scale"_a = false, "zeros"_a = nb::none(), "table"_a = nb::none(), "bits"_a = 0,
-           "window"_a = 0, "tables"_a = 1, "lag"_a = 0)
+           "window"_a = 0, "tables"_a = 1, "lag"_a = 0, "scale_factor"_a = 1.0f)
       .def_prop_ro("bytes", &Matrix::bytes);
   nb::class_<LinearArrays>(module, "Linear")
       .def(nb::init<std::shared_ptr<Matrix>, std::optional<Floats>, std::optional<Bytes>, bool>(), "matrix"_a,

@@ -57,11 +57,28 @@ INLINE float number(const void* data, Float type, int64_t index) {
     __builtin_memcpy(&x, bytes + 4 * index, 4);
     return x;
   }
+  if (type == Float::float8_e8m0) {
+    const uint8_t byte = static_cast<uint8_t>(bytes[index]);
+    bits = byte == 255 ? 0x7fc00000u : byte == 0 ? 0x00400000u : static_cast<uint32_t>(byte) << 23;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+  }
+  if (type == Float::float8_e4m3) {
+    const uint32_t byte = static_cast<uint8_t>(bytes[index]);
+    if ((byte & 0x7f) == 0x7f) return __builtin_nanf("");
+    const uint32_t half = (byte & 0x80) << 8 | (byte & 0x7f) << 7;  // as a float16 it means so many times less
+    return 256.0f * _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int32_t>(half))));
+  }
   __builtin_memcpy(&bits, bytes + 2 * index, 2);
   if (type == Float::float16) return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int32_t>(bits))));
   bits <<= 16;
   __builtin_memcpy(&x, &bits, 4);
   return x;
+}
+
+// Of a row and group.
+INLINE float scale_of(const Weight& weight, int32_t row, int32_t group) {
+  return number(weight.scale, weight.scale_type, row * weight.scale_stride + group) * weight.scale_factor;
 }
 
 }  // namespace

@@ -27,12 +27,38 @@ INLINE __m512 from_bfloat16(__m256i halves) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+// Each number divided by 256: with its bits where those of a float16 lie, it means so much less. NaN would be 480.
+INLINE __m512 from_float8_e4m3(__m128i bytes) {
+  const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+  const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_and_si128(bytes, _mm_set1_epi8(0x7f)), _mm_set1_epi8(0x7f));
+  const __m512 numbers = _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
+  return _mm512_mask_mov_ps(numbers, nan, _mm512_set1_ps(__builtin_nanf("")));
+}
+
+INLINE __m512 from_float8_e8m0(__m128i bytes) {
+  const __m512i exponents = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+  const __m512i numbers = _mm512_max_epu32(exponents, _mm512_set1_epi32(0x00400000));
+  const __mmask16 nan = _mm_cmpeq_epi8_mask(bytes, _mm_set1_epi8(-1));
+  return _mm512_mask_mov_ps(_mm512_castsi512_ps(numbers), nan, _mm512_set1_ps(__builtin_nanf("")));
+}
+
 // Lanes of up to 16 numbers from index `at` on; the others are zero.
 INLINE __m512 load_numbers(const void* data, Float type, int64_t at, __mmask16 some) {
   const char* bytes = static_cast<const char*>(data);
   if (type == Float::float32) return _mm512_maskz_loadu_ps(some, bytes + 4 * at);
+  if (type == Float::float8_e4m3 || type == Float::float8_e8m0) {
+    const __m128i eighths = _mm_maskz_loadu_epi8(some, bytes + at);
+    if (type == Float::float8_e8m0) return from_float8_e8m0(eighths);
+    return _mm512_mul_ps(from_float8_e4m3(eighths), _mm512_set1_ps(256.0f));
+  }
   const __m256i halves = _mm256_maskz_loadu_epi16(some, bytes + 2 * at);
   return type == Float::float16 ? _mm512_cvtph_ps(halves) : from_bfloat16(halves);
+}
+
+// Scales of up to 16 groups of a row from `group` on.
+INLINE __m512 load_scales(const Weight& weight, int32_t row, int32_t group, __mmask16 some) {
+  const __m512 numbers = load_numbers(weight.scale, weight.scale_type, row * weight.scale_stride + group, some);
+  return _mm512_mul_ps(numbers, _mm512_set1_ps(weight.scale_factor));
 }
 
 // A register of weights. The compiler would rather read memory once for each use than hold a register, and the ports that

@@ -5,7 +5,8 @@
 // computed together. For packed kinds, with integers summed exactly:
 //     out = 0;  for each group of columns, first to last:  out = fma(float(sum of code values * inputs), ws * xs, out)
 // where ws and xs are the scales of weight and input, as float32. For plain kinds there are 16 partial sums, lane l has
-// the columns l, l + 16, ... in order, each step one fma; they are added as lane i + lane (i + 8), then 4, 2, 1 apart.
+// the columns l, l + 16, ... in order, each step one fma; they are added as lane i + lane (i + 8), then 4, 2, 1 apart. Plain
+// kinds with scales do that for each group of columns by itself, and  out = fma(sum, ws, out)  over them.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,9 @@ struct Inputs {
   const int8_t* values;   // (tokens, stride), zero from `columns` on
   int64_t stride;         // a multiple of 64
   const int8_t* halves;   // (tokens, 2, half): the values of even columns, then those of odd ones; zero-filled
-  int64_t half;           // a multiple of 64
+  int64_t half;           // a multiple of 128
+  const int8_t* quarters; // (tokens, 4, quarter): the values of columns 0, 4, 8 ..., then those of 1, 5, 9 ... and so on
+  int64_t quarter;        // a multiple of 64
   const float* scale;     // (tokens, groups)
   const int32_t* sums;    // (tokens, groups)
   const float* exact;     // (tokens, columns)

@@ -25,7 +25,8 @@ constexpr int32_t ISA_LEVELS = 4;  // scalar, avx2, avx512, amx: each implies th
 
 struct WeightKind {
   const char* name;
-  bool plain;          // numbers as they are, which meet inputs as they are; all others have scales and meet int8 inputs
+  bool plain;          // floating-point numbers, which meet inputs as they are; all others are integers and meet int8 inputs
+  bool scaled;         // whether it has scales
   bool zero_points;    // whether it may have them
   int32_t alignment;   // of its codes in memory, bytes
   int64_t (*row_bytes)(int64_t columns);         // of codes; null: they lie in tiles

@@ -171,7 +171,7 @@ Inputs view(const Weight& weight, const Activations& a, int32_t first_token, int
   const int32_t groups = groups_of(weight);
   const int64_t t = first_token;
   return {tokens, a.columns, weight.group, groups, a.values.data() + t * a.stride, a.stride, a.halves.data() + 2 * t * a.half,
-          a.half, a.scale.data() + t * groups, a.sums.data() + t * groups, a.exact ? a.exact + t * a.columns : nullptr,
+          a.half, a.quarters.data() + 2 * t * a.half, a.half / 2, a.scale.data() + t * groups, a.sums.data() + t * groups, a.exact ? a.exact + t * a.columns : nullptr,
           weight.rows};
 }
 
@@ -187,20 +187,26 @@ void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t col
   out.columns = columns;
   out.group = group;
   out.exact = inputs;
-  out.half = ceil_divide(columns, 128) * 64;
+  out.half = ceil_divide(columns, 256) * 128;
   out.stride = 2 * out.half + 64;
   out.values.resize(tokens * out.stride);
   out.scale.resize(tokens * groups);
   out.sums.resize(tokens * groups);
   const bool rows = tokens <= MANY_TOKENS || (group % 4 != 0 && groups > 1);
   out.halves.resize(rows ? tokens * 2 * out.half : 0);
+  out.quarters.resize(rows ? tokens * 2 * out.half : 0);
   const Kernels& k = kernels();
   const auto one = [&](int64_t t) {
     int8_t* values = out.values.data() + t * out.stride;
     k.quantize(inputs + t * columns, columns, group, values, out.scale.data() + t * groups, out.sums.data() + t * groups);
     memset(values + columns, 0, out.stride - columns);
     int8_t* even = out.halves.data() + 2 * t * out.half;
-    if (rows) k.split(values, 2 * out.half, even, even + out.half);
+    if (!rows) return;
+    k.split(values, 2 * out.half, even, even + out.half);
+    int8_t* first = out.quarters.data() + 2 * t * out.half;
+    const int64_t quarter = out.half / 2;
+    k.split(even, out.half, first, first + 2 * quarter);
+    k.split(even + out.half, out.half, first + quarter, first + 3 * quarter);
   };
   if (static_cast<int64_t>(tokens) * columns <= SERIAL) {
     for (int64_t t = 0; t < tokens; ++t) one(t);

@@ -19,6 +19,7 @@ struct Activations {
   Lines<int8_t> values;            // (tokens, stride)
   int64_t half = 0;                // bytes of `halves` for one token and parity
   Lines<int8_t> halves;            // (tokens, 2, half): values of even columns, then of odd ones; where rows want it
+  Lines<int8_t> quarters;          // (tokens, 4, half / 2): values of columns 0, 4, 8 ..., then 1, 5, 9 ...; the same
   Lines<float> scale;              // (tokens, groups)
   Lines<int32_t> sums;             // (tokens, groups): sum of the values of each group
   const float* exact = nullptr;    // (tokens, columns), the caller's; must outlive this

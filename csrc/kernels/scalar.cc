@@ -74,6 +74,23 @@ void quantize_group(const float* x, int32_t count, int8_t* values, float* scale,
   }
 }
 
+// OCP 8-bit Floating Point Specification 1.0: four bits of exponent and three of fraction, no infinities.
+float from_float8_e4m3(uint8_t byte) {
+  const uint32_t sign = static_cast<uint32_t>(byte & 0x80) << 24, exponent = byte >> 3 & 15, fraction = byte & 7;
+  if ((byte & 0x7f) == 0x7f) return float_of(0x7fc00000);
+  if (exponent == 0) {  // a subnormal number is a multiple of 2^-9
+    const float magnitude = static_cast<float>(fraction) * 0x1p-9f;
+    return sign ? -magnitude : magnitude;
+  }
+  return float_of(sign | (exponent + 120) << 23 | fraction << 20);
+}
+
+// OCP Microscaling Formats 1.0: a power of two, from 2^-127 on; the greatest byte is not a number.
+float from_float8_e8m0(uint8_t byte) {
+  if (byte == 0xff) return float_of(0x7fc00000);
+  return float_of(byte == 0 ? 0x00400000 : static_cast<uint32_t>(byte) << 23);
+}
+
 }  // namespace
 
 float number(const void* data, Float type, int64_t index) {
@@ -82,6 +99,8 @@ float number(const void* data, Float type, int64_t index) {
     memcpy(&bits, static_cast<const char*>(data) + 4 * index, 4);
     return float_of(bits);
   }
+  if (type == Float::float8_e4m3) return from_float8_e4m3(static_cast<const uint8_t*>(data)[index]);
+  if (type == Float::float8_e8m0) return from_float8_e8m0(static_cast<const uint8_t*>(data)[index]);
   uint16_t half;
   memcpy(&half, static_cast<const char*>(data) + 2 * index, 2);
   return type == Float::float16 ? from_float16(half) : float_of(static_cast<uint32_t>(half) << 16);
@@ -115,8 +134,12 @@ void rotate(float* values, int32_t columns, int32_t block, const uint8_t* signs)
   }
 }
 
+float scale_of(const Weight& weight, int32_t row, int32_t group) {
+  return number(weight.scale, weight.scale_type, row * weight.scale_stride + group) * weight.scale_factor;
+}
+
 void scales(const Weight& weight, int32_t row, int32_t first, int32_t count, float* out) {
-  for (int32_t i = 0; i < count; ++i) out[i] = number(weight.scale, weight.scale_type, row * weight.scale_stride + first + i);
+  for (int32_t i = 0; i < count; ++i) out[i] = scale_of(weight, row, first + i);
 }
 
 uint64_t read(const void* data, int64_t bytes) {

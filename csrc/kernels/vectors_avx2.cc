@@ -93,7 +93,7 @@ void rotate(float* values, int32_t columns, int32_t block, const uint8_t* signs)
 }
 
 void scales(const Weight& weight, int32_t row, int32_t first, int32_t count, float* out) {
-  for (int32_t i = 0; i < count; ++i) out[i] = number(weight.scale, weight.scale_type, row * weight.scale_stride + first + i);
+  for (int32_t i = 0; i < count; ++i) out[i] = scale_of(weight, row, first + i);
 }
 
 uint64_t read(const void* data, int64_t bytes) {

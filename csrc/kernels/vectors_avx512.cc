@@ -164,7 +164,7 @@ void rotate(float* values, int32_t columns, int32_t block, const uint8_t* signs)
 void scales(const Weight& weight, int32_t row, int32_t first, int32_t count, float* out) {
   for (int32_t i = 0; i < count; i += 16) {
     const __mmask16 some = first_lanes(count - i);
-    _mm512_mask_storeu_ps(out + i, some, load_numbers(weight.scale, weight.scale_type, row * weight.scale_stride + first + i, some));
+    _mm512_mask_storeu_ps(out + i, some, load_scales(weight, row, first + i, some));
   }
 }
 

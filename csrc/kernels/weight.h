@@ -8,12 +8,19 @@ namespace quern {
 
 struct WeightKind;  // kernels/kind.h
 
-enum class Float : int32_t { float16 = 1, bfloat16 = 2, float32 = 3 };
+enum class Float : int32_t { float16 = 1, bfloat16 = 2, float32 = 3, float8_e4m3 = 4, float8_e8m0 = 5 };
+
+static inline int64_t bytes_of(Float type) { return type == Float::float32 ? 4 : type >= Float::float8_e4m3 ? 1 : 2; }
 
 // outputs[token][row] = sum over columns of value(row, column) * inputs[token][column], where by kind (csrc/kinds) value is
 //   integer4   (code - zero) * scale[row][group], of 4-bit codes, two a byte along the row, low nibble first
 //   integer8   code * scale[row][group], of int8 codes
-//   codebook4  table[code] * scale[row][group], of 4-bit codes as above
+//   codebook2, codebook3, codebook4
+//              table[code] * scale[row][group], of codes of so many bits. Two and four bits lie as above, four or two a byte. Of
+//              three bits the lower two lie so; after them, in the same row, the third ones of every 256 columns as four planes,
+//              those of columns 0, 4, 8 ... first, a bit each; planes of the last, fewer columns are as many whole bytes as they
+//              need
+//   float8_e4m3, float8_e5m2  number * scale[row][group], of 8-bit floating-point numbers (OCP 8-bit Floating Point, 2023)
 //   trellis    sum of table entries * scale[row]; see below
 //   bfloat16, float32  plain numbers
 //
@@ -32,11 +39,14 @@ struct Weight {
   Float scale_type;
   const void* codes;
   int64_t row_bytes;       // bytes of a row of codes; kinds whose codes lie in rows
-  const void* scale;       // (rows, ceil(columns / group))
+  const void* scale;       // (rows, ceil(columns / group)); each means so many times itself:
+  float scale_factor;
   int64_t scale_stride;    // scales from one row to the next: 0 where all rows share one (granularity tensor)
   const int32_t* zeros;    // integer4: zero points, packed down the rows like codes along them, (ceil(rows / 8), groups);
                            // null: 8 for every group
-  const int8_t* table;     // codebook4: 16 entries; trellis: tables x 2^window
+  const int8_t* table;     // codebooks: 2^bits entries; trellis: tables x 2^window
+  int64_t table_row;       // codebooks: entries from one row's table to the next one's, and from one group's; 0: they share one
+  int64_t table_group;
   int32_t bits;            // trellis: bits of a weight, 2, 3 or 4
   int32_t window;          // trellis: bits of an index, 6 or 7
   int32_t tables;          // trellis: 1 or 2

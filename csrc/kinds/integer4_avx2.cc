@@ -7,10 +7,10 @@ namespace {
 struct Code {
   static constexpr int PER_BYTE = 2;
   static constexpr bool NARROW = true;
-  INLINE Code make(const Weight&) { return {}; }
+  INLINE Code make(const Weight&, int32_t) { return {}; }
 
   template <int TOKENS>
-  INLINE void add(const Code&, __m256i bytes, const Inputs& in, int64_t at, __m256i* sums) {
+  INLINE void add(const Code&, __m256i bytes, const Inputs& in, int64_t at, __m256i* sums, int64_t) {
     const __m256i mask = _mm256_set1_epi8(15);
     const __m256i low = _mm256_and_si256(bytes, mask), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
 #pragma GCC unroll 8

@@ -9,8 +9,9 @@ struct Code {
   static constexpr int PER_BYTE = 2, REGISTERS = 2;
   static constexpr int SHIFT = 0;
   __m512i mask;
-  INLINE Code make(const Weight&) { return {_mm512_set1_epi8(15)}; }
-  INLINE __m512i codes(const Code& self, __m512i bytes, int which) {
+  INLINE Code make(const Weight&, int32_t) { return {_mm512_set1_epi8(15)}; }
+  INLINE NoTables tables(const Code&, int64_t) { return {}; }
+  INLINE __m512i codes(const Code& self, NoTables, __m512i bytes, int which, int64_t) {
     return _mm512_and_si512(which == 0 ? bytes : _mm512_srli_epi16(bytes, 4), self.mask);
   }
 };

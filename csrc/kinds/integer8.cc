@@ -21,7 +21,7 @@ const KindKernels integer8_scalar = {multiply_rows_scalar<Values>, nullptr, deco
 }  // namespace
 
 const WeightKind integer8 = {
-    "integer8", false, false, 1, row_bytes, nullptr, nullptr, nullptr, decode_row_scalar<Values>,
+    "integer8", false, true, false, 1, row_bytes, nullptr, nullptr, nullptr, decode_row_scalar<Values>,
     {&integer8_scalar, X86_KERNELS(integer8_avx2), X86_KERNELS(integer8_avx512), nullptr},
 };
 

@@ -9,8 +9,9 @@ struct Code {
   static constexpr int PER_BYTE = 1, REGISTERS = 1;
   static constexpr int SHIFT = 128;
   __m512i flip;
-  INLINE Code make(const Weight&) { return {_mm512_set1_epi8(-128)}; }
-  INLINE __m512i codes(const Code& self, __m512i bytes, int) { return _mm512_xor_si512(bytes, self.flip); }
+  INLINE Code make(const Weight&, int32_t) { return {_mm512_set1_epi8(-128)}; }
+  INLINE NoTables tables(const Code&, int64_t) { return {}; }
+  INLINE __m512i codes(const Code& self, NoTables, __m512i bytes, int, int64_t) { return _mm512_xor_si512(bytes, self.flip); }
 };
 
 void decode_bytes(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) {

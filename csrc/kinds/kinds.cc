@@ -5,7 +5,8 @@
 namespace quern {
 namespace {
 
-const WeightKind* const ALL[] = {&integer4, &integer8, &codebook4, &trellis, &bfloat16, &float32};
+const WeightKind* const ALL[] = {&integer4, &integer8, &codebook2, &codebook3,   &codebook4,  &trellis,
+                                 &bfloat16, &float32,  &float8_e4m3, &float8_e5m2};
 
 }  // namespace
 

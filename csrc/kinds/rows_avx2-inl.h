@@ -6,7 +6,8 @@
 // other sizes, and a row's last groups, one at a time.
 //
 // No include guard and no linkage: for <kind>_avx2.cc alone. Such a file says in a struct `Code` how its codes become values:
-// PER_BYTE codes a byte; `add` adds the products of one register of them with the inputs from byte `at` of a row on; NARROW: in
+// PER_BYTE codes a byte; `add` adds the products of one register of them with the inputs from byte `at` of a row on (the
+// register itself lies `moved` bytes further); NARROW: in
 // lanes of 16 bits, which hold those of four registers (4 * 2 * 2 * 15 * 127 = 30480), of codes as stored, less the zero point.
 #include "kernels/common_avx2.h"
 #include "kinds/kinds.h"
@@ -16,13 +17,13 @@ namespace {
 
 constexpr int32_t BATCH = 8;  // groups that are added together
 
-// sums, of 32 bits, += products of `COUNT` registers, at most four.
+// sums, of 32 bits, += products of `COUNT` registers, at most four. They lie `moved` bytes further in the row than `at` says.
 template <typename Code, int TOKENS, int COUNT>
-INLINE void add_registers(const Code& code, const uint8_t* row, const Inputs& in, int64_t at, __m256i* sums) {
+INLINE void add_registers(const Code& code, const uint8_t* row, const Inputs& in, int64_t at, __m256i* sums, int64_t moved = 0) {
   __m256i some[TOKENS];
   for (int t = 0; t < TOKENS; ++t) some[t] = Code::NARROW ? _mm256_setzero_si256() : sums[t];
 #pragma GCC unroll 4
-  for (int i = 0; i < COUNT; ++i) Code::template add<TOKENS>(code, load(row + at + 32 * i), in, at + 32 * i, some);
+  for (int i = 0; i < COUNT; ++i) Code::template add<TOKENS>(code, load(row + at + 32 * i), in, at + 32 * i, some, moved);
   for (int t = 0; t < TOKENS; ++t)
     sums[t] = Code::NARROW ? _mm256_add_epi32(sums[t], _mm256_madd_epi16(some[t], _mm256_set1_epi16(1))) : some[t];
 }
@@ -33,17 +34,19 @@ template <typename Code, int TOKENS>
 INLINE void add_some(const Code& code, const uint8_t* row, const Inputs& in, int64_t at, int64_t count, __m256i* sums) {
   alignas(32) uint8_t bytes[32];
   _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), load_some(row + at, count));
-  alignas(32) int8_t copies[TOKENS][2][32];
+  constexpr int PLANES = Code::PER_BYTE;
+  alignas(32) int8_t copies[TOKENS][PLANES][32];
   Inputs few = in;
   for (int t = 0; t < TOKENS; ++t)
-    for (int which = 0; which < Code::PER_BYTE; ++which) {
-      const int8_t* x = Code::PER_BYTE == 2 ? in.halves + (2 * t + which) * in.half : in.values + t * in.stride;
+    for (int which = 0; which < PLANES; ++which) {
+      const int8_t* x = PLANES == 4   ? in.quarters + (4 * t + which) * in.quarter
+                        : PLANES == 2 ? in.halves + (2 * t + which) * in.half
+                                      : in.values + t * in.stride;
       _mm256_store_si256(reinterpret_cast<__m256i*>(copies[t][which]), load_some(x + at, count));
     }
-  few.halves = few.values = copies[0][0];
-  few.half = 32;
-  few.stride = 64;
-  add_registers<Code, TOKENS, 1>(code, bytes, few, 0, sums);
+  few.quarters = few.halves = few.values = copies[0][0];
+  few.quarter = few.half = few.stride = 32;
+  add_registers<Code, TOKENS, 1>(code, bytes, few, 0, sums, at);
 }
 
 // Sums of the bytes [at, end) of a row.
@@ -81,13 +84,20 @@ INLINE __m256i add_four(__m256i a, __m256i b, __m256i c, __m256i d) {
   return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
 }
 
-// Eight numbers from index `first` on.
-INLINE __m256 load_numbers(const void* data, Float type, int64_t first) {
-  const char* bytes = static_cast<const char*>(data);
-  if (type == Float::float32) return _mm256_castsi256_ps(load(bytes + 4 * first));
+// Scales of the eight groups of a row from `group` on.
+INLINE __m256 load_scales(const Weight& weight, int32_t row, int32_t group) {
+  const __m256 factor = _mm256_set1_ps(weight.scale_factor);
+  const int64_t first = row * weight.scale_stride + group;
+  const char* bytes = static_cast<const char*>(weight.scale);
+  if (bytes_of(weight.scale_type) == 1) {
+    alignas(32) float each[BATCH];
+    for (int i = 0; i < BATCH; ++i) each[i] = number(bytes, weight.scale_type, first + i);
+    return _mm256_mul_ps(_mm256_load_ps(each), factor);
+  }
+  if (weight.scale_type == Float::float32) return _mm256_mul_ps(_mm256_castsi256_ps(load(bytes + 4 * first)), factor);
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 2 * first));
-  if (type == Float::float16) return _mm256_cvtph_ps(halves);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  if (weight.scale_type == Float::float16) return _mm256_mul_ps(_mm256_cvtph_ps(halves), factor);
+  return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)), factor);
 }
 
 // outputs += sums of the eight groups from `group` on, in order. Lanes are groups.
@@ -104,7 +114,7 @@ INLINE float accumulate(const Weight& weight, const Inputs& in, int32_t row, int
     }
     sums = _mm256_sub_epi32(sums, _mm256_mullo_epi32(zeros, load(in.sums + at)));
   }
-  const __m256 ws = load_numbers(weight.scale, weight.scale_type, row * weight.scale_stride + group);
+  const __m256 ws = load_scales(weight, row, group);
   alignas(32) float value[BATCH], scale[BATCH];
   _mm256_store_ps(value, _mm256_cvtepi32_ps(sums));
   _mm256_store_ps(scale, _mm256_mul_ps(ws, _mm256_loadu_ps(in.scale + at)));
@@ -127,7 +137,7 @@ INLINE void add_batch(const Code& code, const Weight& weight, const Inputs& in, 
     __m256i sums[TOKENS];
     for (__m256i& sum : sums) sum = _mm256_setzero_si256();
 #pragma GCC unroll 2
-    for (int j = 0; j < EACH; ++j) Code::template add<TOKENS>(code, load(bytes + at + 32 * j), in, at + 32 * j, sums);
+    for (int j = 0; j < EACH; ++j) Code::template add<TOKENS>(code, load(bytes + at + 32 * j), in, at + 32 * j, sums, 0);
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t) v[t][i] = sums[t];
   }
@@ -148,8 +158,8 @@ INLINE void add_batch(const Code& code, const Weight& weight, const Inputs& in, 
 // BYTES 0: groups of any size.
 template <typename Code, int TOKENS, int BYTES>
 void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
-  const Code code = Code::make(weight);
   for (int32_t row = first; row < last; ++row) {
+    const Code code = Code::make(weight, row);
     const uint8_t* bytes = static_cast<const uint8_t*>(weight.codes) + row * weight.row_bytes;
     float out[TOKENS] = {};
     int32_t g = 0;
@@ -160,7 +170,7 @@ void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_
       __m256i sums[TOKENS];
       for (__m256i& v : sums) v = _mm256_setzero_si256();
       add_range<Code, TOKENS>(code, bytes, in, g * in.group / Code::PER_BYTE, (end + Code::PER_BYTE - 1) / Code::PER_BYTE, sums);
-      const float ws = number(weight.scale, weight.scale_type, row * weight.scale_stride + g);
+      const float ws = scale_of(weight, row, g);
       const int32_t zero = zero_of<Code>(weight, in, row, g);
       for (int t = 0; t < TOKENS; ++t) {
         const int64_t at = static_cast<int64_t>(t) * in.groups + g;

@@ -5,12 +5,12 @@
 // 8-bit integers plus 128. The shift times the group's sum of inputs is subtracted afterwards, together with the zero
 // point. 4-bit codes are split into low nibbles, which meet the inputs of even columns, and high ones.
 //
-// Groups of 32, 64 and 128 columns are added 16 groups at a time, by exchanging lanes between their registers; all other
+// Groups of 8, 16, 32 and 64 bytes are added 16 groups at a time, by exchanging lanes between their registers; all other
 // sizes, and what is left at the end of a row, one at a time.
 //
 // No include guard and no linkage: for <kind>_avx512.cc alone. Such a file says in a struct `Code` how its codes become
 // unsigned bytes and which inputs they meet: PER_BYTE codes a byte, in so many REGISTERS, values plus SHIFT (0: as stored, less
-// the zero point).
+// the zero point). `make` looks at a row, `tables` at the register from byte `at` of it on, for the `codes` in that.
 #include "kernels/common_avx512.h"
 #include "kinds/kinds.h"
 
@@ -20,18 +20,22 @@ namespace {
 constexpr int32_t BATCH = 16;  // groups that are added together
 constexpr int FAR = 4096;      // of fetch_ahead
 
+struct NoTables {};
+
 // Inputs of one token that the codes from byte `at` of a row on meet.
 template <typename Code>
 INLINE const int8_t* inputs_at(const Inputs& in, int token, int which, int64_t at) {
+  if constexpr (Code::PER_BYTE == 4) return in.quarters + (4 * token + which) * in.quarter + at;
   if constexpr (Code::PER_BYTE == 2) return in.halves + (2 * token + which) * in.half + at;
   return in.values + token * in.stride + at;
 }
 
 template <typename Code, int TOKENS>
 INLINE void add(const Code& code, const Inputs& in, __m512i bytes, int64_t at, __m512i* sums) {
-#pragma GCC unroll 2
+  const auto tables = Code::tables(code, at);
+#pragma GCC unroll 4
   for (int which = 0; which < Code::REGISTERS; ++which) {
-    const __m512i codes = Code::codes(code, bytes, which);
+    const __m512i codes = Code::codes(code, tables, bytes, which, at);
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t)
       sums[t] = _mm512_dpbusd_epi32(sums[t], codes, _mm512_loadu_si512(inputs_at<Code>(in, t, which, at)));
@@ -43,8 +47,9 @@ template <typename Code, int TOKENS>
 INLINE void add_some(const Code& code, const Inputs& in, const uint8_t* row, int64_t at, int64_t count, __m512i* sums) {
   const __mmask64 some = first_bytes(count);
   const __m512i bytes = _mm512_maskz_loadu_epi8(some, row + at);
+  const auto tables = Code::tables(code, at);
   for (int which = 0; which < Code::REGISTERS; ++which) {
-    const __m512i codes = Code::codes(code, bytes, which);
+    const __m512i codes = Code::codes(code, tables, bytes, which, at);
     for (int t = 0; t < TOKENS; ++t)
       sums[t] = _mm512_dpbusd_epi32(sums[t], codes, _mm512_maskz_loadu_epi8(some, inputs_at<Code>(in, t, which, at)));
   }
@@ -85,7 +90,7 @@ INLINE Zeros zeros_of(const Weight& weight, const Inputs& in, int32_t row) {
 // Scales and zero points are short streams of their own, which the processor's prefetchers take too late. A batch fetches
 // the scales that are wanted eight batches later, and the zero points of the next eight rows.
 INLINE void fetch_scales(const Weight& weight, const Inputs& in, const Zeros& zeros, int32_t row, int32_t group) {
-  const int64_t size = weight.scale_type == Float::float32 ? 4 : 2;
+  const int64_t size = bytes_of(weight.scale_type);
   _mm_prefetch(static_cast<const char*>(weight.scale) + (row * weight.scale_stride + group + 8 * BATCH) * size, _MM_HINT_T0);
   if (zeros.words != nullptr) _mm_prefetch(reinterpret_cast<const char*>(zeros.words + group + in.groups), _MM_HINT_T0);
 }
@@ -106,7 +111,7 @@ INLINE float accumulate(const Weight& weight, const Inputs& in, const Zeros& zer
   const __mmask16 some = first_lanes(count);
   const int64_t at = static_cast<int64_t>(token) * in.groups + group;
   const __m512i shift = _mm512_mullo_epi32(shifts<Code>(zeros, group, some), _mm512_maskz_loadu_epi32(some, in.sums + at));
-  const __m512 ws = load_numbers(weight.scale, weight.scale_type, row * weight.scale_stride + group, some);
+  const __m512 ws = load_scales(weight, row, group, some);
   alignas(64) float value[BATCH], scale[BATCH];
   _mm512_store_ps(value, _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, shift)));
   _mm512_store_ps(scale, _mm512_mul_ps(ws, _mm512_maskz_loadu_ps(some, in.scale + at)));
@@ -132,10 +137,14 @@ INLINE __m512i add_four(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
 }
 
-// Sums of 16 groups of `LANES_A_GROUP` lanes, that is of 16, 8 or 4 registers.
+// Sums of 16 groups of `LANES_A_GROUP` lanes, that is of 16, 8, 4 or 2 registers.
 template <int LANES_A_GROUP, bool NARROW>
 INLINE __m512i add_lanes(const __m512i* v) {
-  if constexpr (LANES_A_GROUP == 4) {
+  if constexpr (LANES_A_GROUP == 2) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_permutex2var_epi32(v[0], even, v[1]), _mm512_permutex2var_epi32(v[0], odd, v[1]));
+  } else if constexpr (LANES_A_GROUP == 4) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(order, add_four<NARROW>(v[0], v[1], v[2], v[3]));
   } else if constexpr (LANES_A_GROUP == 8) {
@@ -201,20 +210,24 @@ INLINE void add_rest(const Code& code, const Weight& weight, const Inputs& in, c
 
 // ROWS rows side by side, so that their chains of float additions overlap. LANES_A_GROUP 0: groups of any size.
 template <typename Code, int TOKENS, int LANES_A_GROUP, int ROWS>
-INLINE void multiply_block(const Code& code, const Weight& weight, const Inputs& in, int32_t row, float* outputs) {
+INLINE void multiply_block(const Weight& weight, const Inputs& in, int32_t row, float* outputs) {
   float out[ROWS][TOKENS] = {};
   Zeros zeros[ROWS];
-  for (int r = 0; r < ROWS; ++r) zeros[r] = zeros_of(weight, in, row + r);
+  Code code[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    zeros[r] = zeros_of(weight, in, row + r);
+    code[r] = Code::make(weight, row + r);
+  }
   int32_t group = 0;
   if constexpr (LANES_A_GROUP != 0) {
     const int32_t whole = in.columns / in.group;
     for (; group + BATCH <= whole; group += BATCH)
       for (int r = 0; r < ROWS; ++r)
-        add_batch<Code, TOKENS, LANES_A_GROUP>(code, weight, in, zeros[r], row + r, group, out[r]);
+        add_batch<Code, TOKENS, LANES_A_GROUP>(code[r], weight, in, zeros[r], row + r, group, out[r]);
     const int64_t end = (in.columns + Code::PER_BYTE - 1) / Code::PER_BYTE;
     if (group < in.groups) {
       for (int r = 0; r < ROWS; ++r)
-        add_rest<Code, TOKENS, LANES_A_GROUP>(code, weight, in, zeros[r], row + r, group, end, out[r]);
+        add_rest<Code, TOKENS, LANES_A_GROUP>(code[r], weight, in, zeros[r], row + r, group, end, out[r]);
       group = in.groups;
     }
   }
@@ -223,7 +236,7 @@ INLINE void multiply_block(const Code& code, const Weight& weight, const Inputs&
     for (int32_t g = group; g < in.groups; ++g) {
       const int32_t end = least((g + 1) * in.group, in.columns);
       __m512i sums[TOKENS];
-      add_range<Code, TOKENS>(code, in, bytes, g * in.group / Code::PER_BYTE, (end + Code::PER_BYTE - 1) / Code::PER_BYTE, sums);
+      add_range<Code, TOKENS>(code[r], in, bytes, g * in.group / Code::PER_BYTE, (end + Code::PER_BYTE - 1) / Code::PER_BYTE, sums);
       for (int t = 0; t < TOKENS; ++t) {
         const __m512i total = _mm512_castsi128_si512(_mm_cvtsi32_si128(_mm512_reduce_add_epi32(sums[t])));
         out[r][t] = accumulate<Code>(weight, in, zeros[r], row + r, t, g, 1, total, out[r][t]);
@@ -236,18 +249,18 @@ INLINE void multiply_block(const Code& code, const Weight& weight, const Inputs&
 template <typename Code, int TOKENS, int LANES_A_GROUP>
 void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
   // Only the smallest groups have so many additions that the time of one shows.
-  constexpr int ROWS = TOKENS == 1 && LANES_A_GROUP == 4 ? 2 : 1;
-  const Code code = Code::make(weight);
+  constexpr int ROWS = TOKENS > 1 ? 1 : LANES_A_GROUP == 2 ? 4 : LANES_A_GROUP == 4 ? 2 : 1;
   int32_t row = first;
   for (; row + ROWS <= last; row += ROWS)
-    multiply_block<Code, TOKENS, LANES_A_GROUP, ROWS>(code, weight, in, row, outputs);
-  for (; row < last; ++row) multiply_block<Code, TOKENS, LANES_A_GROUP, 1>(code, weight, in, row, outputs);
+    multiply_block<Code, TOKENS, LANES_A_GROUP, ROWS>(weight, in, row, outputs);
+  for (; row < last; ++row) multiply_block<Code, TOKENS, LANES_A_GROUP, 1>(weight, in, row, outputs);
 }
 
 template <typename Code, int TOKENS>
 INLINE void by_group(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
   const int32_t bytes = in.group % Code::PER_BYTE == 0 ? in.group / Code::PER_BYTE : 0;
   switch (bytes) {
+    case 8: return multiply_rows<Code, TOKENS, 2>(weight, in, first, last, outputs);
     case 16: return multiply_rows<Code, TOKENS, 4>(weight, in, first, last, outputs);
     case 32: return multiply_rows<Code, TOKENS, 8>(weight, in, first, last, outputs);
     case 64: return multiply_rows<Code, TOKENS, 16>(weight, in, first, last, outputs);

@@ -21,9 +21,7 @@ void multiply_rows_scalar(const Weight& weight, const Inputs& in, int32_t first,
         int32_t sum = 0;
         const int32_t end = std::min((g + 1) * in.group, in.columns);
         for (int32_t c = g * in.group; c < end; ++c) sum += value(c) * x[c];
-        float ws;
-        scalar::scales(weight, row, g, 1, &ws);
-        out = fmaf(static_cast<float>(sum), ws * in.scale[t * in.groups + g], out);
+        out = fmaf(static_cast<float>(sum), scalar::scale_of(weight, row, g) * in.scale[t * in.groups + g], out);
       }
       outputs[t * in.rows + row] = out;
     }
@@ -46,8 +44,7 @@ void decode_row_scalar(const Weight& weight, int32_t row, float* out) {
   const int32_t groups = (weight.columns + weight.group - 1) / weight.group;
   for (int32_t g = 0; g < groups; ++g) {
     const Values value(weight, row, g);
-    float scale;
-    scalar::scales(weight, row, g, 1, &scale);
+    const float scale = scalar::scale_of(weight, row, g);
     const int32_t end = std::min((g + 1) * weight.group, weight.columns);
     for (int32_t c = g * weight.group; c < end; ++c) out[c] = static_cast<float>(value(c)) * scale;
   }

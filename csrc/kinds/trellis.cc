@@ -95,7 +95,7 @@ const KindKernels trellis_scalar = {nullptr, multiply_tile, decode_panel};
 }  // namespace
 
 const WeightKind trellis = {
-    "trellis", false, false, 1, nullptr, tile_bytes, table_bytes, check, decode_row,
+    "trellis", false, true, false, 1, nullptr, tile_bytes, table_bytes, check, decode_row,
     {&trellis_scalar, X86_KERNELS(trellis_avx2), X86_KERNELS(trellis_avx512), nullptr},
 };
 

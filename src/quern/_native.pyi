@@ -26,6 +26,7 @@ class Matrix:
         window: int = 0,
         tables: int = 1,
         lag: int = 0,
+        scale_factor: float = 1.0,
     ) -> None: ...
     @property
     def bytes(self) -> int: ...

@@ -153,7 +153,8 @@ def test_extreme_values_stay_finite_or_are_refused(scheme):
 
 @every_scheme
 def test_size_is_what_the_bits_say(scheme):
-    """Codes of a row take bits x columns, rounded up to whole words; scales, zero points and tables come on top.
+    """Codes of a row take bits x columns, rounded up to whole words, twice where they lie in two planes; scales, zero points
+    and tables come on top: with k-means one for each scale.
 
     A trellis is stored by tiles: a multiple of 128 rows and 4 columns takes not a bit more, and other matrices take what the
     next multiples of 64 rows at 2 or 4 bits, or of 128 at 3, and of 4 columns would.
@@ -162,11 +163,12 @@ def test_size_is_what_the_bits_say(scheme):
     rows, columns = (384, 100) if scheme["codec"] == "trellis" else (33, 100)
     parts = codec.part_shapes((rows, columns))
     stored = {name: math.prod(size) * dtype.itemsize for name, (size, dtype) in parts.items()}
-    spare = 0 if scheme["codec"] == "trellis" else 4
+    spare = 0 if scheme["codec"] == "trellis" else 8 if scheme["codec"] != "integer" and scheme["bits"] == 3 else 4
     assert rows * columns * scheme["bits"] / 8 <= stored["codes"] <= rows * (columns * scheme["bits"] / 8 + spare)
     table = stored.pop("table", 0)
-    assert table <= 256
-    assert sum(stored.values()) - stored["codes"] <= rows * 4 * 8
+    scales = math.prod(parts["scale"][0])
+    assert table <= (scales << scheme["bits"] if scheme["codec"] == "kmeans" else 256)
+    assert sum(stored.values()) - stored["codes"] <= rows * 4 * 8 + stored.pop("tensor_scale", 0)
     if scheme["codec"] == "trellis":
         step = 128 if scheme["bits"] == 3 else 64
         for ragged in ((1, 1), (65, 3), (200, 97), (300, 5)):

@@ -23,6 +23,16 @@ RECIPES = {
     "int8 dynamic": {"weights": INT8, "activations": {"mode": "dynamic"}},
     "int8 static": {"weights": {**INT8, "granularity": "tensor"}, "activations": {"mode": "static"}},
     "trellis": {"weights": {"codec": "trellis", "bits": 3, "granularity": "channel", "window": 6, "tables": 1}},
+    "nf4": {"weights": {"codec": "nf4", "group_size": 32}, "embedding": {"codec": "nf4"}},
+    "log": {"weights": {"codec": "log", "bits": 4, "group_size": 32}, "embedding": {"codec": "log", "bits": 3}},
+    "float4": {"weights": {"codec": "nvfp4"}, "embedding": {"codec": "mxfp4"}},
+    "k-means": {"weights": {"codec": "kmeans", "bits": 3}, "embedding": {"codec": "kmeans", "granularity": "tensor"}},
+    "k-means of groups": {"weights": {"codec": "kmeans", "bits": 2, "granularity": "group", "group_size": 64}},
+    "float8": {"weights": {"codec": "float8"}, "embedding": {"codec": "float8", "variant": "e5m2"}},
+    "blocks": {
+        "weights": {"codec": "float8", "granularity": "block", "group_size": 32},
+        "embedding": {"bits": 4, "granularity": "block", "group_size": 32},
+    },
     "unquantized": None,
 }
 QUANTIZED = {name for name, choices in RECIPES.items() if choices}

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from quern.codecs.base import ScaledParameters
-from quern.codecs.integer import Grid
+from quern.codecs.integer import IntegerGrid
 from quern.observers.base import OBSERVERS
 from quern.observers.mean_squared_error import SHRINK
 from quern.observers.percentile import TAIL
 
 GRIDS = {
-    "symmetric": Grid(ScaledParameters(bits=4, granularity="channel")),
-    "asymmetric": Grid(ScaledParameters(bits=4, symmetric=False, granularity="channel")),
+    "symmetric": IntegerGrid(ScaledParameters(bits=4, granularity="channel")),
+    "asymmetric": IntegerGrid(ScaledParameters(bits=4, symmetric=False, granularity="channel")),
 }
 
 
@@ -109,7 +109,9 @@ def test_percentile_is_numpys_quantile(columns, weighted):
         assert high[row, 0] == -np.quantile(-data, TAIL, method="inverted_cdf", weights=counts)
 
 
-def squared_error(grid: Grid, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, counts=1.0) -> torch.Tensor:
+def squared_error(
+    grid: IntegerGrid, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, counts=1.0
+) -> torch.Tensor:
     return ((grid.reconstruct(x, low, high) - x).square() * counts).sum(-1)
 
 

@@ -154,10 +154,11 @@ def _words(key: str, value: Any) -> str:
 
 
 def catalogue(found: dict[str, Any]) -> RenderableType:
-    """The shipped recipes and the names that a recipe may use."""
-    recipes = plain_table(("recipe", "what it does"))
-    for name, description in found["recipes"].items():
-        add(recipes, name, description)
+    """The shipped recipes by technique, and the names that a recipe may use."""
+    recipes = plain_table(("technique", "recipe", "what it does"))
+    for technique, names in found["techniques"].items():
+        for position, name in enumerate(names):
+            add(recipes, "" if position else technique, name, found["recipes"][name])
     choices = plain_table(("choice", "known names"))
     for choice, names in found["choices"].items():
         add(choices, choice, ", ".join(names))

@@ -7,7 +7,8 @@ column" and feeds the error forward, whatever the codec is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -20,6 +21,10 @@ from quern.core.registry import Registry
 from quern.core.scheme import CodecParameters, CodecScheme
 
 Parts = dict[str, Tensor]
+GROUPED = ("group", "block")
+"""Granularities that have a ``group_size``."""
+MOST_BLOCK_ROWS = 1024
+"""Rows that are rounded together, of which blocks are a part."""
 TINY = 2.0**-24
 """Scale of weights that are all zero, and least float16 scale: the smallest float16 above zero."""
 
@@ -38,10 +43,12 @@ class ScaledParameters(CodecParameters):
     """Bits of one stored code."""
     symmetric: bool = True
     """Symmetric grids have their zero in the middle; asymmetric ones store a zero point for each scale."""
-    granularity: Literal["tensor", "channel", "group"] = "group"
-    """Who shares a scale: the tensor, one output channel (row), or ``group_size`` inputs of a row."""
+    granularity: Literal["tensor", "channel", "group", "block"] = "group"
+    """Who shares a scale: the tensor, one output channel (row), ``group_size`` inputs of a row, or ``group_size`` rows and
+    inputs."""
     group_size: Annotated[int, Field(ge=1)] | None = 128
-    """Inputs that share a scale under ``group`` (the last group of a row may be shorter); otherwise null."""
+    """Inputs that share a scale under ``group`` (the last group of a row may be shorter), and rows too under ``block``;
+    otherwise null."""
     observer: str = "mean_squared_error"
     """Name of the observer that picks the range that the scale covers."""
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -51,18 +58,20 @@ class ScaledParameters(CodecParameters):
     @classmethod
     def _no_group_without_granularity(cls, values: Any) -> Any:
         usual = cls.model_fields["granularity"].default
-        if isinstance(values, dict) and values.get("granularity", usual) != "group":
+        if isinstance(values, dict) and values.get("granularity", usual) not in GROUPED:
             return {"group_size": None, **values}
         return values
 
     @model_validator(mode="after")
     def _check_group(self) -> ScaledParameters:
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise ValueError("group_size goes with granularity: group, and only with it")
+        if (self.granularity in GROUPED) != (self.group_size is not None):
+            raise ValueError("group_size goes with granularity: group or block, and only with these")
+        if self.granularity == "block" and (MOST_BLOCK_ROWS % (self.group_size or 1) or not self.symmetric):
+            raise ValueError(f"blocks are symmetric, and their group_size divides {MOST_BLOCK_ROWS}")
         return self
 
     def int8_obstacle(self) -> str | None:
-        if self.bits == 8 and self.symmetric and self.granularity != "group":
+        if self.bits == 8 and self.symmetric and self.granularity not in GROUPED:
             return None
         return f"asks for {self.bits} bits, symmetric: {self.symmetric}, granularity: {self.granularity}"
 
@@ -78,6 +87,9 @@ class Encoder(ABC):
     """Columns that are coded jointly."""
     refit_width: int | None = None
     """Columns that ``refit`` fits together just before the first of them is rounded; None: all are fitted at the start."""
+
+    def weigh(self, importance: Tensor) -> None:  # noqa: B027 - only if parameters are fitted to whole rows
+        """Say what squared errors in each column ``(columns,)`` will cost; before the first column is rounded, if at all."""
 
     def refit(self, first_column: int, values: Tensor, importance: Tensor) -> None:  # noqa: B027 - only if refit_width
         """Fit the parameters of columns ``first_column ...`` to ``values`` ``(columns, rows)``, error feedback included.
@@ -112,12 +124,35 @@ class Described:
     """Of one stored code, scales not counted."""
 
 
+@dataclass(frozen=True)
+class KernelForm:
+    """How native kernels read a matrix: which kind of weights it is, and what they are given (``quern._native.Matrix``)."""
+
+    kind: str
+    arrays: Mapping[str, str]
+    """The part that each keyword takes."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further keywords."""
+    group: int | None = None
+    """Columns that share a scale; None: kinds that know no groups."""
+    scale_rows: int = 1
+    """Rows that share their scales; 0: all do."""
+    factor: tuple[str, float] | None = None
+    """``scale_factor`` is the number in this part times so much."""
+    decoded: bool = False
+    """Whether ``codes`` are to be ``Codec.integers``, because no kernel unpacks such codes."""
+    fine: bool = False
+    """Whether int8 inputs would lose more than the weights did."""
+
+
 class Codec(ABC):
     """A way to store weight matrices under one ``CodecScheme``. Raises ``UserError`` for schemes that it cannot store."""
 
     Parameters: ClassVar[type[CodecParameters]]
     """What a recipe may choose; the constructor finds an instance in ``scheme.params``."""
-    slab_rows: ClassVar[int] = 32
+    technique: ClassVar[str] = "other"
+    """What the literature calls it; recipes are listed by it."""
+    slab_rows: int = 32
     """Rows of a slab are a multiple of this, unless it is the last."""
 
     def __init__(self, scheme: CodecScheme) -> None:
@@ -151,6 +186,14 @@ class Codec(ABC):
         0 where all weights under a scale are. None: the codec's scales do not depend on ``scale_dtype``.
         """
         return None
+
+    def kernel(self, shape: tuple[int, int]) -> KernelForm | str:
+        """How native kernels read a matrix of ``shape``, or a clause that says why they cannot."""
+        return f"it has no kernel for the codec {self.scheme.codec}"
+
+    def integers(self, shape: tuple[int, int], parts: Parts) -> Tensor:
+        """The stored numbers before scales multiply them, int8 ``(rows, columns)``; for a ``KernelForm`` that wants them."""
+        raise NotImplementedError(self.scheme.codec)
 
     def join(self, slabs: list[Parts]) -> Parts:
         """Parts of a matrix from those of its slabs, in order."""

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quern import _native
-from quern.codecs.base import CODECS, Codec, Described, Encoder, Parts, ScaledParameters, least_scale
+from quern.codecs.base import CODECS, Codec, Described, Encoder, KernelForm, Parts, ScaledParameters, least_scale
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
 
@@ -126,6 +126,7 @@ class TrellisCodec(Codec):
     """Trellis codes; see the module's page for what is stored."""
 
     Parameters = TrellisParameters
+    technique = "trellis-coded"
     slab_rows = TILE
 
     def __init__(self, scheme: CodecScheme) -> None:
@@ -186,6 +187,19 @@ class TrellisCodec(Codec):
 
     def decode(self, shape: tuple[int, int], parts: Parts) -> Tensor:
         return self.integers(shape, parts).float().mul_(parts["scale"].float())
+
+    def kernel(self, shape: tuple[int, int]) -> KernelForm:
+        return KernelForm(
+            "trellis",
+            {"codes": "codes", "scale": "scale", "table": "table"},
+            {
+                "scale_type": self.params.scale_dtype,
+                "bits": self.params.bits,
+                "window": self.window,
+                "tables": self.tables,
+                "lag": self.lag,
+            },
+        )
 
     def integers(self, shape: tuple[int, int], parts: Parts) -> Tensor:
         """The sums of table entries, int16 ``(rows, columns)``."""

@@ -15,35 +15,25 @@ from numpy.typing import NDArray
 from quern import _native
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.safetensors_file import DTYPES
-from quern.codecs.base import CODECS, codec_of
-from quern.codecs.integer import IntegerCodec
-from quern.codecs.trellis import TrellisCodec
+from quern.codecs.base import CODECS, Codec, KernelForm, codec_of
 from quern.core.errors import BadFileError
 from quern.core.scheme import CodecScheme
 from quern.formats.base import StoredModule
 from quern.formats.quern import INPUT_SIGNS
 
-NATIVE_BITS = 4
-"""Integer codes of this width are read as they are stored, and so are symmetric bytes."""
+REPEATED = {"scale", "zeros"}
+"""What each group of columns has one of."""
 INPUT_GROUP = 64
 """Inputs that share a scale in front of weights with one scale a row. A single scale a token would let the few largest
 inputs of a token decide how coarsely all others are rounded."""
 
-FINE_BITS = 8
-"""Integer weights of so many bits get inputs as two int8 numbers each. Rounding the inputs to one would cost about ten times
-what rounding the weights did; the second one is nearly free where memory limits, because the weights are read once."""
-
 
 def unsupported(scheme: CodecScheme) -> str | None:
     """Why the native kernels cannot read weights of ``scheme``; None if they can."""
-    codec = codec_of(scheme) if scheme.codec in CODECS.names() else None
-    if isinstance(codec, TrellisCodec):
-        return None
-    if not isinstance(codec, IntegerCodec):
+    if scheme.codec not in CODECS.names():
         return f"it has no kernel for the codec {scheme.codec}"
-    if codec.params.bits == 8 and not codec.params.symmetric:
-        return "it has no kernel for asymmetric 8-bit weights"
-    return None
+    form = codec_of(scheme).kernel((1, 1))
+    return form if isinstance(form, str) else None
 
 
 class MappedWeights:
@@ -67,34 +57,29 @@ class MappedWeights:
         scale_per_token = stored is not None and stored.activations == "dynamic"
         signs = f"{name}.{INPUT_SIGNS}"
         matrix = self.matrix(name, shape, None if scale_per_token or self._has(signs) else INPUT_GROUP)
-        self.read_bytes += matrix.bytes
+        form = self._form(name, shape)
+        # A table of the codec's own is no part of the file.
+        self.read_bytes += matrix.bytes - (form.options["table"].nbytes if form and "table" in form.options else 0)
         return _native.Linear(
             matrix,
             self.optional_vector(f"{name}.bias", shape[0]) if bias else None,
             self._mapped(signs, ((shape[1] + 7) // 8,), torch.uint8) if self._has(signs) else None,
-            fine=self._fine(name) and not scale_per_token,
+            fine=form is not None and form.fine and not scale_per_token,
         )
 
-    def _fine(self, name: str) -> bool:
-        """Whether int8 inputs would lose more than the weights did."""
+    def _form(self, name: str, shape: tuple[int, int]) -> KernelForm | None:
+        """How kernels read the codes of module ``name``; None for one that is not stored as codes."""
         stored = self._modules.get(name)
-        codec = None if stored is None else codec_of(stored.scheme)
-        return isinstance(codec, IntegerCodec) and codec.params.bits >= FINE_BITS
+        form = None if stored is None else codec_of(stored.scheme).kernel(shape)
+        assert not isinstance(form, str)  # the engine has asked
+        return form
 
     def matrix(self, name: str, shape: tuple[int, int], input_group: int | None = None) -> _native.Matrix:
-        """The packed weight of module ``name``; integers with one scale a row repeat it for ``input_group`` columns each."""
-        stored = self._modules.get(name)
-        if stored is None:
+        """The packed weight of module ``name``; one scale a row is repeated for ``input_group`` columns each."""
+        form = self._form(name, shape)
+        if form is None:
             return self._plain(f"{name}.weight", shape)
-        codec = codec_of(stored.scheme)
-        parts = {
-            part: self._mapped(f"{name}.{part}", size, dtype)
-            for part, (size, dtype) in codec.part_shapes(shape).items()
-        }
-        if isinstance(codec, TrellisCodec):
-            return _trellis(codec, shape, parts)
-        assert isinstance(codec, IntegerCodec)
-        return self._integer(name, codec, shape, parts, input_group)
+        return self._of_form(name, codec_of(self._modules[name].scheme), form, shape, input_group)
 
     def vector(self, name: str, length: int) -> NDArray[np.float32]:
         """A small tensor of ``length`` numbers as float32."""
@@ -134,30 +119,34 @@ class MappedWeights:
             codes = values.reshape(-1).view(torch.uint8).numpy()
         return _native.Matrix(str(kernel).removeprefix("torch."), *shape, codes)
 
-    def _integer(
-        self, name: str, codec: IntegerCodec, shape: tuple[int, int], parts: dict[str, Any], input_group: int | None
+    def _of_form(
+        self, name: str, codec: Codec, form: KernelForm, shape: tuple[int, int], input_group: int | None
     ) -> _native.Matrix:
-        params, group = codec.params, codec.group_width(shape[1])
-        if input_group is not None and input_group < shape[1] == group:
-            group, repeats = input_group, -(-shape[1] // input_group)
-            for part, size in {"scale": getattr(torch, params.scale_dtype).itemsize, "zero_point": 4}.items():
-                if part in parts:
-                    parts[part] = parts[part].reshape(-1, 1, size).repeat(repeats, axis=1).reshape(-1)
-        scaling = {
-            "scale": parts["scale"],
-            "scale_type": params.scale_dtype,
-            "group": group,
-            "one_scale": params.granularity == "tensor",
-        }
-        if params.bits == NATIVE_BITS:
-            return _native.Matrix("integer4", *shape, parts["codes"], zeros=parts.get("zero_point"), **scaling)
-        if params.bits == 8:
-            return _native.Matrix("integer8", *shape, parts["codes"], **scaling)
-        # Other widths have no kernel of their own: code - zero point fits a byte up to seven bits.
-        stored = {part: self._checkpoint.read(f"{name}.{part}") for part in parts}
-        stored["scale"] = torch.ones_like(stored["scale"])
-        differences = codec.decode(shape, stored).to(torch.int8).numpy()
-        return _native.Matrix("integer8", *shape, differences.reshape(-1).view(np.uint8), **scaling)
+        """The matrix of ``form``: the parts' own bytes, but for scales that several rows share or that are repeated."""
+        sizes = codec.part_shapes(shape)
+        arrays = {key: self._mapped(f"{name}.{part}", *sizes[part]) for key, part in form.arrays.items()}
+        if form.decoded:
+            stored = {part: self._checkpoint.read(f"{name}.{part}") for part in sizes}
+            arrays["codes"] = codec.integers(shape, stored).numpy().reshape(-1).view(np.uint8)
+        repeats, group = 1, form.group
+        if input_group is not None and group == shape[1] > input_group:
+            repeats, group = -(-shape[1] // input_group), input_group
+        if repeats > 1 or form.scale_rows > 1:
+            for key in REPEATED & set(arrays):
+                (scale_rows, groups), dtype = sizes[form.arrays[key]]
+                wide = arrays[key].reshape(scale_rows, groups, dtype.itemsize).repeat(repeats, axis=1)
+                if form.scale_rows > 1:
+                    wide = wide.repeat(form.scale_rows, axis=0)[: shape[0]]
+                arrays[key] = wide.reshape(-1)
+        if "table" in arrays:
+            arrays["table"] = arrays["table"].view(np.int8)
+        options: dict[str, Any] = {**form.options, **arrays}
+        if form.factor is not None:
+            part, times = form.factor
+            options["scale_factor"] = times * float(self._checkpoint.read(f"{name}.{part}", finite=True).item())
+        if group is not None:
+            options |= {"group": group, "one_scale": form.scale_rows == 0}
+        return _native.Matrix(form.kind, *shape, **options)
 
 
 def _map(place: Path) -> NDArray[np.uint8]:
@@ -171,18 +160,3 @@ def _map(place: Path) -> NDArray[np.uint8]:
         with contextlib.suppress(OSError):  # a kernel without them
             mapped.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapped, np.uint8)
-
-
-def _trellis(codec: TrellisCodec, shape: tuple[int, int], parts: dict[str, Any]) -> _native.Matrix:
-    return _native.Matrix(
-        "trellis",
-        *shape,
-        parts["codes"],
-        scale=parts["scale"],
-        scale_type=codec.params.scale_dtype,
-        table=parts["table"].view(np.int8),
-        bits=codec.params.bits,
-        window=codec.window,
-        tables=codec.tables,
-        lag=codec.lag,
-    )

@@ -76,6 +76,8 @@ class CompressedTensorsWriter(ShardedWriter):
             yield f"the rows have {columns} inputs, which is not a multiple of the group size {params.group_size}"
         if params.bits < 2:
             yield "1-bit integers are not part of it"
+        if params.granularity == "block":
+            yield "vLLM and transformers read no blocks of integers; use granularity channel or group"
         if plan.activations.mode == "none" and params.granularity == "tensor":
             yield "weight-only quantization per tensor is not part of it; use granularity channel or group"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from quern.architectures.base import ARCHITECTURES
 from quern.codecs.base import CODECS
-from quern.core.recipe import load_recipe, profile_names
+from quern.core.recipe import Recipe, load_recipe, profile_names
 from quern.core.registry import Registry
 from quern.engines.base import ENGINES
 from quern.formats.base import FORMATS
@@ -25,9 +25,24 @@ REGISTRIES: tuple[Registry[Any], ...] = (
 )
 
 
+def technique_of(recipe: Recipe) -> str:
+    """What the literature calls a recipe: ``hybrid`` where linears have several schemes, otherwise after its codec."""
+    schemes = {str(recipe.weights), *(str(o.scheme) for o in recipe.overrides if o.scheme is not None)}
+    if len(schemes) > 1:
+        return "hybrid"
+    if recipe.activations.mode != "none":
+        return f"{recipe.activations.mode} integer products"
+    return CODECS.get(recipe.weights.codec).technique if recipe.weights.quantized else "none"
+
+
 def catalogue() -> dict[str, Any]:
-    """``{"recipes": {name: description}, "choices": {kind: [names]}}``, names sorted."""
+    """``{"recipes": {name: description}, "techniques": {technique: [recipes]}, "choices": {kind: [names]}}``, names sorted."""
+    recipes = {name: load_recipe(name) for name in profile_names()}
+    techniques: dict[str, list[str]] = {}
+    for name, recipe in recipes.items():
+        techniques.setdefault(technique_of(recipe), []).append(name)
     return {
-        "recipes": {name: load_recipe(name).description for name in profile_names()},
+        "recipes": {name: recipe.description for name, recipe in recipes.items()},
+        "techniques": dict(sorted(techniques.items())),
         "choices": {registry.kind: registry.names() for registry in REGISTRIES},
     }

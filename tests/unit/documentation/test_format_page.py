@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from artifacts import INT8, make_artifact
+from artifacts import INT8, make_artifact, stored_tensors
 from tiny_model import tiny_config, write_model
 
 from quern.architectures.base import architecture_of
@@ -18,6 +18,8 @@ from quern.core.scheme import parse_scheme
 from quern.formats.base import StoredModule
 from quern.formats.quern import READ_VERSIONS, VERSION, QuernReader
 from quern.pipeline.inspect import inspect
+
+OWN_CODECS = [name for name in CODECS.names() if CODECS.get(name).__module__.startswith("quern.codecs.")]
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "format.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -72,13 +74,15 @@ def test_the_tables_name_every_key(tiny_model, tiny_text, tmp_path):
     assert set(written) == set(EXAMPLE)
     assert all(set(entry) == set(table("A module")) for entry in written["modules"].values())
     scheme = table("A scheme")
-    assert scheme["codec"][1] == "`integer` or `trellis`"
-    trellis = CODECS.get("trellis").Parameters.model_fields
-    assert {"codec", *trellis} == set(scheme)
+    assert set(re.findall(r"`(\w+)`", scheme["codec"][1])) == set(OWN_CODECS)
     assert CODECS.get("integer").Parameters is ScaledParameters
-    only = {key for key, (codecs, *_) in scheme.items() if codecs == "`trellis`"}
-    assert only == set(trellis) - set(ScaledParameters.model_fields)
-    assert all(cells[0] in ("all", "`trellis`") for cells in scheme.values())
+    own = {
+        name: set(CODECS.get(name).Parameters.model_fields) - set(ScaledParameters.model_fields) for name in OWN_CODECS
+    }
+    assert {"codec", *ScaledParameters.model_fields}.union(*own.values()) == set(scheme)
+    for key, (codecs, *_) in scheme.items():
+        owners = {name for name, keys in own.items() if key in keys}
+        assert codecs == (f"`{owners.pop()}`" if owners else "all"), key
     provenance = json.loads((folder / "quern.json").read_text())
     assert set(table("`quern.json`")) == {f"fingerprint.{key}" for key in provenance["fingerprint"]} | {
         "layers",
@@ -158,13 +162,67 @@ def test_the_pages_reader_reads_trellis_codes(variant, reader, tiny_text, tmp_pa
         assert signs is None or signs.shape == (-(-found.shape[1] // 8),)
 
 
+CODES_WITH_TABLES = {
+    "kmeans": {
+        "weights": {"codec": "kmeans", "bits": 3},
+        "overrides": [
+            {"pattern": "*.gate_proj", "codec": "kmeans", "bits": 2, "granularity": "tensor"},
+            {"pattern": "*.o_proj", "codec": "kmeans", "bits": 4, "granularity": "group", "group_size": 40},
+            {"pattern": "*.down_proj", "codec": "kmeans", "bits": 3, "granularity": "group", "group_size": 64},
+        ],
+        "head": {"codec": "kmeans", "bits": 3, "granularity": "tensor"},
+    },
+    "fixed": {
+        "weights": {"codec": "nf4", "group_size": 40},
+        "overrides": [
+            {"pattern": "*.gate_proj", "codec": "log", "bits": 3},
+            {"pattern": "*.up_proj", "codec": "log", "bits": 4, "granularity": "tensor"},
+            {"pattern": "*.o_proj", "codec": "log", "bits": 5, "granularity": "channel"},
+            {"pattern": "*.down_proj", "codec": "mxfp4"},
+            {"pattern": "*.k_proj", "codec": "nf4", "granularity": "block", "group_size": 32},
+        ],
+        "head": {"codec": "nvfp4"},
+    },
+    "floats and blocks": {
+        "weights": {"codec": "float8"},
+        "overrides": [
+            {"pattern": "*.gate_proj", "codec": "float8", "variant": "e5m2", "granularity": "tensor"},
+            {
+                "pattern": "*.o_proj",
+                "codec": "float8",
+                "granularity": "group",
+                "group_size": 40,
+                "scale_dtype": "bfloat16",
+            },
+            {"pattern": "*.down_proj", "codec": "float8", "granularity": "block", "group_size": 32},
+            {"pattern": "*.up_proj", "bits": 5, "granularity": "block", "group_size": 32},
+        ],
+        "head": {"bits": 8, "granularity": "block", "group_size": 128},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CODES_WITH_TABLES)
+def test_the_pages_reader_reads_codes_with_tables_and_floats(name, reader, tiny_text, tmp_path):
+    config = tiny_config("qwen3", head_dim=24, num_hidden_layers=1, tie_word_embeddings=False, hidden_size=320)
+    model = write_model(tmp_path / "model", config)
+    folder = make_artifact(model, tmp_path / "out", tiny_text, **CODES_WITH_TABLES[name])
+    weights, tensors = reader["read_weights"](folder), stored_tensors(folder)
+    schemes = {module: stored.scheme for module, stored in plan_of(written_config(folder)).items()}
+    assert len(weights) == len(schemes) == 8
+    for module, scheme in schemes.items():
+        codec, found = codec_of(scheme), torch.from_numpy(weights[module])
+        parts = {part: tensors[f"{module}.{part}"] for part in codec.part_shapes(tuple(found.shape))}
+        assert torch.equal(codec.decode(tuple(found.shape), parts), found), module
+
+
 def expected_parts(params: ScaledParameters, shape: tuple[int, int]) -> dict:
     """The page's table, evaluated: every cell of it is an expression in the words that it defines."""
     rows, columns = shape
     width = min(params.group_size or columns, columns)
     words = {
         "rows": rows, "columns": columns, "groups": -(-columns // width),
-        "scale_rows": 1 if params.granularity == "tensor" else rows, "words": lambda n: -(-n * params.bits // 32),
+        "scale_rows": {"tensor": 1, "block": -(-rows // width)}.get(params.granularity, rows), "words": lambda n: -(-n * params.bits // 32),
     }  # fmt: skip
     holds = {
         "`bits` is 8 and `symmetric`": params.bits == 8 and params.symmetric,

@@ -91,9 +91,39 @@ def test_integer8(isa, shape):
     check(Maker(6).integer8(*shape))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("shape", SHAPES + GROUPED + ODD_GROUPS)
-def test_codebook4(isa, shape):
-    check(Maker(7).codebook4(*shape))
+def test_codebooks(isa, bits, shape):
+    check(Maker(7).codebook(bits, *shape))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shared", ["row", "group"])
+def test_codebooks_of_rows_and_groups(isa, bits, shared):
+    for shape in ((9, 200), (33, 1290, 16), (5, 1200, 32), (3, 2176, 64), (6, 1800, 128), (3, 800, 256), (2, 50, 7),
+                  (5, 66, 33), (3, 300, 20), (3, 1000, 192)):  # fmt: skip
+        check(Maker(70).codebook(bits, *shape, shared=shared), tokens=(1, 2, 7, 9))
+
+
+@pytest.mark.parametrize("factor", [0.5, 3e-3])
+def test_scales_have_a_factor(isa, factor):
+    for scale_type, group in (("float8_e8m0fnu", 32), ("float8_e4m3fn", 16), ("float16", 64)):
+        check(Maker(73).codebook(4, 33, 1290, group, scale_type, factor=factor), tokens=(1, 2, 9, 17))
+
+
+@pytest.mark.parametrize("variant", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("shape", SHAPES + GROUPED + ODD_GROUPS)
+def test_float8(isa, variant, shape):
+    check(Maker(74).float8(variant, *shape), tokens=(1, 2, 5, 8, 9))
+
+
+@pytest.mark.parametrize("variant", ["e4m3", "e5m2"])
+def test_float8_codes_that_are_no_number_show(isa, variant):
+    packed = Maker(75).float8(variant, 6, 100, 32)
+    packed.arrays["codes"][3, 41] = 0x7F
+    found = native.multiply(matrix(packed), inputs(2, 100), 1)
+    assert np.isnan(found[:, 3]).all()
+    assert np.isfinite(np.delete(found, 3, axis=1)).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -39,6 +39,7 @@ class Gptq(Rounding):
                 f"codec {codec.scheme.codec} codes {encoder.width} neighbouring columns jointly, which cannot be rounded in "
                 "another order. Set rounding: {activation_order: false}"
             )
+        encoder.weigh(factor.diagonal if factor.order is None else factor.diagonal[factor.order.argsort()])
         weight = slab if factor.order is None else slab[:, factor.order]
         decoded, error = self._feed_forward(weight, encoder, factor)
         size = _quadratic_size(weight, factor)
