@@ -53,7 +53,9 @@ def scales_of(shape: tuple[int, ...], rng: np.random.Generator, dtype: torch.dty
     return tensor(rng.uniform(0.002, 0.03, shape).astype(np.float32)).to(dtype)
 
 
-def gptq(bits: int, group: int, form: str = "gptq", desc_act: bool = False, sym: bool = False, order: bool = True) -> Variant:
+def gptq(
+    bits: int, group: int, form: str = "gptq", desc_act: bool = False, sym: bool = False, order: bool = True
+) -> Variant:
     least = 1 if form == "gptq" else 0
 
     def pack(shape: tuple[int, int], rng: np.random.Generator) -> Packed:
@@ -241,7 +243,9 @@ def compressed_fp4(form: str) -> Variant:
             powers = rng.integers(110, 124, (shape[0], -(-shape[1] // group)))
             parts["weight_scale"] = tensor(powers.astype(np.uint8))
             return parts, tensor(value * 2.0 ** (powers - 127)[:, at])
-        local = tensor(rng.uniform(20, 400, (shape[0], -(-shape[1] // group))).astype(np.float32)).to(torch.float8_e4m3fn)
+        local = tensor(rng.uniform(20, 400, (shape[0], -(-shape[1] // group))).astype(np.float32)).to(
+            torch.float8_e4m3fn
+        )
         whole = torch.tensor([np.float32(rng.uniform(5e3, 2e4))])
         parts |= {"weight_scale": local, "weight_global_scale": whole}
         return parts, tensor(value * local.double().numpy()[:, at] / float(whole))

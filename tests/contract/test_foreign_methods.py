@@ -9,8 +9,8 @@ import torch
 from foreign_models import VARIANTS, ForeignModel, change, write_foreign, write_mxfp4
 
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.decoded import decoded, foreign_weights
 from quern.checkpoint.foreign.base import FOREIGN
+from quern.checkpoint.foreign.decoded import decoded, foreign_weights
 from quern.core.errors import BadFileError
 from quern.loading.fitting import open_original
 
@@ -52,7 +52,9 @@ def test_weights_are_decoded_exactly(name, models):
     check_values(models[name], VARIANTS[name].exact)
 
 
-@pytest.mark.parametrize("name", ["gptq 3 bits", "awq", "fp8 blocks", "bitsandbytes nf4 nested", "compressed-tensors int4"])
+@pytest.mark.parametrize(
+    "name", ["gptq 3 bits", "awq", "fp8 blocks", "bitsandbytes nf4 nested", "compressed-tensors int4"]
+)
 def test_so_are_those_of_another_family(name, tmp_path):
     """With sizes that fill several words and blocks, and a head of its own."""
     sizes = {"tie_word_embeddings": False, "attention_bias": False, "hidden_size": 128, "head_dim": 32}
@@ -67,7 +69,9 @@ def test_the_rest_is_read_as_it_is_and_all_bytes_are_counted(name, models):
     assert "quantization_config" not in read.config
     for other in set(read.names()) - set(weights):
         assert torch.equal(read.read(other), stored.read(other))
-    assert sum(read.info(n).stored_bytes for n in read.names()) == sum(stored.info(n).stored_bytes for n in stored.names())
+    assert sum(read.info(n).stored_bytes for n in read.names()) == sum(
+        stored.info(n).stored_bytes for n in stored.names()
+    )
     variant = VARIANTS[name]
     assert {(weight.granularity, weight.bits) for weight in weights.values()} == {(variant.granularity, variant.bits)}
     assert read.bf16_bytes > 2 * read.parameters
@@ -82,7 +86,9 @@ def test_a_missing_part_is_refused(name, models, tmp_path):
     model = models[name]
     module = "model.layers.1.mlp.up_proj"
     optional = {"weight_format", "input_scale"} | ({"g_idx"} if not VARIANTS[name].config.get("desc_act") else set())
-    parts = [part.removeprefix(f"{module}.") for part in foreign_weights(opened(model.folder))[f"{module}.weight"].parts]
+    parts = [
+        part.removeprefix(f"{module}.") for part in foreign_weights(opened(model.folder))[f"{module}.weight"].parts
+    ]
     for part in sorted(set(parts) - optional):
         folder = change(model, tmp_path / part, lambda tensors, part=part: tensors.pop(f"{module}.{part}"))
         with pytest.raises(BadFileError) as caught:
@@ -94,7 +100,9 @@ def test_a_missing_part_is_refused(name, models, tmp_path):
 def test_a_part_of_another_shape_is_refused(name, models, tmp_path):
     model = models[name]
     module = "model.layers.1.mlp.up_proj"
-    parts = [part.removeprefix(f"{module}.") for part in foreign_weights(opened(model.folder))[f"{module}.weight"].parts]
+    parts = [
+        part.removeprefix(f"{module}.") for part in foreign_weights(opened(model.folder))[f"{module}.weight"].parts
+    ]
     for part in parts:
         if part == "input_scale" or part.startswith("weight.quant_state"):
             continue

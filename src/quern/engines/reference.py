@@ -1,8 +1,8 @@
 """The reference engine: transformers' model classes on torch, packed weights unpacked as they are used.
 
-Slow and plain: it judges every other engine. It runs unquantized folders and GGUF files, what other tools quantized as decoded
-values, quern's artifacts and, where the compressed-tensors package is installed, compressed-tensors artifacts (the only ones
-that transformers itself reads).
+Slow and plain: it judges every other engine. It runs unquantized folders and GGUF files, what other tools quantized
+as decoded values, quern's artifacts and, where the compressed-tensors package is installed, compressed-tensors
+artifacts (the only ones that transformers itself reads).
 """
 
 from __future__ import annotations

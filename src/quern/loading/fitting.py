@@ -11,8 +11,8 @@ from typing import Any
 
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.checkpoint.decoded import decoded, foreign_weights, without
 from quern.checkpoint.foreign.base import known_methods
+from quern.checkpoint.foreign.decoded import decoded, foreign_weights, without
 from quern.core.artifact import PROVENANCE, quantization_of
 from quern.core.errors import BadFileError, UserError
 from quern.core.progress import Progress

@@ -99,5 +99,7 @@ def _reference_notes(source: Checkpoint) -> list[str]:
     """What should be known of the model that losses are measured against."""
     quantization = quantization_of(source.config)
     method = None if quantization is None else str(quantization.get("quant_method"))[:40]
-    quantized = [] if method is None else [f"it is itself quantized, by {method}: what that cost stays and is not measured"]
+    quantized = (
+        [] if method is None else [f"it is itself quantized, by {method}: what that cost stays and is not measured"]
+    )
     return [f"the reference: {note}" for note in (*quantized, *source.notes)]

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.foreign.decoded import decoded, foreign_weights
 from quern.checkpoint.gguf.file import GgufSource
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.comparison.artifact_size import artifact_bytes, weight_bytes
@@ -19,7 +20,6 @@ from quern.core.errors import UserError
 from quern.core.metrics import bits_per_weight
 from quern.formats.base import StoredWeight, format_of, reader_of
 from quern.formats.fit import FLOATS
-from quern.checkpoint.decoded import decoded, foreign_weights
 from quern.loading.fitting import fitted, model_config, open_stored, read_methods
 
 NO_GRANULARITY = "-"
@@ -106,9 +106,7 @@ def _inspect_decoded(checkpoint: Checkpoint, method: str) -> Inspection:
     weights, infos = foreign_weights(checkpoint), checkpoint.source.infos
     rows = [_plain_row(checkpoint, name) for name in checkpoint.names() if name not in weights]
     for name, weight in weights.items():
-        rows.append(
-            TensorRow(name, weight.shape, method, weight.granularity, weight.bits, infos[name].stored_bytes)
-        )
+        rows.append(TensorRow(name, weight.shape, method, weight.granularity, weight.bits, infos[name].stored_bytes))
     return Inspection(
         path=checkpoint.path,
         bytes=artifact_bytes(checkpoint),
@@ -130,8 +128,10 @@ def _notes(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:
             return [f"it cannot be run or quantized: {error}"]
         bits = config.get("bits") or config.get("w_bit") or (4 if config.get("load_in_4bit") else None)
         width = f" to {bits} bits" if type(bits) is int else ""
-        return [f"quantized{width} by {str(method)[:40]}, which quern neither runs nor quantizes again (it reads "
-            f"{read_methods()})"]
+        return [
+            f"quantized{width} by {str(method)[:40]}, which quern neither runs nor quantizes again (it reads "
+            f"{read_methods()})"
+        ]
     try:
         fitted(checkpoint)
     except UserError as error:

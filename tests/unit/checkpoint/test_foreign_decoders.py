@@ -17,8 +17,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from quern.checkpoint.checkpoint import open_checkpoint
-from quern.checkpoint.decoded import decoded, foreign_weights
 from quern.checkpoint.foreign import _arithmetic
+from quern.checkpoint.foreign.decoded import decoded, foreign_weights
 from quern.core.errors import BadFileError, UserError
 from quern.loading.fitting import open_original
 
@@ -72,10 +72,11 @@ def test_a_weight_in_many_pieces_is_the_same(name, model, monkeypatch):
     assert torch.equal(decoded(open_checkpoint(model(name).folder)).read(f"{UP}.weight"), whole)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("compressed-tensors int")])
+PACKED = [name for name, variant in VARIANTS.items() if variant.config.get("format") == "pack-quantized"]
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_compressed_tensors_own_decoder_agrees_on_packed_integers(name, model):
-    if VARIANTS[name].config["format"] != "pack-quantized":
-        pytest.skip("it has no packing to undo")
     arguments = VARIANTS[name].config["config_groups"]["group_0"]["weights"]
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
     parts = stored_parts(model(name))
@@ -87,7 +88,9 @@ def test_compressed_tensors_own_decoder_agrees_on_packed_integers(name, model):
 def test_compressed_tensors_own_decoder_agrees_on_nvfp4(model):
     """It computes in bfloat16: a scale rounded to 8 bits, and their product once more, each by 2 ** -9 at most."""
     name = "compressed-tensors nvfp4"
-    scheme = QuantizationScheme(targets=["Linear"], weights=VARIANTS[name].config["config_groups"]["group_0"]["weights"])
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=VARIANTS[name].config["config_groups"]["group_0"]["weights"]
+    )
     theirs = NVFP4PackedCompressor.decompress(stored_parts(model(name)), scheme)["weight"].float()
     ours = open_original(model(name).folder).read(f"{UP}.weight")
     assert float(((ours - theirs).abs() / ours.abs().clamp(min=1e-9)).max()) < 2.1 * 2**-8

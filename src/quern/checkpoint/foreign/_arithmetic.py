@@ -76,9 +76,9 @@ def fill_scaled(
 ) -> None:
     """Set ``target`` to (code - zero) * scale / divisor, some rows at a time.
 
-    ``target``: float ``(r, c)``, perhaps the transpose of a weight. ``codes(begin, end)``: integers or float32
-    ``(end - begin, c)``. ``scale`` float32 and ``zero`` int32 have the same shape; row i and column j of the target use the entry
-    ``[rows[i], columns[j]]`` (None: the entry of their own number). ``multiple``: of what ranges of rows are.
+    ``target``: float ``(r, c)``, perhaps the transpose of a weight. ``codes(begin, end)``: integers or float32 ``(end
+    - begin, c)``. ``scale`` float32 and ``zero`` int32 have the same shape; row i and column j of the target use the
+    entry ``[rows[i], columns[j]]`` (None: the entry of their own number). ``multiple``: of what ranges of rows are.
     The product is float32 and rounded once: exact where the scale has 16 bits or less and the code eight.
     """
 
@@ -86,7 +86,7 @@ def fill_scaled(
         chosen = table[begin:end] if rows is None else table[rows[begin:end]]
         return chosen if columns is None else chosen[:, columns]
 
-    for begin, end in slabs(*target.shape, multiple=multiple):
+    for begin, end in slabs(target.shape[0], target.shape[1], multiple):
         values = codes(begin, end)
         if zero is not None:
             values = values.int() - spread(zero, begin, end)

@@ -1,7 +1,8 @@
 """AWQ checkpoints of the version GEMM, as AutoAWQ and others write them.
 
-For each linear: ``qweight`` int32 ``(in, out / 8)``, ``qzeros`` int32 ``(groups, out / 8)``, ``scales`` ``(groups, out)``. A word
-holds eight outputs of 4 bits; field i, from the lowest, is output ``ORDER[i]``. The weight is (code - zero) * scale.
+For each linear: ``qweight`` int32 ``(in, out / 8)``, ``qzeros`` int32 ``(groups, out / 8)``, ``scales`` ``(groups,
+out)``. A word holds eight outputs of 4 bits; field i, from the lowest, is output ``ORDER[i]``. The weight is (code -
+zero) * scale.
 """
 
 from __future__ import annotations

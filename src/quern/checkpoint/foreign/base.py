@@ -1,12 +1,12 @@
 """What other tools quantized, read as the values that its codes stand for.
 
-A method is recognised by ``quant_method`` in the ``quantization_config`` of config.json. It says which weights it packed,
-checks their parts' shapes and dtypes from the headers, and decodes one weight when it is asked for. Adding a tool is adding
-one file here: a ``ForeignMethod`` under its ``quant_method``.
+A method is recognised by ``quant_method`` in the ``quantization_config`` of config.json. It says which weights it
+packed, checks their parts' shapes and dtypes from the headers, and decodes one weight when it is asked for. Adding a
+tool is adding one file here: a ``ForeignMethod`` under its ``quant_method``.
 
-Whatever is packed otherwise than the configuration says is refused with a ``BadFileError`` that names the tensor, what was
-called for and what came: other shapes or dtypes, parts that are missing, groups or zero points out of range, scales that are
-no finite numbers.
+Whatever is packed otherwise than the configuration says is refused with a ``BadFileError`` that names the tensor,
+what was called for and what came: other shapes or dtypes, parts that are missing, groups or zero points out of range,
+scales that are no finite numbers.
 """
 
 from __future__ import annotations

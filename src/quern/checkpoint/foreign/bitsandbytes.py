@@ -1,9 +1,10 @@
 """bitsandbytes checkpoints: NF4 and FP4 (``load_in_4bit``), and LLM.int8() (``load_in_8bit``).
 
-**4 bits.** ``weight`` holds two codes a byte, the high one first, along the flattened weight; ``weight.absmax`` a scale for each
-block of it; ``weight.quant_map`` float32 ``(16)`` the values of the codes; ``weight.quant_state.bitsandbytes__nf4`` (or ``fp4``)
-the bytes of a JSON object with ``shape``, ``blocksize`` and ``quant_type``. With double quantization ``absmax`` is uint8, and a
-scale is ``nested_quant_map[absmax] * nested_absmax[block of scales] + nested_offset``, in float32 as bitsandbytes computes it.
+**4 bits.** ``weight`` holds two codes a byte, the high one first, along the flattened weight; ``weight.absmax`` a
+scale for each block of it; ``weight.quant_map`` float32 ``(16)`` the values of the codes;
+``weight.quant_state.bitsandbytes__nf4`` (or ``fp4``) the bytes of a JSON object with ``shape``, ``blocksize`` and
+``quant_type``. With double quantization ``absmax`` is uint8, and a scale is ``nested_quant_map[absmax] *
+nested_absmax[block of scales] + nested_offset``, in float32 as bitsandbytes computes it.
 
 **8 bits.** ``weight`` int8 ``(out, in)``, ``SCB`` float32 ``(out)``; the weight is code * SCB / 127.
 """
@@ -87,7 +88,9 @@ class Bitsandbytes(ForeignMethod):
         count = prod(shape)
         info = self.stored.expect(name, None, _STORAGE)
         if info.stored_bytes != (count + 1) // 2:
-            raise self.stored.bad(name, f"{(count + 1) // 2} bytes, for a weight {shape}", f"it has {info.stored_bytes}")
+            raise self.stored.bad(
+                name, f"{(count + 1) // 2} bytes, for a weight {shape}", f"it has {info.stored_bytes}"
+            )
         blocks, nested = group_count(count, settings.block), settings.nested_block
         self.stored.expect(f"{name}.absmax", [(blocks,)], ["F32"] if nested is None else ["U8"])
         self.stored.expect(f"{name}.quant_map", [(16,)], ["F32"])

@@ -2,12 +2,13 @@
 
 ``config_groups`` say which modules are stored how; a module's tensors are, by format:
 
-- pack-quantized: ``weight_packed`` int32 ``(out, words)``, integers without gaps along the inputs, lowest bits first, above zero by
-  2 ** (bits - 1); ``weight_shape``; ``weight_scale``; for asymmetric ones ``weight_zero_point``, packed alike along the outputs
+- pack-quantized: ``weight_packed`` int32 ``(out, words)``, integers without gaps along the inputs, lowest bits first,
+  above zero by 2 ** (bits - 1); ``weight_shape``; ``weight_scale``; for asymmetric ones ``weight_zero_point``, packed
+  alike along the outputs
 - int-quantized: ``weight`` int8; ``weight_scale``; ``weight_zero_point`` int8
 - float-quantized: ``weight`` float8 (E4M3); ``weight_scale``
-- nvfp4-pack-quantized: ``weight_packed`` uint8, two FP4 codes a byte, the low one first; ``weight_scale`` float8 for 16 inputs each;
-  ``weight_global_scale``, by which all are divided
+- nvfp4-pack-quantized: ``weight_packed`` uint8, two FP4 codes a byte, the low one first; ``weight_scale`` float8 for
+  16 inputs each; ``weight_global_scale``, by which all are divided
 - mxfp4-pack-quantized: the same with ``weight_scale`` uint8, powers of two for 32 inputs each, and nothing else
 
 What becomes of activations is not taken over.
@@ -95,13 +96,25 @@ class CompressedTensors(ForeignMethod):
 
     def _weight(self, module: str, arguments: Mapping[str, Any]) -> ForeignWeight:
         bits, kind = arguments.get("num_bits", 8), arguments.get("type", "int")
-        if kind not in ("int", "float") or type(bits) is not int or bits not in ((4, 8) if kind == "float" else range(1, 9)):
+        if (
+            kind not in ("int", "float")
+            or type(bits) is not int
+            or bits not in ((4, 8) if kind == "float" else range(1, 9))
+        ):
             raise self.refuse(f"has weights of {str(bits)[:40]} bits and type {str(kind)[:40]} for {module!r}")
         name = next(iter(self.stored.present(*(f"{module}.{part}" for part in _CODES))), f"{module}.weight")
         packed = name.endswith("_packed")
         if kind == "float":
-            return self._fp4(module, name, arguments) if bits == 4 else self._unpacked(module, name, bits, arguments, "F8_E4M3")
-        return self._integers(module, name, bits, arguments) if packed else self._unpacked(module, name, bits, arguments, "I8")
+            return (
+                self._fp4(module, name, arguments)
+                if bits == 4
+                else self._unpacked(module, name, bits, arguments, "F8_E4M3")
+            )
+        return (
+            self._integers(module, name, bits, arguments)
+            if packed
+            else self._unpacked(module, name, bits, arguments, "I8")
+        )
 
     def _integers(self, module: str, name: str, bits: int, arguments: Mapping[str, Any]) -> ForeignWeight:
         shape = self._stated_shape(f"{module}.weight_shape")
@@ -136,7 +149,9 @@ class CompressedTensors(ForeignMethod):
         if powers:
             return self._made(module, name, shape, _Settings("mxfp4", 4, True, grid), scales=["U8"])
         self.stored.expect(f"{module}.weight_global_scale", [(), (1,), (1, 1)], ["F32"])
-        return self._made(module, name, shape, _Settings("nvfp4", 4, True, grid), "weight_global_scale", scales=["F8_E4M3"])
+        return self._made(
+            module, name, shape, _Settings("nvfp4", 4, True, grid), "weight_global_scale", scales=["F8_E4M3"]
+        )
 
     def _made(
         self, module: str, name: str, shape: tuple[int, ...], settings: _Settings, *more: str, scales: Any = SCALES

@@ -1,8 +1,8 @@
 """FP8 checkpoints as DeepSeek and Qwen publish them, and those with one scale for a tensor or a channel.
 
-For each linear: ``weight`` float8 (E4M3) ``(out, in)``, and ``weight_scale_inv`` (which is no inverse: the weight is code * scale) or
-``weight_scale``. With ``weight_block_size: [b, c]`` a scale covers a block, ``(ceil(out / b), ceil(in / c))``; without, all or
-one row.
+For each linear: ``weight`` float8 (E4M3) ``(out, in)``, and ``weight_scale_inv`` (which is no inverse: the weight is
+code * scale) or ``weight_scale``. With ``weight_block_size: [b, c]`` a scale covers a block, ``(ceil(out / b),
+ceil(in / c))``; without, all or one row.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ class Fp8(ForeignMethod):
         if len(info.shape) != 2:
             raise self.stored.bad(name, "a matrix", f"it has {info.shape}")
         rows, columns = info.shape
-        scale = next(iter(self.stored.present(*(f"{module}.{part}" for part in _SCALE_NAMES))), f"{module}.weight_scale_inv")
+        scale = next(
+            iter(self.stored.present(*(f"{module}.{part}" for part in _SCALE_NAMES))), f"{module}.weight_scale_inv"
+        )
         if block is not None:
-            wanted = [(-(-rows // block[0]), -(-columns // block[1]))]
+            wanted: list[tuple[int, ...]] = [(-(-rows // block[0]), -(-columns // block[1]))]
             granularity = f"block {block[0]} x {block[1]}"
         else:
             wanted, block = [(), (1,), (1, 1), (rows, 1)], (rows, columns)

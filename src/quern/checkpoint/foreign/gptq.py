@@ -1,11 +1,13 @@
 """GPTQ checkpoints, as AutoGPTQ, GPTQModel and others write them.
 
-For each linear of ``in`` inputs and ``out`` outputs: ``qweight`` int32 ``(in * bits / 32, out)``, codes along the inputs, lowest
-bits first and, at 3 bits, across words; ``qzeros`` int32 ``(groups, out * bits / 32)``, packed alike along the outputs;
-``scales`` ``(groups, out)``; ``g_idx`` int32 ``(in)``, the group of each input. The weight is (code - zero) * scale.
+For each linear of ``in`` inputs and ``out`` outputs: ``qweight`` int32 ``(in * bits / 32, out)``, codes along the
+inputs, lowest bits first and, at 3 bits, across words; ``qzeros`` int32 ``(groups, out * bits / 32)``, packed alike
+along the outputs; ``scales`` ``(groups, out)``; ``g_idx`` int32 ``(in)``, the group of each input. The weight is
+(code - zero) * scale.
 
-``checkpoint_format: gptq`` stores each zero point less one, ``gptq_v2`` as it is. Where the former stores a field of ones only,
-readers disagree on what it means (the zero point 2 ** bits, zero, or a carry into its neighbour), so that is refused.
+``checkpoint_format: gptq`` stores each zero point less one, ``gptq_v2`` as it is. Where the former stores a field of
+ones only, readers disagree on what it means (the zero point 2 ** bits, zero, or a carry into its neighbour), so that
+is refused.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class Gptq(ForeignMethod):
         info = self.stored.expect(codes, None, ["I32"])
         if len(info.shape) != 2 or info.shape[0] % bits or info.shape[1] * bits % 32:
             raise self.stored.bad(
-                codes, f"a matrix that packs inputs and outputs in multiples of 32 to {bits} bits", f"it has {info.shape}"
+                codes,
+                f"a matrix that packs inputs and outputs in multiples of 32 to {bits} bits",
+                f"it has {info.shape}",
             )
         columns, rows = info.shape[0] * 32 // bits, info.shape[1]
         groups = group_count(columns, group)
@@ -77,7 +81,7 @@ class Gptq(ForeignMethod):
         order = f"{module}.g_idx"
         desc_act = self.flag("desc_act", False)
         if desc_act or order in self.stored.infos:
-            self.stored.expect(order, [(columns,)], ["I32"])
+            self.stored.expect(order, [(columns,)], ["I32", "I64"])
         return ForeignWeight(
             name=f"{module}.weight", shape=(rows, columns), bits=bits, granularity=named_group(group),
             parts=self.stored.present(*(f"{module}.{part}" for part in _PARTS)),
@@ -106,7 +110,9 @@ class Gptq(ForeignMethod):
         if int(stored.max()) + offset > most:
             count = int((stored + offset > most).sum())
             raise self.stored.bad(
-                name, f"zero points less one, from 0 to {most - 1}", f"{count} are {most}, which stands for none of {bits} bits"
+                name,
+                f"zero points less one, from 0 to {most - 1}",
+                f"{count} are {most}, which stands for none of {bits} bits",
             )
         return stored + offset
 
@@ -118,9 +124,13 @@ class Gptq(ForeignMethod):
         found = self.stored.read(name).long()
         low, high = int(found.min()), int(found.max())
         if low < 0 or high >= settings.groups:
-            raise self.stored.bad(name, f"numbers of groups, from 0 to {settings.groups - 1}", f"it has {low} to {high}")
+            raise self.stored.bad(
+                name, f"numbers of groups, from 0 to {settings.groups - 1}", f"it has {low} to {high}"
+            )
         if not settings.desc_act and not torch.equal(found, plain):
             raise self.stored.bad(
-                name, "groups in the order of the inputs, as desc_act is false", "they are in another, which some readers ignore"
+                name,
+                "groups in the order of the inputs, as desc_act is false",
+                "they are in another, which some readers ignore",
             )
         return found

@@ -1,9 +1,9 @@
 """MXFP4 experts as gpt-oss stores them (OCP Microscaling Formats 1.0).
 
-For each stack of matrices: ``X_blocks`` uint8 ``(experts, out, groups, 16)``, two FP4 (E2M1) codes a byte, the low one first, and
-``X_scales`` uint8 ``(experts, out, groups)``, a power of two (E8M0) for the 32 inputs of a group. The weight ``X``
-``(experts, in, out)`` is transposed, as transformers' experts have it. Its numbers have two significant bits, so that bfloat16
-holds them exactly.
+For each stack of matrices: ``X_blocks`` uint8 ``(experts, out, groups, 16)``, two FP4 (E2M1) codes a byte, the low
+one first, and ``X_scales`` uint8 ``(experts, out, groups)``, a power of two (E8M0) for the 32 inputs of a group. The
+weight ``X`` ``(experts, in, out)`` is transposed, as transformers' experts have it. Its numbers have two significant
+bits, so that bfloat16 holds them exactly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Mxfp4(ForeignMethod):
     def decode(self, weight: ForeignWeight) -> Tensor:
         blocks, scales = (self.stored.read(part) for part in weight.parts)
         if count := int((scales == E8M0_NAN).sum()):
-            raise self.stored.bad(weight.parts[1], f"exponents from 0 to {E8M0_NAN - 1}", f"{count} are {E8M0_NAN}, NaN")
+            raise self.stored.bad(
+                weight.parts[1], f"exponents from 0 to {E8M0_NAN - 1}", f"{count} are {E8M0_NAN}, NaN"
+            )
         result, table = self.stored.allocate(weight), torch.tensor(FP4)
         for expert in range(weight.shape[0]):
             for begin, end in slabs(weight.shape[2], weight.shape[1]):

@@ -62,9 +62,9 @@ class DecodedSource:
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
     """``checkpoint`` with the decoded weights in place of packed ones, and without its ``quantization_config``.
 
-    One that is not quantized, or by a method that nobody here reads, is returned as it is. Headers and a few small tensors are
-    read. Raises ``BadFileError`` where tensors and configuration contradict each other, ``UserError`` for a variant that is not
-    read.
+    One that is not quantized, or by a method that nobody here reads, is returned as it is. Headers and a few small
+    tensors are read. Raises ``BadFileError`` where tensors and configuration contradict each other, ``UserError`` for
+    a variant that is not read.
     """
     quantization = quantization_of(checkpoint.config)
     method = None if quantization is None else quantization.get("quant_method")
@@ -77,7 +77,8 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         weights[weight.name] = weight
     if not weights:
         raise BadFileError(
-            checkpoint.path, f"config.json says that it is quantized by {method}, but no weight is packed as {reader.tool} does",
+            checkpoint.path,
+            f"config.json says that it is quantized by {method}, but no weight is packed as {reader.tool} does",
             "Get config.json and the weights from the same place again",
         )  # fmt: skip
     config = {key: value for key, value in checkpoint.config.items() if key != QUANTIZATION}
@@ -110,8 +111,8 @@ def _note(method: ForeignMethod, weights: Mapping[str, ForeignWeight]) -> str:
     kinds = sorted({(weight.bits, weight.granularity) for weight in weights.values()})
     said = ", ".join(f"{bits} bits by {granularity}" for bits, granularity in kinds[:4])
     return (
-        f"the weights were quantized before, by {method.tool} ({said}), and are used as the values that its codes stand for: "
-        "what that cost stays and is not measured, because losses are measured against these weights"
+        f"the weights were quantized before, by {method.tool} ({said}), and are used as the values that its codes stand "
+        "for: what that cost stays and is not measured, because losses are measured against these weights"
     )
 
 
