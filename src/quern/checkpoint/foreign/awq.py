@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from quern.checkpoint.foreign._arithmetic import fill_scaled
+from quern.checkpoint.foreign._arithmetic import Array, fill_scaled
 from quern.checkpoint.foreign.base import (
     FOREIGN,
     SCALES,
@@ -61,17 +61,17 @@ class Awq(ForeignMethod):
     def decode(self, weight: ForeignWeight) -> Tensor:
         module = weight.name.removesuffix(".weight")
         scale = self.stored.numbers(f"{module}.scales")
-        zero = _fields(self.stored.read(f"{module}.qzeros")).int()
-        words = self.stored.read(f"{module}.qweight")
+        zero = _fields(self.stored.array(f"{module}.qzeros")).astype(np.int32)
+        words = self.stored.array(f"{module}.qweight")
         result = self.stored.allocate(weight)
         groups = in_order(weight.shape[1], weight.settings)
         fill_scaled(result.T, lambda begin, end: _fields(words[begin:end]), scale, zero=zero, rows=groups)
         return result
 
 
-def _fields(words: Tensor) -> Tensor:
+def _fields(words: Array) -> Array:
     """The codes of int32 ``(n, words)`` in the order of the outputs, uint8 ``(n, 8 * words)``."""
-    result = torch.empty(*words.shape, FIELDS, dtype=torch.uint8)
+    result = np.empty((*words.shape, FIELDS), np.uint8)
     for field, output in enumerate(ORDER):
         result[..., output] = (words >> (BITS * field)) & 15
-    return result.flatten(-2)
+    return result.reshape(len(words), -1)

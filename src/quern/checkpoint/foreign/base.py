@@ -18,10 +18,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from quern.checkpoint.checkpoint import TensorSource, count_non_finite
+from quern.checkpoint.checkpoint import TensorSource
 from quern.checkpoint.folder import CONFIG
 from quern.checkpoint.safetensors_file import DTYPES, TensorInfo, allocate_bytes
 from quern.core.errors import BadFileError, UserError
@@ -95,11 +97,16 @@ class Stored:
         """A stored tensor."""
         return self.source.read(name)
 
-    def numbers(self, name: str) -> Tensor:
+    def array(self, name: str) -> NDArray[Any]:
+        """A stored tensor that numpy has a dtype for; of FP8 the bytes."""
+        tensor = self.read(name)
+        return (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor).numpy()
+
+    def numbers(self, name: str) -> NDArray[np.float32]:
         """A stored tensor of floats, as float32. Raises ``BadFileError`` where one of them is not finite."""
-        values = self.read(name).float()
-        if count := count_non_finite(values):
-            raise self.bad(name, "finite numbers", f"{count} of its {values.numel()} are NaN or infinite")
+        values = self.read(name).float().numpy()
+        if count := int(values.size - np.isfinite(values).sum()):
+            raise self.bad(name, "finite numbers", f"{count} of its {values.size} are NaN or infinite")
         return values
 
     def allocate(self, weight: ForeignWeight) -> Tensor:
@@ -183,6 +190,6 @@ def named_group(group: int) -> str:
     return "channel" if group == -1 else f"group {group}"
 
 
-def in_order(size: int, group: int) -> Tensor:
-    """The group of each of ``size`` numbers, int64, where groups follow each other."""
-    return torch.zeros(size, dtype=torch.int64) if group == -1 else torch.arange(size) // group
+def in_order(size: int, group: int) -> NDArray[np.int64]:
+    """The group of each of ``size`` numbers where groups follow each other."""
+    return np.zeros(size, np.int64) if group == -1 else np.arange(size) // group

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quern.checkpoint.files import parse_json_object
-from quern.checkpoint.foreign._arithmetic import fill_scaled, slabs, unpack_nibbles
+from quern.checkpoint.foreign._arithmetic import Array, fill_scaled, slabs, unpack_nibbles
 from quern.checkpoint.foreign.base import FOREIGN, ForeignMethod, ForeignWeight, group_count
 
 TYPES = ("fp4", "nf4")
@@ -121,40 +122,43 @@ class Bitsandbytes(ForeignMethod):
         form = f"{weight.name}_format"
         if form in weight.parts and int(self.stored.read(form)) != _ROW_FORMAT:
             raise self.stored.bad(form, f"{_ROW_FORMAT}, rows as they are", f"it is {int(self.stored.read(form))}")
-        scale = self.stored.numbers(weight.parts[1])[:, None].double()
-        codes = self.stored.read(weight.name)
+        scale = self.stored.numbers(weight.parts[1])[:, None].astype(np.float64)
+        codes = self.stored.array(weight.name)
         result = self.stored.allocate(weight)
-        for begin, end in slabs(*weight.shape):  # in float64, so that what is stored is rounded once
-            result[begin:end] = codes[begin:end].double() * scale[begin:end] / _INT8_MOST
+        values = result.numpy()
+        for begin, end in slabs(weight.shape[0], weight.shape[1]):  # in float64, so that what is stored is rounded once
+            values[begin:end] = codes[begin:end] * scale[begin:end] / _INT8_MOST
         return result
 
     def _decode_four_bits(self, weight: ForeignWeight) -> Tensor:
         name, block = weight.name, weight.settings.block
         scale, table = self._block_scales(name, weight.settings), self.stored.numbers(f"{name}.quant_map")
-        packed = self.stored.read(name).reshape(-1).view(torch.uint8)
+        packed = self.stored.read(name).reshape(-1).view(torch.uint8).numpy()
         result = self.stored.allocate(weight)
         flat = result.view(-1)
         whole = flat.numel() // block * block
         if whole:
             step = block // 2  # bytes of a block
 
-            def codes(begin: int, end: int) -> Tensor:
-                return table[unpack_nibbles(packed[begin * step : end * step], high_first=True).int()].view(-1, block)
+            def codes(begin: int, end: int) -> Array:
+                return table[unpack_nibbles(packed[begin * step : end * step], high_first=True)].reshape(-1, block)
 
             fill_scaled(flat[:whole].view(-1, block), codes, scale[: whole // block, None])
         if whole < flat.numel():
             rest = unpack_nibbles(packed[whole // 2 :], high_first=True)[: flat.numel() - whole]
-            flat[whole:] = table[rest.int()] * scale[-1]
+            flat[whole:] = torch.from_numpy(table[rest] * scale[-1])
         return result
 
-    def _block_scales(self, name: str, state: _State) -> Tensor:
+    def _block_scales(self, name: str, state: _State) -> Array:
         """Float32 ``(blocks)``."""
         if state.nested_block is None:
             return self.stored.numbers(f"{name}.absmax")
-        codes = self.stored.read(f"{name}.absmax").int()
+        codes = self.stored.array(f"{name}.absmax")
         table = self.stored.numbers(f"{name}.nested_quant_map")
-        outer = self.stored.numbers(f"{name}.nested_absmax")[torch.arange(codes.numel()) // state.nested_block]
-        return table[codes] * outer + state.offset
+        outer = self.stored.numbers(f"{name}.nested_absmax")[np.arange(codes.size) // state.nested_block]
+        with np.errstate(over="ignore"):
+            scales: Array = table[codes] * outer + np.float32(state.offset)
+        return scales
 
 
 def _shape(said: dict[str, Any]) -> tuple[int, int] | None:

@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from quern.checkpoint.foreign._arithmetic import (
     E8M0_NAN,
     FP4,
+    FP8,
+    Array,
     fill_scaled,
     powers_of_two,
     unpack_nibbles,
@@ -193,44 +195,45 @@ class CompressedTensors(ForeignMethod):
         divisor = None
         if settings.kind == "nvfp4":
             name = f"{module}.weight_global_scale"
-            divisor = self.stored.numbers(name).reshape(())
-            if float(divisor) <= 0:
-                raise self.stored.bad(name, "a positive number", f"it is {float(divisor)}")
+            divisor = float(self.stored.numbers(name).reshape(()))
+            if divisor <= 0:
+                raise self.stored.bad(name, "a positive number", f"it is {divisor}")
         groups = self._group_order(f"{module}.weight_g_idx", columns, grid)
-        codes = _reader(settings, self.stored.read(weight.parts[0]), columns)
+        codes = _reader(settings, self.stored.array(weight.parts[0]), columns)
         result = self.stored.allocate(weight)
         fill_scaled(
-            result, codes, scale, zero=zero, rows=torch.arange(rows) // grid.height, columns=groups, divisor=divisor
+            result, codes, scale, zero=zero, rows=np.arange(rows) // grid.height, columns=groups, divisor=divisor
         )
         return result
 
-    def _scale(self, name: str, settings: _Settings) -> Tensor:
+    def _scale(self, name: str, settings: _Settings) -> Array:
         if settings.kind != "mxfp4":
             return self.stored.numbers(name)
-        powers = self.stored.read(name)
+        powers = self.stored.array(name)
         if count := int((powers == E8M0_NAN).sum()):
             raise self.stored.bad(name, f"exponents from 0 to {E8M0_NAN - 1}", f"{count} are {E8M0_NAN}, NaN")
         return powers_of_two(powers)
 
-    def _zero_points(self, name: str, settings: _Settings) -> Tensor | None:
+    def _zero_points(self, name: str, settings: _Settings) -> Array | None:
         """Int32 in the shape of the scales; of packed ones without the offset, as the codes are. None: all are zero."""
         if settings.symmetric:
-            if name in self.stored.infos and bool(self.stored.read(name).any()):
+            if name in self.stored.infos and self.stored.array(name).any():
                 raise self.stored.bad(name, "zero throughout, as the scheme is symmetric", "it is not")
             return None
-        stored = self.stored.read(name)
+        stored = self.stored.array(name)
         if settings.kind == "packed":
-            stored = unpack_words(stored, settings.bits, settings.grid.shape[0]).int() - (1 << (settings.bits - 1))
-        return stored.int().reshape(settings.grid.shape)
+            stored = unpack_words(stored, settings.bits, settings.grid.shape[0]).astype(np.int32)
+            stored -= 1 << (settings.bits - 1)
+        return stored.astype(np.int32).reshape(settings.grid.shape)
 
-    def _group_order(self, name: str, columns: int, grid: _Grid) -> Tensor:
-        """The group of each input, int64 ``(columns,)``; a g_idx of -1 only stands for groups in order."""
-        plain = torch.arange(columns) // grid.width
+    def _group_order(self, name: str, columns: int, grid: _Grid) -> Array:
+        """The group of each input, ``(columns,)``; a g_idx of -1 only stands for groups in order."""
+        plain = np.arange(columns) // grid.width
         if name not in self.stored.infos:
             return plain
         self.stored.expect(name, [(columns,)], ["I32", "I64"])
-        found = self.stored.read(name).long()
-        if bool((found == -1).all()):
+        found = self.stored.array(name)
+        if (found == -1).all():
             return plain
         low, high = int(found.min()), int(found.max())
         if low < 0 or high >= grid.shape[1]:
@@ -238,17 +241,14 @@ class CompressedTensors(ForeignMethod):
         return found
 
 
-def _reader(settings: _Settings, stored: Tensor, columns: int) -> Callable[[int, int], Tensor]:
+def _reader(settings: _Settings, stored: Array, columns: int) -> Callable[[int, int], Array]:
     """Rows of codes, as the numbers that scales multiply."""
     if settings.kind == "packed":
         offset = 1 << (settings.bits - 1)
-        return lambda begin, end: (
-            unpack_words(stored[begin:end].T.contiguous(), settings.bits, columns).T.int() - offset
-        )
+        return lambda begin, end: unpack_words(stored[begin:end].T, settings.bits, columns).T.astype(np.int32) - offset
     if settings.kind == "plain":
-        return lambda begin, end: stored[begin:end]
-    table = torch.tensor(FP4)
-    return lambda begin, end: table[unpack_nibbles(stored[begin:end]).int()]
+        return lambda begin, end: FP8[stored[begin:end]] if stored.dtype == np.uint8 else stored[begin:end]
+    return lambda begin, end: FP4[unpack_nibbles(stored[begin:end])]
 
 
 def _arguments(groups: list[dict[str, Any]], module: str) -> Mapping[str, Any] | None:

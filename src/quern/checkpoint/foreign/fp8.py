@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from quern.checkpoint.foreign._arithmetic import fill_scaled
+from quern.checkpoint.foreign._arithmetic import FP8, fill_scaled
 from quern.checkpoint.foreign.base import FOREIGN, SCALES, ForeignMethod, ForeignWeight
 
 _SCALE_NAMES = ("weight_scale_inv", "weight_scale")
@@ -66,14 +66,14 @@ class Fp8(ForeignMethod):
     def decode(self, weight: ForeignWeight) -> Tensor:
         (rows, columns), (height, width) = weight.shape, weight.settings
         scale = self.stored.numbers(weight.parts[1]).reshape(-(-rows // height), -(-columns // width))
-        codes = self.stored.read(weight.name)
+        codes = self.stored.array(weight.name)
         result = self.stored.allocate(weight)
         fill_scaled(
             result,
-            lambda begin, end: codes[begin:end],
+            lambda begin, end: FP8[codes[begin:end]],
             scale,
-            rows=torch.arange(rows) // height,
-            columns=torch.arange(columns) // width,
+            rows=np.arange(rows) // height,
+            columns=np.arange(columns) // width,
         )
         return result
 

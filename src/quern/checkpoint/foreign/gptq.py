@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from quern.checkpoint.foreign._arithmetic import fill_scaled, unpack_words, words_for
+from quern.checkpoint.foreign._arithmetic import Array, fill_scaled, unpack_words, words_for
 from quern.checkpoint.foreign.base import (
     FOREIGN,
     SCALES,
@@ -94,18 +94,18 @@ class Gptq(ForeignMethod):
         scale = self.stored.numbers(f"{module}.scales")
         zero = self._zero_points(f"{module}.qzeros", bits, weight.shape[0])
         groups = self._groups(f"{module}.g_idx", weight.shape[1], settings)
-        words = self.stored.read(f"{module}.qweight")
+        words = self.stored.array(f"{module}.qweight")
         result = self.stored.allocate(weight)
 
-        def codes(begin: int, end: int) -> Tensor:
+        def codes(begin: int, end: int) -> Array:
             return unpack_words(words[begin * bits // 32 : end * bits // 32], bits, end - begin)
 
         fill_scaled(result.T, codes, scale, zero=zero, rows=groups, multiple=_MULTIPLE)
         return result
 
-    def _zero_points(self, name: str, bits: int, rows: int) -> Tensor:
+    def _zero_points(self, name: str, bits: int, rows: int) -> Array:
         """Int32 ``(groups, rows)``."""
-        stored = unpack_words(self.stored.read(name).T.contiguous(), bits, rows).T.int()
+        stored = unpack_words(self.stored.array(name).T, bits, rows).T.astype(np.int32)
         offset, most = self._offset(), (1 << bits) - 1
         if int(stored.max()) + offset > most:
             count = int((stored + offset > most).sum())
@@ -116,18 +116,18 @@ class Gptq(ForeignMethod):
             )
         return stored + offset
 
-    def _groups(self, name: str, columns: int, settings: _Settings) -> Tensor:
-        """The group of each input, int64 ``(columns,)``."""
+    def _groups(self, name: str, columns: int, settings: _Settings) -> Array:
+        """The group of each input, ``(columns,)``."""
         plain = in_order(columns, settings.group_size)
         if name not in self.stored.infos:
             return plain
-        found = self.stored.read(name).long()
+        found = self.stored.array(name)
         low, high = int(found.min()), int(found.max())
         if low < 0 or high >= settings.groups:
             raise self.stored.bad(
                 name, f"numbers of groups, from 0 to {settings.groups - 1}", f"it has {low} to {high}"
             )
-        if not settings.desc_act and not torch.equal(found, plain):
+        if not settings.desc_act and not np.array_equal(found, plain):
             raise self.stored.bad(
                 name,
                 "groups in the order of the inputs, as desc_act is false",
