@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,21 @@ def tensor(array: np.ndarray) -> Tensor:
 
 def scales_of(shape: tuple[int, ...], rng: np.random.Generator, dtype: torch.dtype = torch.float16) -> Tensor:
     return tensor(rng.uniform(0.002, 0.03, shape).astype(np.float32)).to(dtype)
+
+
+def by_gptqmodel(bits: int) -> Variant:
+    """Zero points from 0 on, of which each word as a whole lost a one in every field, so that zeros borrow."""
+    plain = gptq(bits, 32, "gptq_v2")
+
+    def pack(shape: tuple[int, int], rng: np.random.Generator) -> Packed:
+        parts, value = plain.pack(shape, rng)
+        lost = sum(1 << first for first in range(0, 32, bits))
+        words = (parts["qzeros"].numpy().astype(np.int64) % 2**32 - lost) % 2**32
+        parts["qzeros"] = tensor(words.astype(np.uint32).view(np.int32))
+        return parts, value
+
+    meta = {"checkpoint_format": "gptq", "meta": {"quantizer": ["gptqmodel:4.0.0"]}}
+    return replace(plain, pack=pack, config={**plain.config, **meta})
 
 
 def gptq(
@@ -266,6 +281,7 @@ VARIANTS: dict[str, Variant] = {
     "gptq without g_idx": gptq(4, 32, order=False),
     "gptq_v2": gptq(4, 32, "gptq_v2"),
     "gptq_v2 8 bits desc_act": gptq(8, 32, "gptq_v2", desc_act=True),
+    **{f"gptq {bits} bits by GPTQModel": by_gptqmodel(bits) for bits in (2, 4, 8)},
     "awq": awq(32),
     "awq one group": awq(-1),
     "fp8 blocks": fp8([32, 64]),

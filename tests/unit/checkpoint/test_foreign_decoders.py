@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +150,14 @@ VALUES = {
     "divisor zero": ("compressed-tensors nvfp4", lambda tensors: tensors[f"{UP}.weight_global_scale"].zero_(), "positive"),
     "power that is NaN": ("compressed-tensors mxfp4", set_to("weight_scale", 255), "1 are 255, NaN"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("writer", ["gptqmodel:0.8.7", "auto-round:0.16.1", ["autogptq", 3], None, {}])
+def test_only_gptqmodels_word_is_taken_for_zero_points_that_borrow(writer, model, tmp_path):
+    name = "gptq 4 bits by GPTQModel"
+    folder = change(model(name), tmp_path / "model", meta={"quantizer": writer})
+    with pytest.raises(BadFileError, match="zero points less one"):
+        open_original(folder).read(f"{UP}.weight")
 
 
 @pytest.mark.parametrize("what", VALUES)
@@ -313,3 +322,26 @@ def test_a_g_idx_of_minus_one_is_the_plain_order(model, tmp_path):
     assert not torch.equal(turned.read(f"{UP}.weight"), expected)
     with pytest.raises(BadFileError, match="it has 0 to 2"):
         open_original(change(model(name), tmp_path / "bad", order(torch.arange(64) // 25))).read(f"{UP}.weight")
+
+
+GOLDEN = json.loads((Path(__file__).resolve().parents[2] / "golden/bitsandbytes.json").read_text("utf-8"))
+
+
+def from_hex(dtype: str, shape: list[int], raw: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(raw), dtype=getattr(torch, dtype)).view(shape)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_what_bitsandbytes_itself_wrote_becomes_what_it_reads(kind, tmp_path):
+    """``quantize_4bit`` and ``dequantize_4bit`` of bitsandbytes 0.50.2 on a CPU; NF4 with double quantization.
+
+    Rows are whole blocks: its kernel for CPUs loses itself in others, by its own round trip.
+    """
+    golden = GOLDEN[kind]
+    save_file({f"x.{name}": from_hex(*part) for name, part in golden["parts"].items()}, tmp_path / "model.safetensors")
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    config = {"model_type": "x", "num_hidden_layers": 1, "quantization_config": said}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    values = from_hex("float32", golden["shape"], golden["values"])
+    assert torch.equal(decoded(open_checkpoint(tmp_path)).read("x.weight"), values)
+    assert bool((values != 0).any())

@@ -5,15 +5,18 @@ inputs, lowest bits first and, at 3 bits, across words; ``qzeros`` int32 ``(grou
 along the outputs; ``scales`` ``(groups, out)``; ``g_idx`` int32 ``(in)``, the group of each input. The weight is
 (code - zero) * scale.
 
-``checkpoint_format: gptq`` stores each zero point less one, ``gptq_v2`` as it is. Where the former stores a field of
-ones only, readers disagree on what it means (the zero point 2 ** bits, zero, or a carry into its neighbour), so that
-is refused.
+``checkpoint_format: gptq`` stores each zero point less one, ``gptq_v2`` as it is. A zero point of zero does not fit the
+former. GPTQModel, which names itself in ``meta``, subtracts one from all fields of a word at once, and zero borrows from
+its neighbour: adding whole words brings all of them back (2, 4 and 8 bits). Of other writers a field of ones is refused,
+because readers disagree on what it means: the zero point 2 ** bits, zero, or a carry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +36,10 @@ BITS = (2, 3, 4, 8)
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _MULTIPLE = 32
 """Inputs that whole words hold at each of the widths."""
+_ONES = {bits: sum(1 << first for first in range(0, 32, bits)) for bits in (2, 4, 8)}
+"""A word with 1 in each of its fields."""
+_SINCE = (0, 9)
+"""The version of GPTQModel from which on it subtracts whole words."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,10 @@ class Gptq(ForeignMethod):
 
     def _zero_points(self, name: str, bits: int, rows: int) -> Array:
         """Int32 ``(groups, rows)``."""
-        stored = unpack_words(self.stored.array(name).T, bits, rows).T.astype(np.int32)
-        offset, most = self._offset(), (1 << bits) - 1
+        words, offset, most = self.stored.array(name), self._offset(), (1 << bits) - 1
+        if offset and 32 % bits == 0 and _by_gptqmodel(self.config):
+            words, offset = (words.view(np.uint32) + np.uint32(_ONES[bits])).view(np.int32), 0
+        stored = unpack_words(words.T, bits, rows).T.astype(np.int32)
         if int(stored.max()) + offset > most:
             count = int((stored + offset > most).sum())
             raise self.stored.bad(
@@ -134,3 +143,12 @@ class Gptq(ForeignMethod):
                 "they are in another, which some readers ignore",
             )
         return found
+
+
+def _by_gptqmodel(config: Mapping[str, Any]) -> bool:
+    """Whether ``meta`` says that GPTQModel wrote the zero points."""
+    meta = config.get("meta")
+    said = meta.get("quantizer") if isinstance(meta, dict) else None
+    writers = said if isinstance(said, list) else [said]
+    found = [re.match(r"gptqmodel:(\d{1,4})\.(\d{1,4})", str(writer).lower()) for writer in writers]
+    return any(match is not None and (int(match[1]), int(match[2])) >= _SINCE for match in found)
