@@ -125,7 +125,7 @@ def test_comparing_starts_from_the_decoded_values(models, tmp_path):
     assert first.compression > 0.3
     made = next(row for row in results.rows if row.kind == "quern")
     assert any("quantized before, by" in note for note in made.notes)
-    with pytest.raises(UserError, match="other tools quantize unquantized checkpoints"):
+    with pytest.raises(UserError, match="peers: other tools start from unquantized checkpoints"):
         compare(models[name].folder, tmp_path / "peers", recipes=[small_recipe()], peers=["hqq"], **QUICK)
 
 

@@ -91,6 +91,9 @@ def compare(
     folder = ComparisonFolder(output, model)
     folder.check(model, [recipe.name for recipe in chosen], [other.row for other in others], fresh)
     checkpoint = open_original(model, progress=progress)
+    if others and checkpoint.lasting_notes:
+        raise UserError(f"{option('peers', '--peers')}: other tools start from unquantized checkpoints. Of "
+                        f"{checkpoint.path}, {checkpoint.lasting_notes[0]}")  # fmt: skip
     usual = MeasurementSettings(
         tokens=tokens, window=window, threads=threads, seed=seed,
         speed_rounds=speed_rounds, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)  # fmt: skip

@@ -67,9 +67,6 @@ def make_all(
     failures: list[Failure] = []
     if variants and making.checkpoint.path.is_file():
         raise UserError(f"other tools quantize folders of safetensors; {making.checkpoint.path} is a file")
-    if variants and making.checkpoint.lasting_notes:
-        raise UserError(f"other tools quantize unquantized checkpoints; of {making.checkpoint.path}, "
-                        f"{making.checkpoint.lasting_notes[0]}")  # fmt: skip
     for chosen in variants:
         try:
             contenders.append(_make(making, tools, chosen))

@@ -152,6 +152,19 @@ VALUES = {
 }  # fmt: skip
 
 
+def test_linears_that_dynamic_leaves_out_are_read_as_they_are(model, tmp_path):
+    whole = model("gptq 4 bits")
+
+    def leave_out(tensors: dict[str, torch.Tensor]) -> None:
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            del tensors[f"{UP}.{part}"]
+        tensors[f"{UP}.weight"] = torch.ones(96, 64, dtype=torch.bfloat16)
+
+    found = open_original(change(whole, tmp_path / "model", leave_out, dynamic={"-:.*up_proj": {}}))
+    assert foreign_weights(found).keys() == whole.values.keys() - {f"{UP}.weight"}
+    assert torch.equal(found.read(f"{UP}.weight"), torch.ones(96, 64, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("writer", ["gptqmodel:0.8.7", "auto-round:0.16.1", ["autogptq", 3], None, {}])
 def test_only_gptqmodels_word_is_taken_for_zero_points_that_borrow(writer, model, tmp_path):
     name = "gptq 4 bits by GPTQModel"

@@ -57,7 +57,7 @@ class Gptq(ForeignMethod):
     tool = "GPTQ"
 
     def weights(self) -> Iterator[ForeignWeight]:
-        if self.config.get("dynamic"):
+        if _differs_by_module(self.config.get("dynamic")):
             raise self.unsupported("the setting 'dynamic' (other bits for some linears)", "one setting for all linears")
         self._offset()
         for module in self.stored.modules("qweight"):
@@ -143,6 +143,12 @@ class Gptq(ForeignMethod):
                 "they are in another, which some readers ignore",
             )
         return found
+
+
+def _differs_by_module(dynamic: Any) -> bool:
+    """Whether rules for some linears say more than that they are left out, which is seen from what is stored."""
+    rules = dynamic.items() if isinstance(dynamic, dict) else [] if dynamic is None else [("", dynamic)]
+    return any(settings and not str(pattern).startswith("-:") for pattern, settings in rules)
 
 
 def _by_gptqmodel(config: Mapping[str, Any]) -> bool:
