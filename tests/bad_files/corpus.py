@@ -403,8 +403,12 @@ CASES += [
     Case("config with a layer more", _other_config(num_hidden_layers=3), "model", "layers.2.input_layernorm"),
     Case("config with a layer less", _other_config(num_hidden_layers=1), "model", "the weights have 2 layers"),
     Case("config with another width", _other_config(hidden_size=128), "model", "has shape"),
+    Case("already quantized", _other_config(quantization_config={"quant_method": "hqq"}), "model", "already quantized"),
     Case(
-        "already quantized", _other_config(quantization_config={"quant_method": "gptq"}), "model", "already quantized"
+        "gptq without its weights",
+        _other_config(quantization_config={"quant_method": "gptq"}),
+        "model",
+        "no weight is packed as GPTQ does",
     ),
 ]
 

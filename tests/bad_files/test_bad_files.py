@@ -17,7 +17,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.gguf import file as gguf_file
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import UserError
-from quern.loading.fitting import open_model, require_unquantized
+from quern.loading.fitting import open_original
 
 CASES = (*ALL, *SPLIT)
 MOST_BYTES = 4 * 1024 * 1024
@@ -25,8 +25,7 @@ MOST_BYTES = 4 * 1024 * 1024
 
 def use(model: Path) -> Checkpoint:
     """What quantization does to a checkpoint before it computes anything."""
-    checkpoint = open_model(model)
-    require_unquantized(checkpoint)
+    checkpoint = open_original(model)
     for name in checkpoint.names():
         checkpoint.read(name, finite=True)
     if checkpoint.path.is_dir():

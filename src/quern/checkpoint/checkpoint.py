@@ -69,6 +69,8 @@ class Checkpoint:
     source: TensorSource
     notes: tuple[str, ...] = field(default=())
     """What whoever measures or quantizes the model should know of it."""
+    lasting_notes: tuple[str, ...] = field(default=())
+    """Those of them that hold for whatever is made from the model too."""
 
     @property
     def model_type(self) -> str:

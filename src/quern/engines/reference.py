@@ -1,7 +1,8 @@
 """The reference engine: transformers' model classes on torch, packed weights unpacked as they are used.
 
-Slow and plain: it judges every other engine. It runs unquantized folders and GGUF files, quern's artifacts and, where the
-compressed-tensors package is installed, compressed-tensors artifacts (the only ones that transformers itself reads).
+Slow and plain: it judges every other engine. It runs unquantized folders and GGUF files, what other tools quantized
+as decoded values, quern's artifacts and, where the compressed-tensors package is installed, compressed-tensors
+artifacts (the only ones that transformers itself reads).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from quern.engines._modules import PackedWeight, QuantizedEmbedding
 from quern.engines._session import SequenceSession, check_batch
 from quern.engines.base import ENGINES, DtypeName, Engine
 from quern.formats.base import FORMATS, StoredModule, format_of, reader_of
-from quern.loading.fitting import model_config, open_model
+from quern.loading.fitting import model_config, open_model, read_methods
 
 
 class ReferenceSequence:
@@ -181,7 +182,10 @@ class ReferenceEngine(Engine):
         method = None if quantization is None else quantization.get("quant_method")
         if quantization is not None and format_of(method) is None:
             known = " and ".join(FORMATS.get(name).method for name in reversed(FORMATS.names()))
-            raise UserError(f"{path} is quantized by {method!r}; this engine runs {known} artifacts")
+            raise UserError(
+                f"{path} is quantized by {method!r}; this engine runs {known} artifacts, and what these wrote as the values "
+                f"that it stands for: {read_methods()}"
+            )
         reader = reader_of(quantization, architecture_of(model_config(checkpoint)))
         if threads is not None:
             torch.set_num_threads(thread_count(threads))

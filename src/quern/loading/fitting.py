@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quern.architectures.base import architecture_of
+from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from quern.core.artifact import quantization_of
+from quern.checkpoint.foreign.base import known_methods
+from quern.checkpoint.foreign.decoded import decoded, foreign_weights, without
+from quern.core.artifact import PROVENANCE, quantization_of
 from quern.core.errors import BadFileError, UserError
 from quern.core.progress import Progress
 from quern.formats.base import format_of, open_container, reader_of
@@ -22,12 +24,21 @@ _ROUNDED = ("weight_scale_inv", "weight_scale", "qweight", "qzeros", "scales", "
 """Ends of names that only quantized checkpoints have."""
 
 
-def open_any(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
-    """Open a model whether it fits or not: folder, Hub id, GGUF file, or an artifact of any format.
+def open_stored(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
+    """Open a model as it is stored: folder, Hub id, GGUF file, or an artifact of any format.
 
     Raises ``UserError`` for what is no model, ``BadFileError`` for a damaged one.
     """
     return open_checkpoint(model, progress=progress, open_container=open_container)
+
+
+def open_any(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
+    """Open a model whether it fits or not; what other tools quantized is decoded where no format of quern's runs it.
+
+    Raises ``UserError`` for what is no model, ``BadFileError`` for a damaged one.
+    """
+    checkpoint = open_stored(model, progress=progress)
+    return checkpoint if format_of(_method(checkpoint)) is not None else decoded(checkpoint)
 
 
 def open_model(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
@@ -38,16 +49,34 @@ def open_model(model: str | Path, *, progress: Progress | None = None) -> Checkp
     return fitted(open_any(model, progress=progress))
 
 
+def open_original(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
+    """Open a model that is to be quantized: unquantized, or what another tool quantized, decoded.
+
+    Raises as ``open_model`` does, and ``UserError`` for quern's own artifacts and for what nobody here reads.
+    """
+    checkpoint = open_stored(model, progress=progress)
+    ours = (checkpoint.path / PROVENANCE).is_file() and format_of(_method(checkpoint)) is not None
+    checkpoint = fitted(checkpoint if ours else decoded(checkpoint))
+    _require_unquantized(checkpoint)
+    return checkpoint
+
+
+def _method(checkpoint: Checkpoint) -> object:
+    quantization = quantization_of(checkpoint.config)
+    return None if quantization is None else quantization.get("quant_method")
+
+
 def fitted(checkpoint: Checkpoint) -> Checkpoint:
     """``checkpoint``, if its tensors fit its configuration (see ``open_model``).
 
-    What other tools quantized is left to whoever can run it.
+    What other tools quantized and nobody here reads is left to whoever refuses it.
     """
     quantization = quantization_of(checkpoint.config)
     method = None if quantization is None else quantization.get("quant_method")
     if quantization is not None and format_of(method) is None:
         return checkpoint
     architecture = architecture_of(checkpoint.config)
+    checkpoint = _without_zero_biases(checkpoint, architecture)
     if (reader := reader_of(quantization, architecture)) is not None:
         problems = reader.problems(checkpoint)
     else:
@@ -62,15 +91,28 @@ def fitted(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def require_unquantized(checkpoint: Checkpoint) -> None:
+def _without_zero_biases(checkpoint: Checkpoint, architecture: Architecture) -> Checkpoint:
+    """The same without biases of zeros where the model has none: some tools give every linear that they pack one."""
+    packed = foreign_weights(checkpoint)
+    biases = {f"{name.removesuffix('.weight')}.bias" for name in packed} & set(checkpoint.source.infos)
+    extra = sorted(biases - set(architecture.expected_shapes())) if biases else []
+    return without(checkpoint, [name for name in extra if not checkpoint.read(name).any()])
+
+
+def _require_unquantized(checkpoint: Checkpoint) -> None:
     """Raise ``UserError`` for a checkpoint that somebody has quantized already."""
     quantization = quantization_of(checkpoint.config)
     if quantization is not None:
         method = str(quantization.get("quant_method", "a method that it does not name"))[:40]
         raise UserError(
             f"{checkpoint.path} is already quantized, by {method} (its config.json has a quantization_config); quern "
-            "starts from unquantized weights. Give the original checkpoint"
+            f"starts from unquantized weights, or from what these wrote: {read_methods()}. Give the original checkpoint"
         )
+
+
+def read_methods() -> str:
+    """The methods of other tools whose weights are read, by their ``quant_method``, for messages."""
+    return ", ".join(name for name, _ in known_methods())
 
 
 def model_config(checkpoint: Checkpoint) -> dict[str, Any]:

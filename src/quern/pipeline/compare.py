@@ -30,7 +30,7 @@ from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenar
 from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, engine_for
 from quern.evaluation.choice import ChoiceSet
-from quern.loading.fitting import open_model
+from quern.loading.fitting import open_model, open_original
 from quern.peers.base import PeerVariant, peer_variants
 from quern.pipeline.artifacts import ArtifactRequest, make_artifact
 from quern.pipeline.comparison_folder import ComparisonFolder
@@ -90,7 +90,10 @@ def compare(
     _check_distinct([*(recipe.name for recipe in chosen), *(other.row for other in others)])
     folder = ComparisonFolder(output, model)
     folder.check(model, [recipe.name for recipe in chosen], [other.row for other in others], fresh)
-    checkpoint = open_model(model, progress=progress)
+    checkpoint = open_original(model, progress=progress)
+    if others and checkpoint.lasting_notes:
+        raise UserError(f"{option('peers', '--peers')}: other tools start from unquantized checkpoints. Of "
+                        f"{checkpoint.path}, {checkpoint.lasting_notes[0]}")  # fmt: skip
     usual = MeasurementSettings(
         tokens=tokens, window=window, threads=threads, seed=seed,
         speed_rounds=speed_rounds, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens)  # fmt: skip
@@ -211,7 +214,7 @@ def _protocol(usual: MeasurementSettings, settings: MeasurementSettings, inputs:
 
 def _unquantized(making: ArtifactRequest, reference: Contender, engine: str) -> list[Contender]:
     """The unquantized model once more, in the engine that quantized ones run in, where that is another."""
-    fast = engine_for(making.checkpoint, engine)
+    fast = engine_for(open_model(making.checkpoint.path), engine)  # as it is run, which may not be as it is quantized
     if fast == reference.engine:
         return []
     return [replace(reference, name=f"unquantized ({fast})", engine=fast)]

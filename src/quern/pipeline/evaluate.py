@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quern.advisor.hardware import measured_rates, rate_warnings
+from quern.checkpoint.checkpoint import Checkpoint
 from quern.comparison.inputs import MeasurementSettings, prepare_inputs
 from quern.comparison.measure import measure_all
 from quern.comparison.row_builder import Contender, contender_of
 from quern.comparison.task_scores import task_scores
+from quern.core.artifact import quantization_of
 from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import Row
@@ -89,4 +91,15 @@ def evaluate(
             checkpoint, contender.engine, wanted, dtype=dtype, threads=threads, seed=seed, progress=progress
         )
     )
-    return row.model_copy(update={"tasks": scores, "notes": [*inputs.taken, *row.notes]})
+    of_reference = [] if reference is None else _reference_notes(source)
+    return row.model_copy(update={"tasks": scores, "notes": [*inputs.taken, *of_reference, *row.notes]})
+
+
+def _reference_notes(source: Checkpoint) -> list[str]:
+    """What should be known of the model that losses are measured against."""
+    quantization = quantization_of(source.config)
+    method = None if quantization is None else str(quantization.get("quant_method"))[:40]
+    quantized = (
+        [] if method is None else [f"it is itself quantized, by {method}: what that cost stays and is not measured"]
+    )
+    return [f"the reference: {note}" for note in (*quantized, *source.notes)]

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.foreign.decoded import decoded, foreign_weights
 from quern.checkpoint.gguf.file import GgufSource
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.comparison.artifact_size import artifact_bytes, weight_bytes
@@ -19,7 +20,7 @@ from quern.core.errors import UserError
 from quern.core.metrics import bits_per_weight
 from quern.formats.base import StoredWeight, format_of, reader_of
 from quern.formats.fit import FLOATS
-from quern.loading.fitting import fitted, model_config, open_any
+from quern.loading.fitting import fitted, model_config, open_stored, read_methods
 
 NO_GRANULARITY = "-"
 _SMALL_PARTS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
@@ -65,10 +66,12 @@ def inspect(path: str | Path) -> Inspection:
     Raises ``UserError`` or ``BadFileError`` for what is no model, and for an artifact whose ``config.json`` and tensors
     contradict each other. An unquantized model that does not fit its configuration is shown, with a note.
     """
-    checkpoint = open_any(path)
+    checkpoint = open_stored(path)
     found = checkpoint.config.get("quantization_config")
     config: dict[str, Any] = found if isinstance(found, dict) else {}
     method = config.get("quant_method")
+    if format_of(method) is None and (read := _decoded(checkpoint)) is not checkpoint:
+        return _inspect_decoded(read, str(method))
     if format_of(method) is not None:
         reader = reader_of(config, architecture_of(model_config(checkpoint)))
         assert reader is not None
@@ -90,13 +93,45 @@ def inspect(path: str | Path) -> Inspection:
     )
 
 
+def _decoded(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with other tools' weights decoded, where they can be."""
+    try:
+        return decoded(checkpoint)
+    except UserError:  # said in the notes
+        return checkpoint
+
+
+def _inspect_decoded(checkpoint: Checkpoint, method: str) -> Inspection:
+    """What another tool quantized and is read as decoded values."""
+    weights, infos = foreign_weights(checkpoint), checkpoint.source.infos
+    rows = [_plain_row(checkpoint, name) for name in checkpoint.names() if name not in weights]
+    for name, weight in weights.items():
+        rows.append(TensorRow(name, weight.shape, method, weight.granularity, weight.bits, infos[name].stored_bytes))
+    return Inspection(
+        path=checkpoint.path,
+        bytes=artifact_bytes(checkpoint),
+        tensors=sorted(rows, key=lambda row: _natural(row.name)),
+        bits_per_weight=bits_per_weight(weight_bytes(checkpoint), checkpoint.parameters),
+        parameters=checkpoint.parameters,
+        recipe=None,
+        notes=(*checkpoint.notes, *_notes(checkpoint, {})),
+    )
+
+
 def _notes(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:
     """Who quantized the model, where nobody here runs it, and what does not fit."""
     method = config.get("quant_method")
     if config and format_of(method) is None:
+        try:
+            decoded(checkpoint)
+        except UserError as error:
+            return [f"it cannot be run or quantized: {error}"]
         bits = config.get("bits") or config.get("w_bit") or (4 if config.get("load_in_4bit") else None)
         width = f" to {bits} bits" if type(bits) is int else ""
-        return [f"quantized{width} by {str(method)[:40]}, which quern neither runs nor quantizes again"]
+        return [
+            f"quantized{width} by {str(method)[:40]}, which quern neither runs nor quantizes again (it reads "
+            f"{read_methods()})"
+        ]
     try:
         fitted(checkpoint)
     except UserError as error:

@@ -30,7 +30,7 @@ from quern.core.recipe import Recipe, load_recipe
 from quern.core.results import LayerError
 from quern.formats.base import FORMATS, ArtifactWriter
 from quern.generation.stopping import named_ends
-from quern.loading.fitting import open_model, require_unquantized
+from quern.loading.fitting import open_model, open_original
 from quern.observers.base import OBSERVERS
 from quern.pipeline import memory_plan, sensitivity
 from quern.pipeline.blocks import quantize_blocks
@@ -92,8 +92,7 @@ def quantize(
     progress = progress or Silent()
     target = output_target(output, model, fresh)
     output = Path(os.path.expanduser(output))
-    checkpoint, chosen = open_model(model, progress=progress), _recipe(recipe, format)
-    require_unquantized(checkpoint)
+    checkpoint, chosen = open_original(model, progress=progress), _recipe(recipe, format)
     architecture = architecture_of(checkpoint.config)
     plan, where = plan_of(chosen, architecture), _device(device)
     writer = _check(chosen, plan, architecture)
@@ -229,7 +228,8 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     stored_otherwise = scale_note(dtypes)
     notes += stored_otherwise
     files = sorted(path.name for path in job.work.path("artifact").iterdir())
-    provenance = {"fingerprint": fingerprint, "layers": errors, "notes": stored_otherwise, "files": files}
+    lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
+    provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": files}
     write_json(job.work.path("artifact", PROVENANCE), provenance)
     copy_tokenizer(job.checkpoint.path, job.work.path("artifact"))
     return errors
@@ -263,5 +263,5 @@ def _report(
         peak_rss_bytes=peak_rss(),
         layers=[LayerError.model_validate(layer) for layer in layers],
         resumed=resumed,
-        notes=[*checkpoint.notes, *source_notes(checkpoint, size), *notes],
+        notes=list(dict.fromkeys([*checkpoint.notes, *source_notes(checkpoint, size), *notes])),
     )

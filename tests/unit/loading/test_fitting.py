@@ -233,12 +233,12 @@ def test_so_does_transformers_own_loader(misfit, artifact, tmp_path):
 
 
 def test_what_another_tool_quantized_opens_but_is_not_quantized_again(tiny_model, tmp_path):
-    folder = changed(tiny_model, tmp_path / "model", quantization_config={"quant_method": "gptq", "bits": 4})
+    folder = changed(tiny_model, tmp_path / "model", quantization_config={"quant_method": "hqq", "bits": 4})
     assert open_model(folder).config["quantization_config"]["bits"] == 4
-    with pytest.raises(UserError, match="already quantized, by gptq"):
+    with pytest.raises(UserError, match="already quantized, by hqq"):
         quantize(folder, tmp_path / "out")
     for engine in ENGINES.names():
-        with pytest.raises(UserError, match="gptq"):
+        with pytest.raises(UserError, match="hqq"):
             ENGINES.get(engine)().load(folder)
 
 

@@ -194,9 +194,9 @@ def test_artifacts_that_contradict_themselves(mixed, tmp_path, change, said):
         inspect(folder)
 
 
-FOREIGN = {
-    "gptq": {
-        "config": {"quant_method": "gptq", "bits": 4, "group_size": 32},
+UNREAD = {
+    "auto-round": {
+        "config": {"quant_method": "auto-round", "bits": 4, "group_size": 32},
         "parts": lambda rows, columns: {
             "qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
             "qzeros": torch.zeros(columns // 32, -(-rows // 8), dtype=torch.int32),
@@ -204,29 +204,29 @@ FOREIGN = {
             "g_idx": torch.zeros(columns, dtype=torch.int32),
         },
         "bits": 4,
-        "says": "quantized to 4 bits by gptq",
+        "says": "quantized to 4 bits by auto-round",
     },
-    "awq": {
-        "config": {"quant_method": "awq", "bits": 4, "group_size": 32},
+    "quark": {
+        "config": {"quant_method": "quark", "bits": 4, "group_size": 32},
         "parts": lambda rows, columns: {
             "qweight": torch.zeros(columns, -(-rows // 8), dtype=torch.int32),
             "qzeros": torch.zeros(columns // 32, -(-rows // 8), dtype=torch.int32),
             "scales": torch.zeros(columns // 32, rows, dtype=torch.float16),
         },
         "bits": 4,
-        "says": "quantized to 4 bits by awq",
+        "says": "quantized to 4 bits by quark",
     },
-    "fp8": {
-        "config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "fbgemm_fp8": {
+        "config": {"quant_method": "fbgemm_fp8", "weight_block_size": [128, 128]},
         "parts": lambda rows, columns: {
             "weight": torch.zeros(rows, columns).to(torch.float8_e4m3fn),
             "weight_scale_inv": torch.ones(1, 1),
         },
         "bits": 8,
-        "says": "quantized by fp8",
+        "says": "quantized by fbgemm_fp8",
     },
-    "bitsandbytes": {
-        "config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "modelopt": {
+        "config": {"quant_method": "modelopt", "load_in_4bit": True},
         "parts": lambda rows, columns: {
             "weight": torch.zeros(rows * columns // 2, 1, dtype=torch.uint8),
             "weight.absmax": torch.zeros(rows * columns // 64),
@@ -234,14 +234,14 @@ FOREIGN = {
             "weight.quant_state.bitsandbytes__nf4": torch.zeros(90, dtype=torch.uint8),
         },
         "bits": 4,
-        "says": "quantized to 4 bits by bitsandbytes",
+        "says": "quantized to 4 bits by modelopt",
     },
 }
 
 
-@pytest.mark.parametrize("method", FOREIGN)
+@pytest.mark.parametrize("method", UNREAD)
 def test_what_other_tools_quantized_is_counted_by_the_models_own_shapes(method, tiny_model, tmp_path):
-    foreign = FOREIGN[method]
+    foreign = UNREAD[method]
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     tensors = {name: open_checkpoint(folder).read(name) for name in open_checkpoint(folder).names()}
     for name in [name for name in tensors if name.endswith("proj.weight")]:
