@@ -8,7 +8,7 @@ namespace quern::scalar {
 // Number `index` of an array, as float32.
 float number(const void* data, Float type, int64_t index);
 
-void quantize(const float* x, int32_t columns, int32_t group, int8_t* values, float* scale, int32_t* sums);
+void quantize(const float* x, int32_t columns, int32_t group, float given, int8_t* values, float* scale, int32_t* sums);
 void split(const int8_t* values, int64_t count, int8_t* even, int8_t* odd);
 void rotate(float* values, int32_t columns, int32_t block, const uint8_t* signs);
 void scales(const Weight& weight, int32_t row, int32_t first, int32_t count, float* out);

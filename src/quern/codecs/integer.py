@@ -25,6 +25,18 @@ if TYPE_CHECKING:
     from quern.observers.base import Observer
 
 
+class IntegerParameters(ScaledParameters):
+    """Symmetric codes of any width are int8 numbers."""
+
+    def int8_obstacle(self) -> str | None:
+        return None if self.symmetric else "asks for symmetric: False"
+
+    def input_group_obstacle(self, size: int) -> str | None:
+        if self.group_size in (None, size):
+            return None
+        return f"asks for groups of {self.group_size}; take the same size, or granularity channel or tensor"
+
+
 class Grid:
     """The integer grid of one scheme: ranges to scales, values to codes and back."""
 
@@ -128,7 +140,7 @@ class IntegerEncoder(Encoder):
 class IntegerCodec(Codec):
     """Uniform integers; see the module's page for what is stored."""
 
-    Parameters = ScaledParameters
+    Parameters = IntegerParameters
 
     def __init__(self, scheme: CodecScheme) -> None:
         super().__init__(scheme)
@@ -213,6 +225,14 @@ class IntegerCodec(Codec):
                 part.sub_(self.grid.middle if zero is None else zero[:, groups, None])
             part.mul_(scale[:, groups, None].float())
         return values
+
+    def int8_codes(self, shape: tuple[int, int], parts: Parts) -> tuple[Tensor, Tensor, int]:
+        assert self.params.symmetric
+        codes = parts["codes"]
+        if not self._bytes:
+            unpacked = bits.unpack(codes, self.params.bits, shape[1])
+            codes = (unpacked.to(torch.int16) - self.grid.middle).to(torch.int8)
+        return codes, parts["scale"].float(), self.group_width(shape[1])
 
     def _zero(self, parts: Parts) -> Tensor | None:
         """Zero points uint8 ``(scale rows, groups)`` of an asymmetric grid."""

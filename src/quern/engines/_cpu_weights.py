@@ -21,7 +21,7 @@ from quern.codecs.trellis import TrellisCodec
 from quern.core.errors import BadFileError
 from quern.core.scheme import CodecScheme
 from quern.formats.base import StoredModule
-from quern.formats.quern import INPUT_SIGNS
+from quern.formats.quern import INPUT_SCALE, INPUT_SIGNS
 
 NATIVE_BITS = 4
 """Integer codes of this width are read as they are stored, and so are symmetric bytes."""
@@ -63,17 +63,28 @@ class MappedWeights:
     def linear(self, name: str, shape: tuple[int, int], *, bias: bool = True) -> _native.Linear:
         """The linear called ``name``, ``(rows, columns)``, with signs, and a bias if asked for, where it has them."""
         stored = self._modules.get(name)
-        # Whether it was made for int8 inputs with one scale a token.
-        scale_per_token = stored is not None and stored.activations == "dynamic"
+        said = stored if stored is not None and stored.activations != "none" else None  # made for int8 inputs
         signs = f"{name}.{INPUT_SIGNS}"
-        matrix = self.matrix(name, shape, None if scale_per_token or self._has(signs) else INPUT_GROUP)
+        matrix = self.matrix(name, shape, said.input_group if said else None if self._has(signs) else INPUT_GROUP)
         self.read_bytes += matrix.bytes
         return _native.Linear(
             matrix,
             self.optional_vector(f"{name}.bias", shape[0]) if bias else None,
             self._mapped(signs, ((shape[1] + 7) // 8,), torch.uint8) if self._has(signs) else None,
-            fine=self._fine(name) and not scale_per_token,
+            fine=self._fine(name) and said is None,
+            input_scale=self._input_scale(name) if said and said.activations == "static" else None,
+            one_input_scale=said is not None and said.input_group is None,
         )
+
+    def _input_scale(self, name: str) -> float:
+        """The calibrated scale of static activations. Raises ``BadFileError`` for what is none."""
+        scale = float(self._checkpoint.read(f"{name}.{INPUT_SCALE}", finite=True))
+        if not scale >= torch.finfo(torch.float32).tiny:
+            place = self._checkpoint.source.place(f"{name}.{INPUT_SCALE}")
+            raise BadFileError(
+                place, f"says that the inputs of {name} have the scale {scale:g}", "Quantize the model again"
+            )
+        return scale
 
     def _fine(self, name: str) -> bool:
         """Whether int8 inputs would lose more than the weights did."""

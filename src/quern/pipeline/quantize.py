@@ -20,7 +20,7 @@ from quern.checkpoint.tokenizer import copy_tokenizer, usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.codecs.base import codec_of
 from quern.comparison.artifact_size import source_notes
-from quern.core.artifact import PROVENANCE
+from quern.core.artifact import PROVENANCE, CalibratedInputs
 from quern.core.errors import OutOfMemoryCapError, UserError, option
 from quern.core.memory import forget_peak, peak_rss
 from quern.core.parallel import deterministic_workers
@@ -218,6 +218,8 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     layers and adds to ``notes``."""
     layers = job.architecture.layers
     errors: list[dict[str, Any]] = []
+    inputs: list[dict[str, Any]] = []
+    limits: list[float] = []
     dtypes: dict[str, str] = {}
     for step in ("outer 0", *(f"block {index}" for index in range(layers)), f"outer {layers + 1}"):
         record = job.work.done(step)
@@ -225,11 +227,16 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
             raise UserError(f"the work folder lost step {step!r}; run the same command again")
         errors += record["layers"]
         dtypes |= record.get("scale_dtypes", {})
+        inputs += record.get("inputs", [])
+        limits += [record["input_limit"]] if record.get("input_limit") else []
     job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
     stored_otherwise = scale_note(dtypes)
     notes += stored_otherwise
     files = sorted(path.name for path in job.work.path("artifact").iterdir())
     provenance = {"fingerprint": fingerprint, "layers": errors, "notes": stored_otherwise, "files": files}
+    if inputs and job.sequences is not None:
+        seen = {"tokens": job.sequences.numel(), "limit": max(limits, default=None), "groups": inputs}
+        provenance["inputs"] = CalibratedInputs.model_validate(seen).model_dump(mode="json")
     write_json(job.work.path("artifact", PROVENANCE), provenance)
     copy_tokenizer(job.checkpoint.path, job.work.path("artifact"))
     return errors
