@@ -1,15 +1,17 @@
 """What an artifact remembers of its calibration, and texts whose inputs leave that."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
 from artifacts import INT8, make_artifact
-from tiny_model import calibration_text
+from rich.console import Console
 
 from quern.checkpoint.checkpoint import open_checkpoint
-from quern.comparison.input_shift import calibrated_inputs, measured_shift, sentence
+from quern.cli import render
+from quern.comparison.input_shift import calibrated_inputs, measured_shift, sentence, student_limit
 from quern.core.errors import BadFileError
 from quern.core.progress import Silent
 from quern.core.results import Row
@@ -43,7 +45,6 @@ def test_an_artifact_keeps_what_its_linears_read(name, artifacts, tiny_model, ti
 
     kept = calibrated_inputs(open_checkpoint(artifacts[name]))
     assert kept.tokens == 2048
-    assert kept.limit > 1
     assert [group.linears[0].rpartition(".")[2] for group in kept.groups] == 3 * [
         "q_proj",
         "o_proj",
@@ -120,6 +121,11 @@ def test_other_text_is_told_from_text_like_calibrations(name, artifacts, tiny_mo
     assert ("clipped" in told) == (name == "static")
 
 
+@pytest.mark.parametrize(("level", "limit"), [(0.1, 1.833), (0.05, 2.262), (0.01, 3.250), (0.001, 4.781)])
+def test_the_limit_is_that_of_the_printed_table(level, limit):
+    assert student_limit(level) == pytest.approx(limit, abs=6e-4)
+
+
 def test_a_larger_embedding_moves_the_reach_by_as_much(artifacts, tmp_path):
     """Twice the first norm's scale: the first block's inputs reach twice as far, and a static scale clips them."""
     import shutil
@@ -141,20 +147,25 @@ def test_a_larger_embedding_moves_the_reach_by_as_much(artifacts, tmp_path):
     assert two.clipped > 2 * max(one.clipped, 1e-4)
 
 
-def test_evaluate_tells_it_with_a_text_and_not_without(artifacts, quiet_machine):
+def test_evaluate_tells_it_of_a_text(artifacts, quiet_machine):
+    """It starts a process, which takes seconds."""
     texts = [Text.of("odd", ["\x7f\x01\x02" * 400])]
     row = evaluate(artifacts["static"], texts=texts, tokens=512, window=64, speed_rounds=0)
     assert row.input_shift.tokens == 512
     assert any("are not like those of calibration" in note for note in row.notes)
     assert Row.model_validate_json(row.model_dump_json()) == row
-    plain = evaluate(artifacts["static"], texts=[Text.of("usual", [calibration_text()])], tokens=512, window=64, speed_rounds=0)  # fmt: skip
-    assert plain.input_shift.groups[0].score < row.input_shift.groups[0].score / 3
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(render.row(row))
+    shown = console.export_text()
+    assert row.input_shift.groups[0].linears[0] in shown
+    assert "beyond calibration" in shown
+    assert render.input_shift(row.model_copy(update={"input_shift": None})) == []
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"tokens": 0}, {"tokens": "many"}, {"more": 1}, {"groups": 5}, {"limit": -1.0},
+        {"tokens": 0}, {"tokens": "many"}, {"more": 1}, {"groups": 5}, {"sequences": 10**6},
         {"groups": [{"linears": ["model.layers.0.mlp.zap"]}]}, {"groups": [{"linears": []}]}, {"groups": [{"profile": [1.0]}]},
         {"groups": [{"reach": "far"}]}, {"groups": [{"spread": [0.0, 1.0]}]}, {"groups": [{"clipped": 2.0}]},
     ],

@@ -1,14 +1,16 @@
 """Whether a text's inputs to the linears of an artifact leave what calibration saw, where, and by how much.
 
 The artifact runs on the reference engine, and what its linears read is sketched as it was when they were calibrated. A
-difference counts in units of what halves of the calibration text differ by, with allowance for the text's own length: with
-n tokens against N of calibration, chance differences are sqrt((1/n + 1/N) / (4/N)) times those of halves. It is something
-where it exceeds the greatest score of any linear in any of 99 random halves, hence by chance in 1 of 100 texts like
-calibration's (the permutation test of the greatest statistic, Westfall and Young 1993, for all linears at once).
+difference counts in units of chance: of what halves of the calibration text (five tenths each) differ by, times
+sqrt((1/m + 1/10) / (4/10)) for a text of m tenths. A longer text counts as one tenth all the same: texts differ, and more of
+one does not make it less different. Of ten parts there are nine degrees of freedom, so a score is something where it exceeds
+what Student's t does once in 100 texts like calibration's, in any difference of any linear (Bonferroni). Windows are cut as
+calibration's text was, because inputs depend on how much text is before them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
 from quern.core.artifact import PROVENANCE, CalibratedInputs, InputSummary
 from quern.core.errors import BadFileError
+from quern.core.parallel import pieces
 from quern.core.progress import Progress
 from quern.core.results import GroupShift, InputShift
 from quern.core.units import significant
@@ -28,8 +31,10 @@ from quern.engines.base import DtypeName
 from quern.engines.reference import load
 from quern.evaluation.texts import Window
 from quern.loading.fitting import model_config
-from quern.quantization.calibration.sketch import RUNS, Sketches, differences
+from quern.quantization.calibration.sketch import PARTS, RUNS, Sketches, differences
 
+LEVEL = 0.01
+"""Texts like calibration's in which some linear seems to be off."""
 ADVICE = "quantize again with text of this kind (--calibration) and compare"
 
 
@@ -75,17 +80,36 @@ def measured_shift(
 
     for name in found:
         model.get_submodule(name).register_forward_pre_hook(keep(name))
-    task = progress.task("inputs of linears", sum(len(window.ids) for window in windows))
+    tokens, length = sum(len(window.ids) for window in windows), seen.tokens // seen.sequences
+    task = progress.task("inputs of linears", tokens)
     with torch.inference_mode():
         for window in windows:
-            model.base_model(torch.from_numpy(window.ids)[None], use_cache=False)
-            task.advance(len(window.ids))
+            for start, stop in pieces(len(window.ids), length):
+                model.base_model(torch.from_numpy(window.ids[start:stop])[None], use_cache=False)
+                task.advance(stop - start)
     task.done()
-    tokens = sum(len(window.ids) for window in windows)
-    chance = ((seen.tokens / tokens + 1) / 4) ** 0.5
+    parts = min(1.0, PARTS * tokens / seen.tokens)
+    chance = ((PARTS / parts + 1) / 4) ** 0.5
     groups = [compared(group, Sketches.joined(found[group.linears[0]]).summed(), chance) for group in seen.groups]
     groups.sort(key=lambda group: (-(group.score or 0.0), group.linears))
-    return InputShift(tokens=tokens, limit=seen.limit, groups=groups)
+    tests = sum(2 for group in groups if group.score is not None)
+    limit = student_limit(LEVEL / tests) if tests else None
+    return InputShift(tokens=tokens, limit=limit, groups=groups)
+
+
+def student_limit(level: float) -> float:
+    """What |t| of ``PARTS`` - 1 = 9 degrees of freedom exceeds with probability ``level`` (Abramowitz, Stegun 26.7.3)."""
+    low, high = 0.0, 1e6
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        angle = math.atan(middle / math.sqrt(PARTS - 1))
+        cosine, term, total = math.cos(angle), math.cos(angle), 0.0
+        for step in range(2, PARTS - 1, 2):
+            total += term
+            term *= cosine * cosine * step / (step + 1)
+        within = 2 / math.pi * (angle + math.sin(angle) * total)
+        low, high = (middle, high) if 1 - within > level else (low, middle)
+    return high
 
 
 def compared(kept: InputSummary, found: Sketches, chance: float) -> GroupShift:

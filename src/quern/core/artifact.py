@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quern.core.errors import UserError
 
@@ -47,6 +47,12 @@ class CalibratedInputs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     tokens: Annotated[int, Field(gt=0)]
-    limit: Annotated[float, Field(gt=0)] | None
-    """The greatest score of any linear in any of 99 random halves of the text; None for a text too short to be halved."""
+    sequences: Annotated[int, Field(gt=0)]
+    """Into which they were cut."""
     groups: tuple[InputSummary, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibratedInputs:
+        if self.sequences > self.tokens:
+            raise ValueError(f"{self.tokens} tokens are no {self.sequences} sequences")
+        return self

@@ -67,8 +67,8 @@ def quantize_block(job: Job, index: int) -> None:
         work.quantize_stage(stage)
         release_freed()
     files = work.store()
-    seen = {} if work.source is None else work.run(work.source)
-    record = {**record_of(job, work.rounded, work.prefix), **seen, "seconds": time.perf_counter() - started}
+    inputs = [] if work.source is None else work.run(work.source)
+    record = {**record_of(job, work.rounded, work.prefix), "inputs": inputs, "seconds": time.perf_counter() - started}
     job.work.finish(f"block {index}", files, record)
     if work.source is not None:
         work.source.path.unlink()  # the block is done: nobody needs its inputs any more
@@ -209,9 +209,9 @@ class _BlockWork:
         """The checkpoint's own dtype of the block's parameter ``name``."""
         return DTYPES[self.job.checkpoint.info(self.block.spec.sources_of(name)[0].tensor).dtype]
 
-    def run(self, source: ActivationFile) -> dict[str, Any]:
+    def run(self, source: ActivationFile) -> list[dict[str, Any]]:
         """What the rounded block makes of its inputs is written for the next one; what the journal keeps of the inputs of
-        its linears (see ``calibration.sketch.kept_of``)."""
+        its linears (``InputSummary``)."""
         certain = {linear.name for linear in self.block.spec.linears if linear.expert is None} & set(self.plans)
         alike = [[name for name in group.linears if name in certain] for group in self.block.spec.groups]
         first = {linears[0]: [self.prefix + name for name in linears] for linears in alike if linears}
@@ -232,7 +232,7 @@ class _BlockWork:
                 outputs(start, stop)
         as_they_are = [linear for linear in self.rounded if linear.input_signs is None]
         scales = {linear.name: linear.input_scale for linear in as_they_are if linear.input_scale is not None}
-        return kept_of(seen, first, scales, self.job.seed)
+        return [kept.model_dump(mode="json") for kept in kept_of(seen, first, scales)]
 
     def _channels(self, linear: str) -> ChannelStatistics | None:
         """Statistics of what ``linear`` reads; None where it reads nothing."""

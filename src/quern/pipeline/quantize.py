@@ -219,7 +219,6 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     layers = job.architecture.layers
     errors: list[dict[str, Any]] = []
     inputs: list[dict[str, Any]] = []
-    limits: list[float] = []
     dtypes: dict[str, str] = {}
     for step in ("outer 0", *(f"block {index}" for index in range(layers)), f"outer {layers + 1}"):
         record = job.work.done(step)
@@ -228,14 +227,14 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
         errors += record["layers"]
         dtypes |= record.get("scale_dtypes", {})
         inputs += record.get("inputs", [])
-        limits += [record["input_limit"]] if record.get("input_limit") else []
     job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
     stored_otherwise = scale_note(dtypes)
     notes += stored_otherwise
     files = sorted(path.name for path in job.work.path("artifact").iterdir())
     provenance = {"fingerprint": fingerprint, "layers": errors, "notes": stored_otherwise, "files": files}
     if inputs and job.sequences is not None:
-        seen = {"tokens": job.sequences.numel(), "limit": max(limits, default=None), "groups": inputs}
+        tokens, sequences = job.sequences.numel(), len(job.sequences)
+        seen = {"tokens": tokens, "sequences": sequences, "groups": inputs}
         provenance["inputs"] = CalibratedInputs.model_validate(seen).model_dump(mode="json")
     write_json(job.work.path("artifact", PROVENANCE), provenance)
     copy_tokenizer(job.checkpoint.path, job.work.path("artifact"))

@@ -9,13 +9,14 @@ import torch
 from quern.quantization.calibration.sketch import (
     BINS,
     FINEST,
-    HALVES,
     LOWEST,
+    PARTS,
     REACH,
     RUNS,
     Sketches,
     differences,
     halves,
+    parts_of,
     summary,
 )
 
@@ -77,27 +78,35 @@ def test_differences_are_those_of_the_definitions():
     assert differences(one, p, one, p)[0].tolist() == [0, 0]
 
 
-def test_halves_are_halves_and_depend_on_the_seed_alone():
-    chosen = halves(9, 3)
-    assert chosen.shape == (HALVES, 9)
-    assert set(chosen.sum(1).tolist()) == {4.0}
-    assert torch.equal(chosen, halves(9, 3))
-    assert not torch.equal(chosen, halves(9, 4))
-    assert halves(8, 3) is None
+def test_halves_are_all_the_halvings():
+    chosen = halves()
+    assert chosen.shape == (math.comb(PARTS, PARTS // 2) // 2, PARTS)
+    rows = {tuple(row) for row in chosen.tolist()} | {tuple(row) for row in (1 - chosen).tolist()}
+    assert len(rows) == math.comb(PARTS, PARTS // 2)
+    assert {sum(row) for row in rows} == {PARTS // 2}
 
 
-def test_the_spread_is_what_halves_differ_by_and_the_limit_its_greatest():
-    x = heavy(32 * 64, 64).view(32, 64, 64)
-    chosen = halves(32, 0)
-    kept, limit = summary(["a", "b"], Sketches.joined([Sketches.of(part) for part in x]), chosen, 8.0)
-    apart = []
-    for row in chosen.bool():
-        one, other = Sketches.of(x[row].flatten(0, 1)), Sketches.of(x[~row].flatten(0, 1))
+def test_parts_are_runs_of_neighbouring_sequences():
+    sequences = Sketches.joined([Sketches.of(torch.full((1, 16), 2.0**k)) for k in range(23)])
+    parts = parts_of(sequences)
+    assert int(parts.counts.sum()) == 23 * 16
+    sizes = (parts.counts.sum(1) // 16).tolist()
+    assert sum(sizes) == 23
+    assert set(sizes) <= {2, 3}
+    assert parts.greatest.log2().tolist() == [sum(sizes[: k + 1]) - 1 for k in range(PARTS)]
+    assert parts_of(Sketches.joined([Sketches.of(torch.ones(1, 16))] * (PARTS - 1))) is None
+
+
+def test_the_spread_is_what_halves_differ_by():
+    x = heavy(30 * 64, 64).view(30, 64, 64)
+    kept = summary(["a", "b"], Sketches.joined([Sketches.of(part) for part in x]), 8.0)
+    apart, parts = [], x.view(PARTS, 3, 64, 64)
+    for row in halves().bool():
+        one, other = Sketches.of(parts[row].flatten(0, 2)), Sketches.of(parts[~row].flatten(0, 2))
         apart.append(differences(one.reach(), one.profile(), other.reach(), other.profile())[0])
     deviation = torch.stack(apart).square().mean(0).sqrt().clamp(min=FINEST)
     assert kept.spread == pytest.approx(deviation.tolist(), rel=1e-4)
-    assert limit == pytest.approx(float((torch.stack(apart) / deviation).max()), rel=1e-6)
     assert kept.clipped == pytest.approx(float((x.abs() > 8).float().mean()), rel=0.1)
-    short, none = summary(["a"], Sketches.joined([Sketches.of(part) for part in x[:4]]), halves(4, 0), None)
-    assert (short.spread, none, short.clip, short.clipped) == (None, None, None, None)
+    short = summary(["a"], Sketches.joined([Sketches.of(part) for part in x[:9]]), None)
+    assert (short.spread, short.clip, short.clipped) == (None, None, None)
     assert len(kept.model_dump_json()) < 600

@@ -1,23 +1,20 @@
 """What linears read, in small: kept by an artifact, so that another text's inputs can be held against calibration's.
 
 Of each part of a text (a sequence) a sketch counts |x| in bins of an eighth of an octave and adds up x^2 by runs of
-channels. Counts add up exactly, so that any halves of the calibration text can be compared: how far these lie apart is what
+channels. Counts add up exactly, so that all halves of the calibration text can be compared: how far these lie apart is what
 chance does, and no threshold has to be chosen.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import combinations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from quern.core.artifact import InputSummary
-from quern.core.seeds import generator
 from quern.quantization.calibration.histogram import LEVELS
 
 LOWEST, OCTAVES, PER_OCTAVE = -30, 64, 8
@@ -28,8 +25,10 @@ RUNS = 16
 """Runs of neighbouring channels whose shares of the energy are the profile."""
 REACH = 0.999
 """Share of all |x| that lies within the reach: the least that a scale should cover, and no single outlier moves it."""
-HALVES = 99
-"""Random halves of the calibration text that are compared: a difference above all of theirs has 1 chance in 100."""
+PARTS = 10
+"""Runs of neighbouring sequences, hence of the same documents, into which the calibration text is cut to be halved, in all
+ways. Halves of single sequences would hold pieces of the same documents, and differ by less than other documents of that
+kind do."""
 FINEST = 2.0**-9
 """Differences (in octaves, or of the profile) that are as nothing: about what interpolating within a bin leaves open."""
 
@@ -111,37 +110,35 @@ def differences(reach: Tensor, profile: Tensor, other_reach: Tensor, other_profi
     return torch.stack([octaves, distance], dim=-1)
 
 
-def halves(parts: int, seed: int) -> Tensor | None:
-    """``HALVES`` choices of half of ``parts`` parts of a text, float64 ``(HALVES, parts)`` of zeros and ones; None for fewer
-    parts than have so many choices, 9."""
-    if math.comb(parts, parts // 2) < HALVES:
+def halves() -> Tensor:
+    """One half of each way to halve ``PARTS`` parts, float64 ``(126, PARTS)`` of zeros and ones."""
+    chosen = [half for half in combinations(range(PARTS), PARTS // 2) if 0 in half]
+    return torch.zeros(len(chosen), PARTS, dtype=torch.float64).scatter_(1, torch.tensor(chosen), 1.0)
+
+
+def parts_of(sequences: Sketches) -> Sketches | None:
+    """The sketches of all sequences, in order, added up to those of ``PARTS`` parts; None for fewer sequences."""
+    count = len(sequences.counts)
+    if count < PARTS:
         return None
-    random = generator(seed, "halves of the calibration text")
-    chosen = np.zeros((HALVES, parts))
-    for row in chosen:
-        row[random.permutation(parts)[: parts // 2]] = 1
-    return torch.from_numpy(chosen)
+    owner = torch.arange(count) * PARTS // count
+    return sequences.summed((owner == torch.arange(PARTS)[:, None]).double())
 
 
-def summary(
-    linears: Sequence[str], found: Sketches, chosen: Tensor | None, clip: float | None
-) -> tuple[InputSummary, float | None]:
-    """What an artifact keeps of the inputs that ``linears`` share, from the sketches of all sequences; and the greatest
-    score among the ``halves`` that are ``chosen``.
+def summary(linears: Sequence[str], sequences: Sketches, clip: float | None) -> InputSummary:
+    """What an artifact keeps of the inputs that ``linears`` share, from the sketches of all sequences.
 
-    A score is a difference over the root mean square of that difference between halves, the greater of both kinds.
     ``clip``: what static activations cut |x| at.
     """
-    whole = found.summed()
+    whole, parts = sequences.summed(), parts_of(sequences)
     reach, profile = whole.reach(), whole.profile()
-    spread, limit = None, None
-    if chosen is not None:
-        one, other = found.summed(chosen), found.summed(1 - chosen)
+    spread = None
+    if parts is not None:
+        one, other = parts.summed(halves()), parts.summed(1 - halves())
         apart = differences(one.reach(), one.profile(), other.reach(), other.profile())
         deviation = apart.square().mean(0).sqrt().clamp(min=FINEST)
-        limit = float((apart / deviation).max())
         spread = (_short(deviation[0]), _short(deviation[1]))
-    kept = InputSummary(
+    return InputSummary(
         linears=tuple(linears),
         reach=_short(reach),
         greatest=_short(whole.greatest),
@@ -150,25 +147,21 @@ def summary(
         clip=clip,
         clipped=None if clip is None else _short(whole.beyond(clip)),
     )
-    return kept, limit
 
 
 def kept_of(
-    seen: Sequence[Mapping[str, Sketches]], alike: Mapping[str, Sequence[str]], scales: Mapping[str, float], seed: int
-) -> dict[str, Any]:
-    """What the journal keeps of the inputs of one block: ``inputs``, a list of ``InputSummary``, and ``input_limit``.
+    seen: Sequence[Mapping[str, Sketches]], alike: Mapping[str, Sequence[str]], scales: Mapping[str, float]
+) -> list[InputSummary]:
+    """What an artifact keeps of the inputs of one block.
 
     ``seen``: of each sequence the sketches, by the first of the linears that share an input. ``alike``: the full names of
     these, by the same. ``scales``: those of static activations, likewise.
     """
-    chosen = halves(len(seen), seed)
-    kept, limits = [], []
-    for first, linears in alike.items():
-        clip = LEVELS / 2 * scales[first] if first in scales else None
-        one, limit = summary(linears, Sketches.joined([sketches[first] for sketches in seen]), chosen, clip)
-        kept.append(one.model_dump(mode="json"))
-        limits += [] if limit is None else [limit]
-    return {"inputs": kept, "input_limit": max(limits, default=None)}
+    clips = {first: LEVELS / 2 * scale for first, scale in scales.items()}
+    return [
+        summary(linears, Sketches.joined([sketches[first] for sketches in seen]), clips.get(first))
+        for first, linears in alike.items()
+    ]
 
 
 def _short(value: Tensor) -> float:
