@@ -74,13 +74,15 @@ def input_shift(found: Row) -> list[RenderableType]:
         return []
     limit = found.input_shift.limit
     score = "score" if limit is None else f"score (chance: up to {limit:.1f})"
-    table = plain_table(("inputs of", "99.9 % reach, x", "beyond calibration", "clipped", score), right=(1, 2, 3, 4))
+    heads = ("inputs of", "99.9 % reach, x", "profile away", "beyond calibration", "clipped", score)
+    table = plain_table(heads, right=(1, 2, 3, 4, 5))
     for group in found.input_shift.groups[:WORST_LINEARS]:
         more = f" and {len(group.linears) - 1} more" if len(group.linears) > 1 else ""
         add(
             table,
             group.linears[0] + more,
             f"{group.reach_ratio:.3f}",
+            f"{group.profile_distance:.3f}",
             percent(group.beyond),
             percent(group.clipped),
             number(group.score, ".1f"),

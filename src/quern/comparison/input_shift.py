@@ -140,6 +140,7 @@ def sentence(shift: InputShift) -> str | None:
         clipped = f"; {significant(100 * worst.clipped, 2)} % of them are clipped"
     return (
         f"inputs of this text are not like those of calibration in {len(off)} of {len(shift.groups)} groups of linears, "
-        f"most of all in {worst.linears[0]}, where 99.9 % of |x| reach {worst.reach_ratio:.2f} times as far{clipped}: "
+        f"most of all in {worst.linears[0]}, where 99.9 % of |x| reach {worst.reach_ratio:.2f} times as far and the "
+        f"profile of their channels is {worst.profile_distance:.3f} away{clipped}: "
         f"{ADVICE}"
     )
