@@ -100,6 +100,13 @@ def quantize(inputs: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     return values, np.stack(scales, axis=1)
 
 
+def quantize_by(inputs: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """int8 values (as int64) of ``inputs`` (tokens, columns) by a given ``scale``, which broadcasts to them."""
+    with np.errstate(over="ignore"):  # what overflows lies beyond the range, as it should
+        scaled = inputs * (np.float32(1) / scale)
+    return np.rint(np.clip(scaled, np.float32(-127), np.float32(127))).astype(np.int64)
+
+
 def packed_product(matrix: Packed, inputs: np.ndarray) -> np.ndarray:
     assert matrix.scale is not None
     group = matrix.activation_group

@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
 #include <mutex>
 #include <new>
 
@@ -25,16 +26,21 @@ struct LinearArrays {
   std::optional<Floats> bias;
   std::optional<Bytes> signs;
   bool fine;
+  InputScale input;
 
-  LinearArrays(std::shared_ptr<Matrix> m, std::optional<Floats> b, std::optional<Bytes> s, bool f)
-      : matrix(std::move(m)), bias(std::move(b)), signs(std::move(s)), fine(f) {
+  LinearArrays(std::shared_ptr<Matrix> m, std::optional<Floats> b, std::optional<Bytes> s, bool f,
+               std::optional<float> input_scale, bool one_input_scale)
+      : matrix(std::move(m)), bias(std::move(b)), signs(std::move(s)), fine(f), input{input_scale.value_or(0.0f), one_input_scale} {
     const Weight& w = matrix->weight();
     require(!bias || static_cast<int64_t>(bias->size()) == w.rows, "a bias has one number a row");
     require(!signs || static_cast<int64_t>(signs->size()) == (w.columns + 7) / 8, "signs have one bit a column");
+    require(!input_scale || std::isnormal(*input_scale), "a scale of inputs is a normal number");
+    require(!input_scale || *input_scale > 0.0f, "a scale of inputs is above zero");
+    require(!fine || input == InputScale{}, "fine inputs have the scales of their groups");
   }
 
   Linear view() const {
-    return {matrix->weight(), bias ? bias->data() : nullptr, signs ? signs->data() : nullptr, fine};
+    return {matrix->weight(), bias ? bias->data() : nullptr, signs ? signs->data() : nullptr, fine, input};
   }
 };
 
@@ -227,8 +233,9 @@ void bind_engine(nb::module_& module) {
            "window"_a = 0, "tables"_a = 1, "lag"_a = 0, "scale_factor"_a = 1.0f)
       .def_prop_ro("bytes", &Matrix::bytes);
   nb::class_<LinearArrays>(module, "Linear")
-      .def(nb::init<std::shared_ptr<Matrix>, std::optional<Floats>, std::optional<Bytes>, bool>(), "matrix"_a,
-           "bias"_a = nb::none(), "signs"_a = nb::none(), "fine"_a = false);
+      .def(nb::init<std::shared_ptr<Matrix>, std::optional<Floats>, std::optional<Bytes>, bool, std::optional<float>, bool>(),
+           "matrix"_a, "bias"_a = nb::none(), "signs"_a = nb::none(), "fine"_a = false, "input_scale"_a = nb::none(),
+           "one_input_scale"_a = false);
   bind_steps(module);
   module.attr("CACHE_BLOCK") = BLOCK;
   nb::class_<KeyValuePool>(module, "Pool")

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 #include <tuple>
@@ -98,14 +99,15 @@ nb::ndarray<nb::numpy, T, nb::ndim<2>> copied(const T* data, size_t rows, size_t
   return {raw, {rows, columns}, owner};
 }
 
-auto quantize_array(const Inputs2& inputs, int group, int threads) {
+auto quantize_array(const Inputs2& inputs, int group, int threads, float given, bool whole) {
   const Shape shape = shape_of(inputs);
+  require(given == 0.0f || (std::isnormal(given) && given > 0.0f), "a given scale is a normal number above zero");
   require(shape.columns > 0 && group > 0 && group <= shape.columns, "a group has 1 to as many columns as there are");
   Activations a;
   {
     nb::gil_scoped_release release;
     Pool pool(threads);
-    quantize(*pool, inputs.data(), shape.tokens, shape.columns, group, a);
+    quantize(*pool, inputs.data(), shape.tokens, shape.columns, group, a, {given, whole});
   }
   const size_t groups = (shape.columns + group - 1) / group;
   return std::make_tuple(copied(a.values.data(), shape.tokens, shape.columns, a.stride),
@@ -171,8 +173,8 @@ void bind_kernels(nb::module_& module) {
              "inputs (tokens, columns) times the matrix: (tokens, rows).");
   module.def("rotate", &rotate_array, "values"_a.noconvert(), "signs"_a.noconvert(), "threads"_a = 0,
              "Signs and block Hadamard transform of every row.");
-  module.def("quantize", &quantize_array, "inputs"_a.noconvert(), "group"_a, "threads"_a = 0,
-             "int8 values, scales and sums of the values.");
+  module.def("quantize", &quantize_array, "inputs"_a.noconvert(), "group"_a, "threads"_a = 0, "given"_a = 0.0f,
+             "whole"_a = false, "int8 values, scales and sums of the values.");
   module.def("time_multiply", &time_multiply, "matrices"_a, "inputs"_a.noconvert(), "threads"_a, "repeats"_a,
              "Seconds of each of `repeats` products, which take the matrices in turn.");
   module.def("time_read", &time_read, "buffers"_a, "threads"_a, "repeats"_a,

@@ -12,7 +12,8 @@ bool same_inputs(const Linear& a, const Linear& b) {
   if (a.weight.kind->plain != b.weight.kind->plain) return false;
   if ((a.signs == nullptr) != (b.signs == nullptr) || a.fine != b.fine) return false;
   if (a.signs != nullptr && memcmp(a.signs, b.signs, (a.weight.columns + 7) / 8) != 0) return false;
-  return a.weight.kind->plain || activation_group(a.weight) == activation_group(b.weight);
+  if (a.weight.kind->plain) return true;
+  return a.input == b.input && activation_group(a.weight) == activation_group(b.weight);
 }
 
 }  // namespace
@@ -40,7 +41,7 @@ void Projector::project(const float* inputs, const std::vector<const Linear*>& l
       activations_.tokens = tokens;
       activations_.columns = activations_.group = columns;
     } else {
-      quantize(pool_, read, tokens, columns, activation_group(lead.weight), activations_);
+      quantize(pool_, read, tokens, columns, activation_group(lead.weight), activations_, lead.input);
     }
     activations_.exact = read;
     if (lead.fine) {

@@ -15,7 +15,8 @@ struct Linear {
   Weight weight;
   const float* bias = nullptr;
   const uint8_t* signs = nullptr;
-  bool fine = false;  // inputs as two int8 numbers each: the ordinary one, and what it left over
+  bool fine = false;  // inputs as two int8 numbers each: the ordinary one, and what it left over; from their groups' scales
+  InputScale input;
 };
 
 // Memory is kept from one call to the next.

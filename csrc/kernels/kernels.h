@@ -45,9 +45,11 @@ struct Part {
 struct Kernels {
   const char* name;
 
-  // int8 values of one token, a scale and a sum for each group. A group with a NaN or an infinity gets the scale NaN,
-  // one whose greatest |x| is below 2^-100 the scale 0; both zero values.
-  void (*quantize)(const float* x, int32_t columns, int32_t group, int8_t* values, float* scale, int32_t* sums);
+  // int8 values of one token, a scale and a sum for each group. A group with a NaN or an infinity gets the scale NaN; one
+  // whose greatest |x| is below 2^-100 the scale 0, unless the scale is `given` (above 0); both zero values. Beyond a given
+  // scale values end at -127 and 127.
+  void (*quantize)(const float* x, int32_t columns, int32_t group, float given, int8_t* values, float* scale,
+                   int32_t* sums);
   // `count` values, a multiple of 128, into even and odd ones.
   void (*split)(const int8_t* values, int64_t count, int8_t* even, int8_t* odd);
   void (*rotate)(float* values, int32_t columns, int32_t block, const uint8_t* signs);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -171,8 +172,8 @@ Inputs view(const Weight& weight, const Activations& a, int32_t first_token, int
   const int32_t groups = groups_of(weight);
   const int64_t t = first_token;
   return {tokens, a.columns, weight.group, groups, a.values.data() + t * a.stride, a.stride, a.halves.data() + 2 * t * a.half,
-          a.half, a.quarters.data() + 2 * t * a.half, a.half / 2, a.scale.data() + t * groups, a.sums.data() + t * groups, a.exact ? a.exact + t * a.columns : nullptr,
-          weight.rows};
+          a.half, a.quarters.data() + 2 * t * a.half, a.half / 2, a.scale.data() + t * groups, a.sums.data() + t * groups,
+          a.exact ? a.exact + t * a.columns : nullptr, weight.rows};
 }
 
 void multiply_rows(const Weight& weight, const Inputs& inputs, int32_t first, int32_t last, float* outputs) {
@@ -181,7 +182,8 @@ void multiply_rows(const Weight& weight, const Inputs& inputs, int32_t first, in
   kernels_of(weight, bytes ? kernels().level : 0).rows(weight, inputs, first, last, outputs);
 }
 
-void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t columns, int32_t group, Activations& out) {
+void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t columns, int32_t group, Activations& out,
+              InputScale from) {
   const int64_t groups = ceil_divide(columns, group);
   out.tokens = tokens;
   out.columns = columns;
@@ -198,7 +200,16 @@ void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t col
   const Kernels& k = kernels();
   const auto one = [&](int64_t t) {
     int8_t* values = out.values.data() + t * out.stride;
-    k.quantize(inputs + t * columns, columns, group, values, out.scale.data() + t * groups, out.sums.data() + t * groups);
+    float* scale = out.scale.data() + t * groups;
+    int32_t* sums = out.sums.data() + t * groups;
+    if (from.whole && groups > 1) {
+      k.quantize(inputs + t * columns, columns, columns, from.given, values, scale, sums);
+      std::fill(scale + 1, scale + groups, scale[0]);
+      for (int64_t g = 0; g < groups; ++g)
+        sums[g] = std::accumulate(values + g * group, values + std::min<int64_t>((g + 1) * group, columns), int32_t{0});
+    } else {
+      k.quantize(inputs + t * columns, columns, group, from.given, values, scale, sums);
+    }
     memset(values + columns, 0, out.stride - columns);
     int8_t* even = out.halves.data() + 2 * t * out.half;
     if (!rows) return;

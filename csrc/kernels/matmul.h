@@ -28,8 +28,18 @@ struct Activations {
 // What `weight` wants of its activations' groups: its own where it has any, else the whole row.
 int32_t activation_group(const Weight& weight);
 
-// Quantize float32 `inputs` (tokens, columns), ties to even; the greatest |x| of a group becomes 127 (dynamic scales).
-void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t columns, int32_t group, Activations& out);
+// Where the scales of inputs come from.
+struct InputScale {
+  float given = 0.0f;  // above 0: of all inputs (static); values beyond it end at -127 and 127
+  bool whole = false;  // else: from all columns of a token, also where the weight has groups
+
+  bool operator==(const InputScale& other) const { return given == other.given && whole == other.whole; }
+};
+
+// Quantize float32 `inputs` (tokens, columns), ties to even. Where no scale is given, the greatest |x| of a group, or of a whole
+// token, becomes 127.
+void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t columns, int32_t group, Activations& out,
+              InputScale from = {});
 
 // Greatest `columns` of a weight: beyond it sums of products might not fit 32 bits.
 constexpr int32_t MAX_COLUMNS = 65536;

@@ -56,20 +56,21 @@ uint32_t greatest(const float* x, int32_t count) {
   return found;
 }
 
-void quantize_group(const float* x, int32_t count, int8_t* values, float* scale, int32_t* sum) {
+void quantize_group(const float* x, int32_t count, float given, int8_t* values, float* scale, int32_t* sum) {
   const uint32_t bits = greatest(x, count);
   const float top = float_of(bits);
   *sum = 0;
-  if (bits >= 0x7f800000 || top < 0x1p-100f) {
+  if (bits >= 0x7f800000 || (given == 0.0f && top < 0x1p-100f)) {
     *scale = bits >= 0x7f800000 ? float_of(0x7fc00000) : 0.0f;
     memset(values, 0, count);
     return;
   }
-  *scale = top / 127.0f;
-  const float inverse = 127.0f / top;
+  *scale = given == 0.0f ? top / 127.0f : given;
+  const float inverse = given == 0.0f ? 127.0f / top : 1.0f / given;
   for (int32_t i = 0; i < count; ++i) {
-    // Ties to even, as the default rounding mode has it; |x| * inverse is at most a rounding error above 127.
-    values[i] = static_cast<int8_t>(nearbyintf(x[i] * inverse));
+    // Ties to even, as the default rounding mode has it. Without a given scale |x| * inverse is at most a rounding error
+    // above 127.
+    values[i] = static_cast<int8_t>(nearbyintf(std::clamp(x[i] * inverse, -127.0f, 127.0f)));
     *sum += values[i];
   }
 }
@@ -106,9 +107,9 @@ float number(const void* data, Float type, int64_t index) {
   return type == Float::float16 ? from_float16(half) : float_of(static_cast<uint32_t>(half) << 16);
 }
 
-void quantize(const float* x, int32_t columns, int32_t group, int8_t* values, float* scale, int32_t* sums) {
+void quantize(const float* x, int32_t columns, int32_t group, float given, int8_t* values, float* scale, int32_t* sums) {
   for (int32_t g = 0, c = 0; c < columns; ++g, c += group)
-    quantize_group(x + c, std::min(group, columns - c), values + c, scale + g, sums + g);
+    quantize_group(x + c, std::min(group, columns - c), given, values + c, scale + g, sums + g);
 }
 
 void split(const int8_t* values, int64_t count, int8_t* even, int8_t* odd) {

@@ -11,7 +11,7 @@ float number(const void* data, Float type, int64_t index);
 // Of a row and group, as float32.
 float scale_of(const Weight& weight, int32_t row, int32_t group);
 
-void quantize(const float* x, int32_t columns, int32_t group, int8_t* values, float* scale, int32_t* sums);
+void quantize(const float* x, int32_t columns, int32_t group, float given, int8_t* values, float* scale, int32_t* sums);
 void split(const int8_t* values, int64_t count, int8_t* even, int8_t* odd);
 void rotate(float* values, int32_t columns, int32_t block, const uint8_t* signs);
 void scales(const Weight& weight, int32_t row, int32_t first, int32_t count, float* out);

@@ -5,7 +5,7 @@
 namespace quern {
 namespace {
 
-INLINE void quantize_group(const float* x, int32_t count, int8_t* values, float* scale, int32_t* total) {
+INLINE void quantize_group(const float* x, int32_t count, float given, int8_t* values, float* scale, int32_t* total) {
   // The order of the bits of |x| is that of the numbers, infinities and NaNs being above all others.
   __m256i greatest = _mm256_setzero_si256();
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
@@ -18,16 +18,18 @@ INLINE void quantize_group(const float* x, int32_t count, int8_t* values, float*
   float top;
   __builtin_memcpy(&top, &bits, sizeof top);
   *total = 0;
-  if (bits >= 0x7f800000 || top < 0x1p-100f) {
+  if (bits >= 0x7f800000 || (given == 0.0f && top < 0x1p-100f)) {
     *scale = bits >= 0x7f800000 ? __builtin_nanf("") : 0.0f;
     __builtin_memset(values, 0, static_cast<size_t>(count));
     return;
   }
-  *scale = top / 127.0f;
-  const __m256 inverse = _mm256_set1_ps(127.0f / top);
+  *scale = given == 0.0f ? top / 127.0f : given;
+  const __m256 inverse = _mm256_set1_ps(given == 0.0f ? 127.0f / top : 1.0f / given);
+  const __m256 least_value = _mm256_set1_ps(-127.0f), greatest_value = _mm256_set1_ps(127.0f);
   __m256i added = _mm256_setzero_si256();
   for (int32_t i = 0; i < count; i += 8) {
-    const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(load_floats(x + i, count - i), inverse));
+    const __m256 scaled = _mm256_mul_ps(load_floats(x + i, count - i), inverse);
+    const __m256i rounded = _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(scaled, least_value), greatest_value));
     added = _mm256_add_epi32(added, rounded);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
     const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
@@ -36,9 +38,9 @@ INLINE void quantize_group(const float* x, int32_t count, int8_t* values, float*
   *total = sum(added);
 }
 
-void quantize(const float* x, int32_t columns, int32_t group, int8_t* values, float* scale, int32_t* sums) {
+void quantize(const float* x, int32_t columns, int32_t group, float given, int8_t* values, float* scale, int32_t* sums) {
   for (int32_t g = 0, c = 0; c < columns; ++g, c += group)
-    quantize_group(x + c, least(group, columns - c), values + c, scale + g, sums + g);
+    quantize_group(x + c, least(group, columns - c), given, values + c, scale + g, sums + g);
 }
 
 void split(const int8_t* values, int64_t count, int8_t* even, int8_t* odd) {

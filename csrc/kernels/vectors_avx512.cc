@@ -5,7 +5,7 @@
 namespace quern {
 namespace {
 
-INLINE void quantize_group(const float* x, int32_t count, int8_t* values, float* scale, int32_t* sum) {
+INLINE void quantize_group(const float* x, int32_t count, float given, int8_t* values, float* scale, int32_t* sum) {
   // The order of the bits of |x| is that of the numbers, infinities and NaNs being above all others.
   __m512i greatest = _mm512_setzero_si512();
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -19,6 +19,9 @@ INLINE void quantize_group(const float* x, int32_t count, int8_t* values, float*
   float inverse = 0.0f;
   if (bits >= 0x7f800000) {
     *scale = __builtin_nanf("");
+  } else if (given != 0.0f) {
+    *scale = given;
+    inverse = 1.0f / given;
   } else if (top < 0x1p-100f) {
     *scale = 0.0f;
   } else {
@@ -26,21 +29,23 @@ INLINE void quantize_group(const float* x, int32_t count, int8_t* values, float*
     inverse = 127.0f / top;
   }
   const bool usable = inverse != 0.0f;
+  const __m512 least_value = _mm512_set1_ps(-127.0f), greatest_value = _mm512_set1_ps(127.0f);
   __m512i total = _mm512_setzero_si512();
   for (int32_t i = 0; i < count; i += 16) {
     const __mmask16 some = first_lanes(count - i);
     // Not even NaNs are multiplied where the scale says it all.
     const __m512 v = _mm512_maskz_loadu_ps(usable ? some : 0, x + i);
-    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
+    const __m512 scaled = _mm512_mul_ps(v, _mm512_set1_ps(inverse));
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(scaled, least_value), greatest_value));
     total = _mm512_add_epi32(total, rounded);
     _mm512_mask_cvtepi32_storeu_epi8(values + i, some, rounded);
   }
   *sum = _mm512_reduce_add_epi32(total);
 }
 
-void quantize(const float* x, int32_t columns, int32_t group, int8_t* values, float* scale, int32_t* sums) {
+void quantize(const float* x, int32_t columns, int32_t group, float given, int8_t* values, float* scale, int32_t* sums) {
   for (int32_t g = 0, c = 0; c < columns; ++g, c += group)
-    quantize_group(x + c, least(group, columns - c), values + c, scale + g, sums + g);
+    quantize_group(x + c, least(group, columns - c), given, values + c, scale + g, sums + g);
 }
 
 void split(const int8_t* values, int64_t count, int8_t* even, int8_t* odd) {

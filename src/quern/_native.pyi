@@ -34,7 +34,8 @@ class Matrix:
 class Linear:
     """A matrix with its bias ``(rows,)`` and the sign bits of its inputs' rotation ``(ceil(columns / 8),)``.
 
-    ``fine``: inputs become two int8 numbers each, the ordinary one and what that leaves over.
+    ``fine``: inputs become two int8 numbers each, the ordinary one and what that leaves over. ``input_scale``: of all
+    inputs, in place of each group's own; ``one_input_scale``: each token's own, also where the matrix has groups.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class Linear:
         bias: NDArray[np.float32] | None = None,
         signs: NDArray[np.uint8] | None = None,
         fine: bool = False,
+        input_scale: float | None = None,
+        one_input_scale: bool = False,
     ) -> None: ...
 
 class Step:
@@ -177,9 +180,12 @@ def rotate(values: NDArray[np.float32], signs: NDArray[np.uint8], threads: int =
     """Signs (bit c % 8 of byte c / 8 set: -1) and orthonormal block Hadamard transform of each row."""
 
 def quantize(
-    inputs: NDArray[np.float32], group: int, threads: int = 0
+    inputs: NDArray[np.float32], group: int, threads: int = 0, given: float = 0.0, whole: bool = False
 ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int32]]:
-    """int8 values ``(tokens, columns)``; their scales and sums ``(tokens, ceil(columns / group))``."""
+    """int8 values ``(tokens, columns)``; their scales and sums ``(tokens, ceil(columns / group))``.
+
+    ``given`` above 0 is the scale of all; ``whole``: a token has one of its own.
+    """
 
 def time_multiply(
     matrices: collections.abc.Sequence[Matrix], inputs: NDArray[np.float32], threads: int, repeats: int

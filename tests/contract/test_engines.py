@@ -22,6 +22,11 @@ RECIPES = {
     "weights only": {"weights": {"bits": 4, "symmetric": False, "group_size": 32}, "embedding": {**INT8}},
     "int8 dynamic": {"weights": INT8, "activations": {"mode": "dynamic"}},
     "int8 static": {"weights": {**INT8, "granularity": "tensor"}, "activations": {"mode": "static"}},
+    "W4A8 a scale a token": {"weights": {"bits": 4, "group_size": 32}, "activations": {"mode": "dynamic"}},
+    "W4A8 scales by groups": {
+        "weights": {"bits": 4, "group_size": 32},
+        "activations": {"mode": "dynamic", "granularity": "group", "group_size": 32},
+    },
     "trellis": {"weights": {"codec": "trellis", "bits": 3, "granularity": "channel", "window": 6, "tables": 1}},
     "nf4": {"weights": {"codec": "nf4", "group_size": 32}, "embedding": {"codec": "nf4"}},
     "log": {"weights": {"codec": "log", "bits": 4, "group_size": 32}, "embedding": {"codec": "log", "bits": 3}},
@@ -324,6 +329,54 @@ def test_int8_products_are_exact(mode, granularity, tokens):
     assert np.array_equal(module(x).numpy(), expected)
 
 
+GROUPS_OF_32 = {"bits": 4, "granularity": "group", "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mode", "input_group"),
+    [
+        (GROUPS_OF_32, "dynamic", None),
+        (GROUPS_OF_32, "dynamic", 32),
+        (GROUPS_OF_32, "static", None),
+        ({"bits": 4, "granularity": "channel"}, "dynamic", None),
+        ({"bits": 4, "granularity": "channel"}, "dynamic", 48),
+        ({"bits": 3, "granularity": "tensor"}, "dynamic", 7),
+        ({"bits": 3, "granularity": "tensor"}, "static", None),
+        ({"bits": 8, "granularity": "group", "group_size": 64}, "dynamic", None),
+        ({"bits": 8, "granularity": "group", "group_size": 1000}, "dynamic", 1000),
+    ],
+)
+def test_int8_products_of_groups_are_exact(scheme, mode, input_group):
+    """The integers of each group against numpy's int64; then two float32 products, and a sum in the order of the groups."""
+    columns, tokens = 515, 9
+    codec = make_codec({"codec": "integer", "symmetric": True, **scheme})
+    weight = gaussian(24, columns)
+    encoder = codec.encoder(weight, weight, refit=False)
+    decoded = encoder.round_all(weight)
+    module = QuantizedLinear(codec.scheme, (24, columns), False, torch.float32, mode, False, input_group)
+    for name, part in codec.join([encoder.parts()]).items():
+        getattr(module, name).copy_(part)
+    if mode == "static":
+        module.input_scale.copy_(torch.tensor(0.03))
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(3))
+    x[0] = 0
+    weight_scale = module.scale.float().numpy()
+    width = min(scheme.get("group_size", columns), columns)
+    spread = np.broadcast_to(weight_scale.repeat(width, axis=1)[:, :columns], (24, columns))
+    codes = np.rint(decoded.numpy() / spread).astype(np.int64)
+    size = min(input_group or width, width)
+    expected = np.zeros((tokens, 24), np.float32)
+    for first in range(0, columns, size):
+        part = slice(first, first + size)
+        seen = x.numpy() if input_group is None else x.numpy()[:, part]
+        largest = np.abs(seen).max(1, keepdims=True) / np.float32(127.5)
+        scale = np.maximum(largest, np.finfo(np.float32).tiny) if mode == "dynamic" else np.float32(0.03)
+        quantized = np.clip(np.rint(x.numpy()[:, part] / scale), -128, 127).astype(np.int64)
+        integers = quantized @ codes[:, part].T
+        expected += integers.astype(np.float32) * scale * spread[:, first]
+    assert np.array_equal(module(x).numpy(), expected)
+
+
 def test_the_largest_integer_product_does_not_overflow():
     """-128 x -128 over 16384 inputs is 2^28."""
     module, _ = linear(
@@ -370,7 +423,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, artifacts, tiny_model):
     engine = ENGINES.get("reference")()
     for change, match in (
         ({"quant_method": "awq"}, "quantized by 'awq'; this engine runs quern and compressed-tensors"),
-        ({"format_version": 4}, "has quern format version 4; this quern reads versions 1, 2 and 3"),
+        ({"format_version": 5}, "has quern format version 5; this quern reads versions 1, 2, 3 and 4"),
         (
             {"modules": {"model.layers.0.mlp.zap": USUAL}},
             "names a module 'model.layers.0.mlp.zap'",
@@ -385,6 +438,24 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, artifacts, tiny_model):
         ({"modules": {"model.layers.0.mlp.up_proj": {**USUAL, "weights": {"codec": "none"}}}}, "is damaged"),
         ({"modules": {"model.layers.0.mlp.up_proj": {**USUAL, "activations": "zap"}}}, "is damaged: .* 'zap'"),
         ({"modules": {"model.layers.0.mlp.up_proj": {**USUAL, "rotated": 1}}}, "is damaged"),
+        ({"modules": {"model.layers.0.mlp.up_proj": {**USUAL, "input_group": 32}}}, "is damaged: .* is described by"),
+        *(
+            ({"format_version": 4, "modules": {"model.layers.0.mlp.up_proj": {**USUAL, **change}}}, match)
+            for change, match in (
+                ({"input_group": 32}, "has input_group 32 and activations 'none'"),
+                ({"input_group": 0, "activations": "dynamic"}, "has input_group 0"),
+                ({"input_group": True, "activations": "dynamic"}, "has input_group True"),
+                ({"input_group": 32, "activations": "static"}, "has input_group 32 and activations 'static'"),
+                (
+                    {"input_group": 32, "activations": "dynamic"},
+                    "groups of 32 int8 activations and asks for groups of 128",
+                ),
+                (
+                    {"weights": {"bits": 4, "symmetric": False}, "activations": "dynamic"},
+                    "has int8 activations and asks for symmetric: False",
+                ),
+            )
+        ),
         ({"format_version": 2, "recipe": {"name": "x", "zap": 1}}, "zap: unknown key"),
     ):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"

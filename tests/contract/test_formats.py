@@ -52,6 +52,7 @@ RECIPES = {
     "8-bit groups": {"weights": {"bits": 8, "group_size": 32}},
     "int8 dynamic": {"weights": INT8, "activations": {"mode": "dynamic"}},
     "int8 static": {"weights": INT8, "activations": {"mode": "static"}},
+    "W4A8": {"weights": {"bits": 4, "group_size": 32}, "activations": {"mode": "dynamic"}},
 }
 
 
@@ -82,7 +83,12 @@ def test_encoding_keeps_every_byte_and_touches_nothing(format_name, choices):
     if scheme.params.symmetric is False:
         assert weight.parts["zero_point"].view(torch.uint8).numpy().tobytes() in stored
     assert (f"{MODULE}.input_scale" in tensors) == (scale is not None)
-    assert sum(t.nbytes for t in tensors.values()) <= weight.stored_bytes + 32
+    # compressed-tensors has no packed form of weights in front of int8 activations: a byte each.
+    unpacked = math.prod(weight.shape) if f"{MODULE}.weight" in tensors else 0
+    assert (
+        sum(t.nbytes for t in tensors.values())
+        <= max(weight.stored_bytes, weight.parts["scale"].nbytes + unpacked) + 32
+    )
 
 
 def test_config_is_plain_json_and_names_every_module(format_name, choices):
@@ -193,11 +199,19 @@ def test_compressed_tensors_takes_mixed_recipes(untied_model, tiny_text, tmp_pat
     assert config["ignore"] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "static"])
-@pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_compressed_tensors_int8_activations_agree_module_by_module(
-    mode, granularity, untied_model, tiny_text, tmp_path
-):
+@pytest.mark.parametrize(
+    ("weights", "mode"),
+    [
+        (INT8, "dynamic"),
+        (INT8, "static"),
+        ({**INT8, "granularity": "tensor"}, "dynamic"),
+        ({**INT8, "granularity": "tensor"}, "static"),
+        ({"bits": 4, "group_size": 32}, "dynamic"),
+        ({"bits": 4, "granularity": "channel"}, "dynamic"),
+    ],
+    ids=str,
+)
+def test_compressed_tensors_int8_activations_agree_module_by_module(weights, mode, untied_model, tiny_text, tmp_path):
     """On identical inputs, because ties of the activation rounding flip over depth.
 
     Both quantize x to the same int8. Ours multiplies integers exactly and then scales twice; theirs multiplies what they
@@ -205,7 +219,7 @@ def test_compressed_tensors_int8_activations_agree_module_by_module(
     The head is packed 4-bit and its inputs stay as they are: equal.
     """
     choices = {
-        "weights": {**INT8, "granularity": granularity},
+        "weights": weights,
         "activations": {"mode": mode},
         "head": {"bits": 4, "group_size": 32},
     }
@@ -339,6 +353,16 @@ def test_compressed_tensors_says_what_it_cannot_store():
     refused("per tensor is not part of it", weights={"bits": 4, "granularity": "tensor"})
     refused("per tensor is not part of it", weights=INT8, activations={"mode": "dynamic"},
             head={"bits": 8, "granularity": "tensor"})  # fmt: skip
+    dynamic, four = {"mode": "dynamic"}, {"bits": 4, "group_size": 32}
+    by_groups = {**dynamic, "granularity": "group", "group_size": 32}
+    refused("one scale a token or tensor, none by group", weights=four, activations=by_groups)
+    refused(
+        "8-bit weights in front of int8 activations have no groups", weights={**four, "bits": 8}, activations=dynamic
+    )
+    refused(
+        "by channel or group in it, not by tensor", weights={"bits": 4, "granularity": "tensor"}, activations=dynamic
+    )
+    refused("below 8 bits go with dynamic int8 activations", weights=four, activations={"mode": "static"})
     for override in ({"bits": 8, "granularity": "channel"}, {"codec": "none"}):
         for name in ("q_proj", "k_proj", "v_proj"):
             refused(
@@ -368,4 +392,18 @@ def test_the_least_loaders_expect_is_there():
         "weight_scale": ((1,), torch.float16),
         "input_scale": ((1,), torch.float32),
     }
+    recipe = small_recipe(
+        format="compressed-tensors", weights={"bits": 4, "group_size": 32}, activations={"mode": "dynamic"}
+    )
+    narrow = writer_of(recipe)
+    signed = narrow.encode(MODULE, PackedLinear(weight := rounded(recipe.weights), "dynamic"))
+    assert {n.removeprefix(MODULE + "."): (tuple(t.shape), t.dtype) for n, t in signed.items()} == {
+        "weight": ((24, 64), torch.int8),
+        "weight_scale": ((24, 2), torch.float16),
+    }
+    decoded = CODECS.get("integer")(recipe.weights).decode((24, 64), weight.parts)
+    by_group = signed[f"{MODULE}.weight"].float().view(24, 2, 32) * signed[f"{MODULE}.weight_scale"].float()[:, :, None]
+    assert torch.equal(by_group.flatten(1), decoded)
+    assert any("4 bits in front of int8 activations take a byte each" in note for note in narrow.notes())
+    assert any("on Arm processors only" in note for note in narrow.notes())
     assert math.isclose(float(whole[f"{MODULE}.input_scale"]), 0.1, rel_tol=2**-23)

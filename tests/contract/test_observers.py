@@ -1,4 +1,4 @@
-"""What every observer promises, and what each of the three does."""
+"""What every observer promises, and what each of them does."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,10 @@ import torch
 from quern.codecs.base import ScaledParameters
 from quern.codecs.integer import IntegerGrid
 from quern.observers.base import OBSERVERS
+from quern.observers.entropy import BINS
+from quern.observers.entropy import SHRINK as ENTROPY_SHRINK
 from quern.observers.mean_squared_error import SHRINK
+from quern.observers.moving_average import DECAY
 from quern.observers.percentile import TAIL
 
 GRIDS = {
@@ -84,7 +87,8 @@ def test_constant_and_single_values(observer, grid):
 
 
 def test_unknown_observer_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown observer 'zap'; known: mean_squared_error, min_max, percentile"):
+    known = "adaptive, entropy, mean_squared_error, min_max, moving_average, percentile"
+    with pytest.raises(ValueError, match=rf"unknown observer 'zap'; known: {known}"):
         OBSERVERS.get("zap")
 
 
@@ -127,3 +131,87 @@ def test_mean_squared_error_is_the_best_of_its_candidates(grid, weighted):
     assert torch.equal(found, tried.amin(0))
     assert SHRINK[0] == 1.0, "never worse than min_max needs the whole range among the candidates"
     assert bool((found < tried[0]).any()), "heavy tails: some row must gain"
+
+
+def test_who_follows_batches_stays_among_their_extremes(observer):
+    greatest = torch.tensor([3.0, 1.0, 8.0, 2.0], dtype=torch.float64)
+    followed = observer.follow(greatest)
+    if followed is not None:
+        assert 1.0 < float(followed) < 8.0
+        assert float(observer.follow(greatest[:1])) == 3.0
+        assert torch.allclose(observer.follow(torch.full((40,), 5.0).double()), torch.tensor(5.0).double(), rtol=1e-12)
+
+
+def test_moving_average_forgets_at_its_rate():
+    """Each step multiplies what was by the decay: the recursion of the definition, divided by that of all ones."""
+    greatest = np.random.default_rng(4).uniform(1, 9, 30)
+    average = weight = 0.0
+    for value in greatest:
+        average, weight = DECAY * average + (1 - DECAY) * value, DECAY * weight + (1 - DECAY)
+    observer = OBSERVERS.get("moving_average")()
+    assert float(observer.follow(torch.from_numpy(greatest))) == pytest.approx(average / weight, rel=1e-12)
+    x = values()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            observer.observe(x, GRIDS["symmetric"].reconstruct),
+            OBSERVERS.get("min_max")().observe(x, GRIDS["symmetric"].reconstruct),
+            strict=True,
+        )
+    )
+
+
+def divergence(grid: IntegerGrid, row: np.ndarray, weights: np.ndarray, shrink: float) -> float:
+    """KL divergence of one row's clipped histogram from what the grid leaves of it, bin by bin in plain Python."""
+    low, high = row.min(), row.max()
+    width = (high - low) / np.float32(BINS)
+    places = np.minimum(np.floor((row - low) / width), BINS - 1)
+    mass: dict[float, float] = {}
+    for place, weight in zip(places, weights, strict=True):
+        mass[place] = mass.get(place, 0.0) + weight
+    bins = sorted(mass)
+    centres = [float(np.clip(np.float32(low + (np.float32(b) + np.float32(0.5)) * width), low, high)) for b in bins]
+    ends = np.float32(low * np.float32(shrink)), np.float32(high * np.float32(shrink))
+    inside = [i for i, centre in enumerate(centres) if ends[0] <= centre <= ends[1]]
+    kept = {i: mass[bins[i]] for i in inside}
+    p = dict(kept)  # what is clipped goes to the outermost bins inside
+    p[inside[0]] += sum(mass[bins[i]] for i in range(inside[0]))
+    p[inside[-1]] += sum(mass[bins[i]] for i in range(inside[-1] + 1, len(bins)))
+    tensor = torch.tensor([[centres[i] for i in inside]])
+    codes = grid.reconstruct(tensor, torch.tensor([[ends[0]]]), torch.tensor([[ends[1]]]))[0].tolist()
+    total, left = sum(p.values()), sum(kept.values())
+    alike: dict[float, list[int]] = {}
+    for i, code in zip(inside, codes, strict=True):
+        alike.setdefault(code, []).append(i)
+    q = {i: sum(kept[j] for j in members) / len(members) / left for members in alike.values() for i in members}
+    return sum(p[i] / total * np.log(p[i] / total / q[i]) for i in inside)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_entropy_is_the_least_divergence_of_its_candidates(grid, weighted):
+    x = values(2, 5000)
+    counts = torch.from_numpy(np.random.default_rng(5).integers(1, 9, 5000)).float() if weighted else None
+    weights = np.ones(5000) if counts is None else counts.numpy().astype(np.float64)
+    low, high = OBSERVERS.get("entropy")().observe(x, grid.reconstruct, counts)
+    for row in range(2):
+        tried = {shrink: divergence(grid, x[row].numpy(), weights, shrink) for shrink in ENTROPY_SHRINK}
+        best = min(tried, key=tried.get)
+        assert float(high[row]) == pytest.approx(float(x[row].max()) * best, rel=1e-6)
+        assert float(low[row]) == pytest.approx(float(x[row].min()) * best, rel=1e-6)
+        assert best < 1, "heavy tails: clipping must pay"
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_adaptive_loses_no_more_than_any_other(grid, weighted):
+    x = values(8, 64)
+    counts = torch.linspace(0.1, 5, 64) if weighted else None
+    measure = 1.0 if counts is None else counts
+    found = squared_error(grid, x, *OBSERVERS.get("adaptive")().observe(x, grid.reconstruct, counts), measure).double()
+    others = {
+        name: squared_error(grid, x, *OBSERVERS.get(name)().observe(x, grid.reconstruct, counts), measure).double()
+        for name in OBSERVERS.names()
+        if name != "adaptive"
+    }
+    least = torch.stack(list(others.values())).amin(0)
+    assert torch.allclose(found, least, rtol=1e-6)
+    assert bool((found < others["min_max"]).any())

@@ -110,7 +110,7 @@ def test_every_quantized_module_has_its_error(name, shipped):
 
 def test_provenance_names_everything_that_the_bytes_depend_on(shipped):
     provenance = json.loads((shipped["balanced"].path / "quern.json").read_text())
-    assert set(provenance) == {"fingerprint", "layers", "notes", "files"}
+    assert set(provenance) == {"fingerprint", "layers", "notes", "inputs", "files"}
     assert set(provenance["fingerprint"]) >= {"quern", "model_sha256", "recipe", "calibration_sha256", "seed", "device"}
     assert Recipe.model_validate(provenance["fingerprint"]["recipe"]) == shortened("balanced")
 

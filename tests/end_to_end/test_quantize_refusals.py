@@ -153,14 +153,15 @@ REFUSED = {
     "too many bits": ({"weights": {"bits": 9}}, r"weights\.bits: .*less than or equal to 8"),
     "group size without groups": ({"weights": {"granularity": "channel", "group_size": 64}}, "group_size goes with granularity: group"),
     "unknown codec": ({"weights": {"codec": "zap"}}, "unknown codec 'zap'; known: .*integer"),
-    "unknown observer": ({"weights": {"observer": "zap"}}, "unknown observer 'zap'; known: mean_squared_error"),
+    "unknown observer": ({"weights": {"observer": "zap"}}, "unknown observer 'zap'; known: adaptive, entropy, mean_squared_error"),
     "unknown rounding": ({"rounding": {"method": "zap"}}, "unknown rounding 'zap'; known: gptq, nearest"),
     "unknown transform": ({"transforms": [{"method": "zap"}]}, "unknown transform 'zap'; known: awq, hadamard, smoothquant"),
     "awq with a strength": ({"transforms": [{"method": "awq", "strength": 0.5}]}, "awq searches its exponent and takes no strength"),
     "signs of another transform": (
         {"transforms": [{"method": "awq", "random_signs": False}]}, "random_signs goes with transform hadamard, not with awq"),
     "unknown format": ({"format": "zap"}, "unknown format 'zap'; known: compressed-tensors, quern"),
-    "int8 activations with 4 bits": ({"activations": {"mode": "static"}}, "int8 activations need 8-bit symmetric weights"),
+    "int8 activations with zero points": (
+        {"weights": {"symmetric": False}, "activations": {"mode": "static"}}, "int8 activations need symmetric integer"),
     "unknown activation observer": (
         {"weights": INT8, "activations": {"mode": "static", "observer": "zap"}}, "unknown observer 'zap'"),
     "pattern that matches nothing": (

@@ -55,7 +55,28 @@ def test_what_one_override_needs_the_recipe_calibrates_for():
     ("override", "match"),
     [
         ({"rotated": True}, "is to be rotated, but the recipe has no transform that rotates"),
-        ({"activations": {"mode": "dynamic"}}, "int8 activations need 8-bit symmetric weights"),
+        (
+            {"symmetric": False, "activations": {"mode": "dynamic"}},
+            r"int8 activations need symmetric integer weights; \* asks for symmetric: False",
+        ),
+        ({"codec": "trellis", "activations": {"mode": "dynamic"}}, "names a codec that stores no int8 numbers"),
+        (
+            {"activations": {"mode": "dynamic", "granularity": "group"}},
+            "group_size of activations goes with granularity",
+        ),
+        ({"activations": {"mode": "dynamic", "group_size": 32}}, "group_size of activations goes with granularity"),
+        (
+            {"activations": {"mode": "static", "granularity": "token"}},
+            "activations take granularity token or group with",
+        ),
+        (
+            {"activations": {"mode": "dynamic", "granularity": "tensor"}},
+            "activations take granularity token or group with",
+        ),
+        (
+            {"group_size": 64, "activations": {"mode": "dynamic", "granularity": "group", "group_size": 32}},
+            "groups of 32 int8 activations need weights that fit them; .* asks for groups of 64",
+        ),
         ({"rounding": {"methd": "nearest"}}, r"overrides\.0\.rounding\.methd: unknown key.*did you mean 'method'"),
         (
             {"bit": 4},
@@ -87,3 +108,18 @@ def test_beside_codec_none_no_key_means_anything():
         small_recipe(weights={"codec": "zap"})
     with pytest.raises(UserError, match="codec must be a name"):
         small_recipe(weights={"codec": 4})
+
+
+@pytest.mark.parametrize(("mode", "usual"), [("dynamic", "token"), ("static", "tensor")])
+def test_saying_the_usual_granularity_of_activations_is_saying_nothing(mode, usual):
+    plain, said = ({"mode": mode}, {"mode": mode, "granularity": usual})
+    recipes = [small_recipe(weights=INT8, activations=activations) for activations in (plain, said)]
+    assert recipes[0] == recipes[1]
+    assert recipes[0].to_json()["activations"] == {"mode": mode, "observer": "min_max"}
+
+
+def test_groups_of_activations_come_back_from_json():
+    activations = {"mode": "dynamic", "granularity": "group", "group_size": 32}
+    recipe = small_recipe(weights={"bits": 4, "group_size": 32}, activations=activations)
+    assert recipe.to_json()["activations"] == {**activations, "observer": "min_max"}
+    assert parse_recipe(recipe.to_json(), "x") == recipe

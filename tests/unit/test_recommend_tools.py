@@ -139,6 +139,7 @@ W4 = {"name": "a", "format": "compressed-tensors"}
         (W4 | {"transforms": [{"method": "hadamard", "random_signs": False}]}, {"quern"}),
         (W4 | {"weights": {"bits": 3}}, {"quern", "transformers"}),
         (W4 | {"weights": INT8, "activations": {"mode": "dynamic"}}, {"quern", "transformers", "vllm"}),
+        (W4 | {"activations": {"mode": "dynamic"}}, {"quern", "transformers"}),
         (W4 | {"weights": {"codec": "from another version"}, "more": 1}, {"quern"}),
         (None, {"quern", "transformers", "vllm"}),
     ],

@@ -41,6 +41,8 @@ def test_all_models_are_covered():
         "Spread",
         "Figure",
         "LayerError",
+        "GroupShift",
+        "InputShift",
         "Recommendation",
         "MeasuredOn",
         "Ranked",

@@ -46,7 +46,8 @@ def evaluate(
 ) -> None:
     """Measure size, accuracy loss and speed of MODEL.
 
-    Without --text, held-out text that the running Python carries is scored.
+    Without --text, held-out text that the running Python carries is scored. With it, inputs of linears that are not
+    like those of calibration are named, for an artifact that was calibrated.
     """
     from quern.cli import render
     from quern.comparison.inputs import MeasurementSettings

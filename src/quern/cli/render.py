@@ -65,7 +65,29 @@ def row(found: Row) -> RenderableType:
         add(table, heading(column), column.cell(found))
     missing = found.kind != "unquantized" and found.kl_mean is None
     hint = [Text("What accuracy it lost is not measured: name the unquantized model with --reference", style="dim")]
-    return Group(table, *tasks(found), *_notes(found.notes), *(hint if missing else []))
+    return Group(table, *tasks(found), *input_shift(found), *_notes(found.notes), *(hint if missing else []))
+
+
+def input_shift(found: Row) -> list[RenderableType]:
+    """The linears whose inputs are least like calibration's; nothing where that was not measured."""
+    if found.input_shift is None:
+        return []
+    limit = found.input_shift.limit
+    score = "score" if limit is None else f"score (chance: up to {limit:.1f})"
+    heads = ("inputs of", "99.9 % reach, x", "profile away", "beyond calibration", "clipped", score)
+    table = plain_table(heads, right=(1, 2, 3, 4, 5))
+    for group in found.input_shift.groups[:WORST_LINEARS]:
+        more = f" and {len(group.linears) - 1} more" if len(group.linears) > 1 else ""
+        add(
+            table,
+            group.linears[0] + more,
+            f"{group.reach_ratio:.3f}",
+            f"{group.profile_distance:.3f}",
+            percent(group.beyond),
+            percent(group.clipped),
+            number(group.score, ".1f"),
+        )
+    return [table]
 
 
 def tasks(found: Row) -> list[RenderableType]:

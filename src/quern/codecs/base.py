@@ -70,11 +70,6 @@ class ScaledParameters(CodecParameters):
             raise ValueError(f"blocks are symmetric, and their group_size divides {MOST_BLOCK_ROWS}")
         return self
 
-    def int8_obstacle(self) -> str | None:
-        if self.bits == 8 and self.symmetric and self.granularity not in GROUPED:
-            return None
-        return f"asks for {self.bits} bits, symmetric: {self.symmetric}, granularity: {self.granularity}"
-
 
 class Encoder(ABC):
     """Rounds the columns of one slab of rows and remembers the codes.
@@ -206,6 +201,12 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, shape: tuple[int, int], parts: Parts) -> Tensor:
         """The stored values, float32 ``(rows, columns)``."""
+
+    def int8_codes(self, shape: tuple[int, int], parts: Parts) -> tuple[Tensor, Tensor, int]:
+        """The numbers int8 ``(rows, columns)`` that int8 activations are multiplied with, their scales float32
+        ``(rows, groups)`` or ``(1, 1)``, and how many columns share one; of codecs whose parameters have no
+        ``int8_obstacle``."""
+        raise NotImplementedError(f"codec {self.scheme.codec} stores no int8 numbers")
 
     def decode_rows(self, shape: tuple[int, int], parts: Parts, rows: Tensor) -> Tensor:
         """Rows ``rows`` (int64 indices) of ``decode``; a codec that can should decode only those."""

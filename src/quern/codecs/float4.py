@@ -34,9 +34,6 @@ class Float4Parameters(ScaledParameters):
     symmetric: Literal[True] = True
     granularity: Literal["group"] = "group"
 
-    def int8_obstacle(self) -> str | None:
-        return "are no int8 numbers under one scale (4-bit floating point)"
-
 
 class Mxfp4Parameters(Float4Parameters):
     """Blocks of 32."""

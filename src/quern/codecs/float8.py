@@ -31,9 +31,6 @@ class Float8Parameters(ScaledParameters):
     """Four bits of exponent and three of fraction, or five and two."""
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
 
-    def int8_obstacle(self) -> str | None:
-        return "are no int8 numbers (codec float8)"
-
 
 class Float8Grid(Grid):
     """The numbers of one variant; a code is a byte."""

@@ -31,6 +31,20 @@ FINE = 8
 rounding the weights did; the second one is nearly free where memory limits, because the weights are read once."""
 
 
+class IntegerParameters(ScaledParameters):
+    """Symmetric codes of any width are int8 numbers."""
+
+    def int8_obstacle(self) -> str | None:
+        if self.granularity == "block":
+            return "asks for granularity: block"
+        return None if self.symmetric else "asks for symmetric: False"
+
+    def input_group_obstacle(self, size: int) -> str | None:
+        if self.group_size in (None, size):
+            return None
+        return f"asks for groups of {self.group_size}; take the same size, or granularity channel or tensor"
+
+
 class IntegerGrid(Grid):
     """The integer grid of one scheme."""
 
@@ -66,7 +80,7 @@ class IntegerGrid(Grid):
 class IntegerCodec(GroupedCodec):
     """Uniform integers; see the module's page for what is stored."""
 
-    Parameters = ScaledParameters
+    Parameters = IntegerParameters
     technique = "uniform"
 
     def __init__(self, scheme: CodecScheme) -> None:
@@ -128,6 +142,14 @@ class IntegerCodec(GroupedCodec):
         if self._bytes:
             return values
         return values.sub_(self.grid.middle if zero is None else self.spread(zero.float(), columns))
+
+    def int8_codes(self, shape: tuple[int, int], parts: Parts) -> tuple[Tensor, Tensor, int]:
+        assert self.params.symmetric
+        codes = parts["codes"]
+        if not self._bytes:
+            unpacked = bits.unpack(codes, self.params.bits, shape[1])
+            codes = (unpacked.to(torch.int16) - self.grid.middle).to(torch.int8)
+        return codes, parts["scale"].float(), self.group_width(shape[1])
 
     def _zero(self, parts: Parts) -> Tensor | None:
         """Zero points uint8 ``(scale rows, groups)`` of an asymmetric grid."""

@@ -38,9 +38,6 @@ class KMeansParameters(ScaledParameters):
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: Annotated[int, Field(ge=1)] | None = None
 
-    def int8_obstacle(self) -> str | None:
-        return "are no int8 numbers under one scale (codec kmeans)"
-
 
 def fit_tables(values: Tensor, importance: Tensor | None, count: int) -> Tensor:
     """The values that lose least, float64 ``(rows, count)``, ascending, for each row of float32 ``values`` ``(rows, n)``.

@@ -34,9 +34,6 @@ class LogParameters(ScaledParameters):
     bits: Annotated[int, Field(ge=3, le=5)] = 4
     symmetric: Literal[True] = True
 
-    def int8_obstacle(self) -> str | None:
-        return "are no int8 numbers under one scale (codec log)"
-
 
 @CODECS.add("log")
 class LogCodec(LevelsCodec):

@@ -36,9 +36,6 @@ class Nf4Parameters(ScaledParameters):
     symmetric: Literal[True] = True
     group_size: Annotated[int, Field(ge=1)] | None = 64
 
-    def int8_obstacle(self) -> str | None:
-        return "are no int8 numbers under one scale (codec nf4)"
-
 
 @CODECS.add("nf4")
 class Nf4Codec(LevelsCodec):

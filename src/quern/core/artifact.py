@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quern.core.errors import UserError
 
@@ -16,3 +18,41 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
     if found is not None and not isinstance(found, dict):
         raise UserError(f"config.json: quantization_config is {str(found)[:40]!r}; it must be an object")
     return found
+
+
+class InputSummary(BaseModel):
+    """What calibration saw of the inputs that some linears share; ``quantization/calibration/sketch.py`` makes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    linears: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Full names of those that are quantized."""
+    reach: Annotated[float, Field(ge=0)]
+    """99.9 % of all |x| lie within it."""
+    greatest: Annotated[float, Field(ge=0)]
+    """|x| that occurred."""
+    profile: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+    """Shares of the energy in runs of neighbouring channels."""
+    spread: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None
+    """Root mean square of what halves of the calibration text differ by: log2 of the reach, distance of the profile."""
+    clip: Annotated[float, Field(gt=0)] | None
+    """What static activations cut |x| at; None for others, and where inputs are rotated first."""
+    clipped: Annotated[float, Field(ge=0, le=1)] | None
+    """The share of |x| beyond that."""
+
+
+class CalibratedInputs(BaseModel):
+    """What calibration saw of the inputs of all quantized linears that every token meets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    tokens: Annotated[int, Field(gt=0)]
+    sequences: Annotated[int, Field(gt=0)]
+    """Into which they were cut."""
+    groups: tuple[InputSummary, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibratedInputs:
+        if self.sequences > self.tokens:
+            raise ValueError(f"{self.tokens} tokens are no {self.sequences} sequences")
+        return self

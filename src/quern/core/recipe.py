@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
@@ -58,13 +66,46 @@ class Transform(_Strict):
         return self
 
 
+_USUAL_GRANULARITY = {"dynamic": "token", "static": "tensor"}
+
+
 class Activations(_Strict):
     """What the inputs of the quantized linears become at run time."""
 
     mode: Literal["none", "dynamic", "static"] = "none"
-    """``dynamic``: int8 with one scale a token; ``static``: int8 with one calibrated scale a tensor."""
+    """``dynamic``: int8 with scales of each token's own; ``static``: int8 with a calibrated scale."""
     observer: str = "min_max"
     """Range of a static scale."""
+    granularity: Literal["tensor", "token", "group"] | None = None
+    """Who shares a scale; None: all tokens (``tensor``) where static, a ``token`` where dynamic, which also takes
+    ``group``. Saying the usual one is as saying nothing."""
+    group_size: Annotated[int, Field(ge=1)] | None = None
+    """Inputs of a token that share a scale under ``group``, and only with it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_is_usual(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            usual = _USUAL_GRANULARITY.get(str(values.get("mode")))
+            if usual is not None and values.get("granularity") == usual:
+                return {key: value for key, value in values.items() if key != "granularity"}
+        return values
+
+    @model_validator(mode="after")
+    def _check_granularity(self) -> Activations:
+        if self.granularity is not None and (self.mode, self.granularity) != ("dynamic", "group"):
+            raise ValueError(
+                "activations take granularity token or group with mode dynamic, and tensor with mode static; "
+                f"got {self.granularity} with {self.mode}"
+            )
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("group_size of activations goes with granularity: group, which needs it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        given: dict[str, Any] = serialize(self)
+        return {key: value for key, value in given.items() if value is not None}
 
 
 class Calibration(_Strict):
@@ -151,10 +192,13 @@ class Recipe(_Strict):
             if override.rotated and not self.rotated:
                 raise ValueError(f"{override.pattern} is to be rotated, but the recipe has no transform that rotates")
         for where, (scheme, activations) in schemes.items():
-            if activations.mode != "none" and scheme.quantized and (obstacle := scheme.params.int8_obstacle()):
-                raise ValueError(
-                    f"int8 activations need 8-bit symmetric weights per channel or tensor; {where} {obstacle}"
-                )
+            if activations.mode == "none" or not scheme.quantized:
+                continue
+            if obstacle := scheme.params.int8_obstacle():
+                raise ValueError(f"int8 activations need symmetric integer weights; {where} {obstacle}")
+            size = activations.group_size
+            if size is not None and (obstacle := scheme.params.input_group_obstacle(size)):
+                raise ValueError(f"groups of {size} int8 activations need weights that fit them; {where} {obstacle}")
         return self
 
     @property

@@ -90,6 +90,39 @@ class Tool(_Strict):
     homepage: str = ""
 
 
+class GroupShift(_Strict):
+    """How a text's inputs to linears that share them differ from those of calibration."""
+
+    linears: list[str]
+    """Full names."""
+    reach_ratio: float
+    """What 99.9 % of |x| lie within, on the text over in calibration."""
+    profile_distance: float
+    """Hellinger distance of the shares of energy in 16 runs of channels."""
+    beyond: float
+    """Share of |x| above the greatest of calibration."""
+    clipped: float | None
+    """Share of |x| that a static scale clips; null where there is none."""
+    clipped_in_calibration: float | None
+    score: float | None
+    """The greater of both differences, in units of what texts of this length differ by where they are like calibration's."""
+
+
+class InputShift(_Strict):
+    """Whether a text's inputs leave what calibration saw."""
+
+    tokens: int
+    limit: float | None
+    """Scores above it are no chance; null where calibration's text was too short to tell."""
+    groups: list[GroupShift]
+    """Greatest score first."""
+
+    @property
+    def beyond_chance(self) -> list[GroupShift]:
+        """Those that are not like calibration's."""
+        return [g for g in self.groups if self.limit is not None and g.score is not None and g.score > self.limit]
+
+
 class Row(_Strict):
     """One contender: an artifact or the unquantized reference, measured."""
 
@@ -143,6 +176,8 @@ class Row(_Strict):
     """By name, of the measures that have no field of their own above."""
     tasks: dict[str, dict[str, float]] = {}
     """By task of lm-eval: its metrics, and the standard error of each as ``<metric>_stderr`` where there is one."""
+    input_shift: InputShift | None = None
+    """Of ``quern evaluate --text`` on an artifact that was calibrated."""
     engine: str = "reference"
     layers: list[LayerError] = []
     notes: list[str] = []

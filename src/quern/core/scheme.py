@@ -29,7 +29,11 @@ class CodecParameters(BaseModel):
 
     def int8_obstacle(self) -> str | None:
         """Why the stored weights cannot be multiplied with int8 activations, as a clause; None if they can."""
-        return "their codec stores no int8 numbers"
+        return "names a codec that stores no int8 numbers"
+
+    def input_group_obstacle(self, size: int) -> str | None:
+        """Why they cannot where every ``size`` inputs have a scale of their own; asked only without an ``int8_obstacle``."""
+        return None
 
 
 @dataclass(frozen=True)

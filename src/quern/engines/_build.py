@@ -85,7 +85,8 @@ def insert_packed(model: Any, modules: Mapping[str, StoredModule], dtype: torch.
             elif isinstance(module, nn.Linear):
                 shape = (module.out_features, module.in_features)
                 biased = module.bias is not None
-                replacement = QuantizedLinear(stored.scheme, shape, biased, dtype, stored.activations, stored.rotated)
+                inputs = stored.activations, stored.rotated, stored.input_group
+                replacement = QuantizedLinear(stored.scheme, shape, biased, dtype, *inputs)
             else:
                 raise UserError(f"the artifact quantizes {name!r}, which is neither a linear nor an embedding")
         model.set_submodule(name, replacement)

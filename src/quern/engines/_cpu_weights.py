@@ -19,7 +19,7 @@ from quern.codecs.base import CODECS, Codec, KernelForm, codec_of
 from quern.core.errors import BadFileError
 from quern.core.scheme import CodecScheme
 from quern.formats.base import StoredModule
-from quern.formats.quern import INPUT_SIGNS
+from quern.formats.quern import INPUT_SCALE, INPUT_SIGNS
 
 REPEATED = {"scale", "zeros"}
 """What each group of columns has one of."""
@@ -53,10 +53,9 @@ class MappedWeights:
     def linear(self, name: str, shape: tuple[int, int], *, bias: bool = True) -> _native.Linear:
         """The linear called ``name``, ``(rows, columns)``, with signs, and a bias if asked for, where it has them."""
         stored = self._modules.get(name)
-        # Whether it was made for int8 inputs with one scale a token.
-        scale_per_token = stored is not None and stored.activations == "dynamic"
+        said = stored if stored is not None and stored.activations != "none" else None  # made for int8 inputs
         signs = f"{name}.{INPUT_SIGNS}"
-        matrix = self.matrix(name, shape, None if scale_per_token or self._has(signs) else INPUT_GROUP)
+        matrix = self.matrix(name, shape, said.input_group if said else None if self._has(signs) else INPUT_GROUP)
         form = self._form(name, shape)
         # A table of the codec's own is no part of the file.
         self.read_bytes += matrix.bytes - (form.options["table"].nbytes if form and "table" in form.options else 0)
@@ -64,8 +63,20 @@ class MappedWeights:
             matrix,
             self.optional_vector(f"{name}.bias", shape[0]) if bias else None,
             self._mapped(signs, ((shape[1] + 7) // 8,), torch.uint8) if self._has(signs) else None,
-            fine=form is not None and form.fine and not scale_per_token,
+            fine=form is not None and form.fine and said is None,
+            input_scale=self._input_scale(name) if said and said.activations == "static" else None,
+            one_input_scale=said is not None and said.input_group is None,
         )
+
+    def _input_scale(self, name: str) -> float:
+        """The calibrated scale of static activations. Raises ``BadFileError`` for what is none."""
+        scale = float(self._checkpoint.read(f"{name}.{INPUT_SCALE}", finite=True))
+        if not scale >= torch.finfo(torch.float32).tiny:
+            place = self._checkpoint.source.place(f"{name}.{INPUT_SCALE}")
+            raise BadFileError(
+                place, f"says that the inputs of {name} have the scale {scale:g}", "Quantize the model again"
+            )
+        return scale
 
     def _form(self, name: str, shape: tuple[int, int]) -> KernelForm | None:
         """How kernels read the codes of module ``name``; None for one that is not stored as codes."""

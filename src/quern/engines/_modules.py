@@ -62,10 +62,11 @@ class QuantizedLinear(PackedWeight):
         dtype: torch.dtype,
         activations: ActivationMode,
         rotated: bool = False,
+        input_group: int | None = None,
     ) -> None:
         super().__init__(scheme, shape)
         self.out_features, self.in_features = shape
-        self.activations = activations
+        self.activations, self.input_group = activations, input_group
         self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None
         if activations == "static":
             self.input_scale: Tensor
@@ -83,22 +84,34 @@ class QuantizedLinear(PackedWeight):
             inputs = rotate(inputs, self.input_signs).to(inputs.dtype)
         if self.activations == "none":
             return functional.linear(inputs, self.decoded(inputs.dtype), self.bias)
-        rows = inputs.reshape(-1, self.in_features)
-        if self.activations == "static":
-            scale = self.input_scale.expand(len(rows), 1)
-        else:
-            scale = dynamic_scale(rows)
-        output = self._integer_product(rows, scale).to(inputs.dtype)
+        output = self._integer_product(inputs.reshape(-1, self.in_features)).to(inputs.dtype)
         if self.bias is not None:
             output = output + self.bias
         return output.view(*inputs.shape[:-1], self.out_features)
 
-    def _integer_product(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """int8 x int8 -> int32, exact; the scales of token and channel come in afterwards, in float32."""
-        quantized = (rows.float() / scale).round_().clamp_(LEAST, LARGEST).to(torch.int8)
-        parts = self.parts()
-        product = torch._int_mm(quantized, parts["codes"].T)
-        return product.float().mul_(scale).mul_(parts["scale"].float().reshape(1, -1))
+    def _integer_product(self, rows: Tensor) -> Tensor:
+        """int8 x int8 -> int32, exact; the scales of token and channel come in afterwards, in float32.
+
+        Where inputs or weights have scales by groups of columns, there is such a product of each group, and these are added
+        in order, in float32.
+        """
+        codes, weight_scales, width = self.codec.int8_codes(self.shape, self.parts())
+        size = min(self.input_group or width, width)  # of both, where both have groups
+        whole = None if self.input_group else self._input_scale(rows)
+        total: Tensor | None = None
+        for group, start in enumerate(range(0, self.in_features, size)):
+            columns = slice(start, start + size)
+            scale = dynamic_scale(rows[:, columns]) if whole is None else whole
+            quantized = (rows[:, columns].float() / scale).round_().clamp_(LEAST, LARGEST).to(torch.int8)
+            product = torch._int_mm(quantized, codes[:, columns].T)
+            part = product.float().mul_(scale).mul_(weight_scales[:, group if width < self.in_features else 0])
+            total = part if total is None else total.add_(part)
+        assert total is not None, "a linear has inputs"
+        return total
+
+    def _input_scale(self, rows: Tensor) -> Tensor:
+        """One scale a token, float32 ``(tokens, 1)``."""
+        return self.input_scale.expand(len(rows), 1) if self.activations == "static" else dynamic_scale(rows)
 
 
 def dynamic_scale(rows: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ class Engine(ABC):
 def stored_modules(recipe: Recipe) -> list[StoredModule]:
     """What ``recipe`` would store, one of every kind."""
     overriding = [(o.scheme or recipe.weights, o.activations or recipe.activations) for o in recipe.overrides]
-    inside = [StoredModule(s, recipe.rotated, a.mode) for s, a in [(recipe.weights, recipe.activations), *overriding]]
+    chosen = [(recipe.weights, recipe.activations), *overriding]
+    inside = [StoredModule(scheme, recipe.rotated, a.mode, a.group_size) for scheme, a in chosen]
     found = [*inside, StoredModule(recipe.embedding), StoredModule(recipe.head)]
     return [module for module in found if module.scheme.quantized]
 

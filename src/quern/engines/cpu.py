@@ -40,8 +40,6 @@ class CpuEngine(Engine):
     def obstacle(self, format: str | None, modules: Collection[StoredModule]) -> str | None:
         if format not in (None, METHOD):
             return f"it reads artifacts of the format {METHOD}, not {format}"
-        if any(module.activations == "static" for module in modules):
-            return "static activations run on the reference engine only"
         return next((reason for module in modules if (reason := unsupported(module.scheme)) is not None), None)
 
     def runs(self, checkpoint: Checkpoint) -> str | None:

@@ -36,6 +36,8 @@ class StoredModule:
     """Whether its inputs are rotated."""
     activations: ActivationMode = "none"
     """What its inputs become."""
+    input_group: int | None = None
+    """Inputs of a token that share a scale where activations are dynamic; None: all."""
 
 
 @dataclass(frozen=True)

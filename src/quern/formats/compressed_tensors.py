@@ -1,8 +1,9 @@
-"""compressed-tensors (vLLM's format): W4A16 and its like as ``pack-quantized``, W8A8 as ``int-quantized``.
+"""compressed-tensors (vLLM's format): W4A16 and its like as ``pack-quantized``, W8A8 and W4A8 as ``int-quantized``.
 
 Field names and layouts follow compressed-tensors 0.20. Its packed integers are quern's ``integer`` codes as they are: the
 signed value plus 2^(bits-1), dense in 32-bit words along the row, zero points down the rows. Scales keep the recipe's
 ``scale_dtype``, or the wider one that a module got; vLLM turns them into the model's own dtype when it loads.
+``int-quantized`` weights are signed bytes, whatever their bits.
 
 A Hadamard rotation of inputs becomes a ``transform_config`` of type ``hadamard`` (Sylvester's matrix, as ours), a scheme for
 each block size. Random signs have no place in it: type ``random-hadamard`` stores one dense matrix for all linears of a
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from quern.codecs import bits
-from quern.codecs.base import ScaledParameters
+from quern.codecs.base import ScaledParameters, codec_of
 from quern.core.errors import UserError, option
 from quern.core.packed import ActivationMode, PackedLinear
 from quern.core.plan import LinearPlan, Plan
-from quern.core.recipe import Recipe
+from quern.core.recipe import Activations, Recipe
 from quern.core.results import Target
+from quern.core.scheme import CodecScheme
 from quern.formats.base import FORMATS, Format, Obstacle
 from quern.formats.compressed_tensors_reader import METHOD, CompressedTensorsReader
 from quern.formats.sharded import ShardedWriter
@@ -80,6 +82,8 @@ class CompressedTensorsWriter(ShardedWriter):
             yield "vLLM and transformers read no blocks of integers; use granularity channel or group"
         if plan.activations.mode == "none" and params.granularity == "tensor":
             yield "weight-only quantization per tensor is not part of it; use granularity channel or group"
+        if plan.activations.mode != "none":
+            yield from _input_problems(params, plan.activations)
 
     def _torn(self) -> list[str]:
         """Linears that vLLM joins into one matrix and that have several schemes."""
@@ -102,7 +106,7 @@ class CompressedTensorsWriter(ShardedWriter):
         if params.granularity == "tensor":
             tensors["weight_scale"] = parts["scale"].reshape(1)
         if linear.activations != "none":
-            tensors["weight"] = parts["codes"]
+            tensors["weight"] = codec_of(linear.weight.scheme).int8_codes(linear.weight.shape, parts)[0]
         else:
             tensors["weight_packed"] = _packed(parts["codes"])
             tensors["weight_shape"] = torch.tensor(linear.weight.shape, dtype=torch.int64)
@@ -154,6 +158,16 @@ class CompressedTensorsWriter(ShardedWriter):
 
     def notes(self) -> list[str]:
         found = [f"{obstacle.target} {obstacle.reason}" for obstacle in CompressedTensors.obstacles(self.recipe)]
+        narrow = {
+            p.scheme.params.bits
+            for p in self.plan.quantized().values()
+            if _narrow(p.scheme, p.activations) and isinstance(p.scheme.params, ScaledParameters)
+        }
+        if narrow:
+            found.append(
+                f"weights of {' and '.join(map(str, sorted(narrow)))} bits in front of int8 activations take a byte each: "
+                f"the format has no packed form of them; {_QUERN} has"
+            )
         shapes = self.architecture.module_shapes()
         biased = [m for m, plan in self.plan.quantized().items() if plan.rotation is not None and f"{m}.bias" in shapes]
         if biased:
@@ -178,7 +192,7 @@ class CompressedTensors(Format):
 
     @classmethod
     def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
-        overriding = (override.scheme for override in recipe.overrides)
+        overriding = [override.scheme for override in recipe.overrides]
         schemes = [s.params for s in (recipe.weights, *overriding, recipe.head) if s is not None and s.quantized]
         scaled = [params for params in schemes if isinstance(params, ScaledParameters)]
         if any(not params.symmetric for params in scaled):
@@ -197,6 +211,14 @@ class CompressedTensors(Format):
                 "vllm",
                 "rotates inputs on one GPU only (read in its source, not tried), and none of a linear that has a bias",
             )
+        inside = [(recipe.weights, recipe.activations)]
+        inside += [(o.scheme or recipe.weights, o.activations or recipe.activations) for o in recipe.overrides]
+        if any(_narrow(scheme, activations) for scheme, activations in inside):
+            yield Obstacle(
+                "vllm",
+                "multiplies 4-bit weights by int8 activations on Arm processors only, and no other width below 8 (read in "
+                "its source, not tried)",
+            )
         head = recipe.head.params
         packed = scaled if recipe.activations.mode == "none" else [head] if isinstance(head, ScaledParameters) else []
         odd = sorted({params.bits for params in packed} - {*_VLLM_BITS})
@@ -204,6 +226,23 @@ class CompressedTensors(Format):
             yield Obstacle(
                 "vllm", f"has kernels for packed weights of 4 and 8 bits, not of {' and '.join(map(str, odd))}"
             )
+
+
+def _narrow(scheme: CodecScheme, activations: Activations) -> bool:
+    """Whether weights below 8 bits meet int8 activations."""
+    return activations.mode != "none" and isinstance(scheme.params, ScaledParameters) and scheme.params.bits < 8
+
+
+def _input_problems(params: ScaledParameters, activations: Activations) -> Iterator[str]:
+    """What the schemes with int8 activations, W8A8 and W4A8, do not say."""
+    if activations.group_size is not None:
+        yield "its int8 activations have one scale a token or tensor, none by group; leave granularity of activations away"
+    if params.bits == 8 and params.granularity == "group":
+        yield "8-bit weights in front of int8 activations have no groups in it; use granularity channel or tensor"
+    if params.bits < 8 and params.granularity == "tensor":
+        yield "weights below 8 bits in front of int8 activations have scales by channel or group in it, not by tensor"
+    if params.bits < 8 and activations.mode == "static":
+        yield "weights below 8 bits go with dynamic int8 activations in it; set activations: {mode: dynamic}"
 
 
 def _alike(plan: LinearPlan) -> tuple[object, ...]:

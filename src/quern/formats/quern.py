@@ -13,10 +13,10 @@ from torch import Tensor
 
 from quern.architectures.base import Architecture
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.codecs.base import codec_of
+from quern.codecs.base import ScaledParameters, codec_of
 from quern.core.errors import BadFileError, UserError
 from quern.core.packed import PackedLinear
-from quern.core.plan import Plan
+from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import parse_recipe
 from quern.core.results import Target
 from quern.core.scheme import CodecScheme, parse_scheme
@@ -26,10 +26,15 @@ from quern.formats.sharded import ShardedWriter
 
 METHOD = "quern"
 VERSION = 3
-"""``format_version`` that is written."""
-READ_VERSIONS = (1, 2, 3)
+"""``format_version`` that is written where that says it all."""
+WIDER_VERSION = 4
+"""Written where a module's int8 activations are beyond version 3, which knows them per token or tensor and in front of 8-bit
+weights with one scale a row or a matrix."""
+READ_VERSIONS = (1, 2, 3, 4)
 """Versions that are read: 1 had neither trellis codes nor rotations, and 1 and 2 said of the model as a whole what 3 says
 of each module."""
+INPUT_GROUP = "input_group"
+"""Key of a module, from version 4 on: inputs of a token that share a scale."""
 INPUT_SCALE = "input_scale"
 """Last part of a tensor's name: the scale of static activations."""
 INPUT_SIGNS = "input_signs"
@@ -54,12 +59,13 @@ class QuernWriter(ShardedWriter):
                 "weights": chosen.scheme.to_json(),
                 "rotated": chosen.rotation is not None,
                 "activations": chosen.activations.mode,
+                **({INPUT_GROUP: size} if (size := chosen.activations.group_size) else {}),
             }
             for module, chosen in sorted(plan.quantized().items())
         }
         return {
             "quant_method": METHOD,
-            "format_version": VERSION,
+            "format_version": WIDER_VERSION if any(map(_is_wider, plan.quantized().values())) else VERSION,
             "recipe": self.recipe.to_json(),
             "modules": modules,
         }
@@ -78,19 +84,20 @@ class QuernReader(ArtifactReader):
                 "Install the quern that wrote it, or quantize the checkpoint again"
             )
         try:
-            self._modules = self._versions_1_and_2() if version < 3 else self._version_3()
+            self._modules = self._versions_1_and_2() if version < 3 else self._from_version_3(version)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise UserError(f"the artifact's quantization_config is damaged: {error}") from None
 
-    def _version_3(self) -> dict[str, StoredModule]:
+    def _from_version_3(self, version: int) -> dict[str, StoredModule]:
         found = {}
         for module, entry in self.quantization["modules"].items():
-            if set(entry) != {"weights", "rotated", "activations"}:
+            optional = {INPUT_GROUP} if version >= WIDER_VERSION else set()
+            if set(entry) - optional != {"weights", "rotated", "activations"}:
                 raise ValueError(f"module {module!r} is described by {', '.join(map(str, entry))}")
             rotated, mode = entry["rotated"], entry["activations"]
             if type(rotated) is not bool or mode not in ("none", "dynamic", "static"):
                 raise ValueError(f"module {module!r} has rotated {rotated!r} and activations {mode!r}")
-            found[module] = StoredModule(_scheme(entry["weights"]), rotated, mode)
+            found[module] = StoredModule(_scheme(entry["weights"]), rotated, mode, _input_group(module, entry))
         return found
 
     def _versions_1_and_2(self) -> dict[str, StoredModule]:
@@ -150,6 +157,30 @@ class QuernReader(ArtifactReader):
         names = [*codec_of(stored.scheme).part_shapes((rows, columns))]
         names += [INPUT_SCALE] * (stored.activations == "static") + [INPUT_SIGNS] * stored.rotated
         return {name: checkpoint.read(f"{module}.{name}") for name in names}
+
+
+def _is_wider(plan: LinearPlan) -> bool:
+    """Whether a module's int8 activations are beyond what version 3 says."""
+    params, activations = plan.scheme.params, plan.activations
+    if activations.mode == "none":
+        return False
+    former = isinstance(params, ScaledParameters) and params.bits == 8 and params.granularity != "group"
+    return activations.group_size is not None or not former
+
+
+def _input_group(module: str, entry: Mapping[str, Any]) -> int | None:
+    """Inputs of a token that share a scale. Raises ``ValueError`` for what its weights do not go with."""
+    params = parse_scheme(entry["weights"]).params
+    if entry["activations"] != "none" and (obstacle := params.int8_obstacle()):
+        raise ValueError(f"module {module!r} has int8 activations and {obstacle}")
+    if INPUT_GROUP not in entry:
+        return None
+    size = entry[INPUT_GROUP]
+    if type(size) is not int or size < 1 or entry["activations"] != "dynamic":
+        raise ValueError(f"module {module!r} has {INPUT_GROUP} {size!r} and activations {entry['activations']!r}")
+    if obstacle := params.input_group_obstacle(size):
+        raise ValueError(f"module {module!r} has groups of {size} int8 activations and {obstacle}")
+    return size
 
 
 def _scheme(values: object) -> CodecScheme:

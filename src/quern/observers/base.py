@@ -25,12 +25,28 @@ class Observer(ABC):
         weight zero are ignored.
         """
 
+    def follow(self, greatest: Tensor) -> Tensor | None:
+        """The end, float64 ``()``, of a symmetric range of values that came batch after batch, from the ``greatest`` |x|
+        of each in order, ``(batches,)``.
+
+        None, as here: the observer looks at all values at once and is asked to ``observe`` them.
+        """
+        return None
+
 
 def extremes(values: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Least and greatest of the values with a weight above zero."""
     if counts is not None and bool((counts <= 0).any()):
         values = values[..., counts > 0]
     return torch.aminmax(values, dim=-1, keepdim=True)
+
+
+def counted(values: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The values ``(..., m)`` that have a weight above zero, and their weights float64 ``(m,)``: 1 without ``counts``."""
+    if counts is None:
+        return values, torch.ones(values.shape[-1], dtype=torch.float64, device=values.device)
+    kept = counts > 0
+    return values[..., kept], counts[kept].double()
 
 
 OBSERVERS: Registry[type[Observer]] = Registry("observer", "quern.observers")

@@ -26,6 +26,7 @@ from quern.pipeline.job import Job
 from quern.quantization.block import RoundedLinear, round_linears
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
+from quern.quantization.calibration.sketch import Sketches, kept_of
 from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, collector
 from quern.quantization.calibration.token_weights import normalized
 from quern.quantization.rounding.base import ROUNDINGS
@@ -66,11 +67,9 @@ def quantize_block(job: Job, index: int) -> None:
         work.quantize_stage(stage)
         release_freed()
     files = work.store()
-    if work.source is not None and index + 1 < job.architecture.layers:
-        work.write_outputs(job.activations(CHAIN, index + 1), work.source)
-    job.work.finish(
-        f"block {index}", files, {**record_of(job, work.rounded, work.prefix), "seconds": time.perf_counter() - started}
-    )
+    inputs = [] if work.source is None else work.run(work.source)
+    record = {**record_of(job, work.rounded, work.prefix), "inputs": inputs, "seconds": time.perf_counter() - started}
+    job.work.finish(f"block {index}", files, record)
     if work.source is not None:
         work.source.path.unlink()  # the block is done: nobody needs its inputs any more
 
@@ -210,10 +209,30 @@ class _BlockWork:
         """The checkpoint's own dtype of the block's parameter ``name``."""
         return DTYPES[self.job.checkpoint.info(self.block.spec.sources_of(name)[0].tensor).dtype]
 
-    def write_outputs(self, following: ActivationFile, source: ActivationFile) -> None:
-        """What the rounded block makes of its inputs: the inputs of the next one."""
-        following.write(lambda start, stop: self.block.run_each(source.read(start, stop), self.job.workers))
-        self.job.work.finish(f"{CHAIN} {self.index + 1}", [following.path], {})
+    def run(self, source: ActivationFile) -> list[dict[str, Any]]:
+        """What the rounded block makes of its inputs is written for the next one; what the journal keeps of the inputs of
+        its linears (``InputSummary``)."""
+        certain = {linear.name for linear in self.block.spec.linears if linear.expert is None} & set(self.plans)
+        alike = [[name for name in group.linears if name in certain] for group in self.block.spec.groups]
+        first = {linears[0]: [self.prefix + name for name in linears] for linears in alike if linears}
+        seen: list[dict[str, Sketches]] = []
+
+        def outputs(start: int, stop: int) -> Tensor:
+            hidden = source.read(start, stop)
+            found, sketches = self.block.watch(list(first), hidden, self.job.workers, Sketches.of)
+            seen.extend(sketches)
+            return found
+
+        if self.index + 1 < self.job.architecture.layers:
+            following = self.job.activations(CHAIN, self.index + 1)
+            following.write(outputs)
+            self.job.work.finish(f"{CHAIN} {self.index + 1}", [following.path], {})
+        else:
+            for start, stop in source.waves():
+                outputs(start, stop)
+        as_they_are = [linear for linear in self.rounded if linear.input_signs is None]
+        scales = {linear.name: linear.input_scale for linear in as_they_are if linear.input_scale is not None}
+        return [kept.model_dump(mode="json") for kept in kept_of(seen, first, scales)]
 
     def _channels(self, linear: str) -> ChannelStatistics | None:
         """Statistics of what ``linear`` reads; None where it reads nothing."""

@@ -36,7 +36,7 @@ def technique_of(recipe: Recipe) -> str:
 
 
 def catalogue() -> dict[str, Any]:
-    """``{"recipes": {name: description}, "techniques": {technique: [recipes]}, "choices": {kind: [names]}}``, names sorted."""
+    """``{"recipes": {name: description}, "techniques": {technique: [names]}, "choices": {kind: [names]}}``, all sorted."""
     recipes = {name: load_recipe(name) for name in profile_names()}
     techniques: dict[str, list[str]] = {}
     for name, recipe in recipes.items():

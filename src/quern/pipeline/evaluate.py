@@ -7,6 +7,7 @@ from pathlib import Path
 
 from quern.advisor.hardware import measured_rates, rate_warnings
 from quern.checkpoint.checkpoint import Checkpoint
+from quern.comparison.input_shift import measured_shift, sentence
 from quern.comparison.inputs import MeasurementSettings, prepare_inputs
 from quern.comparison.measure import measure_all
 from quern.comparison.row_builder import Contender, contender_of
@@ -16,9 +17,10 @@ from quern.core.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import Row
 from quern.core.temporary import temporary_folder
-from quern.engines.base import AUTO, engine_for
+from quern.engines.base import AUTO, DtypeName, engine_for
 from quern.evaluation.choice import ChoiceSet
 from quern.evaluation.tasks import wanted_tasks
+from quern.evaluation.texts import load_windows
 from quern.loading.fitting import open_model
 from quern.texts.source import Text
 
@@ -49,6 +51,9 @@ def evaluate(
     ``choices`` JSONL files (see ``evaluation/choice.py``). An unquantized model without a reference is its own: its
     divergence is then the noise floor. ``engine`` runs the model (``auto``: the fastest that can); reference logits are
     always the reference engine's. A quantized one without a reference has no divergence.
+
+    With ``texts``, an artifact that was calibrated is also run once on the reference engine, to see whether the inputs of
+    its linears are like those of calibration: the row's ``input_shift``.
 
     ``tasks`` names tasks of lm-eval (the extra ``quern[lm-eval]``), ``tasks_path`` a folder with further ones, ``limit`` how
     many items of each are run (default: all); their scores are the row's ``tasks``. Raises ``UserError``.
@@ -83,6 +88,9 @@ def evaluate(
         measurement = measure_all(
             others, original, inputs, settings=settings, hardware={"measured": rates}, progress=progress
         )
+        windows = load_windows(inputs.windows) if texts else ()
+        asked: DtypeName = dtype  # type: ignore[assignment]  # the settings let no other through
+        shift = measured_shift(checkpoint, windows, dtype=asked, threads=threads, progress=progress) if texts else None
     row = measurement.rows[-1]
     scores = (
         {}
@@ -92,7 +100,9 @@ def evaluate(
         )
     )
     of_reference = [] if reference is None else _reference_notes(source)
-    return row.model_copy(update={"tasks": scores, "notes": [*inputs.taken, *of_reference, *row.notes]})
+    told = [] if shift is None or (said := sentence(shift)) is None else [said]
+    notes = [*inputs.taken, *of_reference, *row.notes, *told]
+    return row.model_copy(update={"tasks": scores, "input_shift": shift, "notes": notes})
 
 
 def _reference_notes(source: Checkpoint) -> list[str]:

@@ -20,7 +20,7 @@ from quern.checkpoint.tokenizer import copy_tokenizer, usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.codecs.base import codec_of
 from quern.comparison.artifact_size import source_notes
-from quern.core.artifact import PROVENANCE
+from quern.core.artifact import PROVENANCE, CalibratedInputs
 from quern.core.errors import OutOfMemoryCapError, UserError, option
 from quern.core.memory import forget_peak, peak_rss
 from quern.core.parallel import deterministic_workers
@@ -217,6 +217,7 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     layers and adds to ``notes``."""
     layers = job.architecture.layers
     errors: list[dict[str, Any]] = []
+    inputs: list[dict[str, Any]] = []
     dtypes: dict[str, str] = {}
     for step in ("outer 0", *(f"block {index}" for index in range(layers)), f"outer {layers + 1}"):
         record = job.work.done(step)
@@ -224,12 +225,17 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
             raise UserError(f"the work folder lost step {step!r}; run the same command again")
         errors += record["layers"]
         dtypes |= record.get("scale_dtypes", {})
+        inputs += record.get("inputs", [])
     job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
     stored_otherwise = scale_note(dtypes)
     notes += stored_otherwise
     files = sorted(path.name for path in job.work.path("artifact").iterdir())
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
     provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": files}
+    if inputs and job.sequences is not None:
+        tokens, sequences = job.sequences.numel(), len(job.sequences)
+        seen = {"tokens": tokens, "sequences": sequences, "groups": inputs}
+        provenance["inputs"] = CalibratedInputs.model_validate(seen).model_dump(mode="json")
     write_json(job.work.path("artifact", PROVENANCE), provenance)
     copy_tokenizer(job.checkpoint.path, job.work.path("artifact"))
     return errors

@@ -16,7 +16,7 @@ from quern.core.plan import plan_for
 from quern.core.recipe import load_recipe
 from quern.core.scheme import parse_scheme
 from quern.formats.base import StoredModule
-from quern.formats.quern import READ_VERSIONS, VERSION, QuernReader
+from quern.formats.quern import INPUT_GROUP, READ_VERSIONS, VERSION, WIDER_VERSION, QuernReader
 from quern.pipeline.inspect import inspect
 
 OWN_CODECS = [name for name in CODECS.names() if CODECS.get(name).__module__.startswith("quern.codecs.")]
@@ -72,10 +72,10 @@ def test_the_tables_name_every_key(tiny_model, tiny_text, tmp_path):
     folder = make_artifact(tiny_model, tmp_path / "out", tiny_text, weights=INT8, activations={"mode": "static"})
     written = written_config(folder)["quantization_config"]
     assert set(written) == set(EXAMPLE)
-    assert all(set(entry) == set(table("A module")) for entry in written["modules"].values())
+    assert all(set(entry) == set(table("A module")) - {INPUT_GROUP} for entry in written["modules"].values())
     scheme = table("A scheme")
     assert set(re.findall(r"`(\w+)`", scheme["codec"][1])) == set(OWN_CODECS)
-    assert CODECS.get("integer").Parameters is ScaledParameters
+    assert set(CODECS.get("integer").Parameters.model_fields) == set(ScaledParameters.model_fields)
     own = {
         name: set(CODECS.get(name).Parameters.model_fields) - set(ScaledParameters.model_fields) for name in OWN_CODECS
     }
@@ -87,9 +87,12 @@ def test_the_tables_name_every_key(tiny_model, tiny_text, tmp_path):
     assert set(table("`quern.json`")) == {f"fingerprint.{key}" for key in provenance["fingerprint"]} | {
         "layers",
         "notes",
+        "inputs",
         "files",
     }
-    assert set(provenance) == {"fingerprint", "layers", "notes", "files"}
+    assert set(provenance) == {"fingerprint", "layers", "notes", "inputs", "files"}
+    described = table("`quern.json`")["inputs"][0]
+    assert all(f"`{key}`" in described for key in (*provenance["inputs"], *provenance["inputs"]["groups"][0]))
     assert all(f"`{key}`" in table("`quern.json`")["layers"][0] for key in provenance["layers"][0])
     files = {path.name for path in folder.iterdir()}
     assert files == {
@@ -272,6 +275,27 @@ def test_the_pages_reader_knows_what_becomes_of_inputs(reader, tiny_text, tmp_pa
         assert (f"{module}.input_scale" in tensors) == (activations == "static")
 
 
+WIDER = {
+    "W4A8": {"weights": {"bits": 4, "group_size": 32}, "activations": {"mode": "dynamic"}},
+    "by groups": {"weights": INT8, "activations": {"mode": "dynamic", "granularity": "group", "group_size": 16}},
+}
+
+
+@pytest.mark.parametrize("name", WIDER)
+def test_version_4_is_written_only_where_it_is_needed_and_read_by_the_page(name, reader, tiny_text, tmp_path):
+    model = write_model(tmp_path / "model", tiny_config("llama", num_hidden_layers=1))
+    choices = WIDER[name]
+    stored = written_config(make_artifact(model, tmp_path / "out", tiny_text, **choices))
+    assert stored["quantization_config"]["format_version"] == WIDER_VERSION
+    size = choices["activations"].get("group_size")
+    found = plan_of(stored)
+    assert {(module.activations, module.input_group) for module in found.values()} == {("dynamic", size)}
+    assert {entry.get(INPUT_GROUP) for entry in stored["quantization_config"]["modules"].values()} == {size}
+    assert set(reader["read_weights"](tmp_path / "out")) == set(found)
+    plain = written_config(make_artifact(model, tmp_path / "plain", tiny_text, weights=choices["weights"]))
+    assert plain["quantization_config"]["format_version"] == VERSION
+
+
 def as_version(config: dict, version: int) -> dict:
     """A config.json as quern wrote it when ``version`` was the newest."""
     stored = config["quantization_config"]
@@ -289,7 +313,7 @@ OLDER = {
 @pytest.mark.parametrize("version", OLDER)
 def test_older_versions_are_read_as_the_page_says(version, reader, tiny_text, tmp_path):
     """By the page's reader and by the package; the head's inputs are as they are, whatever the recipe says."""
-    assert {*OLDER, VERSION} == set(READ_VERSIONS)
+    assert {*OLDER, VERSION, WIDER_VERSION} == set(READ_VERSIONS)
     model = write_model(tmp_path / "model", tiny_config("llama", num_hidden_layers=1, tie_word_embeddings=False))
     folder = make_artifact(model, tmp_path / "out", tiny_text, **OLDER[version])
     newest = written_config(folder)
@@ -312,9 +336,9 @@ def test_older_versions_are_read_as_the_page_says(version, reader, tiny_text, tm
 def test_the_pages_reader_refuses_what_it_does_not_know(reader, tiny_model, tiny_text, tmp_path):
     folder = make_artifact(tiny_model, tmp_path / "out", tiny_text, weights={"bits": 4, "group_size": 32})
     config = written_config(folder)
-    for change in ({"format_version": 4}, {"quant_method": "zap"}):
+    for change in ({"format_version": 5}, {"quant_method": "zap"}):
         (folder / "config.json").write_text(
             json.dumps({**config, "quantization_config": {**config["quantization_config"], **change}})
         )
-        with pytest.raises(ValueError, match="not the quern format, version 1, 2 or 3"):
+        with pytest.raises(ValueError, match="not the quern format, version 1, 2, 3 or 4"):
             reader["read_weights"](folder)

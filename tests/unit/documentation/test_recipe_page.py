@@ -23,6 +23,7 @@ from quern.core.recipe import (
     profile_names,
 )
 from quern.core.scheme import NO_CODEC, USUAL, parse_scheme
+from quern.observers.base import OBSERVERS
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "recipes.md").read_text("utf-8")
 OWN_CODECS = [name for name in CODECS.names() if CODECS.get(name).__module__.startswith("quern.codecs.")]
@@ -84,6 +85,10 @@ def test_the_codecs():
     ((key, (default, meaning)),) = table("### `weights`, `embedding`, `head`").items()
     assert (key, json.loads(default.strip("`"))) == ("codec", USUAL)
     assert all(f"`{name}`" in meaning for name in (*OWN_CODECS, NO_CODEC))
+
+
+def test_the_observers():
+    assert set(table("#### observers")) == set(OBSERVERS.names())
 
 
 def test_what_the_tables_say_in_words():

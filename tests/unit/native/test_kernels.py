@@ -239,6 +239,45 @@ def test_quantize(isa, columns, group):
     np.testing.assert_array_equal(sums, np.add.reduceat(expected, np.arange(0, columns, group), axis=1))
 
 
+@pytest.mark.parametrize(("columns", "group"), [(1, 1), (15, 15), (100, 32), (1000, 128), (300, 7)])
+@pytest.mark.parametrize("given", [0.03125, 1e-3, 1e30])
+def test_quantize_by_a_given_scale(isa, columns, group, given):
+    """Values beyond the range end at its ends, however far; ties go to even; a group with no number says so."""
+    x = inputs(9, columns)
+    x[1] = 0
+    x[2] = np.float32(given) * (np.arange(columns) - columns // 2 + np.float32(0.5))
+    x[3, 0], x[4, 0] = np.float32(3e38), np.float32(-3e38)
+    values, scale, sums = native.quantize(x, group, 2, given)
+    expected = packed_matrices.quantize_by(x, np.float32(given))
+    np.testing.assert_array_equal(values, expected)
+    assert np.abs(values.astype(int)).max() <= 127
+    assert (scale == np.float32(given)).all()
+    np.testing.assert_array_equal(sums, np.add.reduceat(expected, np.arange(0, columns, group), axis=1))
+    for bad in (np.nan, np.inf, -np.inf):
+        x[5, 0] = bad
+        values, scale, sums = native.quantize(x, group, 1, given)
+        assert np.isnan(scale[5, 0])
+        assert not values[5, :group].any()
+        assert sums[5, 0] == 0
+
+
+@pytest.mark.parametrize(("columns", "group"), [(15, 15), (100, 32), (1000, 128), (300, 7)])
+def test_quantize_by_one_scale_a_token(isa, columns, group):
+    x = inputs(11, columns)
+    x[5] = 0
+    values, scale, sums = native.quantize(x, group, 2, 0.0, True)
+    expected, whole = packed_matrices.quantize(x, columns)
+    np.testing.assert_array_equal(values, expected)
+    same(scale, np.repeat(whole, -(-columns // group), axis=1))
+    np.testing.assert_array_equal(sums, np.add.reduceat(expected, np.arange(0, columns, group), axis=1))
+
+
+def test_a_given_scale_is_a_number_above_zero():
+    for bad in (-1.0, float("nan"), float("inf"), 1e-42):
+        with pytest.raises(ValueError, match="a normal number above zero"):
+            native.quantize(inputs(2, 8), 8, 1, bad)
+
+
 @pytest.mark.parametrize("columns", [1, 2, 6, 16, 24, 48, 64, 256, 384, 512, 1024, 2048, 896, 8192, 29568])
 def test_rotate(isa, columns):
     random = np.random.default_rng(20)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from quern.architectures.base import Architecture, parameter_reader
 from quern.architectures.routing import routed_tokens
 from quern.core.parallel import Workers
+
+Seen = TypeVar("Seen")
 
 
 class _Captured(Exception):  # noqa: N818 - not an error: it stops a forward pass that has nothing left to show
@@ -76,6 +79,28 @@ class Block:
     def _no_grad(self, sequence: Tensor) -> Tensor:
         with torch.no_grad():  # the setting is per thread
             return self.run(sequence.to(self.device))
+
+    def watch(
+        self, linears: Sequence[str], hidden: Tensor, workers: Workers, look: Callable[[Tensor], Seen]
+    ) -> tuple[Tensor, list[dict[str, Seen]]]:
+        """``run_each``, and of each sequence what ``look`` makes of the inputs ``(time, columns)`` of each of ``linears``,
+        which every token must meet."""
+        modules: dict[nn.Module, str] = {self.linear(name): name for name in linears}
+
+        def run(sequence: Tensor) -> tuple[Tensor, dict[str, Seen]]:
+            self._recorded.seen = {}
+            return self._no_grad(sequence[None]), self._recorded.seen
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._recorded.seen[modules[module]] = look(inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+        handles = [module.register_forward_pre_hook(keep) for module in modules]
+        try:
+            outputs, seen = zip(*workers.map(run, list(hidden)), strict=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat(outputs), list(seen)
 
     def capture(self, linears: Sequence[str], hidden: Tensor, workers: Workers) -> dict[str, Tap]:
         """What each of ``linears`` reads when the block reads ``hidden`` ``(sequences, time, width)``.

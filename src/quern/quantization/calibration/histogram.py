@@ -18,11 +18,14 @@ class InputHistogram:
     def __init__(self) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.float64)
         self.limit = 0.0
+        self.greatest: list[float] = []
+        """Of each batch that was added, in order."""
 
     def add(self, inputs: Tensor) -> None:
         """Count the values of ``inputs``, any shape."""
         sizes = inputs.float().abs().reshape(-1).cpu()
         top = float(sizes.max())
+        self.greatest.append(top)
         if self.limit == 0.0:
             self.limit = top
         while top > self.limit > 0:
@@ -38,8 +41,11 @@ class InputHistogram:
         counts = torch.cat([self.counts.flip(0), self.counts]).float()
         if not bool((counts > 0).any()) or self.limit == 0:
             return float(torch.finfo(torch.float32).tiny)
-        low, high = observer.observe(values, _reconstruct, counts)
-        return max(float(torch.maximum(-low, high)) * 2 / LEVELS, float(torch.finfo(torch.float32).tiny))
+        end = observer.follow(torch.tensor(self.greatest, dtype=torch.float64))
+        if end is None:
+            low, high = observer.observe(values, _reconstruct, counts)
+            end = torch.maximum(-low, high)
+        return max(float(end) * 2 / LEVELS, float(torch.finfo(torch.float32).tiny))
 
 
 def _reconstruct(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
