@@ -198,6 +198,9 @@ class IntegerCodec(Codec):
             shapes["zero_point"] = ((bits.words_per_row(scale_rows, width), groups), torch.int32)
         return shapes
 
+    def code_bits(self) -> dict[str, int]:
+        return {"codes": self.params.bits}
+
     def _values(self, codes: Tensor, scale: Tensor, zero: Tensor | None, columns: int) -> Tensor:
         """(code - zero point) x scale, float32 ``(rows, columns)``, of the stored ``codes`` of some rows."""
         # Signed bytes are codes minus the middle already.

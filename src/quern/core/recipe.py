@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
@@ -139,6 +147,8 @@ class Recipe(_Strict):
     calibration: Calibration = Calibration()
     format: str = "quern"
     """Name of a registered on-disk format."""
+    storage: Literal["plain", "entropy"] = "plain"
+    """How tensors lie in the files: as they are, or entropy-coded and decoded when they are loaded."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -156,6 +166,14 @@ class Recipe(_Strict):
                     f"int8 activations need 8-bit symmetric weights per channel or tensor; {where} {obstacle}"
                 )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_plain_storage(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes are older than this key: without it they stay what they were, in artifacts and fingerprints."""
+        values: dict[str, Any] = handler(self)
+        if self.storage == "plain":
+            del values["storage"]
+        return values
 
     @property
     def needs_calibration(self) -> bool:
