@@ -51,6 +51,16 @@ def test_damaged_artifacts_run_or_are_refused(artifact):
     assert sum(tally[key] for key in ("ran", "refused", "matrix multiplied", "matrix refused")) == 250
 
 
+def test_damaged_coded_artifacts_run_or_are_refused(tiny_model, tiny_text, tmp_path):
+    """Streams, tables of frames and what config.json says of them."""
+    pytest.importorskip("zstandard", reason="zstandard is not installed")
+    folder = make_artifact(tiny_model, tmp_path / "coded", tiny_text, weights={"codec": "none"}, storage="entropy")
+    code, tally, errors = run(TOOLS / "fuzz_artifacts.py", folder, "--inputs", 150, "--seed", 11)
+    assert code == 0, errors
+    assert tally["refused"] > 20, tally
+    assert tally["ran"] > 0, tally
+
+
 def test_damaged_folders_and_ggufs_run_or_are_refused(tiny_model, tmp_path):
     """What loaders read besides artifacts: an unquantized folder with its tokenizer, and a GGUF in two parts."""
     parts = write_gguf(tiny_model, tmp_path / "m", parts=[5, tensor_count(tiny_model) - 5])

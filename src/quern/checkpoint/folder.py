@@ -66,8 +66,12 @@ def open_folder(folder: Path, open_container: OpenContainer = no_container) -> t
         raise BadFileError(folder / CONFIG, "names no model_type", "Give the config.json that belongs to the weights")
     if config.get("quantization_config", config) is None:
         del config["quantization_config"]  # some tools write null for none
-    if (source := open_container(folder, config)) is not None:
-        return config, source
+    source = open_container(folder, config)
+    return config, open_tensors(folder) if source is None else source
+
+
+def open_tensors(folder: Path) -> FolderSource:
+    """The tensors of a folder's safetensors files, as they lie there. Raises ``BadFileError``."""
     if (folder / SINGLE).is_file():
         infos = read_header(folder / SINGLE)
         source = FolderSource(infos, dict.fromkeys(infos, folder / SINGLE))
@@ -77,7 +81,7 @@ def open_folder(folder: Path, open_container: OpenContainer = no_container) -> t
         source = _open_without_index(folder)
     if not source.infos:
         raise BadFileError(folder, "holds no tensors", "Give a folder with weights")
-    return config, source
+    return source
 
 
 def _open_indexed(folder: Path) -> FolderSource:

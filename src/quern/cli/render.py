@@ -126,14 +126,20 @@ def quantize_report(report: QuantizeReport) -> RenderableType:
 
 def inspection(found: Inspection) -> RenderableType:
     """Every tensor and the totals."""
-    table = plain_table(("tensor", "shape", "codec", "granularity", "bits", "bytes"), right=(4, 5))
+    coded = found.loaded_bytes is not None
+    further = ("coded bits", "entropy") if coded else ()
+    columns = ("tensor", "shape", "codec", "granularity", "bits", *further, "bytes")
+    table = plain_table(columns, right=range(4, len(columns)))
     for item in found.tensors:
         shape = " x ".join(map(str, item.shape))
-        add(table, item.name, shape, item.codec, item.granularity, f"{item.bits:g}", f"{item.bytes:,}")
+        entropy = (number(item.coded_bits, ".3f"), number(item.entropy, ".3f")) if coded else ()
+        add(table, item.name, shape, item.codec, item.granularity, f"{item.bits:g}", *entropy, f"{item.bytes:,}")
     total = (
         f"{len(found.tensors)} tensors, {found.parameters:,} parameters, {found.bits_per_weight:.2f} bits/weight, "
         f"{size(found.bytes)} on disk"
     )
+    if found.loaded_bytes is not None:
+        total += f", tensors of {size(found.loaded_bytes)} when loaded"
     recipe = f", recipe {found.recipe}" if found.recipe else ""
     return Group(table, Text(total + recipe, style="bold"), *_notes(found.notes))
 

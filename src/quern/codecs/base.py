@@ -198,6 +198,11 @@ class Codec(ABC):
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every part of a matrix of ``shape``; what a loader allocates and checks against."""
 
+    def code_bits(self) -> dict[str, int]:
+        """Bits of the codes that a part's words are packed from without gaps, the first code lowest; parts of which that is
+        not so are left out. Whoever stores parts in fewer bytes needs to know where a code begins."""
+        return {}
+
     @abstractmethod
     def decode(self, shape: tuple[int, int], parts: Parts) -> Tensor:
         """The stored values, float32 ``(rows, columns)``."""

@@ -122,6 +122,9 @@ class IntegerCodec(GroupedCodec):
             shapes["zero_point"] = ((bits.words_per_row(scale_rows, width), groups), torch.int32)
         return shapes
 
+    def code_bits(self) -> dict[str, int]:
+        return {"codes": self.params.bits}
+
     def kernel(self, shape: tuple[int, int]) -> KernelForm | str:
         params = self.params
         if params.bits == 8 and not params.symmetric:

@@ -17,7 +17,7 @@ from typing import Any
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import sha256_into
 from quern.checkpoint.gguf.header import read_gguf_header
-from quern.checkpoint.safetensors_file import read_header
+from quern.checkpoint.safetensors_file import DTYPES, read_header
 from quern.core.errors import BadFileError
 from quern.core.progress import Progress
 from quern.core.units import bytes_text
@@ -34,6 +34,8 @@ class ArtifactSize:
     sha256: str
     bytes: int
     weight_bytes: int
+    loaded_bytes: int
+    """Of the same tensors in memory, as they are read."""
     config: Mapping[str, Any]
     """``config.json``; empty for other tools' artifacts."""
 
@@ -51,6 +53,7 @@ def stored_checkpoint(path: str | Path, sha256: str | None = None, progress: Pro
         sha256=sha256 or checkpoint.sha256(progress),
         bytes=artifact_bytes(checkpoint),
         weight_bytes=weight_bytes(checkpoint),
+        loaded_bytes=loaded_bytes(checkpoint),
         config=checkpoint.config,
     )
 
@@ -66,6 +69,7 @@ def stored_folder(folder: Path, sha256: str | None = None) -> ArtifactSize:
         sha256=sha256 or folder_sha256(folder),
         bytes=sum(path.stat().st_size for path in files),
         weight_bytes=weights,
+        loaded_bytes=weights,
         config={},
     )
 
@@ -83,6 +87,12 @@ def artifact_bytes(checkpoint: Checkpoint) -> int:
 def weight_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of tensor data: codes, scales, zero points and everything unquantized, without file headers."""
     return sum(checkpoint.info(name).stored_bytes for name in checkpoint.names())
+
+
+def loaded_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors in memory, as they are read: more than on the disk where they are coded there."""
+    infos = (checkpoint.info(name) for name in checkpoint.names())
+    return sum(info.elements * DTYPES[info.dtype].itemsize for info in infos)
 
 
 def source_notes(checkpoint: Checkpoint, size: int) -> list[str]:

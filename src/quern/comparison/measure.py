@@ -197,7 +197,7 @@ class _Run:
     def _fits(self, contenders: Sequence[Contender], original: Original, with_reference: bool = False) -> bool:
         """Whether these can be in memory together. Other tools may unpack their weights, so they count in full."""
         needed = sum(
-            (self.stored[c.name].weight_bytes if c.kind != "peer" else 2 * original.parameters) + LOADED_BYTES
+            (self.stored[c.name].loaded_bytes if c.kind != "peer" else 2 * original.parameters) + LOADED_BYTES
             for c in contenders
         )
         if with_reference:

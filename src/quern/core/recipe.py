@@ -180,6 +180,8 @@ class Recipe(_Strict):
     calibration: Calibration = Calibration()
     format: str = "quern"
     """Name of a registered on-disk format."""
+    storage: Literal["plain", "entropy"] = "plain"
+    """How tensors lie in the files: as they are, or entropy-coded and decoded when they are loaded."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -200,6 +202,14 @@ class Recipe(_Strict):
             if size is not None and (obstacle := scheme.params.input_group_obstacle(size)):
                 raise ValueError(f"groups of {size} int8 activations need weights that fit them; {where} {obstacle}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_plain_storage(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes are older than this key: without it they stay what they were, in artifacts and fingerprints."""
+        values: dict[str, Any] = handler(self)
+        if self.storage == "plain":
+            del values["storage"]
+        return values
 
     @property
     def needs_calibration(self) -> bool:

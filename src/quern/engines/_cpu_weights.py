@@ -1,4 +1,5 @@
-"""An artifact's tensors as the native kernels read them: views on the memory-mapped files, nothing repacked."""
+"""An artifact's tensors as the native kernels read them: views on the memory-mapped files, nothing repacked; tensors that
+lie there in another form (entropy-coded ones) are decoded into memory once."""
 
 from __future__ import annotations
 
@@ -47,6 +48,7 @@ class MappedWeights:
         """``modules``: those whose weights are stored as codes, as their artifact says."""
         self._checkpoint, self._modules = checkpoint, modules
         self._files: dict[Path, NDArray[np.uint8]] = {}
+        self._decoded: dict[str, NDArray[np.uint8]] = {}
         self.read_bytes = 0
         """Bytes of all linears and vectors handed out so far."""
 
@@ -107,12 +109,14 @@ class MappedWeights:
         return name in self._checkpoint.source.infos
 
     def _mapped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> NDArray[np.uint8]:
-        """The stored bytes of a tensor of ``shape`` and ``dtype``, aligned to its numbers.
+        """The bytes of a tensor of ``shape`` and ``dtype``, aligned to its numbers.
 
         Files may hold tensors anywhere; those that kernels cannot read where they lie are copied.
         """
         info, place = self._checkpoint.info(name), self._checkpoint.source.place(name)
         assert (info.shape, DTYPES[info.dtype]) == (shape, dtype)
+        if not self._checkpoint.source.plain(name):
+            return self._in_memory(name, dtype)
         if place not in self._files:
             self._files[place] = _map(place)
         if len(self._files[place]) < info.end:
@@ -120,14 +124,20 @@ class MappedWeights:
         stored = self._files[place][info.begin : info.end]
         return stored if info.begin % dtype.itemsize == 0 else stored.copy()
 
+    def _in_memory(self, name: str, dtype: torch.dtype, finite: bool = False) -> NDArray[np.uint8]:
+        """The bytes of a tensor as ``dtype``, read once: an embedding that is the head too is asked for twice."""
+        if name not in self._decoded:
+            values = self._checkpoint.read(name, finite=finite).to(dtype)
+            self._decoded[name] = values.reshape(-1).view(torch.uint8).numpy()
+        return self._decoded[name]
+
     def _plain(self, name: str, shape: tuple[int, int]) -> _native.Matrix:
         stored = DTYPES[self._checkpoint.info(name).dtype]
         kernel = stored if stored in (torch.bfloat16, torch.float32) else torch.float32
         if stored is kernel and self._checkpoint.source.plain(name):
             codes = self._mapped(name, shape, stored)
         else:
-            values = self._checkpoint.read(name, finite=True).to(kernel)
-            codes = values.reshape(-1).view(torch.uint8).numpy()
+            codes = self._in_memory(name, kernel, finite=True)
         return _native.Matrix(str(kernel).removeprefix("torch."), *shape, codes)
 
     def _of_form(
@@ -135,7 +145,11 @@ class MappedWeights:
     ) -> _native.Matrix:
         """The matrix of ``form``: the parts' own bytes, but for scales that several rows share or that are repeated."""
         sizes = codec.part_shapes(shape)
-        arrays = {key: self._mapped(f"{name}.{part}", *sizes[part]) for key, part in form.arrays.items()}
+        arrays = {
+            key: self._mapped(f"{name}.{part}", *sizes[part])
+            for key, part in form.arrays.items()
+            if not (form.decoded and key == "codes")
+        }
         if form.decoded:
             stored = {part: self._checkpoint.read(f"{name}.{part}") for part in sizes}
             arrays["codes"] = codec.integers(shape, stored).numpy().reshape(-1).view(np.uint8)

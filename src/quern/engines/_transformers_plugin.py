@@ -14,8 +14,9 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.folder import FolderSource
 from quern.checkpoint.head import with_true_head
 from quern.checkpoint.safetensors_file import TensorInfo, read_header
+from quern.core.errors import UserError
 from quern.engines._build import insert_packed
-from quern.formats.quern import METHOD, QuernReader
+from quern.formats.quern import CODED_VERSION, METHOD, OWN_READER, QuernReader
 from quern.loading.fitting import fitted
 
 _registered = False
@@ -59,6 +60,8 @@ class QuernQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
+        if config.get("format_version") == CODED_VERSION:
+            raise UserError(f"transformers {OWN_READER}. Load the artifact with quern, or quantize again without them")
         architecture = architecture_of(model.config.to_dict())
         insert_packed(model, QuernReader(config, architecture).plan(), model.dtype)
         if files := kwargs.get("checkpoint_files"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from quern.core.errors import UserError
 from quern.core.packed import ActivationMode, PackedLinear
 from quern.core.plan import Plan
 from quern.core.recipe import Recipe
@@ -54,6 +55,16 @@ class StoredWeight:
 
 
 @dataclass(frozen=True)
+class CodedPart:
+    """What tables show of a tensor that is entropy-coded in its file."""
+
+    bytes: int
+    """In the file."""
+    entropy_bits: float
+    """Order-0 entropy of all its codes together, in bits."""
+
+
+@dataclass(frozen=True)
 class Obstacle:
     """Why a runtime does not run an artifact as it is."""
 
@@ -71,8 +82,16 @@ class ArtifactWriter(ABC):
     def __init__(self, recipe: Recipe, plan: Plan, architecture: Architecture) -> None:
         self.recipe, self.plan, self.architecture = recipe, plan, architecture
 
-    def check(self) -> None:  # noqa: B027 - most formats store everything
+    codes_tensors: ClassVar[bool] = False
+    """Whether the format knows the recipe's ``storage: entropy``."""
+
+    def check(self) -> None:
         """Raise ``UserError`` with the reasons if the format cannot store the plan; before any work is done."""
+        if self.recipe.storage == "entropy" and not self.codes_tensors:
+            raise UserError(
+                f"format {self.recipe.format} stores tensors as its readers map them, not entropy-coded. Leave out "
+                "storage: entropy, or use format: quern"
+            )
 
     @abstractmethod
     def begin(self, work: WorkFolder, stage: int) -> None:
@@ -94,6 +113,14 @@ class ArtifactWriter(ABC):
     def finish(self, work: WorkFolder, config: Mapping[str, Any], plan: Plan) -> None:
         """Write what makes the stages one artifact. ``config`` is the checkpoint's config.json; ``plan`` is what was
         carried out."""
+
+    def saved_bytes(self, module: str) -> int:
+        """How many bytes fewer than its parts have the stage that ended needs for ``module``."""
+        return 0
+
+    def coder(self) -> dict[str, str]:
+        """Versions of what the files' bytes depend on besides the tensors."""
+        return {}
 
     def notes(self) -> list[str]:
         """What whoever quantizes should know of the artifact's readers."""
@@ -120,6 +147,10 @@ class ArtifactReader(ABC):
     @abstractmethod
     def describe(self, checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
         """Every quantized module and what tables show of it."""
+
+    def coded(self, checkpoint: Checkpoint) -> Iterator[tuple[str, CodedPart]]:
+        """Every entropy-coded tensor and what tables show of it; they are decoded for that. Raises ``BadFileError``."""
+        return iter(())
 
     def parts(self, checkpoint: Checkpoint, module: str) -> dict[str, Tensor]:
         """The codec's parts of ``module``, with ``input_scale`` and ``input_signs`` where it has them."""

@@ -41,6 +41,7 @@ class CompressedTensorsWriter(ShardedWriter):
     """Integer weights of 2 to 8 bits per channel or group; int8 activations per token or tensor."""
 
     def check(self) -> None:
+        super().check()
         problems: dict[str, list[str]] = {}
         if self.recipe.random_signs:
             problems["its Hadamard rotation has no random signs; set random_signs: false in transform hadamard"] = []

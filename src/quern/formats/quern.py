@@ -5,7 +5,9 @@ Described byte for byte in docs/format.md. transformers loads it once ``import q
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,14 +15,19 @@ from torch import Tensor
 
 from quern.architectures.base import Architecture
 from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.files import read_json, write_json
+from quern.checkpoint.folder import CONFIG, open_tensors
+from quern.checkpoint.work_folder import WorkFolder
 from quern.codecs.base import ScaledParameters, codec_of
 from quern.core.errors import BadFileError, UserError
 from quern.core.packed import PackedLinear
 from quern.core.plan import LinearPlan, Plan
-from quern.core.recipe import parse_recipe
+from quern.core.recipe import Recipe, parse_recipe
 from quern.core.results import Target
 from quern.core.scheme import CodecScheme, parse_scheme
-from quern.formats.base import FORMATS, ArtifactReader, Format, StoredModule, StoredWeight
+from quern.formats._coded_source import CodedSource, parse_storage, storage_json
+from quern.formats._entropy import coder_version, encode, zstandard
+from quern.formats.base import FORMATS, ArtifactReader, CodedPart, Format, Obstacle, StoredModule, StoredWeight
 from quern.formats.fit import Expected, differences, plain
 from quern.formats.sharded import ShardedWriter
 
@@ -30,20 +37,80 @@ VERSION = 3
 WIDER_VERSION = 4
 """Written where a module's int8 activations are beyond version 3, which knows them per token or tensor and in front of 8-bit
 weights with one scale a row or a matrix."""
-READ_VERSIONS = (1, 2, 3, 4)
+CODED_VERSION = 5
+"""That of artifacts with entropy-coded tensors."""
+READ_VERSIONS = (1, 2, 3, 4, 5)
 """Versions that are read: 1 had neither trellis codes nor rotations, and 1 and 2 said of the model as a whole what 3 says
-of each module."""
+of each module. 5 adds to 4 how tensors are coded."""
 INPUT_GROUP = "input_group"
 """Key of a module, from version 4 on: inputs of a token that share a scale."""
+STORAGE = "storage"
+"""Key of ``quantization_config`` that says it."""
 INPUT_SCALE = "input_scale"
 """Last part of a tensor's name: the scale of static activations."""
 INPUT_SIGNS = "input_signs"
 """The packed signs of the rotation that a module's inputs want."""
 
+OWN_READER = "reads the files itself and does not decode entropy-coded tensors"
+"""Why transformers does not load such artifacts."""
+
 
 class QuernWriter(ShardedWriter):
     """``<module>.<part>`` for every part, ``<module>.input_scale`` float32 ``()`` for static activations, and
-    ``<module>.input_signs`` uint8 ``(ceil(columns / 8),)`` for rotated inputs."""
+    ``<module>.input_signs`` uint8 ``(ceil(columns / 8),)`` for rotated inputs.
+
+    With the recipe's ``storage: entropy`` tensors that this makes smaller are coded as a stage ends. How is kept beside the
+    stage until all are done.
+    """
+
+    codes_tensors = True
+
+    def __init__(self, recipe: Recipe, plan: Plan, architecture: Architecture) -> None:
+        super().__init__(recipe, plan, architecture)
+        self._code_bits: dict[str, int] = {}
+        self._saved: Counter[str] = Counter()
+
+    def check(self) -> None:
+        if self.recipe.storage == "entropy":
+            zstandard()
+
+    def coder(self) -> dict[str, str]:
+        return {"zstd": coder_version()} if self.recipe.storage == "entropy" else {}
+
+    def begin(self, work: WorkFolder, stage: int) -> None:
+        super().begin(work, stage)
+        self._code_bits, self._saved = {}, Counter()
+
+    def put(self, module: str, linear: PackedLinear) -> None:
+        super().put(module, linear)
+        bits = codec_of(linear.weight.scheme).code_bits()
+        self._code_bits |= {f"{module}.{part}": count for part, count in bits.items()}
+
+    def end(self) -> list[Path]:
+        if self.recipe.storage == "plain":
+            return super().end()
+        codings = {}
+        for name, tensor in self._tensors.items():
+            if (coded := encode(tensor, self._code_bits.get(name, 8))) is not None:
+                self._tensors[name], codings[name] = coded
+                self._saved[name.rpartition(".")[0]] += tensor.nbytes - coded[0].nbytes
+        described = self._description(self._work, self._stage)
+        write_json(described, storage_json(codings))
+        return [*super().end(), described]
+
+    def saved_bytes(self, module: str) -> int:
+        return self._saved[module]
+
+    def _description(self, work: WorkFolder, stage: int) -> Path:
+        return work.path(STORAGE, f"{stage:05d}.json")
+
+    def config_entry(self, work: WorkFolder, plan: Plan) -> dict[str, Any] | None:
+        if self.recipe.storage == "plain":
+            return super().config_entry(work, plan)
+        stages = (read_json(self._description(work, stage)) for stage in range(self.architecture.layers + 2))
+        codings = {name: coding for described in stages for name, coding in parse_storage(described).items()}
+        said = {**self.quantization_config(plan), STORAGE: storage_json(codings)}
+        return {**said, "format_version": CODED_VERSION}
 
     def encode(self, module: str, linear: PackedLinear) -> dict[str, Tensor]:
         tensors = {f"{module}.{name}": part for name, part in linear.weight.parts.items()}
@@ -85,6 +152,8 @@ class QuernReader(ArtifactReader):
             )
         try:
             self._modules = self._versions_1_and_2() if version < 3 else self._from_version_3(version)
+            if version >= CODED_VERSION:
+                parse_storage(quantization[STORAGE])
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise UserError(f"the artifact's quantization_config is damaged: {error}") from None
 
@@ -151,6 +220,18 @@ class QuernReader(ArtifactReader):
             said = codec.describe()
             yield module, StoredWeight(shape, stored.scheme.codec, said.granularity, said.bits, names)
 
+    def coded(self, checkpoint: Checkpoint) -> Iterator[tuple[str, CodedPart]]:
+        source = checkpoint.source
+        if not isinstance(source, CodedSource):
+            return
+        bits = {
+            f"{module}.{part}": count
+            for module, stored in self._modules.items()
+            for part, count in codec_of(stored.scheme).code_bits().items()
+        }
+        for name in source.codings:
+            yield name, CodedPart(source.infos[name].stored_bytes, source.entropy(name, bits.get(name, 8)))
+
     def parts(self, checkpoint: Checkpoint, module: str) -> dict[str, Tensor]:
         stored = self._modules[module]
         rows, columns = self.architecture.module_shapes()[f"{module}.weight"]
@@ -198,3 +279,23 @@ class QuernFormat(Format):
     runtimes: ClassVar[tuple[Target, ...]] = ("quern", "transformers")
     writer = QuernWriter
     reader = QuernReader
+
+    @classmethod
+    def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
+        if recipe.storage == "entropy":
+            yield Obstacle("transformers", f"{OWN_READER}; leave out storage: entropy")
+
+    @classmethod
+    def open_container(cls, folder: Path, config: dict[str, Any]) -> CodedSource | None:
+        found = config.get("quantization_config")
+        if not isinstance(found, dict) or (found.get("quant_method"), found.get("format_version")) != (
+            METHOD,
+            CODED_VERSION,
+        ):
+            return None
+        try:
+            codings = parse_storage(found.get(STORAGE))
+        except ValueError as error:
+            hint = "The artifact is damaged; get its files again, or quantize again"
+            raise BadFileError(folder / CONFIG, f"has an unusable quantization_config: {error}", hint) from None
+        return CodedSource(open_tensors(folder), codings)

@@ -29,6 +29,10 @@ class ShardedWriter(ArtifactWriter):
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
         """What goes into config.json; ``plan`` is what was carried out."""
 
+    def config_entry(self, work: WorkFolder, plan: Plan) -> dict[str, Any] | None:
+        """What goes into config.json in the end; None for an artifact that is an ordinary checkpoint."""
+        return self.quantization_config(plan) if plan.quantized() else None
+
     def begin(self, work: WorkFolder, stage: int) -> None:
         self._work, self._stage = work, stage
         self._tensors: dict[str, Tensor] = {}
@@ -51,8 +55,8 @@ class ShardedWriter(ArtifactWriter):
                 total += info.stored_bytes
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(work.path("artifact", INDEX), index)
-        said = {"quantization_config": self.quantization_config(plan)} if plan.quantized() else {}
-        write_json(work.path("artifact", CONFIG), {**config, **said})
+        said = self.config_entry(work, plan)
+        write_json(work.path("artifact", CONFIG), config if said is None else {**config, "quantization_config": said})
 
     def _shard(self, stage: int) -> str:
         return f"model-{stage + 1:05d}-of-{self.architecture.layers + 2:05d}.safetensors"

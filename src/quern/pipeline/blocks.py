@@ -258,7 +258,8 @@ def record_of(job: Job, rounded: Sequence[RoundedLinear], prefix: str = "") -> d
     layers = [
         {
             "linear": prefix + linear.name,
-            "bits_per_weight": linear.bits_per_weight,
+            "bits_per_weight": linear.bits_per_weight
+            - 8 * job.writer.saved_bytes(prefix + linear.name) / linear.decoded.numel(),
             "relative_error": linear.relative_loss,
         }
         for linear in rounded

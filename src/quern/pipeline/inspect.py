@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.foreign.decoded import decoded, foreign_weights
 from quern.checkpoint.gguf.file import GgufSource
 from quern.checkpoint.safetensors_file import DTYPES
-from quern.comparison.artifact_size import artifact_bytes, weight_bytes
+from quern.comparison.artifact_size import artifact_bytes, loaded_bytes, weight_bytes
 from quern.core.errors import UserError
 from quern.core.metrics import bits_per_weight
-from quern.formats.base import StoredWeight, format_of, reader_of
+from quern.formats.base import CodedPart, StoredWeight, format_of, reader_of
 from quern.formats.fit import FLOATS
 from quern.loading.fitting import fitted, model_config, open_stored, read_methods
 
@@ -41,6 +41,10 @@ class TensorRow:
     """Of one stored code or number, scales not counted."""
     bytes: int
     """Of all parts, in the file."""
+    coded_bits: float | None = None
+    """Bits that one weight of its largest entropy-coded tensor takes in the file; None where none is coded."""
+    entropy: float | None = None
+    """Order-0 entropy of the codes of that tensor, in bits a weight: what coding each code for itself takes at least."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,17 @@ class Inspection:
     """Name of the recipe, where quern wrote the model."""
     notes: tuple[str, ...] = ()
     """What should be known of it: who quantized it, what was lost before, why it does not run."""
+    loaded_bytes: int | None = None
+    """Of the tensors in memory, as they are read; None where that is what they take in the files."""
 
 
 def inspect(path: str | Path) -> Inspection:
-    """How the model at ``path`` (artifact, folder, Hub id or GGUF file) is stored. Reads headers, not weights.
+    """How the model at ``path`` (artifact, folder, Hub id or GGUF file) is stored. Reads headers; of weights only those that
+    are entropy-coded, all of them.
 
     Raises ``UserError`` or ``BadFileError`` for what is no model, and for an artifact whose ``config.json`` and tensors
-    contradict each other. An unquantized model that does not fit its configuration is shown, with a note.
+    contradict each other or coded tensors are damaged. An unquantized model that does not fit its configuration is shown,
+    with a note.
     """
     checkpoint = open_stored(path)
     found = checkpoint.config.get("quantization_config")
@@ -72,15 +80,17 @@ def inspect(path: str | Path) -> Inspection:
     method = config.get("quant_method")
     if format_of(method) is None and (read := _decoded(checkpoint)) is not checkpoint:
         return _inspect_decoded(read, str(method))
+    notes, coded = _notes(checkpoint, config), {}
     if format_of(method) is not None:
         reader = reader_of(config, architecture_of(model_config(checkpoint)))
         assert reader is not None
         weights, recipe = dict(reader.describe(checkpoint)), reader.recipe_name()
+        coded = {} if notes else dict(reader.coded(checkpoint))
     else:
         weights, recipe = dict(_foreign_weights(checkpoint, str(method))) if config else {}, None
-    tensors = [_quantized_row(checkpoint, module, weight) for module, weight in weights.items()]
+    tensors = [_quantized_row(checkpoint, module, weight, coded) for module, weight in weights.items()]
     claimed = {part for weight in weights.values() for part in weight.parts}
-    plain = [_plain_row(checkpoint, name) for name in checkpoint.names() if name not in claimed]
+    plain = [_plain_row(checkpoint, name, coded) for name in checkpoint.names() if name not in claimed]
     parameters = _parameters(checkpoint, weights, plain)
     return Inspection(
         path=checkpoint.path,
@@ -89,7 +99,8 @@ def inspect(path: str | Path) -> Inspection:
         bits_per_weight=bits_per_weight(weight_bytes(checkpoint), parameters),
         parameters=parameters,
         recipe=recipe,
-        notes=(*checkpoint.notes, *_notes(checkpoint, config)),
+        notes=(*checkpoint.notes, *notes),
+        loaded_bytes=loaded_bytes(checkpoint) if coded else None,
     )
 
 
@@ -164,17 +175,30 @@ def _foreign_weights(checkpoint: Checkpoint, method: str) -> Iterator[tuple[str,
             yield module, StoredWeight(shape, method[:40], NO_GRANULARITY, round(bits, 2), held)
 
 
-def _quantized_row(checkpoint: Checkpoint, module: str, weight: StoredWeight) -> TensorRow:
+def _quantized_row(
+    checkpoint: Checkpoint, module: str, weight: StoredWeight, coded: Mapping[str, CodedPart]
+) -> TensorRow:
     stored = sum(checkpoint.info(part).stored_bytes for part in weight.parts)
-    return TensorRow(f"{module}.weight", weight.shape, weight.codec, weight.granularity, weight.bits, stored)
+    row = TensorRow(f"{module}.weight", weight.shape, weight.codec, weight.granularity, weight.bits, stored)
+    return _with_entropy(row, [coded[part] for part in weight.parts if part in coded])
 
 
-def _plain_row(checkpoint: Checkpoint, name: str) -> TensorRow:
+def _plain_row(checkpoint: Checkpoint, name: str, coded: Mapping[str, CodedPart]) -> TensorRow:
     info = checkpoint.info(name)
-    bits = 8 * info.stored_bytes / info.elements if info.elements else 0
-    return TensorRow(
+    stored = DTYPES[info.dtype].itemsize * info.elements if name in coded else info.stored_bytes
+    bits = 8 * stored / info.elements if info.elements else 0
+    row = TensorRow(
         name, info.shape, _dtype(checkpoint, name).lower(), NO_GRANULARITY, round(bits, 4), info.stored_bytes
     )
+    return _with_entropy(row, [coded[name]] if name in coded else [])
+
+
+def _with_entropy(row: TensorRow, coded: list[CodedPart]) -> TensorRow:
+    """The row with what its largest coded part takes, and would at least."""
+    if not coded:
+        return row
+    part, weights = max(coded, key=lambda one: one.bytes), math.prod(row.shape)
+    return replace(row, coded_bits=8 * part.bytes / weights, entropy=part.entropy_bits / weights)
 
 
 def _dtype(checkpoint: Checkpoint, name: str) -> str:

@@ -106,7 +106,7 @@ def quantize(
     started = time.perf_counter()
     forget_peak()
     sequences = _sequences(architecture, text, seed)
-    wanted = {**fingerprint, **arithmetic()}
+    wanted = {**fingerprint, **arithmetic(), **writer.coder()}
     with WorkFolder.open(target.work, wanted, fresh) as work, deterministic_workers(threads) as workers:
         if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:
             work.remove()

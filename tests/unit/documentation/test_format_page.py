@@ -15,8 +15,11 @@ from quern.codecs.base import CODECS, ScaledParameters, codec_of
 from quern.core.plan import plan_for
 from quern.core.recipe import load_recipe
 from quern.core.scheme import parse_scheme
+from quern.formats._coded_source import parse_storage, storage_json
+from quern.formats._entropy import LEAST_BYTES, LEAST_GAIN
+from quern.formats._symbols import CHUNK, CODED
 from quern.formats.base import StoredModule
-from quern.formats.quern import INPUT_GROUP, READ_VERSIONS, VERSION, WIDER_VERSION, QuernReader
+from quern.formats.quern import CODED_VERSION, INPUT_GROUP, READ_VERSIONS, VERSION, WIDER_VERSION, QuernReader
 from quern.pipeline.inspect import inspect
 
 OWN_CODECS = [name for name in CODECS.names() if CODECS.get(name).__module__.startswith("quern.codecs.")]
@@ -296,6 +299,20 @@ def test_version_4_is_written_only_where_it_is_needed_and_read_by_the_page(name,
     assert plain["quantization_config"]["format_version"] == VERSION
 
 
+def test_the_page_names_every_key_of_coded_tensors():
+    """Its example is one that the package reads, and its table has the same keys."""
+    text = PAGE.split("## Coded tensors", 1)[1]
+    example = json.loads(re.search(r"```json\n(.*?)```", text, flags=re.DOTALL)[1])
+    ((name, coding),) = parse_storage(example).items()
+    assert storage_json({name: coding}) == example
+    documented = table("Coded tensors")
+    assert set(documented) == {"coder", *coding.to_json()}
+    assert set(re.findall(r"`(\w+)`", documented["dtype"][0])) == set(CODED)
+    assert "2^20 symbols" in text
+    assert CHUNK == 2**20
+    assert f"{LEAST_BYTES} bytes and more that become smaller by 1/{LEAST_GAIN}" in text.replace("\n", " ")
+
+
 def as_version(config: dict, version: int) -> dict:
     """A config.json as quern wrote it when ``version`` was the newest."""
     stored = config["quantization_config"]
@@ -313,7 +330,7 @@ OLDER = {
 @pytest.mark.parametrize("version", OLDER)
 def test_older_versions_are_read_as_the_page_says(version, reader, tiny_text, tmp_path):
     """By the page's reader and by the package; the head's inputs are as they are, whatever the recipe says."""
-    assert {*OLDER, VERSION, WIDER_VERSION} == set(READ_VERSIONS)
+    assert {*OLDER, VERSION, WIDER_VERSION, CODED_VERSION} == set(READ_VERSIONS)
     model = write_model(tmp_path / "model", tiny_config("llama", num_hidden_layers=1, tie_word_embeddings=False))
     folder = make_artifact(model, tmp_path / "out", tiny_text, **OLDER[version])
     newest = written_config(folder)
@@ -336,9 +353,9 @@ def test_older_versions_are_read_as_the_page_says(version, reader, tiny_text, tm
 def test_the_pages_reader_refuses_what_it_does_not_know(reader, tiny_model, tiny_text, tmp_path):
     folder = make_artifact(tiny_model, tmp_path / "out", tiny_text, weights={"bits": 4, "group_size": 32})
     config = written_config(folder)
-    for change in ({"format_version": 5}, {"quant_method": "zap"}):
+    for change in ({"format_version": 6}, {"quant_method": "zap"}):
         (folder / "config.json").write_text(
             json.dumps({**config, "quantization_config": {**config["quantization_config"], **change}})
         )
-        with pytest.raises(ValueError, match="not the quern format, version 1, 2, 3 or 4"):
+        with pytest.raises(ValueError, match="not the quern format, version 1 to 5"):
             reader["read_weights"](folder)
