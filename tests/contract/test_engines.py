@@ -423,7 +423,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path, artifacts, tiny_model):
     engine = ENGINES.get("reference")()
     for change, match in (
         ({"quant_method": "awq"}, "quantized by 'awq'; this engine runs quern and compressed-tensors"),
-        ({"format_version": 5}, "has quern format version 5; this quern reads versions 1, 2, 3 and 4"),
+        ({"format_version": 6}, "has quern format version 6; this quern reads versions 1, 2, 3, 4 and 5"),
         (
             {"modules": {"model.layers.0.mlp.zap": USUAL}},
             "names a module 'model.layers.0.mlp.zap'",

@@ -112,7 +112,7 @@ def test_logits_are_the_same_bit_for_bit(pair):
 def test_shards_stay_safetensors_files_and_config_says_how_to_decode(pair):
     plain, coded = pair
     stored, said = stored_tensors(coded), described(coded)
-    assert said["format_version"] == 4
+    assert said["format_version"] == 5
     tensors = said["storage"]["tensors"]
     assert tensors
     for name, coding in tensors.items():
@@ -299,7 +299,7 @@ LIES = {
     "storage that is a list": (lambda q: q.update(storage=[]), "storage is not described"),
     "another coder": (lambda q: q["storage"].update(coder="zap"), "coded by 'zap'"),
     "version 3": (lambda q: q.update(format_version=3), "has shape|has dtype"),
-    "version 5": (lambda q: q.update(format_version=5), r"reads versions 1, 2, 3 and 4"),
+    "version 6": (lambda q: q.update(format_version=6), r"reads versions 1, 2, 3, 4 and 5"),
     "another checksum": (lambda q: q["storage"]["tensors"][FIRST].update(checksum=1), "another checksum"),
 }  # fmt: skip
 

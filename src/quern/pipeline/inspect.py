@@ -115,7 +115,7 @@ def _decoded(checkpoint: Checkpoint) -> Checkpoint:
 def _inspect_decoded(checkpoint: Checkpoint, method: str) -> Inspection:
     """What another tool quantized and is read as decoded values."""
     weights, infos = foreign_weights(checkpoint), checkpoint.source.infos
-    rows = [_plain_row(checkpoint, name) for name in checkpoint.names() if name not in weights]
+    rows = [_plain_row(checkpoint, name, {}) for name in checkpoint.names() if name not in weights]
     for name, weight in weights.items():
         rows.append(TensorRow(name, weight.shape, method, weight.granularity, weight.bits, infos[name].stored_bytes))
     return Inspection(
