@@ -144,6 +144,8 @@ class Row(_Strict):
     tasks: dict[str, dict[str, float]] = {}
     """By task of lm-eval: its metrics, and the standard error of each as ``<metric>_stderr`` where there is one."""
     engine: str = "reference"
+    cache: str | None = None
+    """How the cpu engine kept keys and values; null for other engines and tools."""
     layers: list[LayerError] = []
     notes: list[str] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quern.advisor.hardware import measured_rates, rate_warnings
@@ -15,6 +16,7 @@ from quern.core.progress import Progress, Silent
 from quern.core.results import Row
 from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, engine_for
+from quern.engines.cpu import cache_named
 from quern.evaluation.choice import ChoiceSet
 from quern.evaluation.tasks import wanted_tasks
 from quern.loading.fitting import open_model
@@ -36,6 +38,7 @@ def evaluate(
     prompt_tokens: int = 256,
     decode_tokens: int = 32,
     engine: str = AUTO,
+    cache: str | None = None,
     tasks: Sequence[str] | None = None,
     tasks_path: str | Path | None = None,
     limit: int | None = None,
@@ -46,7 +49,9 @@ def evaluate(
     ``texts`` are files to score (see ``evaluation/texts.py``; default: held-out files of the running Python),
     ``choices`` JSONL files (see ``evaluation/choice.py``). An unquantized model without a reference is its own: its
     divergence is then the noise floor. ``engine`` runs the model (``auto``: the fastest that can); reference logits are
-    always the reference engine's. A quantized one without a reference has no divergence.
+    always the reference engine's. A quantized one without a reference has no divergence. ``cache`` is how the cpu engine
+    keeps keys and values (see ``generation.generate``), which the divergence then shows: positions of a window attend to
+    what the cache holds of those before.
 
     ``tasks`` names tasks of lm-eval (the extra ``quern[lm-eval]``), ``tasks_path`` a folder with further ones, ``limit`` how
     many items of each are run (default: all); their scores are the row's ``tasks``. Raises ``UserError``.
@@ -64,7 +69,8 @@ def evaluate(
     )
     progress = progress or Silent()
     checkpoint = open_model(model, progress=progress)
-    contender = contender_of(checkpoint, engine_for(checkpoint, engine))
+    chosen = engine_for(checkpoint, engine)
+    contender = replace(contender_of(checkpoint, chosen), cache=cache_named(cache, chosen))
     if reference is not None:
         original: Contender | None = Contender(name="reference", path=reference, timed=False)
     else:
@@ -86,7 +92,14 @@ def evaluate(
         {}
         if wanted is None
         else task_scores(
-            checkpoint, contender.engine, wanted, dtype=dtype, threads=threads, seed=seed, progress=progress
+            checkpoint,
+            contender.engine,
+            wanted,
+            dtype=dtype,
+            threads=threads,
+            seed=seed,
+            progress=progress,
+            cache=contender.cache,
         )
     )
     return row.model_copy(update={"tasks": scores, "notes": [*inputs.taken, *row.notes]})
