@@ -3,8 +3,9 @@
     python benchmarks/cache.py MODEL [--text FILE ...] [--tokens 8192] [--window 1024] [--precisions float16 int8 int4]
 
 The model, quantized or not, runs on the cpu engine throughout, so that nothing but the cache differs: ``quern evaluate
---cache`` measures the sum of this and of what rounding the weights costs. ``int4, not transformed`` leaves out the Hadamard
-transform of keys, queries and values. Without ``--text``, held-out text of the running Python is scored.
+--cache`` measures the sum of this and of what rounding the weights costs. ``int8, not transformed`` and ``int4, not
+transformed`` leave out the Hadamard transform of keys, queries and values. Without ``--text``, held-out text of the running
+Python is scored.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from quern.evaluation.texts import Window, cut_windows
 from quern.loading.fitting import open_model
 from quern.texts.source import Text, read_text
 
-NOT_TRANSFORMED = "int4, not transformed"
+NOT_TRANSFORMED = ", not transformed"
+PRECISIONS = ["float16", "int8", "int8" + NOT_TRANSFORMED, "int4", "int4" + NOT_TRANSFORMED]
 
 
 class Untransformed:
-    """A decoder whose int4 pools leave out the transform."""
+    """A decoder whose pools of integers leave out the transform."""
 
     def __init__(self, decoder: _native.Decoder) -> None:
         self._decoder = decoder
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", default=[])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--precisions", nargs="+", default=["float16", "int8", "int4", NOT_TRANSFORMED])
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS)
     parser.add_argument("--theme", default="cache", help="The result file's name begins with it.")
     options = parser.parse_args()
     windows = _windows(options)
@@ -87,10 +89,10 @@ def main() -> None:
 
 
 def _loaded(path: str, precision: str) -> Any:
-    if precision != NOT_TRANSFORMED:
-        return CpuEngine().load(path, cache=precision)  # type: ignore[arg-type]
-    model: Any = CpuEngine().load(path, cache="int4")
-    model.pool = Pool(Untransformed(model._decoder), "int4")  # type: ignore[arg-type]
+    stored: Any = precision.removesuffix(NOT_TRANSFORMED)
+    model: Any = CpuEngine().load(path, cache=stored)
+    if precision != stored:
+        model.pool = Pool(Untransformed(model._decoder), stored)  # type: ignore[arg-type]
     return model
 
 

@@ -57,7 +57,6 @@ void AttendStep::piece(const Batch& batch, int32_t head, int32_t from, int32_t e
   a.cache.depth = depth;
   a.cache.cosines = batch.rotaries[rotary].table(cache.rotary()).cosines.data();
   a.cache.sines = batch.rotaries[rotary].table(cache.rotary()).sines.data();
-  a.cache.key_bias = cache.bare_keys() ? bias : nullptr;
   const int64_t of_head = static_cast<int64_t>(head) * share * size;
   for (int32_t t = from; t < end; ++t)
     for (int32_t i = 0; i < share; ++i, ++a.rows) {

@@ -19,9 +19,9 @@ QUERN_INLINE void widen_nibble_keys(const HeadCache& cache, const uint8_t* codes
   }
 }
 
-// Keys of one block as float32 (head_dim, BLOCK), biased and rotated where the cache holds them bare.
+// Keys of one block as float32 (head_dim, BLOCK).
 void widen_keys(const HeadCache& cache, int64_t block, float* keys) {
-  const int32_t size = cache.head_dim, half = size / 2;
+  const int32_t size = cache.head_dim;
   const uint8_t* codes = cache.pages[block].keys + cache.keys_at;
   if (cache.precision == CachePrecision::float32) {
     memcpy(keys, codes, sizeof(float) * size * BLOCK);
@@ -38,18 +38,7 @@ void widen_keys(const HeadCache& cache, int64_t block, float* keys) {
   }
   const int8_t* stored = reinterpret_cast<const int8_t*>(codes);
   const Lanes scale = load(reinterpret_cast<const float*>(codes + size * BLOCK));
-  const float* cosines = cache.cosines + block * half * BLOCK;
-  const float* sines = cache.sines + block * half * BLOCK;
-  for (int32_t d = 0; d < half; ++d) {
-    Lanes x = byte_lanes(stored + d * BLOCK) * scale, y = byte_lanes(stored + (d + half) * BLOCK) * scale;
-    if (cache.key_bias != nullptr) {
-      x += cache.key_bias[d];
-      y += cache.key_bias[d + half];
-    }
-    const Lanes c = load(cosines + d * BLOCK), s = load(sines + d * BLOCK);
-    store(keys + d * BLOCK, x * c - y * s);
-    store(keys + (d + half) * BLOCK, y * c + x * s);
-  }
+  for (int32_t d = 0; d < size; ++d) store(keys + d * BLOCK, byte_lanes(stored + d * BLOCK) * scale);
 }
 
 // int4 values of one position as float32 (head_dim,).

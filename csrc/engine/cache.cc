@@ -102,7 +102,7 @@ int64_t SequenceCache::room() const {
 
 void SequenceCache::transform(int32_t layer, float* heads, int32_t count) const {
   const int32_t size = shape_.layers[layer].head_dim;
-  if (shape_.precision != CachePrecision::int4 || !shape_.transformed) return;
+  if (!integers() || !shape_.transformed) return;
   for (int32_t h = 0; h < count; ++h) kernels().rotate(heads + static_cast<int64_t>(h) * size, size, size & -size, signs_.data());
 }
 
@@ -116,16 +116,20 @@ struct HeadPlaces {
   int32_t size;   // head_dim
 };
 
+// NaN where a number is not finite, so that what is read shows it.
 float scale_of(const float* x, int32_t count) {
-  float largest = 0.0f;
-  for (int32_t i = 0; i < count; ++i) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
-  return largest / 127.0f;
+  float largest = 0.0f, check = 0.0f;
+  for (int32_t i = 0; i < count; ++i) {
+    largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+    check += x[i] * 0.0f;
+  }
+  return check == 0.0f ? largest / 127.0f : NAN;
 }
 
 int8_t code_of(float x, float scale) {
   if (!(scale > 0.0f)) return 0;
   const float code = std::nearbyint(x / scale);
-  return static_cast<int8_t>(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code == code ? code : 0.0f);
+  return static_cast<int8_t>(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code);
 }
 
 void put_int8(const HeadPlaces& to, const float* key, const float* value) {

@@ -36,7 +36,6 @@ struct HeadCache {
   // int8: (BLOCK,), float32; int4: of keys (groups, BLOCK), of values (BLOCK, groups), float16. A byte of int4 codes holds two
   // channels of one position: channel j of a group of n in the low half, j + n / 2 in the high half, both plus 8.
   int64_t keys_at, values_at;
-  const float* key_bias;     // int8 only: (head_dim,), or null
   const float* cosines;      // (blocks, head_dim / 2, BLOCK)
   const float* sines;
 };

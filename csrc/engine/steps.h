@@ -98,8 +98,8 @@ struct Rotate : Step {
   float scale;
 };
 
-// Keys, with their bias (or null), rotated, and values into the cache of a layer; the buffers may be overwritten. Bare keys are
-// kept as they are: `Attend` adds the bias and rotates. So it does with a bias that the cache keeps apart (cache.h).
+// Keys, rotated, and values into the cache of a layer; the buffers may be overwritten. A bias of the keys (or null) is added first
+// where the cache does not keep it apart (cache.h); `Attend` has it then.
 struct Store : Step {
   Store(int32_t layer, int32_t keys, int32_t values, const float* key_bias, int64_t bias_size, int32_t rotary)
       : layer(layer), keys(keys), values(values), key_bias(key_bias), bias_size(bias_size), rotary(rotary) {}

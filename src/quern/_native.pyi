@@ -147,7 +147,7 @@ class Decoder:
     def threads(self) -> int: ...
     def page_bytes(self, precision: str) -> int: ...
     def pool(self, pages: int, precision: str, transformed: bool = True) -> Pool:
-        """A pool for sequences of this decoder; ``transformed`` false: int4 without its Hadamard transform.
+        """A pool for sequences of this decoder; ``transformed`` false: integers without the Hadamard transform.
 
         Raises ``MemoryError`` where the system refuses it.
         """

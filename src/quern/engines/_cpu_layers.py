@@ -86,7 +86,7 @@ class GatedSteps:
         key, value = self.buffers.of("key", key_width), self.buffers.of("value", key_width)
         query_norm = self._weights.optional_vector(f"{prefix}self_attn.q_norm.weight", size)
         key_norm = self._weights.optional_vector(f"{prefix}self_attn.k_norm.weight", size)
-        # An int8 cache holds keys without their bias (csrc/engine/cache.h); what a norm made of it cannot be taken away.
+        # Integer caches hold keys without their bias (csrc/engine/cache.h); what a norm made of it cannot be taken away.
         apart = key_norm is None
         linears = [
             self._linear(block, "query", (width, self.width)),

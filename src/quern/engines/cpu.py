@@ -62,8 +62,8 @@ class CpuEngine(Engine):
         """Load a model. Hidden states are float32 whatever ``dtype`` says.
 
         ``cache`` is how keys and values are kept; None: as float16, and as float32 for a text whose values that cannot hold.
-        ``int8`` has a scale for each head and token, ``int4`` one for every 32 channels, of keys and values that went
-        through a Hadamard transform.
+        ``int8`` has a scale for each head and token, ``int4`` one for every 32 channels; their keys and values go through a
+        Hadamard transform first.
         """
         checkpoint = open_model(path)
         if (reason := self.runs(checkpoint)) is not None:

@@ -1,4 +1,4 @@
-"""The native key/value cache: what a position takes, and attention over int4 codes against the same in float64."""
+"""The native key/value cache: what a position takes, and attention over integer codes against the same in float64."""
 
 import numpy as np
 import pytest
@@ -110,8 +110,13 @@ def nearest16(x):
     return out
 
 
-def through_hadamard(x):
-    return hadamard(nearest16(hadamard(x)))
+def nearest255(x):
+    """Eight bits a number: the head's farthest from zero becomes 127 or -127."""
+    scale = np.abs(x).max(-1, keepdims=True) / 127
+    return np.rint(x / scale) * scale
+
+
+ROUNDED = {"int4": nearest16, "int8": nearest255}
 
 
 def logits(decoder, tokens, precision, *, transformed=True, pieces=()):
@@ -125,21 +130,25 @@ SHAPES = [(1, 2), (2, 14), (1, 24), (2, 32), (2, 48), (1, 64), (1, 80), (1, 128)
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("transformed", [True, False])
+@pytest.mark.parametrize("precision", ROUNDED)
 @pytest.mark.parametrize(("heads", "head_dim"), SHAPES)
-def test_int4_attention_is_that_of_the_rounded_numbers(heads, head_dim, transformed, biased):
+def test_attention_is_that_of_the_rounded_numbers(heads, head_dim, precision, transformed, biased):
     made, tokens = Attention(heads, head_dim, biased=biased, window=21), GENERATOR.integers(0, 40, 70)
-    expected = made.expected(tokens, through_hadamard if transformed else nearest16)
-    found = logits(made.decoder(), tokens, "int4", transformed=transformed)
+    rounded = ROUNDED[precision]
+    expected = made.expected(tokens, (lambda x: hadamard(rounded(hadamard(x)))) if transformed else rounded)
+    found = logits(made.decoder(), tokens, precision, transformed=transformed)
     # A float32 rounding may put a number on the other side of a tie, one step of sixteen in a few of thousands; otherwise
     # sums of at most 256 float32 terms. Another layout, or a transform left out, is wrong by a tenth and more.
     assert np.median(np.abs(found - expected)) < 1e-5
     assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
 
 
-def test_the_transform_is_what_keeps_keys_with_outstanding_channels():
+@pytest.mark.parametrize("precision", ROUNDED)
+def test_the_transform_is_what_keeps_keys_with_outstanding_channels(precision):
     made, tokens = Attention(1, 64), GENERATOR.integers(0, 40, 100)
     decoder, exact = made.decoder(), made.expected(tokens, lambda x: x)
-    error = [np.linalg.norm(logits(decoder, tokens, "int4", transformed=each) - exact) for each in (True, False)]
+    found = [logits(decoder, tokens, precision, transformed=each) for each in (True, False)]
+    error = [np.linalg.norm(each - exact) for each in found]
     assert error[0] < 0.8 * error[1]
 
 
@@ -199,17 +208,24 @@ def test_sequences_of_different_precisions_go_together():
         assert np.array_equal(row, logits(decoder, tokens, precision)[-1]), precision
 
 
-def test_numbers_beyond_int4_are_told_and_those_that_are_not_finite_stay_so():
+def test_numbers_beyond_a_scale_of_int4_are_told_and_those_that_are_not_finite_stay_so():
     made = Attention(1, 32)
     key = made.widths[QUERY]
     made.table[3, key] = 8e6  # the transform leaves 8e6 / sqrt(32), an eighth of which float16 cannot hold
     made.table[4, key] = np.nan
     made.table[5, key : key + 64] = 0
     decoder = made.decoder()
-    for token, overflowed, finite in ((0, False, True), (3, True, False), (4, False, False), (5, False, True)):
-        sequence = decoder.pool(1, "int4").sequence()
-        found = decoder.feed([sequence], [1], np.array([token], np.int32), True)
-        assert (sequence.overflowed, bool(np.isfinite(found).all())) == (overflowed, finite), token
+    for precision in ROUNDED:
+        for token, large, finite in (
+            (0, False, True),
+            (3, True, precision == "int8"),
+            (4, False, False),
+            (5, False, True),
+        ):
+            sequence = decoder.pool(1, precision).sequence()
+            found = decoder.feed([sequence], [1], np.array([token], np.int32), True)
+            assert sequence.overflowed == (large and precision == "int4"), (precision, token)
+            assert bool(np.isfinite(found).all()) == finite, (precision, token)
 
 
 def test_unknown_precisions_are_refused():
