@@ -85,7 +85,9 @@ QUERN_INLINE void widen_values(const HeadCache& cache, int64_t block, int32_t co
     } else {
       const int8_t* stored = reinterpret_cast<const int8_t*>(codes) + p * size;
       const float scale = reinterpret_cast<const float*>(codes + size * BLOCK)[p];
-      for (int32_t d = 0; d < size; ++d) values[d] = static_cast<float>(stored[d]) * scale;
+      int32_t d = 0;
+      for (; d + LANES <= size; d += LANES) store(values + d, byte_lanes(stored + d) * scale);
+      for (; d < size; ++d) values[d] = static_cast<float>(stored[d]) * scale;
     }
   }
 }

@@ -206,6 +206,9 @@ QUERN_INLINE Lanes half_lanes(const uint16_t* p) {
 #endif
 
 QUERN_INLINE Lanes byte_lanes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
   float lane[LANES];
   for (int32_t i = 0; i < LANES; ++i) lane[i] = static_cast<float>(p[i]);
   return load(lane);
