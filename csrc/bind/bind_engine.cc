@@ -64,7 +64,9 @@ class BoundDecoder {
 
   Decoder& decoder() { return *decoder_; }
 
-  CacheShape cache_shape(CachePrecision precision) const { return {decoder_->shape().layers, precision}; }
+  CacheShape cache_shape(CachePrecision precision, bool transformed = true) const {
+    return {decoder_->shape().layers, precision, transformed};
+  }
 
   // Tokens of several sequences, `counts[i]` of them for `caches[i]`; logits of every token or of each sequence's last.
   nb::ndarray<nb::numpy, float, nb::ndim<2>> feed(const std::vector<SequenceCache*>& caches,
@@ -84,7 +86,6 @@ class BoundDecoder {
       const CacheShape& cache = caches[i]->shape();
       require(same_layers(cache.layers, shape.layers), "the sequence is one of another model");
       require(caches[i]->rotary() >= 0, "the decoder has no such set of rotary frequencies");
-      require(caches[i]->bare_keys() == caches[0]->bare_keys(), "sequences of one call are all of int8 or none");
       require(std::count(caches.begin(), caches.end(), caches[i]) == 1, "a sequence is given twice");
       require(caches[i]->reserve(caches[i]->length() + static_cast<int64_t>(counts[i])),
               "the pool has room for " + std::to_string(caches[i]->room() - caches[i]->length()) + " more tokens, not " +
@@ -135,10 +136,11 @@ class BoundDecoder {
 };
 
 CachePrecision precision_of(const std::string& name) {
+  if (name == "int4") return CachePrecision::int4;
   if (name == "int8") return CachePrecision::int8;
   if (name == "float16") return CachePrecision::float16;
   if (name == "float32") return CachePrecision::float32;
-  throw std::invalid_argument("unknown cache precision '" + name + "'; known: int8, float16, float32");
+  throw std::invalid_argument("unknown cache precision '" + name + "'; known: int4, int8, float16, float32");
 }
 
 Activation activation_of(const std::string& name) {
@@ -151,9 +153,14 @@ Activation activation_of(const std::string& name) {
 using Layers = std::vector<std::pair<int32_t, int32_t>>;                       // heads, head_dim
 using Rotaries = std::vector<std::pair<std::vector<std::vector<float>>, float>>;  // sets of frequencies, factor
 
+std::vector<CacheLayer> cache_layers(const Layers& layers) {
+  std::vector<CacheLayer> made;
+  for (const auto& [heads, head_dim] : layers) made.push_back({heads, head_dim});
+  return made;
+}
+
 DecoderShape shape_of(std::vector<int32_t> widths, const Layers& layers, const Rotaries& rotaries, int32_t vocabulary) {
-  DecoderShape shape{std::move(widths), {}, {}, vocabulary};
-  for (const auto& [heads, head_dim] : layers) shape.layers.push_back({heads, head_dim});
+  DecoderShape shape{std::move(widths), cache_layers(layers), {}, vocabulary};
   for (const auto& [frequencies, factor] : rotaries) shape.rotaries.push_back({frequencies, factor});
   return shape;
 }
@@ -238,6 +245,13 @@ void bind_engine(nb::module_& module) {
            "one_input_scale"_a = false);
   bind_steps(module);
   module.attr("CACHE_BLOCK") = BLOCK;
+  module.def("cache_page_bytes",
+             [](const Layers& layers, const std::string& precision) {
+               for (const auto& [heads, head_dim] : layers)
+                 require(heads > 0 && head_dim > 0 && head_dim % 2 == 0, "a layer keeps at least one head, of an even number of channels");
+               return KeyValuePool::page_bytes({cache_layers(layers), precision_of(precision)});
+             },
+             "layers"_a, "precision"_a);
   nb::class_<KeyValuePool>(module, "Pool")
       .def_prop_ro("pages", &KeyValuePool::pages)
       .def_prop_ro("free_pages", &KeyValuePool::free_pages)
@@ -279,11 +293,11 @@ void bind_engine(nb::module_& module) {
            },
            "precision"_a)
       .def("pool",
-           [](BoundDecoder& self, int64_t pages, const std::string& precision) {
+           [](BoundDecoder& self, int64_t pages, const std::string& precision, bool transformed) {
              require(pages > 0, "a pool has at least one page");
-             return std::make_shared<KeyValuePool>(self.cache_shape(precision_of(precision)), pages);
+             return std::make_shared<KeyValuePool>(self.cache_shape(precision_of(precision), transformed), pages);
            },
-           "pages"_a, "precision"_a)
+           "pages"_a, "precision"_a, "transformed"_a = true)
       .def("feed", &BoundDecoder::feed, "caches"_a, "counts"_a, "tokens"_a, "all"_a);
   module.def("likeliest", [](Floats logits) { return likeliest(logits.data(), static_cast<int32_t>(logits.size())); },
              "logits"_a);

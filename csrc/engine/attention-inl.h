@@ -3,9 +3,25 @@
 // Softmax goes through the positions in stretches of 64. Single rows, as in decoding, compute with positions side by side;
 // from eight rows on, as in prefill, 16 rows lie side by side and nothing is added across lanes. Both add in the same order.
 
-// Keys of one block as float32 (head_dim, BLOCK), biased and rotated where the cache holds them bare.
+// int4 keys of one block as float32 (head_dim, BLOCK).
+QUERN_INLINE void widen_nibble_keys(const HeadCache& cache, const uint8_t* codes, float* keys) {
+  const int32_t size = cache.head_dim;
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(codes + size / 2 * BLOCK);
+  for (int32_t from = 0; from < size; from += CODE_GROUP, scales += BLOCK) {
+    const int32_t half = (size - from < CODE_GROUP ? size - from : CODE_GROUP) / 2;
+    const Lanes scale = half_lanes(scales);
+    for (int32_t d = from; d < from + half; ++d, codes += BLOCK) {
+      Lanes low, high;
+      nibble_lanes(codes, low, high);
+      store(keys + d * BLOCK, low * scale);
+      store(keys + (d + half) * BLOCK, high * scale);
+    }
+  }
+}
+
+// Keys of one block as float32 (head_dim, BLOCK).
 void widen_keys(const HeadCache& cache, int64_t block, float* keys) {
-  const int32_t size = cache.head_dim, half = size / 2;
+  const int32_t size = cache.head_dim;
   const uint8_t* codes = cache.pages[block].keys + cache.keys_at;
   if (cache.precision == CachePrecision::float32) {
     memcpy(keys, codes, sizeof(float) * size * BLOCK);
@@ -16,19 +32,33 @@ void widen_keys(const HeadCache& cache, int64_t block, float* keys) {
     for (int32_t d = 0; d < size; ++d) store(keys + d * BLOCK, half_lanes(stored + d * BLOCK));
     return;
   }
+  if (cache.precision == CachePrecision::int4) {
+    widen_nibble_keys(cache, codes, keys);
+    return;
+  }
   const int8_t* stored = reinterpret_cast<const int8_t*>(codes);
   const Lanes scale = load(reinterpret_cast<const float*>(codes + size * BLOCK));
-  const float* cosines = cache.cosines + block * half * BLOCK;
-  const float* sines = cache.sines + block * half * BLOCK;
-  for (int32_t d = 0; d < half; ++d) {
-    Lanes x = byte_lanes(stored + d * BLOCK) * scale, y = byte_lanes(stored + (d + half) * BLOCK) * scale;
-    if (cache.key_bias != nullptr) {
-      x += cache.key_bias[d];
-      y += cache.key_bias[d + half];
+  for (int32_t d = 0; d < size; ++d) store(keys + d * BLOCK, byte_lanes(stored + d * BLOCK) * scale);
+}
+
+// int4 values of one position as float32 (head_dim,).
+QUERN_INLINE void widen_nibble_values(const uint8_t* codes, const uint16_t* scales, int32_t size, float* values) {
+  for (int32_t from = 0; from < size; from += CODE_GROUP, ++scales) {
+    const int32_t half = (size - from < CODE_GROUP ? size - from : CODE_GROUP) / 2;
+    const float scale = half_value(*scales);
+    if (half == LANES) {
+      Lanes low, high;
+      nibble_lanes(codes, low, high);
+      store(values, low * scale);
+      store(values + LANES, high * scale);
+    } else {
+      for (int32_t j = 0; j < half; ++j) {
+        values[j] = static_cast<float>((codes[j] & 15) - 8) * scale;
+        values[j + half] = static_cast<float>((codes[j] >> 4) - 8) * scale;
+      }
     }
-    const Lanes c = load(cosines + d * BLOCK), s = load(sines + d * BLOCK);
-    store(keys + d * BLOCK, x * c - y * s);
-    store(keys + (d + half) * BLOCK, y * c + x * s);
+    codes += half;
+    values += 2 * half;
   }
 }
 
@@ -40,6 +70,12 @@ QUERN_INLINE void widen_values(const HeadCache& cache, int64_t block, int32_t co
     memcpy(values, codes, sizeof(float) * count * size);
     return;
   }
+  if (cache.precision == CachePrecision::int4) {
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(codes + size / 2 * BLOCK);
+    for (int32_t p = 0; p < count; ++p)
+      widen_nibble_values(codes + p * (size / 2), scales + p * code_groups(size), size, values + p * size);
+    return;
+  }
   for (int32_t p = 0; p < count; ++p, values += size) {
     if (cache.precision == CachePrecision::float16) {
       const uint16_t* stored = reinterpret_cast<const uint16_t*>(codes) + p * size;
@@ -49,7 +85,9 @@ QUERN_INLINE void widen_values(const HeadCache& cache, int64_t block, int32_t co
     } else {
       const int8_t* stored = reinterpret_cast<const int8_t*>(codes) + p * size;
       const float scale = reinterpret_cast<const float*>(codes + size * BLOCK)[p];
-      for (int32_t d = 0; d < size; ++d) values[d] = static_cast<float>(stored[d]) * scale;
+      int32_t d = 0;
+      for (; d + LANES <= size; d += LANES) store(values + d, byte_lanes(stored + d) * scale);
+      for (; d < size; ++d) values[d] = static_cast<float>(stored[d]) * scale;
     }
   }
 }
@@ -57,10 +95,11 @@ QUERN_INLINE void widen_values(const HeadCache& cache, int64_t block, int32_t co
 constexpr int32_t STRETCH = 4 * BLOCK;  // positions between two updates of the running softmax
 constexpr int32_t FEWEST = LANES / 2;   // rows for which it pays to fill a vector with rows
 
-// Keys and values of a stretch in float32: (4, head_dim, BLOCK) and (STRETCH, head_dim). Zero past `count` positions.
+// Keys and values of a stretch in float32: (4, depth, BLOCK) and (STRETCH, head_dim). Zero past `count` positions. Where the
+// depth is twice the size, cosines and sines of the positions stand below the keys.
 struct Stretch {
   int64_t start;
-  int32_t count, size;
+  int32_t count, size, depth;
   float* keys;
   float* values;
 };
@@ -68,8 +107,8 @@ struct Stretch {
 // Scores of one row against a stretch; positions outside first ... last get -infinity.
 QUERN_INLINE void score(const float* query, const Stretch& s, int32_t first, int32_t last, float* scores) {
   Lanes total[4] = {};
-  for (int32_t d = 0; d < s.size; ++d)
-    for (int32_t b = 0; b < 4; ++b) total[b] = fused(load(s.keys + (b * s.size + d) * BLOCK), spread(query[d]), total[b]);
+  for (int32_t d = 0; d < s.depth; ++d)
+    for (int32_t b = 0; b < 4; ++b) total[b] = fused(load(s.keys + (b * s.depth + d) * BLOCK), spread(query[d]), total[b]);
   for (int32_t b = 0; b < 4; ++b) store(scores + b * BLOCK, total[b]);
   for (int32_t p = 0; p < STRETCH; ++p)
     if (s.start + p < first || s.start + p > last) scores[p] = -INFINITY;
@@ -117,11 +156,11 @@ QUERN_INLINE void attend_row(const Stretch& s, const float* query, int32_t first
 // written.
 template <int32_t N>
 QUERN_INLINE void score_side(const float* queries, const Stretch& s, int32_t from, float* scores) {
-  const float* keys = s.keys + static_cast<int64_t>(from / BLOCK) * s.size * BLOCK + from % BLOCK;
+  const float* keys = s.keys + static_cast<int64_t>(from / BLOCK) * s.depth * BLOCK + from % BLOCK;
   Lanes total[N][SIDE] = {};
-  for (int32_t d = 0; d < s.size; ++d) {
+  for (int32_t d = 0; d < s.depth; ++d) {
     Lanes query[N];
-    for (int32_t n = 0; n < N; ++n) query[n] = load(queries + (n * s.size + d) * LANES);
+    for (int32_t n = 0; n < N; ++n) query[n] = load(queries + (n * s.depth + d) * LANES);
     for (int32_t i = 0; i < SIDE; ++i)
       for (int32_t n = 0; n < N; ++n) total[n][i] = fused(spread(keys[d * BLOCK + i]), query[n], total[n][i]);
   }
@@ -195,30 +234,35 @@ QUERN_INLINE void attend_sixteens(const Stretch& s, const float* queries, const 
 }
 
 QUERN_INLINE void widen(const HeadCache& cache, Stretch& s) {
-  const int32_t size = s.size, blocks = (s.count + BLOCK - 1) / BLOCK;
+  const int32_t size = s.size, angles = size / 2 * BLOCK, blocks = (s.count + BLOCK - 1) / BLOCK;
   for (int32_t b = 0; b < blocks; ++b) {
     const int64_t block = s.start / BLOCK + b;
     const int32_t left = s.count - b * BLOCK;
-    widen_keys(cache, block, s.keys + b * size * BLOCK);
+    float* keys = s.keys + b * s.depth * BLOCK;
+    widen_keys(cache, block, keys);
+    if (s.depth > size) {
+      memcpy(keys + size * BLOCK, cache.cosines + block * angles, sizeof(float) * angles);
+      memcpy(keys + size * BLOCK + angles, cache.sines + block * angles, sizeof(float) * angles);
+    }
     widen_values(cache, block, left < BLOCK ? left : BLOCK, s.values + b * BLOCK * size);
   }
-  memset(s.keys + blocks * size * BLOCK, 0, sizeof(float) * (4 - blocks) * size * BLOCK);
+  memset(s.keys + blocks * s.depth * BLOCK, 0, sizeof(float) * (4 - blocks) * s.depth * BLOCK);
 }
 
 void attend(const Attend& a) {
-  const int32_t size = a.cache.head_dim, room = (a.rows + LANES - 1) / LANES * LANES;
+  const int32_t size = a.cache.head_dim, depth = a.cache.depth, room = (a.rows + LANES - 1) / LANES * LANES;
   const int32_t together = a.rows % LANES < FEWEST ? a.rows / LANES * LANES : room;
-  Stretch s{0, 0, size, a.scratch, a.scratch + STRETCH * (size + BLOCK)};
+  Stretch s{0, 0, size, depth, a.scratch, a.scratch + STRETCH * (depth + BLOCK)};
   float* scores = s.values + STRETCH * (size + BLOCK);
   float* maxima = scores + ABREAST * STRETCH * LANES;
   float* sums = maxima + room;
   int32_t* firsts = reinterpret_cast<int32_t*>(sums + room);
   int32_t* lasts = firsts + room;
-  float* queries = reinterpret_cast<float*>(lasts + room);  // of the rows that are done together: (16s, size, LANES)
-  float* outputs = queries + static_cast<int64_t>(together) * size;
+  float* queries = reinterpret_cast<float*>(lasts + room);  // of the rows that are done together: (16s, depth, LANES)
+  float* outputs = queries + static_cast<int64_t>(together) * depth;  // (16s, size, LANES)
   int32_t first = a.first[0], last = a.last[0];
   memset(a.outputs, 0, sizeof(float) * a.rows * size);
-  memset(queries, 0, sizeof(float) * 2 * together * size);
+  memset(queries, 0, sizeof(float) * together * (depth + size));
   for (int32_t r = 0; r < room; ++r) {
     const bool real = r < a.rows;  // the others see nothing
     maxima[r] = real ? -INFINITY : 0.0f;
@@ -229,22 +273,22 @@ void attend(const Attend& a) {
     first = firsts[r] < first ? firsts[r] : first;
     last = lasts[r] > last ? lasts[r] : last;
     if (r >= together) continue;
-    float* lane = queries + static_cast<int64_t>(r / LANES) * size * LANES + r % LANES;
-    for (int32_t d = 0; d < size; ++d) lane[d * LANES] = a.queries[static_cast<int64_t>(r) * size + d];
+    float* lane = queries + static_cast<int64_t>(r / LANES) * depth * LANES + r % LANES;
+    for (int32_t d = 0; d < depth; ++d) lane[d * LANES] = a.queries[static_cast<int64_t>(r) * depth + d];
   }
   for (s.start = first / STRETCH * STRETCH; s.start <= last; s.start += STRETCH) {
     s.count = last - s.start + 1 < STRETCH ? static_cast<int32_t>(last - s.start + 1) : STRETCH;
     widen(a.cache, s);
     int32_t r = 0;
     for (; r + ABREAST * LANES <= together; r += ABREAST * LANES)
-      attend_sixteens<ABREAST>(s, queries + static_cast<int64_t>(r) * size, firsts + r, lasts + r, scores, maxima + r,
+      attend_sixteens<ABREAST>(s, queries + static_cast<int64_t>(r) * depth, firsts + r, lasts + r, scores, maxima + r,
                                sums + r, outputs + static_cast<int64_t>(r) * size);
     for (; r < together; r += LANES)
-      attend_sixteens<1>(s, queries + static_cast<int64_t>(r) * size, firsts + r, lasts + r, scores, maxima + r, sums + r,
+      attend_sixteens<1>(s, queries + static_cast<int64_t>(r) * depth, firsts + r, lasts + r, scores, maxima + r, sums + r,
                          outputs + static_cast<int64_t>(r) * size);
     for (; r < a.rows; ++r) {
       const int64_t at = static_cast<int64_t>(r) * size;
-      attend_row(s, a.queries + at, a.first[r], a.last[r], scores, maxima[r], sums[r], a.outputs + at);
+      attend_row(s, a.queries + static_cast<int64_t>(r) * depth, a.first[r], a.last[r], scores, maxima[r], sums[r], a.outputs + at);
     }
   }
   for (int32_t r = 0; r < a.rows; ++r)

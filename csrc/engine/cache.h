@@ -3,10 +3,15 @@
 // A page holds BLOCK positions of all layers; a sequence has a list of pages, which grows with it. Of each layer and head a page
 // has the keys and after them the values, so attention reads it from front to back.
 //
-// Floating-point keys are stored rotated. int8 keys are stored before the projection's bias and before rotation, with one scale
-// for each head and position: large biases (Qwen's key projections) are constants that would use up the eight bits, and
-// rotation would spread them over positions. Attention adds and rotates when it reads. Where keys are normed, the bias is no
-// constant any more: they are stored with it, after the norm.
+// Keys are stored rotated by position. Those of integer precisions are stored without the projection's bias: large biases (Qwen's)
+// are constants that would use up the bits. Where keys are normed, the bias is no constant any more: they are stored with it,
+// after the norm. The bias b of a key at position p adds R_p q . R_p b to its score, R_p being the rotation: a sum of cosines and
+// sines of the position, multiplied by what query and bias alone decide. Attention takes it as further channels
+// (HeadCache::depth), and so keys need no work but widening.
+//
+// Integer keys go through an orthonormal Hadamard transform, which spreads what single channels stand out by over all of them
+// (Ashkboos et al. 2024, arXiv 2404.00456). Queries go through the same transform, so scores are what they would be without it;
+// values too, and attention's outputs back. int8 has one scale for each head and position, int4 one for CODE_GROUP channels.
 #pragma once
 
 #include <atomic>
@@ -27,6 +32,7 @@ struct CacheLayer {
 struct CacheShape {
   std::vector<CacheLayer> layers;
   CachePrecision precision;
+  bool transformed = true;  // integers: through the Hadamard transform; without it only to see what it gains
 };
 
 class KeyValuePool {
@@ -71,7 +77,15 @@ class SequenceCache {
 
   const CacheShape& shape() const { return shape_; }
   bool wide() const { return each_ == 2; }
-  bool bare_keys() const { return shape_.precision == CachePrecision::int8; }
+  // Whether keys are stored without their bias, and keys and values transformed.
+  bool integers() const { return shape_.precision == CachePrecision::int4 || shape_.precision == CachePrecision::int8; }
+  // Numbers that a score with a head of the layer is a sum of; `biased`: its keys have a bias.
+  int32_t depth(int32_t layer, bool biased) const {
+    return (biased && integers() ? 2 : 1) * shape_.layers[layer].head_dim;
+  }
+  // The Hadamard transform of heads (count, head_dim) of a layer, in place, in blocks of the largest power of two that divides
+  // head_dim; its own inverse. Nothing where the cache has none.
+  void transform(int32_t layer, float* heads, int32_t count) const;
 
   // Positions that are filled. Setting it returns all pages behind it.
   int32_t length() const { return length_; }
@@ -87,13 +101,13 @@ class SequenceCache {
   int32_t rotary() const { return rotary_; }
   void set_rotary(int32_t rotary) { rotary_ = rotary; }
 
-  // Whether a finite key or value was too large for float16, so that infinity was stored.
+  // Whether a finite key or value was too large for float16 (for int4: its scale was), so that infinity was stored.
   bool overflowed() const { return overflowed_.load(std::memory_order_relaxed); }
 
-  // Keys and values of one position: (heads, head_dim) each; keys rotated, or bare for int8.
-  void put(const Operations& operations, int32_t layer, int32_t position, const float* keys, const float* values);
+  // Keys and values of one position: (heads, head_dim) each; keys rotated. They may be overwritten.
+  void put(const Operations& operations, int32_t layer, int32_t position, float* keys, float* values);
 
-  // Without the bias and the rotation tables, which belong to the model.
+  // Without the rotation tables, which belong to the model.
   HeadCache head(int32_t layer, int32_t head) const;
 
  private:
@@ -107,8 +121,8 @@ class SequenceCache {
   std::shared_ptr<KeyValuePool> pool_;
   CacheShape shape_;
   int32_t each_;  // pages for BLOCK positions
-  int64_t element_;
   std::vector<HeadPlace> places_;  // by layer
+  std::vector<uint8_t> signs_;     // of the transform: none are negative
   std::vector<KeyValuePage> pages_;
   int32_t length_ = 0, rotary_ = 0;
   std::atomic<bool> overflowed_{false};

@@ -206,10 +206,31 @@ QUERN_INLINE Lanes half_lanes(const uint16_t* p) {
 #endif
 
 QUERN_INLINE Lanes byte_lanes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
   float lane[LANES];
   for (int32_t i = 0; i < LANES; ++i) lane[i] = static_cast<float>(p[i]);
   return load(lane);
 }
+
+// The low and the high halves of 16 bytes, which hold numbers from -8 to 7 plus 8.
+#if defined(__AVX512F__)
+QUERN_INLINE void nibble_lanes(const uint8_t* p, Lanes& low, Lanes& high) {
+  const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  low = _mm512_permutexvar_ps(bytes, numbers);  // reads the lowest four bits of an index
+  high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), numbers);
+}
+#else
+QUERN_INLINE void nibble_lanes(const uint8_t* p, Lanes& low, Lanes& high) {
+  float lane[2][LANES];
+  for (int32_t i = 0; i < LANES; ++i) lane[0][i] = static_cast<float>((p[i] & 15) - 8);
+  for (int32_t i = 0; i < LANES; ++i) lane[1][i] = static_cast<float>((p[i] >> 4) - 8);
+  low = load(lane[0]);
+  high = load(lane[1]);
+}
+#endif
 
 void to_float16(const float* x, uint16_t* out, int32_t count) {
   for (int32_t i = 0; i < count; ++i) out[i] = half_of(x[i]);

@@ -13,8 +13,12 @@ constexpr int32_t BLOCK = 16;
 // approximation by a hyperbolic tangent (Hendrycks and Gimpel 2016, arXiv 1606.08415).
 enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2 };
 
-// How keys and values are kept; the number is the bytes of one.
-enum class CachePrecision : int32_t { int8 = 1, float16 = 2, float32 = 4 };
+// How keys and values are kept; the number is the bits of one.
+enum class CachePrecision : int32_t { int4 = 4, int8 = 8, float16 = 16, float32 = 32 };
+
+// Channels of a head that share a scale in an int4 cache; the last ones of a head may be fewer.
+constexpr int32_t CODE_GROUP = 32;
+inline int32_t code_groups(int32_t head_dim) { return (head_dim + CODE_GROUP - 1) / CODE_GROUP; }
 
 // Where keys and values of BLOCK positions of all layers begin; see cache.h.
 struct KeyValuePage {
@@ -25,31 +29,32 @@ struct KeyValuePage {
 // What attention reads of one key/value head of one sequence.
 struct HeadCache {
   int32_t head_dim;      // a multiple of 2
+  int32_t depth;         // numbers that a score is a sum of: head_dim, or twice that where cosines and sines take part
   CachePrecision precision;
   const KeyValuePage* pages;  // of BLOCK positions each
-  // Bytes from there to keys (head_dim, BLOCK) and values (BLOCK, head_dim). Floats: rotated keys. int8: keys before bias and
-  // rotation; behind both their scales (BLOCK,), float32.
+  // Bytes from there to keys (head_dim, BLOCK) and values (BLOCK, head_dim), as cache.h says. Behind the codes their scales:
+  // int8: (BLOCK,), float32; int4: of keys (groups, BLOCK), of values (BLOCK, groups), float16. A byte of int4 codes holds two
+  // channels of one position: channel j of a group of n in the low half, j + n / 2 in the high half, both plus 8.
   int64_t keys_at, values_at;
-  const float* key_bias;     // int8 only: (head_dim,), or null
-  const float* cosines;      // int8 only: (blocks, head_dim / 2, BLOCK)
+  const float* cosines;      // (blocks, head_dim / 2, BLOCK)
   const float* sines;
 };
 
 // Queries that share a key/value head: row r sees the positions first[r] ... last[r].
 struct Attend {
   HeadCache cache;
-  const float* queries;  // (rows, head_dim), rotated and scaled by 1 / sqrt(head_dim)
+  const float* queries;  // (rows, depth): rotated and scaled by 1 / sqrt(head_dim); then what cosines and sines are multiplied by
   const int32_t* first;
   const int32_t* last;
   int32_t rows;
   float* outputs;        // (rows, head_dim)
-  float* scratch;        // attend_scratch(rows, head_dim) floats
+  float* scratch;        // attend_scratch(rows, head_dim, depth) floats
 };
 
-inline int64_t attend_scratch(int32_t rows, int32_t head_dim) {
+inline int64_t attend_scratch(int32_t rows, int32_t head_dim, int32_t depth) {
   constexpr int64_t positions = 4 * BLOCK;
   const int64_t sixteens = (rows + 15) / 16;
-  return 2 * positions * (head_dim + BLOCK) + 32 * positions + 32 * sixteens * (head_dim + 2);
+  return positions * (depth + head_dim + 2 * BLOCK) + 32 * positions + 16 * sixteens * (depth + head_dim + 4);
 }
 
 struct Operations {

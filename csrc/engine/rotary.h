@@ -13,7 +13,7 @@ struct RotaryShape {
   float factor;  // cosines and sines are multiplied by it (1 but for some scaling variants)
 };
 
-// (positions / BLOCK, head_dim / 2, BLOCK), as attention reads them for int8 keys.
+// (positions / BLOCK, head_dim / 2, BLOCK), as attention reads them where keys have a bias apart.
 struct RotaryTable {
   std::vector<float> cosines, sines;
 };

@@ -94,10 +94,8 @@ void Store::check(const DecoderShape& shape) const {
 void Store::run_row(const Batch& batch, int64_t token) const {
   const Row& row = batch.rows[token];
   float* key = batch.row(keys, token);
-  if (!batch.bare_keys()) {
-    if (key_bias != nullptr) batch.operations.add(key, key_bias, batch.shape.widths[keys]);
-    batch.rotaries[rotary].rotate(row.cache->rotary(), key, batch.shape.layers[layer].heads, row.position, 1.0f);
-  }
+  if (key_bias != nullptr && !row.cache->integers()) batch.operations.add(key, key_bias, batch.shape.widths[keys]);
+  batch.rotaries[rotary].rotate(row.cache->rotary(), key, batch.shape.layers[layer].heads, row.position, 1.0f);
   row.cache->put(batch.operations, layer, row.position, key, batch.row(values, token));
 }
 

@@ -26,7 +26,7 @@ struct Row {
   int32_t token;
 };
 
-// Tokens that go through the steps together, of one sequence or of several; either all caches have bare keys or none.
+// Tokens that go through the steps together, of one sequence or of several.
 struct Batch {
   const DecoderShape& shape;
   const std::vector<Row>& rows;
@@ -39,7 +39,6 @@ struct Batch {
 
   int32_t tokens() const { return static_cast<int32_t>(rows.size()); }
   float* row(int32_t buffer, int64_t token) const { return buffers[buffer].data() + token * shape.widths[buffer]; }
-  bool bare_keys() const { return rows[0].cache->bare_keys(); }
 };
 
 class Step {
@@ -99,8 +98,8 @@ struct Rotate : Step {
   float scale;
 };
 
-// Keys, with their bias (or null), rotated, and values into the cache of a layer. Bare keys are kept as they are: `Attend` adds
-// the bias and rotates.
+// Keys, rotated, and values into the cache of a layer; the buffers may be overwritten. A bias of the keys (or null) is added first
+// where the cache does not keep it apart (cache.h); `Attend` has it then.
 struct Store : Step {
   Store(int32_t layer, int32_t keys, int32_t values, const float* key_bias, int64_t bias_size, int32_t rotary)
       : layer(layer), keys(keys), values(values), key_bias(key_bias), bias_size(bias_size), rotary(rotary) {}
@@ -130,6 +129,8 @@ struct AttendStep : Step {
 
  private:
   void piece(const Batch& batch, int32_t head, int32_t from, int32_t end, float* space) const;
+  // Queries of a head as attention reads them: through the cache's transform; a bias that is kept apart appended.
+  void prepare(const SequenceCache& cache, const float* query, int32_t depth, const float* bias, float* to) const;
 };
 
 // gate = f(gate) * up, or without `up` (-1) gate = f(gate).

@@ -69,7 +69,7 @@ class Step:
 
     @staticmethod
     def store(layer: int, keys: int, values: int, key_bias: NDArray[np.float32] | None = None, rotary: int = 0) -> Step:
-        """Keys, with ``key_bias`` and rotated, and values into what ``layer`` keeps; an int8 cache takes bare keys."""
+        """Keys, with ``key_bias`` and rotated, and values into what ``layer`` keeps, as csrc/engine/cache.h says."""
 
     @staticmethod
     def attend(
@@ -92,6 +92,9 @@ class Step:
 
 CACHE_BLOCK: int
 """Positions of a page."""
+
+def cache_page_bytes(layers: collections.abc.Sequence[tuple[int, int]], precision: str) -> int:
+    """Bytes of a page for layers that keep so many heads of head_dim each."""
 
 class Pool:
     """Pages of keys and values that sequences share. Memory goes back with the last sequence."""
@@ -147,8 +150,11 @@ class Decoder:
     @property
     def threads(self) -> int: ...
     def page_bytes(self, precision: str) -> int: ...
-    def pool(self, pages: int, precision: str) -> Pool:
-        """A pool for sequences of this decoder. Raises ``MemoryError`` where the system refuses it."""
+    def pool(self, pages: int, precision: str, transformed: bool = True) -> Pool:
+        """A pool for sequences of this decoder; ``transformed`` false: integers without the Hadamard transform.
+
+        Raises ``MemoryError`` where the system refuses it.
+        """
 
     def feed(
         self,

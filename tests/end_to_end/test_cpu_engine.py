@@ -56,9 +56,9 @@ def test_unquantized_models_give_the_reference_logits(family, changes, dtype, tm
     )
 
 
-# Of the logits' size: what rounding keys and values costs, 2^-12 of each number or 1 / 254 of the greatest, amplified by
-# three blocks. Biases that are added on the wrong side of a norm cost a third.
-CACHES = {"float32": FLOAT32, "float16": 2e-3, "int8": 0.03}
+# Of the logits' size: what rounding keys and values costs, 2^-12 of each number or 1 / 254 or 1 / 16 of the greatest, amplified
+# by three blocks. Biases that are added on the wrong side of a norm cost a third.
+CACHES = {"float32": FLOAT32, "float16": 2e-3, "int8": 0.03, "int4": 0.2}
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES.names())
@@ -193,7 +193,7 @@ def artifact(model, tmp_path_factory):
     return quantize(model, tmp_path_factory.mktemp("cpu") / "out", recipe=recipe, threads=1).path
 
 
-@pytest.mark.parametrize("cache", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("cache", CACHES)
 def test_one_token_at_a_time_is_the_prompt_at_once(artifact, cache):
     loaded = load(artifact, cache=cache)
     together = loaded.logits(IDS)
@@ -204,8 +204,9 @@ def test_one_token_at_a_time_is_the_prompt_at_once(artifact, cache):
     assert torch.equal(session.feed(IDS[0, 33:].tolist()), together[0, -1])
 
 
-def test_sequences_of_a_batch_do_not_know_each_other(artifact):
-    loaded = load(artifact)
+@pytest.mark.parametrize("cache", CACHES)
+def test_sequences_of_a_batch_do_not_know_each_other(artifact, cache):
+    loaded = load(artifact, cache=cache)
     lengths = [1, 40, 17]
     sequences = [IDS.flatten()[:n].tolist() for n in lengths]
     opened = [loaded.open() for _ in sequences]
@@ -217,14 +218,15 @@ def test_sequences_of_a_batch_do_not_know_each_other(artifact):
         assert torch.equal(session.feed([5 + index]), second[index])
 
 
-def test_threads_and_instruction_sets_do_not_change_a_bit(artifact):
-    expected = load(artifact, threads=1).logits(IDS)
-    assert torch.equal(load(artifact, threads=3).logits(IDS), expected)
+@pytest.mark.parametrize("cache", CACHES)
+def test_threads_and_instruction_sets_do_not_change_a_bit(artifact, cache):
+    expected = load(artifact, threads=1, cache=cache).logits(IDS)
+    assert torch.equal(load(artifact, threads=3, cache=cache).logits(IDS), expected)
     before = _native.isa()
     try:
         for isa in _native.isas():
             _native.use_isa(isa)
-            assert torch.equal(load(artifact, threads=2).logits(IDS), expected), isa
+            assert torch.equal(load(artifact, threads=2, cache=cache).logits(IDS), expected), isa
     finally:
         _native.use_isa(before)
 

@@ -13,7 +13,7 @@ from quern.advisor.deployment import licence_of, maker_of, runtime_target, targe
 from quern.advisor.recommend import recommend
 from quern.advisor.scoring import SCALING_EXPONENT, Weights
 from quern.core.errors import UserError
-from quern.core.results import Recommendation
+from quern.core.results import Figure, Recommendation
 from quern.peers.base import PEERS
 
 
@@ -43,6 +43,28 @@ def test_largest_memory():
     assert "memory was not measured" in reasons(outcome)["unknown"]
     assert any("peak memory at most 2 MB" in reason for reason in outcome.reasons)
     assert "Memory: 2 MB at its peak." in outcome.reasons
+
+
+def test_largest_memory_with_a_long_text():
+    def cache(each):
+        return {"cache": Figure(value=each, unit="bytes/token")}
+
+    rows = [
+        make_row("int4 cache", peak_rss_bytes=1_000_000, figures=cache(100), kl_mean=0.02),
+        make_row("float16 cache", peak_rss_bytes=1_000_000, figures=cache(500), bytes=400),
+        make_row("unknown", peak_rss_bytes=1_000_000, bytes=400),
+    ]
+    outcome = recommend(rows, "storage", max_memory=2_000_000, context=4000)
+    assert outcome.choice == "int4 cache"
+    said = "peak memory with 4000 tokens of context 3 MB is 50.0 % over the 2 MB allowed (1 MB too many)"
+    assert reasons(outcome)["float16 cache"] == said
+    assert "its key/value cache was not measured" in reasons(outcome)["unknown"]
+    assert "Memory: 1.4 MB at its peak with 4000 tokens of context." in outcome.reasons
+    assert recommend(rows, "storage", max_memory=2_000_000).choice != "int4 cache", (
+        "the peak alone says nothing against"
+    )
+    (refusal,) = recommend(rows[1:2], "storage", max_memory=2_000_000, context=4000).reasons
+    assert "allow a peak memory of 3 MB" in refusal
 
 
 def test_least_agreement():
@@ -250,6 +272,8 @@ def test_weights_of_the_scenarios_are_kept_in_the_answer():
     [
         {"max_memory": 0},
         {"max_memory": math.nan},
+        {"context": 4096},
+        {"max_memory": 2_000_000, "context": 0},
         {"min_agreement": -0.1},
         {"min_agreement": 1.1},
         {"min_agreement": math.nan},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from quern.advisor.constraints import Constraints, Miss
+from quern.advisor.constraints import Constraints, Miss, memory_of
 from quern.advisor.deployment import licence_of, targets_of
 from quern.advisor.scoring import loss_of, positive
 from quern.core.results import Row
@@ -38,7 +38,7 @@ def no_choice_text(
             row = rows[min(only_loss, key=lambda place: _loss_first(rows[place]))]
             text += f"{row.name} misses only the ceiling of the loss; to accept it, allow {_loss_to_allow(row)}."
             return text if len(only_loss) == 1 else text[:-1] + ": it loses least of those that miss nothing else."
-    return text + _least_lossy_text(rows, misses)
+    return text + _least_lossy_text(rows, misses, constraints.context)
 
 
 def _out_of_reach(misses: Mapping[int, Sequence[Miss]], constraints: Constraints) -> str:
@@ -59,25 +59,23 @@ def _loss_first(row: Row) -> tuple[float, str]:
     return math.inf if loss is None else loss, row.name
 
 
-def _least_lossy_text(rows: Sequence[Row], misses: Mapping[int, Sequence[Miss]]) -> str:
+def _least_lossy_text(rows: Sequence[Row], misses: Mapping[int, Sequence[Miss]], context: int | None) -> str:
     """The quantized row of the least loss, of those that suit where any do, and all that would have to be allowed."""
     quantized = [place for place in misses if rows[place].kind != "unquantized"] or list(misses)
     suiting = [place for place in quantized if not {miss.limit for miss in misses[place]} & {"target", "licence"}]
     place = min(suiting or quantized, key=lambda place: _loss_first(rows[place]))
     row, loss = rows[place], loss_of(rows[place])
     figure = f" (KL {significant(loss)})" if loss is not None else ""
-    changes = [_change(miss, row) for miss in misses[place]]
+    changes = [_change(miss, row, context) for miss in misses[place]]
     return f"{row.name} loses least{figure}; to accept it, {' and '.join(changes)}."
 
 
-def _change(miss: Miss, row: Row) -> str:
+def _change(miss: Miss, row: Row, context: int | None) -> str:
     """What would let ``row`` pass the limit."""
-    decode = positive(row.decode_tokens_per_s)
+    decode, memory = positive(row.decode_tokens_per_s), memory_of(row, context)
     changes = {
         "size": f"allow a size of {bytes_text(rounded_up(row.bytes))}",
-        "memory": f"allow a peak memory of {bytes_text(rounded_up(row.peak_rss_bytes))}"
-        if row.peak_rss_bytes
-        else None,
+        "memory": f"allow a peak memory of {bytes_text(rounded_up(memory))}" if memory else None,
         "speed": f"ask for at most {_floor(decode)} tokens/s" if decode else None,
         "agreement": None
         if row.top1_agreement is None

@@ -41,6 +41,7 @@ def recommend(
     weights: Mapping[str, float] | None = None,
     max_size: int | None = None,
     max_memory: int | None = None,
+    context: int | None = None,
     max_loss: float | None = None,
     min_agreement: float | None = None,
     min_speed: float | None = None,
@@ -58,6 +59,7 @@ def recommend(
         weights: What ``size``, ``speed`` and ``loss`` count in ``mix`` (and only there), in any unit; 0 if left out.
         max_size: Largest size on disk in bytes.
         max_memory: Largest peak resident memory in bytes while it runs.
+        context: Tokens of a text whose key/value cache counts to that memory.
         max_loss: Largest mean KL divergence in nats a token; it takes the place of the default ceiling.
         min_agreement: Least top-1 agreement with the unquantized model, a fraction.
         min_speed: Least decode speed in tokens/s.
@@ -81,6 +83,7 @@ def recommend(
     constraints = Constraints(
         max_size=max_size,
         max_memory=max_memory,
+        context=context,
         max_loss=max_loss,
         min_agreement=min_agreement,
         min_speed=min_speed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from quern.advisor.constraints import Constraints
+from quern.advisor.constraints import Constraints, memory_of
 from quern.advisor.deployment import runtime_of, runtime_target
 from quern.advisor.drift import favour, favour_text, group_speed_of
 from quern.advisor.scoring import Scored, Weights, Yardstick, loss_of, positive
@@ -110,8 +110,8 @@ def _unsettled(one: Row, other: Row) -> list[str]:
 def _circumstances(row: Row, constraints: Constraints) -> list[str]:
     """What else was asked for, which tool made the row, and whether its speed is to be doubted."""
     found = []
-    if constraints.max_memory is not None and row.peak_rss_bytes is not None:
-        found.append(f"Memory: {bytes_text(row.peak_rss_bytes)} at its peak.")
+    if constraints.max_memory is not None and (memory := memory_of(row, constraints.context)) is not None:
+        found.append(f"Memory: {bytes_text(memory)} at its peak{constraints.with_context}.")
     if constraints.min_agreement is not None and row.kind != "unquantized" and row.top1_agreement is not None:
         found.append(
             f"Agreement: {percent_text(row.top1_agreement)} of its likeliest tokens are the unquantized model's."

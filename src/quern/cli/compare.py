@@ -23,6 +23,16 @@ Peers = Annotated[
     ),
 ]
 
+Caches = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="D1,D2,...",
+        help="Keys and values: float16, int8, int4, float32. A row of every recipe with each.",
+        show_default="float16",
+    ),
+]
+
 
 @verb("quern compare models/python-7m --recipes compact,balanced -o comparison", resumes=True)
 def compare(
@@ -61,6 +71,7 @@ def compare(
     memory: options.Memory = None,
     threads: options.Threads = None,
     engine: options.EngineName = "auto",
+    cache: Caches = None,
     seed: options.Seed = 0,
     fresh: options.Fresh = False,
     json: options.Json = False,
@@ -94,6 +105,7 @@ def compare(
             memory=limit,
             threads=threads,
             engine=engine,
+            caches=options.names(cache) or (),
             seed=seed,
             fresh=fresh,
             scenario=scenario,

@@ -41,6 +41,7 @@ def evaluate(
     no_speed: options.NoSpeed = False,
     threads: options.Threads = None,
     engine: options.EngineName = "auto",
+    cache: options.CacheName = None,
     seed: options.Seed = 0,
     json: options.Json = False,
 ) -> None:
@@ -63,6 +64,7 @@ def evaluate(
             speed_rounds=0 if no_speed else MeasurementSettings.speed_rounds,
             threads=threads,
             engine=engine,
+            cache=cache,
             tasks=options.names(tasks),
             tasks_path=tasks_path,
             limit=limit,

@@ -69,7 +69,9 @@ EngineName = Annotated[
 ]
 CacheName = Annotated[
     str | None,
-    typer.Option("--cache", metavar="DTYPE", help="Keys and values: float16, int8 or float32.", show_default="float16"),
+    typer.Option(
+        "--cache", metavar="DTYPE", help="Keys and values: float16, int8, int4 or float32.", show_default="float16"
+    ),
 ]
 TopK = Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens only; 0: all.")]
 TopP = Annotated[

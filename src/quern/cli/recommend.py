@@ -15,6 +15,20 @@ if TYPE_CHECKING:
 
 CEILING = "what an unquantized model of its size would lose"
 
+Loss = Annotated[
+    float | None,
+    typer.Option(metavar="KL", min=0, help="Largest mean KL divergence to the original.", show_default=CEILING),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        min=1,
+        help="Count the key/value cache of a text of so many tokens to --max-memory.",
+        show_default="as timed",
+    ),
+]
+
 
 @verb("quern recommend demo/results.json --scenario storage --max-loss 0.05")
 def recommend(
@@ -40,10 +54,8 @@ def recommend(
         str | None,
         typer.Option(metavar="SIZE", help="Largest peak resident memory while it runs.", show_default="any"),
     ] = None,
-    max_loss: Annotated[
-        float | None,
-        typer.Option(metavar="KL", min=0, help="Largest mean KL divergence to the original.", show_default=CEILING),
-    ] = None,
+    context: Context = None,
+    max_loss: Loss = None,
     min_agreement: Annotated[
         float | None,
         typer.Option(metavar="FRACTION", min=0, max=1, help="Least top-1 agreement, such as 0.95.", show_default="any"),
@@ -86,6 +98,7 @@ def recommend(
         weights=mix,
         max_size=size,
         max_memory=memory,
+        context=context,
         max_loss=max_loss,
         min_agreement=min_agreement,
         min_speed=min_speed,

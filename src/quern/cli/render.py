@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from quern.pipeline.quantize import QuantizeReport
 
 WORST_LINEARS = 5
+CACHE_LENGTHS = (4096, 32768)
+"""Tokens of text whose keys and values are shown beside those of the whole context."""
 
 
 def results(found: Results) -> RenderableType:
@@ -141,7 +143,20 @@ def inspection(found: Inspection) -> RenderableType:
     if found.loaded_bytes is not None:
         total += f", tensors of {size(found.loaded_bytes)} when loaded"
     recipe = f", recipe {found.recipe}" if found.recipe else ""
-    return Group(table, Text(total + recipe, style="bold"), *_notes(found.notes))
+    return Group(table, Text(total + recipe, style="bold"), *_cache_sizes(found), *_notes(found.notes))
+
+
+def _cache_sizes(found: Inspection) -> list[RenderableType]:
+    """What keys and values take beside the weights, for some lengths of a text."""
+    if not found.cache_bytes_per_token:
+        return []
+    lengths = [length for length in CACHE_LENGTHS if found.context is None or length < found.context]
+    lengths += [] if found.context is None else [found.context]
+    columns = [f"{length:,} tokens" for length in lengths]
+    table = plain_table(("key/value cache", "bytes/token", *columns), right=tuple(range(1, 2 + len(columns))))
+    for precision, each in found.cache_bytes_per_token.items():
+        add(table, precision, f"{each:,}", *(size(each * length) for length in lengths))
+    return [Text(""), table]
 
 
 def hardware(found: dict[str, Any]) -> RenderableType:

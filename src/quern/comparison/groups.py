@@ -97,7 +97,9 @@ class Group:
         ours = [member for member in self.members if member.contender.kind != "peer"]
         for member in ours:
             request = self._load_request(stored[member.contender.name])
-            member.worker.send({**request, "engine": member.contender.engine, "dtype": self.settings.dtype})
+            contender = member.contender
+            chosen = {} if contender.cache is None else {"cache": contender.cache}
+            member.worker.send({**request, "engine": contender.engine, "dtype": self.settings.dtype, **chosen})
         meanwhile()
         for member in list(self.members):
             request = self._load_request(stored[member.contender.name])

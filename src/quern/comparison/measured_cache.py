@@ -61,6 +61,7 @@ class MeasuredCache:
             **self._common,
             "artifact": sha256,
             "engine": contender.engine,
+            "cache": contender.cache,
             "tool": None if contender.tool is None else [contender.tool.model_dump(), contender.runs_in],
             "timed": contender.timed,
         }

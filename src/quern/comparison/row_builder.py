@@ -17,6 +17,7 @@ from quern.core import metrics
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError
 from quern.core.results import Figure, LayerError, Row, RowKind, Spread, Tool
+from quern.engines.cpu import ORDINARY, CachePrecision
 from quern.evaluation.measures.base import all_measures
 from quern.loading.fitting import model_config
 
@@ -32,6 +33,8 @@ class Contender:
     quantize_seconds: float | None = None
     layers: tuple[LayerError, ...] = ()
     engine: str = "reference"
+    cache: CachePrecision | None = None
+    """How the cpu engine keeps keys and values; None: as it does where nobody says."""
     sha256: str | None = None
     """Of the checkpoint or artifact, where it is known already."""
     original_sha256: str | None = None
@@ -182,6 +185,7 @@ def row_of(
         foreign_load=measured.foreign_load,
         group_speed=measured.group_speed,
         engine=contender.engine,
+        cache=contender.cache or (ORDINARY if contender.engine == "cpu" else None),
         layers=list(contender.layers),
         notes=[*contender.notes, *measured.notes],
     )

@@ -12,6 +12,7 @@ from typing import Any
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.engine import LoadedModel
 from quern.engines.base import ENGINES
+from quern.engines.cpu import CpuEngine, cache_named
 from quern.evaluation.tasks import TaskList, score_tasks
 from quern.evaluation.worker import Answer, serve
 
@@ -34,8 +35,10 @@ class Tasks:
         return {"scores": scores}
 
 
-def load(path: str, *, threads: int | None, engine: str, dtype: Any) -> LoadedModel:
-    """The model at ``path`` in the engine of that name."""
+def load(path: str, *, threads: int | None, engine: str, dtype: Any, cache: str | None = None) -> LoadedModel:
+    """The model at ``path`` in the engine of that name; ``cache``: how the cpu engine keeps keys and values."""
+    if (precision := cache_named(cache, engine)) is not None:
+        return CpuEngine().load(path, dtype=dtype, threads=threads, cache=precision)
     return ENGINES.get(engine)().load(path, dtype=dtype, threads=threads)
 
 

@@ -76,6 +76,14 @@ class NotingModel(Protocol):
     """What a person should know, each a clause."""
 
 
+@runtime_checkable
+class CachingModel(Protocol):
+    """A model that knows what its key/value cache takes."""
+
+    cache_bytes_per_token: int
+    """Of the keys and values of one token, in all layers."""
+
+
 class LoadedModel(Protocol):
     """Packed weights ready to run."""
 

@@ -179,6 +179,8 @@ class Row(_Strict):
     input_shift: InputShift | None = None
     """Of ``quern evaluate --text`` on an artifact that was calibrated."""
     engine: str = "reference"
+    cache: str | None = None
+    """How the cpu engine kept keys and values; null for other engines and tools."""
     layers: list[LayerError] = []
     notes: list[str] = []
 

@@ -56,8 +56,8 @@ class GatedSteps:
         self.epsilon = float(config.rms_norm_eps)
         self.activation = ACTIVATIONS[config.hidden_act]
         self.width, self.inner = int(config.hidden_size), int(config.intermediate_size)
-        self.heads, self.key_value_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-        self.head_dim = int(getattr(config, "head_dim", None) or self.width // self.heads)
+        self.heads = int(config.num_attention_heads)
+        self.key_value_heads, self.head_dim = kept_heads(architecture)[0]
         self.hidden, self.normed = self.buffers.of("hidden", self.width), self.buffers.of("normed", self.width)
         self.branch = self.buffers.of("branch", self.width)
 
@@ -86,7 +86,7 @@ class GatedSteps:
         key, value = self.buffers.of("key", key_width), self.buffers.of("value", key_width)
         query_norm = self._weights.optional_vector(f"{prefix}self_attn.q_norm.weight", size)
         key_norm = self._weights.optional_vector(f"{prefix}self_attn.k_norm.weight", size)
-        # An int8 cache holds keys without their bias (csrc/engine/cache.h); what a norm made of it cannot be taken away.
+        # Integer caches hold keys without their bias (csrc/engine/cache.h); what a norm made of it cannot be taken away.
         apart = key_norm is None
         linears = [
             self._linear(block, "query", (width, self.width)),
@@ -118,6 +118,13 @@ class GatedSteps:
         return self._weights.linear(block.prefix + _by_role(block, role), shape, bias=bias)
 
 
+def kept_heads(architecture: GatedDecoder) -> list[tuple[int, int]]:
+    """Heads and head_dim of the keys and values that each layer keeps."""
+    config: Any = architecture.config
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return [(int(config.num_key_value_heads), head_dim)] * architecture.layers
+
+
 def _by_role(block: BlockSpec, role: str) -> str:
     """The name of the block's linear for ``role``."""
     return next(linear.name for linear in block.linears if linear.role == role)
@@ -137,7 +144,7 @@ def gated_decoder(architecture: GatedDecoder, weights: MappedWeights, threads: i
     last = made.norm(f"{architecture.final_norm}.weight")
     decoder = _native.Decoder(
         widths=made.buffers.widths,
-        layers=[(made.key_value_heads, made.head_dim)] * architecture.layers,
+        layers=kept_heads(architecture),
         rotaries=[frequencies(architecture)],
         steps=[_native.Step.embed(embedding, made.hidden), *layers, last],
         output=made.normed,

@@ -108,7 +108,7 @@ class CpuSession(SequenceSession):
 
 
 class CpuModel:
-    """A loaded folder; see ``core.engine.BatchModel``, ``SwitchingModel`` and ``NotingModel``."""
+    """A loaded folder; see ``core.engine``: ``BatchModel``, ``SwitchingModel``, ``NotingModel`` and ``CachingModel``."""
 
     def __init__(
         self, decoder: _native.Decoder, config: Any, bytes_per_token: int, cache: CachePrecision | None
@@ -116,6 +116,7 @@ class CpuModel:
         self._decoder, self._bytes_per_token = decoder, bytes_per_token
         self._chosen = cache
         self.pool = Pool(decoder, cache or ORDINARY)
+        self.cache_bytes_per_token = self.pool.bytes_per_token
         self.switch_length = switch_length(config)
         self.notes: list[str] = []
         self.vocabulary_size = int(config.vocab_size)
@@ -162,7 +163,8 @@ class CpuModel:
 
     def _note_wider(self) -> None:
         """Say that float16 could not hold a text's keys or values. ``UserError`` where the caller chose the precision."""
-        what = f"keys or values exceed 65504, the greatest number of a {self.pool.precision} key/value cache"
+        greatest = 8 * 65504 if self.pool.precision == "int4" else 65504  # codes reach -8, with a float16 scale
+        what = f"keys or values exceed {greatest}, the greatest number of a {self.pool.precision} key/value cache"
         if self._chosen is not None:
             instead = option("cache='float32'", "--cache float32")
             raise UserError(f"{what}. Give {instead} or int8, or leave it out: then the engine chooses")

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 from quern import _native
 from quern.core.errors import UserError
 from quern.core.memory import free_memory
 from quern.core.units import bytes_text
 
-CachePrecision = Literal["float32", "float16", "int8"]
+CachePrecision = Literal["float32", "float16", "int8", "int4"]
+"""From the widest to the narrowest."""
+CACHES: tuple[CachePrecision, ...] = get_args(CachePrecision)
 SPARE = 0.9
 """Share of the free memory that the pool may plan with."""
 BLOCK = _native.CACHE_BLOCK
 """Positions of a page."""
+
+
+def cache_bytes_per_token(layers: Sequence[tuple[int, int]], precision: CachePrecision) -> int:
+    """Bytes that keys and values of one token take, scales included; ``layers``: heads and head_dim of each."""
+    return _native.cache_page_bytes(layers, precision) // BLOCK
 
 
 class Pool:
@@ -27,6 +35,8 @@ class Pool:
         self._decoder = decoder
         self.precision: CachePrecision = precision
         self._page_bytes = decoder.page_bytes(precision)
+        self.bytes_per_token = self._page_bytes // BLOCK
+        """Of the keys and values of one token, unless a sequence keeps them wider."""
         self._pages: _native.Pool | None = None
         self._source = ""
 
@@ -48,18 +58,24 @@ class Pool:
 
     def refusal(self, tokens: int, sequence: _native.Sequence) -> UserError:
         """Why ``sequence`` cannot hold ``tokens`` tokens, and what to do."""
-        each = self._page_bytes // BLOCK * (2 if sequence.wide else 1)
+        each = self.bytes_per_token * (2 if sequence.wide else 1)
         return UserError(
             f"a key/value cache of {tokens} tokens takes {bytes_text(tokens * each)}; {self.limit(sequence.room)}. "
-            "Ask for a shorter context, use the int8 cache, or free memory"
+            f"Ask for a shorter context, {self._narrower}or free memory"
         )
+
+    @property
+    def _narrower(self) -> str:
+        """What takes less than this precision, as the beginning of a list of ways out; empty where nothing does."""
+        names = [name for name in CACHES[CACHES.index(self.precision) + 1 :] if name.startswith("int")]
+        return f"use the {' or '.join(names)} cache, " if names else ""
 
     def _planned(self) -> tuple[_native.Pool, str]:
         fits = int(SPARE * free_memory()) // self._page_bytes
         if fits < 1:
             raise UserError(
                 f"{BLOCK} tokens of a key/value cache take {bytes_text(self._page_bytes)}; the free memory has room for "
-                "0 tokens. Use the int8 cache, or free memory"
+                f"0 tokens. To go on, {self._narrower}or free memory"
             )
         try:
             return self._decoder.pool(fits, self.precision), "the free memory has room for"
@@ -68,7 +84,7 @@ class Pool:
         if given == 0:
             raise UserError(
                 f"the system gives no memory for {BLOCK} tokens of a key/value cache "
-                f"({bytes_text(self._page_bytes)}). Raise the limit of the process or use the int8 cache"
+                f"({bytes_text(self._page_bytes)}). To go on, {self._narrower}or raise the limit of the process"
             )
         return self._decoder.pool(given, self.precision), "the system gives memory for"
 

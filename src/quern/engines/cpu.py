@@ -14,11 +14,15 @@ from quern.architectures.base import Architecture, architecture_of
 from quern.architectures.gated_decoder import GatedDecoder
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.core.artifact import quantization_of
-from quern.core.errors import QuernError, UserError
+from quern.core.errors import QuernError, UserError, option
 from quern.core.parallel import thread_count
-from quern.engines._cpu_layers import ACTIVATIONS, gated_decoder
+from quern.core.suggest import did_you_mean
+from quern.engines._cpu_layers import ACTIVATIONS, gated_decoder, kept_heads
+from quern.engines._cpu_model import ORDINARY as ORDINARY
 from quern.engines._cpu_model import CpuModel
+from quern.engines._cpu_pool import CACHES as CACHES
 from quern.engines._cpu_pool import CachePrecision as CachePrecision
+from quern.engines._cpu_pool import cache_bytes_per_token
 from quern.engines._cpu_weights import MappedWeights, unsupported
 from quern.engines.base import ENGINES, DtypeName, Engine
 from quern.formats.base import StoredModule, reader_of
@@ -56,6 +60,8 @@ class CpuEngine(Engine):
         """Load a model. Hidden states are float32 whatever ``dtype`` says.
 
         ``cache`` is how keys and values are kept; None: as float16, and as float32 for a text whose values that cannot hold.
+        ``int8`` has a scale for each head and token, ``int4`` one for every 32 channels; their keys and values go through a
+        Hadamard transform first.
         """
         checkpoint = open_model(path)
         if (reason := self.runs(checkpoint)) is not None:
@@ -71,6 +77,26 @@ class CpuEngine(Engine):
         except ValueError as error:
             raise UserError(f"{path} cannot be run: {error}") from None
         return CpuModel(decoder, architecture.config, bytes_per_token, cache)
+
+
+def cache_named(name: str | None, engine: str) -> CachePrecision | None:
+    """The cache precision called ``name``, for a model that ``engine`` runs. Raises ``UserError``."""
+    if name is None:
+        return None
+    given = option(f"cache={name!r}", f"--cache {name}")
+    known = next((each for each in CACHES if each == name), None)
+    if known is None:
+        raise UserError(f"{given} is not known; give one of {', '.join(CACHES)}{did_you_mean(name, CACHES)}")
+    if engine != "cpu":
+        raise UserError(f"{given} is for the cpu engine; this model runs on the {engine} engine. Leave it out")
+    return known
+
+
+def cache_sizes(architecture: Architecture) -> dict[str, int]:
+    """Bytes that keys and values of one token take, by precision; empty where the engine does not know the layout."""
+    if not isinstance(architecture, GatedDecoder):
+        return {}
+    return {name: cache_bytes_per_token(kept_heads(architecture), name) for name in CACHES}
 
 
 def _unknown(architecture: Architecture) -> str | None:

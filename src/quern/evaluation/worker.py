@@ -7,8 +7,8 @@ stderr. The end of stdin ends the process, also in the middle of a request.
 
 Requests (``do`` names them) and what the answer holds beside ``"ok": true``:
 
-- ``load``: ``path``, ``threads`` (or null) and what else the loader takes (``engine`` and ``dtype`` for quern's own
-  engines) -> ``vocabulary_size``, ``maximum_length``, ``bytes_per_token``
+- ``load``: ``path``, ``threads`` (or null) and what else the loader takes (``engine``, ``dtype`` and ``cache`` for quern's
+  own engines) -> ``vocabulary_size``, ``maximum_length``, ``bytes_per_token``
 - ``reference``: ``windows`` (file), ``cache`` (folder), ``key`` -> nothing; computes and stores reference logits
 - ``measure``: ``name`` of a measure, ``threads`` (or null: as loaded) and what its run may use (fields of ``Given``:
   ``windows_file``, ``options_file``, ``cache``, ``key``, ``prompt``, ``decode_tokens``) -> ``raw``: what the run returns

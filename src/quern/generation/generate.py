@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.engine import LimitedSession, NotingModel
-from quern.core.errors import UserError, option
+from quern.core.errors import UserError
 from quern.engines.base import AUTO, ENGINES, engine_for
-from quern.engines.cpu import CachePrecision, CpuEngine
+from quern.engines.cpu import CpuEngine, cache_named
 from quern.generation.detokenize import Detokenizer
 from quern.generation.sampling import Sampler, SamplingOptions
 from quern.generation.stopping import end_tokens
@@ -24,7 +24,6 @@ from quern.texts.tokens import check_vocabulary, text_ids
 if TYPE_CHECKING:
     from quern.core.engine import LoadedModel, Session
 
-CACHES: tuple[str, ...] = get_args(CachePrecision)
 Tell = Callable[[str], None]
 """Takes what a person should know about how a model runs."""
 warn: Tell = logging.getLogger("quern").warning
@@ -49,7 +48,7 @@ def generate(
     Ends at a token that ends texts or turns (``stopping.end_tokens``), after ``max_tokens`` tokens, or when the model's
     context is full, or as much of it as memory has room for. The pieces hold whole characters and join to the text. The
     same seed gives the same text.
-    ``cache``: how the cpu engine keeps keys and values, ``float16``, ``int8`` or ``float32``; None: ``float16``, and
+    ``cache``: how the cpu engine keeps keys and values: ``float16``, ``int8``, ``int4``, ``float32``; None: ``float16``, and
     ``float32`` where a value is too large for that. ``tell`` is called with notes; without it they are logged. Raises
     ``UserError`` for options out of range and for a prompt that is empty or does not fit; all of it before the first
     piece.
@@ -82,14 +81,9 @@ def load_model(checkpoint: Checkpoint, engine: str, threads: int | None, cache: 
     chosen = engine_for(checkpoint, engine)
     if engine == AUTO and (reason := ENGINES.get("cpu")().runs(checkpoint)) is not None:
         tell(f"runs on the {chosen} engine, which is slower than the cpu engine, because {reason}")
-    if cache is None:
-        return ENGINES.get(chosen)().load(checkpoint.path, threads=threads)
-    given = option(f"cache={cache!r}", f"--cache {cache}")
-    if chosen != "cpu":
-        raise UserError(f"{given} is for the cpu engine; this model runs on the {chosen} engine. Leave it out")
-    if cache not in CACHES:
-        raise UserError(f"{given} is not known; give one of {', '.join(CACHES)}")
-    return CpuEngine().load(checkpoint.path, threads=threads, cache=cast(CachePrecision, cache))
+    if (precision := cache_named(cache, chosen)) is not None:
+        return CpuEngine().load(checkpoint.path, threads=threads, cache=precision)
+    return ENGINES.get(chosen)().load(checkpoint.path, threads=threads)
 
 
 def fitting(session: Session, ids: list[int], count: int) -> int:

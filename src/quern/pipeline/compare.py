@@ -29,6 +29,7 @@ from quern.core.recipe import Recipe, load_recipe
 from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenario
 from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, engine_for
+from quern.engines.cpu import ORDINARY, CachePrecision, cache_named
 from quern.evaluation.choice import ChoiceSet
 from quern.loading.fitting import open_model, open_original
 from quern.peers.base import PeerVariant, peer_variants
@@ -68,6 +69,7 @@ def compare(
     fresh: bool = False,
     scenario: Scenario = "overall",
     engine: str = AUTO,
+    caches: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Results:
     """Quantize ``model`` by every recipe and by other tools, and measure the results beside the unquantized model.
@@ -80,7 +82,9 @@ def compare(
     Writes ``results.json``, ``report.html`` and ``artifacts/<row>`` into the folder ``output``. Artifacts that are there
     already are kept, an interrupted one continues, and what was measured of them under the same settings is not measured
     again; ``fresh`` makes and measures all anew. ``speed_rounds`` 0 leaves speed out. ``engine`` runs quern's results, and
-    the unquantized model beside the reference engine (``auto``: the fastest that can). Raises ``UserError``.
+    the unquantized model beside the reference engine (``auto``: the fastest that can). ``caches`` are ways in which the cpu
+    engine keeps keys and values (``float16``, ``int8``, ...): each of quern's results has a row with every one of them.
+    Raises ``UserError``.
     """
     progress = progress or Silent()
     if scenario == "mix":
@@ -88,6 +92,7 @@ def compare(
     chosen = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
     others = peer_variants(peers)
     _check_distinct([*(recipe.name for recipe in chosen), *(other.row for other in others)])
+    kept = _cache_precisions(caches)
     folder = ComparisonFolder(output, model)
     folder.check(model, [recipe.name for recipe in chosen], [other.row for other in others], fresh)
     checkpoint = open_original(model, progress=progress)
@@ -118,7 +123,7 @@ def compare(
             progress=progress,
         )
         inputs.check_room(reference_key("reference", making.model_sha256, inputs, settings))
-        measurement = _make_and_measure(making, chosen, others, tools, engine, inputs, settings, hardware)
+        measurement = _make_and_measure(making, chosen, others, tools, (engine, kept), inputs, settings, hardware)
         results = _results(making, measurement, inputs, hardware, scenario, _protocol(usual, settings, inputs))
         write_output(folder.results, (results.model_dump_json(indent=2) + "\n").encode())
         write_output(folder.report, render(results).encode())
@@ -154,13 +159,15 @@ def _make_and_measure(
     recipes: Sequence[Recipe],
     others: Sequence[PeerVariant],
     tools: tuple[float, Path | None],
-    engine: str,
+    running: tuple[str, Sequence[CachePrecision]],
     inputs: Inputs,
     settings: MeasurementSettings,
     hardware: dict[str, Any],
 ) -> Measurement:
-    """All artifacts, then all rows; failures of making and of measuring together."""
-    ours = [make_artifact(making, recipe, engine) for recipe in recipes]
+    """All artifacts, then all rows; failures of making and of measuring together. ``running``: engine and caches."""
+    engine, caches = running
+    made_by_us = [make_artifact(making, recipe, engine) for recipe in recipes]
+    ours = [row for contender in made_by_us for row in _with_caches(contender, caches)]
     with temporary_folder("peers") as scratch:
         made, failures = make_all(making, Tools(scratch, *tools), others)
         launch = as_other_tools() if others else OURS
@@ -218,6 +225,27 @@ def _unquantized(making: ArtifactRequest, reference: Contender, engine: str) -> 
     if fast == reference.engine:
         return []
     return [replace(reference, name=f"unquantized ({fast})", engine=fast)]
+
+
+def _cache_precisions(names: Sequence[str]) -> list[CachePrecision]:
+    """The precisions called ``names``, each once. Raises ``UserError``."""
+    found = [cache_named(name, "cpu") for name in dict.fromkeys(names)]
+    return [precision for precision in found if precision is not None]
+
+
+def _with_caches(contender: Contender, caches: Sequence[CachePrecision]) -> list[Contender]:
+    """The contender with each of ``caches``; once as it is where there are none, and in an engine without the choice."""
+    if not caches:
+        return [contender]
+    if contender.engine != "cpu":
+        note = f"runs on the {contender.engine} engine, which keeps keys and values in its own way"
+        return [replace(contender, notes=(*contender.notes, note))]
+    return [
+        replace(
+            contender, cache=cache, name=contender.name if cache == ORDINARY else f"{contender.name} ({cache} cache)"
+        )
+        for cache in caches
+    ]
 
 
 def _check_distinct(names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quern.advisor.hardware import measured_rates, rate_warnings
@@ -18,6 +19,7 @@ from quern.core.progress import Progress, Silent
 from quern.core.results import Row
 from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, DtypeName, engine_for
+from quern.engines.cpu import cache_named
 from quern.evaluation.choice import ChoiceSet
 from quern.evaluation.tasks import wanted_tasks
 from quern.evaluation.texts import load_windows
@@ -40,6 +42,7 @@ def evaluate(
     prompt_tokens: int = 256,
     decode_tokens: int = 32,
     engine: str = AUTO,
+    cache: str | None = None,
     tasks: Sequence[str] | None = None,
     tasks_path: str | Path | None = None,
     limit: int | None = None,
@@ -50,7 +53,9 @@ def evaluate(
     ``texts`` are files to score (see ``evaluation/texts.py``; default: held-out files of the running Python),
     ``choices`` JSONL files (see ``evaluation/choice.py``). An unquantized model without a reference is its own: its
     divergence is then the noise floor. ``engine`` runs the model (``auto``: the fastest that can); reference logits are
-    always the reference engine's. A quantized one without a reference has no divergence.
+    always the reference engine's. A quantized one without a reference has no divergence. ``cache`` is how the cpu engine
+    keeps keys and values (see ``generation.generate``), which the divergence then shows: positions of a window attend to
+    what the cache holds of those before.
 
     With ``texts``, an artifact that was calibrated is also run once on the reference engine, to see whether the inputs of
     its linears are like those of calibration: the row's ``input_shift``.
@@ -71,7 +76,8 @@ def evaluate(
     )
     progress = progress or Silent()
     checkpoint = open_model(model, progress=progress)
-    contender = contender_of(checkpoint, engine_for(checkpoint, engine))
+    chosen = engine_for(checkpoint, engine)
+    contender = replace(contender_of(checkpoint, chosen), cache=cache_named(cache, chosen))
     if reference is not None:
         original: Contender | None = Contender(name="reference", path=reference, timed=False)
     else:
@@ -96,7 +102,14 @@ def evaluate(
         {}
         if wanted is None
         else task_scores(
-            checkpoint, contender.engine, wanted, dtype=dtype, threads=threads, seed=seed, progress=progress
+            checkpoint,
+            contender.engine,
+            wanted,
+            dtype=dtype,
+            threads=threads,
+            seed=seed,
+            progress=progress,
+            cache=contender.cache,
         )
     )
     of_reference = [] if reference is None else _reference_notes(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from quern.checkpoint.safetensors_file import DTYPES
 from quern.comparison.artifact_size import artifact_bytes, loaded_bytes, weight_bytes
 from quern.core.errors import UserError
 from quern.core.metrics import bits_per_weight
+from quern.engines.cpu import cache_sizes
 from quern.formats.base import CodedPart, StoredWeight, format_of, reader_of
 from quern.formats.fit import FLOATS
 from quern.loading.fitting import fitted, model_config, open_stored, read_methods
@@ -60,6 +61,10 @@ class Inspection:
     parameters: int
     recipe: str | None
     """Name of the recipe, where quern wrote the model."""
+    cache_bytes_per_token: dict[str, int] = field(default_factory=dict)
+    """By precision of the cpu engine's key/value cache, what one token of context takes; empty where it knows no layout."""
+    context: int | None = None
+    """Tokens of the longest text; None where the configuration does not say."""
     notes: tuple[str, ...] = ()
     """What should be known of it: who quantized it, what was lost before, why it does not run."""
     loaded_bytes: int | None = None
@@ -92,6 +97,7 @@ def inspect(path: str | Path) -> Inspection:
     claimed = {part for weight in weights.values() for part in weight.parts}
     plain = [_plain_row(checkpoint, name, coded) for name in checkpoint.names() if name not in claimed]
     parameters = _parameters(checkpoint, weights, plain)
+    context = checkpoint.config.get("max_position_embeddings")
     return Inspection(
         path=checkpoint.path,
         bytes=artifact_bytes(checkpoint),
@@ -99,6 +105,8 @@ def inspect(path: str | Path) -> Inspection:
         bits_per_weight=bits_per_weight(weight_bytes(checkpoint), parameters),
         parameters=parameters,
         recipe=recipe,
+        cache_bytes_per_token=_cache_sizes(checkpoint),
+        context=context if type(context) is int and context > 0 else None,
         notes=(*checkpoint.notes, *notes),
         loaded_bytes=loaded_bytes(checkpoint) if coded else None,
     )
@@ -127,6 +135,13 @@ def _inspect_decoded(checkpoint: Checkpoint, method: str) -> Inspection:
         recipe=None,
         notes=(*checkpoint.notes, *_notes(checkpoint, {})),
     )
+
+
+def _cache_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    try:
+        return cache_sizes(architecture_of(model_config(checkpoint)))
+    except UserError:  # a family that is not known
+        return {}
 
 
 def _notes(checkpoint: Checkpoint, config: dict[str, Any]) -> list[str]:

@@ -40,6 +40,13 @@ def test_limits_arrive(results, options, arguments):
     assert {**found, "warnings": []} == expected.model_dump(mode="json")
 
 
+def test_the_length_of_a_text_arrives(results):
+    """No row of the sample says what its cache takes, so none is known to keep within the memory."""
+    found = asked(results, "--max-memory", "428MB", "--context", "4096", code=1)
+    assert "peak memory with 4096 tokens of context at most 428 MB" in found["reasons"][0]
+    assert any("its key/value cache was not measured" in entry["reason"] for entry in found["excluded"])
+
+
 def test_the_machine_is_named_and_another_one_warned_of(results, monkeypatch):
     sample = {"cpu_model": "AMD EPYC 9R14", "usable_cores": 2, "kernels_in_use": "avx2"}
     monkeypatch.setattr("quern.advisor.hardware.this_processor", lambda: sample)

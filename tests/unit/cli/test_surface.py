@@ -16,7 +16,7 @@ SURFACE = {
     },
     "evaluate": {
         *("MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--engine", "--seed", "--json"),
-        *("--no-speed", "--tasks", "--tasks-path", "--limit"),
+        *("--no-speed", "--tasks", "--tasks-path", "--limit", "--cache"),
     },
     "compare": {
         *("MODEL", "--output", "-o", "--recipes", "--calibration", "--text", "--choice", "--tokens", "--scenario"),
@@ -32,12 +32,13 @@ SURFACE = {
             "--no-speed",
             "--recipe",
             "--peer-time-limit",
+            "--cache",
         ),
     },
     "report": {"RESULTS.json", "--output", "-o", "--json"},
     "recommend": {
         *("RESULTS.json", "--scenario", "--weights", "--max-size", "--max-memory", "--max-loss", "--min-agreement"),
-        *("--min-speed", "--for", "--licence", "--json"),
+        *("--min-speed", "--for", "--licence", "--json", "--context"),
     },
     "inspect": {"PATH", "--json"},
     "generate": {

@@ -137,8 +137,11 @@ def expected(w: Weights, tokens) -> np.ndarray:
 
 
 # Of the greatest logit. float32: sums of at most 64 terms through two layers, a few hundred times 2^-24. The others: what
-# rounding keys and values costs, 2^-12 of each or 1 / 254 of the greatest.
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 5e-5), ("float16", 5e-3), ("int8", 0.1)])
+# rounding keys and values costs, 2^-12 of each or 1 / 254 or 1 / 16 of the greatest.
+CACHES = {"float32": 5e-5, "float16": 5e-3, "int8": 0.1, "int4": 0.5}
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), CACHES.items())
 def test_layers_are_what_their_steps_say(precision, tolerance):
     weights = Weights()
     made, tokens = decoder(weights), GENERATOR.integers(0, VOCABULARY, TOKENS)
