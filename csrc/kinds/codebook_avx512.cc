@@ -75,23 +75,24 @@ struct Code {
   }
 };
 
+// Four, two or one token at a time, since more variants would take long to compile; of tables of groups one.
 template <int BITS, bool OWN>
 void by_tokens(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
   using C = Code<BITS, OWN>;
-  Inputs part = in;  // by fours, since more would take long to compile
-  for (int32_t t = 0; t < in.tokens; t += 4) {
-    part.tokens = least(4, in.tokens - t);
+  Inputs part = in;
+  for (int32_t t = 0; t < in.tokens; t += part.tokens) {
+    const int32_t left = in.tokens - t;
+    part.tokens = OWN || left == 1 ? 1 : left < 4 ? 2 : 4;
     part.halves = in.halves + 2 * t * in.half;
     part.quarters = in.quarters + 4 * t * in.quarter;
     part.scale = in.scale + static_cast<int64_t>(t) * in.groups;
     part.sums = in.sums + static_cast<int64_t>(t) * in.groups;
     float* to = outputs + t * in.rows;
-    switch (part.tokens) {
-      case 1: by_group<C, 1>(weight, part, first, last, to); break;
-      case 2: by_group<C, 2>(weight, part, first, last, to); break;
-      case 3: by_group<C, 3>(weight, part, first, last, to); break;
-      default: by_group<C, 4>(weight, part, first, last, to); break;
+    if constexpr (!OWN) {
+      if (part.tokens == 4) by_group<C, 4>(weight, part, first, last, to);
+      if (part.tokens == 2) by_group<C, 2>(weight, part, first, last, to);
     }
+    if (part.tokens == 1) by_group<C, 1>(weight, part, first, last, to);
   }
 }
 
