@@ -65,7 +65,7 @@ def page(results: Results) -> str:
         "",
         f"Model `{Path(results.model.path).name}`, {results.hardware.get('cpu_model')}, {results.created[:10]}; made by",
         "`python benchmarks/techniques.py --page docs/techniques.md`. `quern recipes` and benchmarks/recipes have the",
-        "recipes, [recipes.md](recipes.md) their keys. Bits are those of all weights with their scales, embedding and head included.",
+        "recipes, [recipes.md](recipes.md) their keys. Bits are those of all weights with their scales, embedding and head.",
         "Accuracy loss is the KL divergence from the unquantized model in nats a token, with its 95 % interval, as",
         "[results.md](results.md) defines it. What a technique does to a small model need not be what it does to a",
         "large one.",
