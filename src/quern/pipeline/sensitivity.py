@@ -55,11 +55,12 @@ def shared_folder(cache: Path, fingerprint: Mapping[str, Any], job: Job) -> Path
     return cache / f"token-weights-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def run(job: Job, shared: Path | None = None) -> float:
+def run(job: Job, shared: Path | None = None, *, keep_gradients: bool = False) -> float:
     """The whole pass; continues where an earlier run was stopped.
 
-    With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. Returns the seconds that
-    were spared: those that the pass took when it was made. Raises ``BadFileError`` for a damaged ``shared``.
+    With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. ``keep_gradients``
+    leaves those of the embedding's outputs on the disk. Returns the seconds that were spared: those that the pass took when
+    it was made. Raises ``BadFileError`` for a damaged ``shared``.
     """
     layers = job.architecture.layers
     if all(job.work.done(f"weights {index}") is not None for index in range(layers)):
@@ -73,8 +74,15 @@ def run(job: Job, shared: Path | None = None) -> float:
             _put_into(shared, job, time.perf_counter() - started)
     for index in range(layers + 1):
         job.activations(INPUTS, index).path.unlink(missing_ok=True)
-    job.activations(GRADIENTS, 0).path.unlink(missing_ok=True)
+    if not keep_gradients:
+        job.activations(GRADIENTS, 0).path.unlink(missing_ok=True)
     return spared
+
+
+def share(job: Job, shared: Path, seconds: float) -> None:
+    """Leave the weights that ``run`` made, in ``seconds``, in the ``shared_folder`` for other jobs."""
+    if not shared.is_dir():
+        _put_into(shared, job, seconds)
 
 
 def _take_over(job: Job, shared: Path) -> float:
