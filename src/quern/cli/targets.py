@@ -64,7 +64,7 @@ def target_of(
 
 
 def recipe_for(name: str | None, target: Target | None, usual: str) -> Recipe:
-    """The recipe called ``name`` (None: ``usual``, or the allocating one for a ``target``), with the target if there is one."""
+    """The recipe called ``name`` for the ``target``, if there is one; None: ``usual``, or ``ALLOCATING`` for a target."""
     if target is None:
         return load_recipe(usual if name is None else name)
     return load_recipe(ALLOCATING if name is None else name).targeting(target)

@@ -31,7 +31,7 @@ from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
 from quern.quantization.calibration.token_weights import block_gradients, output_gradient, sequence_seed
 
-INPUTS, GRADIENTS, WEIGHTS = "inputs", "gradients", "weights"
+INPUTS, GRADIENTS, WEIGHTS, ROWS = "inputs", "gradients", "weights", "rows"
 _TIMING = "timing.json"
 
 
@@ -43,6 +43,11 @@ def needed(job: Job) -> bool:
 def token_weights(job: Job, index: int) -> dict[str, Tensor]:
     """Squared gradients float32 ``(tokens,)`` of block ``index`` by linear, once ``run`` has ended."""
     return job.work.read_tensors(f"{WEIGHTS}/{index:04d}")
+
+
+def row_squares(job: Job, index: int) -> dict[str, Tensor]:
+    """Squared gradients float32 ``(rows,)`` summed over the tokens, of block ``index`` by linear, where they were kept."""
+    return job.work.read_tensors(f"{ROWS}/{index:04d}")
 
 
 def shared_folder(cache: Path, fingerprint: Mapping[str, Any], job: Job) -> Path:
@@ -59,8 +64,8 @@ def run(job: Job, shared: Path | None = None, *, keep_gradients: bool = False) -
     """The whole pass; continues where an earlier run was stopped.
 
     With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. ``keep_gradients``
-    leaves those of the embedding's outputs on the disk. Returns the seconds that were spared: those that the pass took when
-    it was made. Raises ``BadFileError`` for a damaged ``shared``.
+    leaves those of the embedding's outputs on the disk, and the ``row_squares``. Returns the seconds that were spared: those
+    that the pass took when it was made. Raises ``BadFileError`` for a damaged ``shared``.
     """
     layers = job.architecture.layers
     if all(job.work.done(f"weights {index}") is not None for index in range(layers)):
@@ -69,7 +74,7 @@ def run(job: Job, shared: Path | None = None, *, keep_gradients: bool = False) -
     if shared is not None and shared.is_dir():
         spared = _take_over(job, shared)
     else:
-        _compute(job)
+        _compute(job, keep_gradients)
         if shared is not None and whole:
             _put_into(shared, job, time.perf_counter() - started)
     for index in range(layers + 1):
@@ -113,7 +118,7 @@ def _put_into(shared: Path, job: Job, seconds: float) -> None:
                 raise
 
 
-def _compute(job: Job) -> None:
+def _compute(job: Job, keep_rows: bool = False) -> None:
     layers = job.architecture.layers
     task = job.progress.task("token weights", 2 * layers + 1, _behind(job))
     _forward(job, task)
@@ -122,7 +127,7 @@ def _compute(job: Job) -> None:
         task.advance()
     for index in reversed(range(layers)):
         if job.work.done(f"weights {index}") is None:
-            _backward(job, index)
+            _backward(job, index, keep_rows)
             release_freed()
             task.advance()
         # Only now: a run that is stopped in block ``index`` needs these gradients again.
@@ -161,25 +166,31 @@ def _run_wave(job: Job, block: Block, source: ActivationFile, start: int, stop: 
     return block.run_each(source.read(start, stop), job.workers)
 
 
-def _backward(job: Job, index: int) -> None:
+def _backward(job: Job, index: int, keep_rows: bool) -> None:
     """Token weights of block ``index``, and the gradient of its inputs."""
     block = _block(job, index)
     inputs, outer = job.activations(INPUTS, index), job.activations(GRADIENTS, index + 1)
     inner = job.activations(GRADIENTS, index)
     linears = [linear.name for linear in block.spec.linears]
     collected: list[Tensor] = []
+    rows = {linear.name: torch.zeros(linear.shape[0], device=job.device) for linear in block.spec.linears}
 
     def wave(start: int, stop: int) -> Tensor:
         pairs = list(zip(inputs.read(start, stop), outer.read(start, stop), strict=True))
         results = job.workers.map(lambda pair: block_gradients(block, *pair), pairs)
-        collected.extend(squares for squares, _ in results)
-        return torch.stack([gradient for _, gradient in results])
+        for result in results:
+            collected.append(result.squares)
+            for name, sums in zip(linears, result.rows, strict=True):
+                rows[name] += sums
+        return torch.stack([result.inputs for result in results])
 
     with block.recording(linears):
         inner.write(wave)
     squares = torch.cat(collected, dim=1)
     path = job.work.write_tensors(f"{WEIGHTS}/{index:04d}", dict(zip(linears, squares, strict=True)))
     job.work.finish(f"gradients {index}", [inner.path], {})
+    if keep_rows:
+        job.work.finish(f"{ROWS} {index}", [job.work.write_tensors(f"{ROWS}/{index:04d}", rows)], {})
     job.work.finish(f"weights {index}", [path], {})
 
 

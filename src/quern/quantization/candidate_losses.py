@@ -7,19 +7,22 @@ add up to
 
     sum KL = 1/2 E_labels [ ( sum_t g_t . E x_t )^2 ],    g_t = dL / dy_t.
 
-Three steps make a number of it that one scalar a token and linear suffices for. *Tokens*: errors of different tokens are
+Three steps make a number of it that one scalar a token and one a row suffice for. *Tokens*: errors of different tokens are
 taken as uncorrelated, which leaves 1/2 sum_t (g_t . E x_t)^2. *Rows*: rounding errors of different rows have nothing to do
-with each other, so that (g . e)^2 is sum_i g_i^2 e_i^2 on average. *Equal rows*: gradients and errors are taken as spread
-evenly over the R rows, so that this is |g|^2 |e|^2 / R. With the Hessian H = sum_t |g_t|^2 x_t x_t^T, which rounding uses
-anyway,
+with each other, so that (g . e)^2 is sum_i g_i^2 e_i^2 on average. *Separation*: some tokens matter more and some rows do,
+and g_ti^2 is taken as |g_t|^2 s_i / R, with s_i = R sum_t g_ti^2 / sum_t |g_t|^2, whose mean over the R rows is 1. With the
+Hessian H = sum_t |g_t|^2 x_t x_t^T, which rounding uses anyway, and the rows E_i of the error
 
-    mean KL = tr(E H E^T) / (2 R T).
+    mean KL = sum_i s_i E_i H E_i^T / (2 R T).
 
 Errors of different linears, too, are taken as uncorrelated: their shares add up. The Hessian that calibration keeps has
 token weights of mean 1; ``Statistics.loss_scale`` is what they were divided by. Damping is no part of the loss.
 
+Error feedback fits the tokens that H is made of, and costs more on others. So the candidates are rounded by one part of the
+tokens and judged by the Hessian of the other.
+
 Rows are rounded independently, so some of them tell what all of them cost: errors go with a row's size, and the loss of the
-rounded rows is scaled by the squared norms of all rows over theirs.
+rounded rows is scaled by s_i times the squared norms of all rows over theirs.
 """
 
 from __future__ import annotations
@@ -46,35 +49,40 @@ _Kind = tuple[bool, float, bool]
 def candidate_losses(
     weight: Tensor,
     plans: Sequence[LinearPlan],
-    statistics: Statistics,
+    rounding: Statistics,
+    judging: Statistics,
     *,
     tokens: int,
+    row_weights: Tensor,
     signs: Tensor | None,
     rows: Tensor,
     workers: Workers,
 ) -> list[float]:
     """The loss of each of ``plans`` for ``weight`` ``(rows, columns)``, in nats a token; 0 for one that keeps the weight.
 
-    ``statistics`` are of the unrotated inputs, weighted by squared gradients; their Hessian is used up. ``tokens``: of the
-    whole calibration text. ``signs``: packed signs of the rotation that some plans have. ``rows``: int64, those that are
-    rounded. The plans are rounded side by side, each by one worker.
+    ``rounding`` and ``judging`` are statistics of the unrotated inputs of the tokens to round by and to judge by, weighted
+    by squared gradients; their Hessians are used up. ``tokens``: how many the calibration text has to judge by, whichever met
+    the linear. ``row_weights``: the s_i, ``(rows,)``, of mean 1. ``signs``: packed signs of the rotation that some plans have.
+    ``rows``: int64, those that are rounded. The plans are rounded side by side, each by one worker.
     """
-    hessians = _hessians(_full(statistics.take_hessian()), plans, signs)
+    judged = _hessians(_full(judging.take_hessian()), plans, signs)
+    hessians = _hessians(_full(rounding.take_hessian()), plans, signs)
     factors: dict[_Kind, Factor] = {}
     for plan in plans:
         kind = _kind(plan)
         if plan.quantized and ROUNDINGS.get(plan.rounding.method).needs_hessian and kind not in factors:
             factors[kind] = factorize(hessians[kind[0]].clone(), *kind[1:], workers)
-    sample = weight[rows].float()
+    sample, importance = weight[rows].float(), row_weights[rows].double()
     turned = {False: sample} if signs is None else {False: sample, True: rotate(sample, signs)}
-    scale = _squares(weight) / max(_squares(sample), torch.finfo(torch.float32).tiny)
-    scale *= statistics.loss_scale / (2 * len(weight) * tokens)
+    part = float(importance @ _squares(sample))
+    scale = judging.loss_scale / (2 * len(weight) * tokens)
+    scale *= float(row_weights.double() @ _squares(weight)) / part if part > 0 else 0.0
 
     def loss(plan: LinearPlan) -> float:
         if not plan.quantized:
             return 0.0
         kind = _kind(plan)
-        return scale * _quadratic(turned[kind[0]], plan, factors.get(kind), hessians[kind[0]])
+        return scale * float(importance @ _quadratic(turned[kind[0]], plan, factors.get(kind), judged[kind[0]]))
 
     return workers.map(loss, plans)
 
@@ -112,14 +120,15 @@ def _hessians(hessian: Tensor, plans: Sequence[LinearPlan], signs: Tensor | None
     return found
 
 
-def _squares(weight: Tensor) -> float:
-    return sum(float(part.double().square().sum()) for part in torch.split(weight, 1024))
+def _squares(weight: Tensor) -> Tensor:
+    """Squared norms of the rows, float64."""
+    return torch.cat([part.double().square().sum(1) for part in torch.split(weight, 1024)])
 
 
-def _quadratic(weight: Tensor, plan: LinearPlan, factor: Factor | None, hessian: Tensor) -> float:
-    """tr(E H E^T) of rounding float32 ``weight`` by ``plan``; both are rotated if the plan says so."""
+def _quadratic(weight: Tensor, plan: LinearPlan, factor: Factor | None, hessian: Tensor) -> Tensor:
+    """E_i H E_i^T float64 ``(rows,)`` of rounding float32 ``weight`` by ``plan``; both are rotated if the plan says so."""
     alone = Workers(1)  # several plans are in work at once
     codec = scale_dtypes.fitting({"": codec_of(plan.scheme)}, {"": weight}, alone)[""]
     rounded = ROUNDINGS.get(plan.rounding.method)(plan.rounding).round(weight, codec, factor, alone)
     error = weight - rounded.decoded
-    return sum(float(((part @ hessian) * part).double().sum()) for part in torch.split(error, 256))
+    return torch.cat([((part @ hessian) * part).double().sum(1) for part in torch.split(error, 256)])

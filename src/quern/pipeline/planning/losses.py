@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from quern.quantization.transforms.base import TRANSFORMS, InputRotation
 
 UNQUANTIZED = "unquantized"
 """Hidden states on their way through the unquantized blocks."""
+JUDGED_OF = 4
+"""Of so many calibration sequences the last is one to judge by, and the others are those to round by. Fewer are both."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def table_fingerprint(recipe: Recipe, fingerprint: Mapping[str, Any], sequences:
         asked["allocation"]["outer"] = [recipe.embedding.to_json(), recipe.head.to_json()]
     depends = {key: fingerprint[key] for key in ("quern", "model_sha256", "seed", "device")} | arithmetic()
     tokens = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
-    return {**depends, "tokens": tokens, "holds": "losses of candidates", "recipe": asked}
+    return {**depends, "tokens": tokens, "holds": "losses of candidates, judged by other tokens", "recipe": asked}
 
 
 def loss_table(job: Job, shared: Path | None = None) -> LossTable:
@@ -105,10 +109,11 @@ def _compute(job: Job, shared: Path | None) -> None:
     for index in range(architecture.layers + 1):
         job.activations(UNQUANTIZED, index).path.unlink(missing_ok=True)
     job.activations(sensitivity.GRADIENTS, 0).path.unlink(missing_ok=True)
-    for path in job.work.path(sensitivity.WEIGHTS).glob("*.safetensors"):
-        path.unlink()
-    with suppress(OSError):
-        job.work.path(sensitivity.WEIGHTS).rmdir()
+    for kind in (sensitivity.WEIGHTS, sensitivity.ROWS):
+        for path in job.work.path(kind).glob("*.safetensors"):
+            path.unlink()
+        with suppress(OSError):
+            job.work.path(kind).rmdir()
 
 
 def _start_chain(job: Job) -> None:
@@ -127,10 +132,11 @@ def _block_losses(job: Job, index: int, task: Task) -> None:
     started = time.perf_counter()
     block = Block(job.architecture, index, job.read, job.compute_dtype, job.sequences.shape[1])
     weights = {name: normalized(values) for name, values in sensitivity.token_weights(job, index).items()}
+    importance = {name: normalized(values)[0] for name, values in sensitivity.row_squares(job, index).items()}
     losses: dict[str, list[float]] = {}
     for stage in block.spec.stages:
         for group, statistics in zip(stage, _statistics(job, block, stage, weights), strict=True):
-            losses |= _group_losses(job, block, group, statistics, task)
+            losses |= _group_losses(job, block, group, statistics, importance, task)
         release_freed()
     source, following = (job.activations(UNQUANTIZED, place) for place in (index, index + 1))
     following.write(lambda start, stop: block.run_each(source.read(start, stop), job.workers))
@@ -139,10 +145,18 @@ def _block_losses(job: Job, index: int, task: Task) -> None:
     source.path.unlink()
 
 
+@dataclass(frozen=True)
+class _Halves:
+    """Statistics of one group's inputs: of the tokens to round by, and of those to judge by."""
+
+    rounding: GroupStatistics
+    judging: GroupStatistics
+
+
 def _statistics(
     job: Job, block: Block, stage: Sequence[LinearGroup], weights: Mapping[str, tuple[Tensor, float]]
-) -> list[GroupStatistics]:
-    """Of what the groups of a stage read in the unquantized block: a Hessian for each linear, by its own token weights."""
+) -> list[_Halves]:
+    """Of what the groups of a stage read in the unquantized block: Hessians for each linear, by its own token weights."""
     source = job.activations(UNQUANTIZED, block.spec.index)
     wanted = [
         Wanted(
@@ -152,20 +166,40 @@ def _statistics(
         )
         for group in stage
     ]
-    found = [
-        collector(want, block.linear(group.linears[0]).in_features, job.device)
-        for want, group in zip(wanted, stage, strict=True)
-    ]
+    found = []
+    for want, group in zip(wanted, stage, strict=True):
+        columns = block.linear(group.linears[0]).in_features
+        found.append(_Halves(collector(want, columns, job.device), collector(want, columns, job.device)))
     first = [group.linears[0] for group in stage]
+    sequences, time, _ = source.shape
     for start, stop in source.waves():
         taps = block.capture(first, source.read(start, stop), job.workers)
-        for want, statistics, name in zip(wanted, found, first, strict=True):
-            add_tap(statistics, want, start * source.shape[1], taps[name], job.workers)
-    return found
+        for begin, end, judging in _runs(start, stop, sequences):
+            for want, halves, name in zip(wanted, found, first, strict=True):
+                part = taps[name].part((begin - start) * time, (end - start) * time)
+                statistics = halves.judging if judging else halves.rounding
+                add_tap(statistics, want, begin * time, part, job.workers)
+    return found if sequences >= JUDGED_OF else [_Halves(one.rounding, deepcopy(one.rounding)) for one in found]
+
+
+def _runs(start: int, stop: int, sequences: int) -> Iterator[tuple[int, int, bool]]:
+    """The sequences ``[start, stop)`` in runs ``(begin, end, whether to judge by them)``."""
+    for judging, run in groupby(range(start, stop), lambda sequence: _is_judged(sequence, sequences)):
+        each = list(run)
+        yield each[0], each[-1] + 1, judging
+
+
+def _is_judged(sequence: int, sequences: int) -> bool:
+    return sequences >= JUDGED_OF and sequence % JUDGED_OF == JUDGED_OF - 1
+
+
+def _judged_tokens(sequences: int, time: int) -> int:
+    """Tokens that candidates are judged by."""
+    return time * (sequences if sequences < JUDGED_OF else sequences // JUDGED_OF)
 
 
 def _group_losses(
-    job: Job, block: Block, group: LinearGroup, statistics: GroupStatistics, task: Task
+    job: Job, block: Block, group: LinearGroup, statistics: _Halves, importance: Mapping[str, Tensor], task: Task
 ) -> dict[str, list[float]]:
     """By full name, the losses of the linears that read the same input."""
     assert job.sequences is not None
@@ -178,8 +212,10 @@ def _group_losses(
         found[full] = candidate_losses(
             weight,
             candidates_for(job.recipe, full),
-            statistics.by_linear[name],
-            tokens=job.sequences.numel(),
+            statistics.rounding.by_linear[name],
+            statistics.judging.by_linear[name],
+            tokens=_judged_tokens(*job.sequences.shape),
+            row_weights=importance[name],
             signs=signs,
             rows=sampled_rows(len(weight), job.recipe.allocation.rows, job.seed, full),
             workers=job.workers,
