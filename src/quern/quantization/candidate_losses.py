@@ -61,9 +61,9 @@ def candidate_losses(
     """The loss of each of ``plans`` for ``weight`` ``(rows, columns)``, in nats a token; 0 for one that keeps the weight.
 
     ``rounding`` and ``judging`` are statistics of the unrotated inputs of the tokens to round by and to judge by, weighted
-    by squared gradients; their Hessians are used up. ``tokens``: how many the calibration text has to judge by, whichever met
-    the linear. ``row_weights``: the s_i, ``(rows,)``, of mean 1. ``signs``: packed signs of the rotation that some plans have.
-    ``rows``: int64, those that are rounded. The plans are rounded side by side, each by one worker.
+    by squared gradients; their Hessians are used up. ``tokens``: how many the calibration text has to judge by, whichever
+    met the linear. ``row_weights``: the s_i, ``(rows,)``, of mean 1. ``signs``: packed signs of the rotation that some plans
+    have. ``rows``: int64, those that are rounded. The plans are rounded side by side, each by one worker.
     """
     judged = _hessians(_full(judging.take_hessian()), plans, signs)
     hessians = _hessians(_full(rounding.take_hessian()), plans, signs)

@@ -181,15 +181,15 @@ def test_what_cannot_be_met(planned, target, told):
     assert all(words in str(raised.value) for words in told), str(raised.value)
 
 
-def test_limits_that_contradict_each_other_are_named(extremes, planned):
+def test_limits_that_contradict_each_other_are_named(place, extremes, planned):
     least, best = extremes
-    loss = best.predicted_loss * 2
+    loss, least_data = best.predicted_loss * 2, least.bits_per_weight * parameters(place) / 8
     with pytest.raises(
         UserError, match=r"bits .* and max_loss .* contradict each other: the first allows a predicted loss"
     ):
         planned({"bits": least.bits_per_weight * 1.1, "max_loss": loss})
     with pytest.raises(UserError, match="min_speed 1 and max_loss"):
-        planned({"min_speed": 1, "bandwidth_gb_s": least.bytes * 1.05 / 1e9, "max_loss": loss})
+        planned({"min_speed": 1, "bandwidth_gb_s": least_data * 1.05 / 1e9, "max_loss": loss})
 
 
 def test_joined_linears_have_one_scheme(planned, extremes):
@@ -248,7 +248,7 @@ def test_quantizing_by_a_target_is_quantizing_by_its_plan(place, planned):
 def test_losses_are_computed_once_and_for_one_model(place, tmp_path, monkeypatch, planned):
     planned({"bits": 4})
     monkeypatch.setattr(losses, "_compute", lambda job, shared: pytest.fail("they were computed again"))
-    for target in ({"bits": 3.5}, {"bytes": 60_000}, {"max_loss": 1.0}):
+    for target in ({"bits": 3.5}, {"bytes": 90_000}, {"max_loss": 1.0}):
         planned(target)
     planned({"bits": 4}, name="another", description="of the same")
     for other in (

@@ -105,8 +105,10 @@ class Chooser:
             if fits:
                 again = best is not None and found.candidates == best.candidates
                 best = found if best is None or self._better(found, best, budget) else best
-                if again or own >= files or budget.goal == "bytes":
+                if again or own >= files:
                     break
+            if budget.goal == "bytes":
+                break
             files = own  # the other files' bytes depend a little on what is chosen
         if best is not None:
             return replace(best, smallest=smallest.bytes.files)
@@ -121,7 +123,8 @@ class Chooser:
         allowed = budget.data(files)
         read = budget.read
         return Limits(
-            bytes=min(allowed.values()) - kept if allowed else None,
+            # Where bytes become least anyway, what they come to is compared with the limits afterwards.
+            bytes=min(allowed.values()) - kept if allowed and budget.goal == "loss" else None,
             read=None if read is None else read - kept,
             loss=budget.target.max_loss,
         )
@@ -187,11 +190,12 @@ class Chooser:
         limits = self._limits(budget, kept, _overhead(smallest))
         alone = solve(self._problem, Limits(loss=budget.target.max_loss), "bytes")
         needed = "" if alone is None else f"{bytes_text(self._carried_out(alone, budget).bytes.files)} at least"
-        within = solve(self._problem, Limits(limits.bytes, limits.read), "loss")
+        allowed = budget.data(_overhead(smallest))
+        most = min(allowed.values()) - kept if allowed else None
+        within = solve(self._problem, Limits(most, limits.read), "loss")
         reached = (
             "" if within is None else f"a predicted loss of {significant(totals(within).loss)} nats a token at least"
         )
-        allowed = budget.data(_overhead(smallest))
         name = min(allowed, key=lambda key: allowed[key]) if allowed else "min_speed"
         if allowed and budget.read is not None and budget.read < min(allowed.values()):
             name = "min_speed"
