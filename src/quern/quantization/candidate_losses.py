@@ -7,27 +7,26 @@ add up to
 
     sum KL = 1/2 E_labels [ ( sum_t g_t . E x_t )^2 ],    g_t = dL / dy_t.
 
-Three steps make a number of it that one scalar a token and one a row suffice for. *Tokens*: errors of different tokens are
-taken as uncorrelated, which leaves 1/2 sum_t (g_t . E x_t)^2. *Rows*: rounding errors of different rows have nothing to do
-with each other, so that (g . e)^2 is sum_i g_i^2 e_i^2 on average. *Separation*: some tokens matter more and some rows do,
-and g_ti^2 is taken as |g_t|^2 s_i / R, with s_i = R sum_t g_ti^2 / sum_t |g_t|^2, whose mean over the R rows is 1. With the
-Hessian H = sum_t |g_t|^2 x_t x_t^T, which rounding uses anyway, and the rows E_i of the error
+*Tokens*: errors of different tokens are taken as uncorrelated, which leaves 1/2 sum_t (g_t . E x_t)^2. *Rows*: rounding
+errors of different rows E_i have nothing to do with each other, so that on average
 
-    mean KL = sum_i s_i E_i H E_i^T / (2 R T).
+    mean KL = 1 / (2 T) sum_t sum_i g_ti^2 (E_i x_t)^2.
 
-Errors of different linears, too, are taken as uncorrelated: their shares add up. The Hessian that calibration keeps has
-token weights of mean 1; ``Statistics.loss_scale`` is what they were divided by. Damping is no part of the loss.
+Errors of different linears, too, are taken as uncorrelated: their shares add up. Were gradients and errors spread evenly
+over the R rows, this would be tr(E H E^T) / (2 R T) with the Hessian H = sum_t |g_t|^2 x_t x_t^T by which GPTQ rounds; they
+are not.
 
 Error feedback fits the tokens that H is made of, and costs more on others. So the candidates are rounded by one part of the
-tokens and judged by the Hessian of the other.
+tokens and judged by the gradients and inputs of others.
 
 Rows are rounded independently, so some of them tell what all of them cost: errors go with a row's size, and the loss of the
-rounded rows is scaled by s_i times the squared norms of all rows over theirs.
+rounded rows is scaled by the sum over all rows of |W_i|^2 sum_t g_ti^2, over that of theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,47 +41,64 @@ from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.rounding.factor import Factor, factorize
 from quern.rotation.rotation import rotate
 
+PIECE = 512
+"""Tokens that are judged by at a time."""
 _Kind = tuple[bool, float, bool]
 """What a factorization depends on: rotation, damping, order."""
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The tokens that candidates are judged by."""
+
+    inputs: Tensor
+    """What the linear reads of them, ``(met tokens, columns)``, unrotated."""
+    gradients: Tensor
+    """dL/dy_ti ``(met tokens, sampled rows)``."""
+    tokens: int
+    """How many there are, whichever met the linear."""
 
 
 def candidate_losses(
     weight: Tensor,
     plans: Sequence[LinearPlan],
     rounding: Statistics,
-    judging: Statistics,
+    judges: Judges,
     *,
-    tokens: int,
-    row_weights: Tensor,
+    row_squares: Tensor,
     signs: Tensor | None,
     rows: Tensor,
     workers: Workers,
 ) -> list[float]:
     """The loss of each of ``plans`` for ``weight`` ``(rows, columns)``, in nats a token; 0 for one that keeps the weight.
 
-    ``rounding`` and ``judging`` are statistics of the unrotated inputs of the tokens to round by and to judge by, weighted
-    by squared gradients; their Hessians are used up. ``tokens``: how many the calibration text has to judge by, whichever
-    met the linear. ``row_weights``: the s_i, ``(rows,)``, of mean 1. ``signs``: packed signs of the rotation that some plans
-    have. ``rows``: int64, those that are rounded. The plans are rounded side by side, each by one worker.
+    ``rounding``: statistics of the unrotated inputs of the tokens to round by, weighted by squared gradients; its Hessian is
+    used up. ``row_squares``: sum_t g_ti^2 ``(rows,)`` up to a factor. ``signs``: packed signs of the rotation that some
+    plans have. ``rows``: int64, those that are rounded. The plans are rounded side by side, each by one worker.
     """
-    judged = _hessians(_full(judging.take_hessian()), plans, signs)
     hessians = _hessians(_full(rounding.take_hessian()), plans, signs)
     factors: dict[_Kind, Factor] = {}
     for plan in plans:
         kind = _kind(plan)
         if plan.quantized and ROUNDINGS.get(plan.rounding.method).needs_hessian and kind not in factors:
             factors[kind] = factorize(hessians[kind[0]].clone(), *kind[1:], workers)
-    sample, importance = weight[rows].float(), row_weights[rows].double()
-    turned = {False: sample} if signs is None else {False: sample, True: rotate(sample, signs)}
-    part = float(importance @ _squares(sample))
-    scale = judging.loss_scale / (2 * len(weight) * tokens)
-    scale *= float(row_weights.double() @ _squares(weight)) / part if part > 0 else 0.0
+    sample, inputs = weight[rows].float(), judges.inputs.float()
+    turned = {False: (sample, inputs)}
+    if signs is not None and True in hessians:
+        turned[True] = rotate(sample, signs), rotate(inputs, signs)
+    part = float(row_squares[rows].double() @ _squares(sample))
+    scale = float(row_squares.double() @ _squares(weight)) / part if part > 0 else 0.0
+    squares = judges.gradients.float().square_()
 
     def loss(plan: LinearPlan) -> float:
         if not plan.quantized:
             return 0.0
         kind = _kind(plan)
-        return scale * float(importance @ _quadratic(turned[kind[0]], plan, factors.get(kind), judged[kind[0]]))
+        rows_, inputs_ = turned[kind[0]]
+        error = rows_ - _rounded(rows_, plan, factors.get(kind))
+        pairs = zip(torch.split(inputs_, PIECE), torch.split(squares, PIECE), strict=True)
+        total = sum(float((each * (some @ error.T).square_()).double().sum()) for some, each in pairs)
+        return scale * total / (2 * judges.tokens)
 
     return workers.map(loss, plans)
 
@@ -125,10 +141,8 @@ def _squares(weight: Tensor) -> Tensor:
     return torch.cat([part.double().square().sum(1) for part in torch.split(weight, 1024)])
 
 
-def _quadratic(weight: Tensor, plan: LinearPlan, factor: Factor | None, hessian: Tensor) -> Tensor:
-    """E_i H E_i^T float64 ``(rows,)`` of rounding float32 ``weight`` by ``plan``; both are rotated if the plan says so."""
+def _rounded(weight: Tensor, plan: LinearPlan, factor: Factor | None) -> Tensor:
+    """Float32 ``weight`` ``(rows, columns)``, rotated if the plan says so, as it would be stored."""
     alone = Workers(1)  # several plans are in work at once
     codec = scale_dtypes.fitting({"": codec_of(plan.scheme)}, {"": weight}, alone)[""]
-    rounded = ROUNDINGS.get(plan.rounding.method)(plan.rounding).round(weight, codec, factor, alone)
-    error = weight - rounded.decoded
-    return torch.cat([((part @ hessian) * part).double().sum(1) for part in torch.split(error, 256)])
+    return ROUNDINGS.get(plan.rounding.method)(plan.rounding).round(weight, codec, factor, alone).decoded

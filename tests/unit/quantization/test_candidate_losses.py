@@ -1,7 +1,5 @@
 """Losses of candidates: the units of KL, against divergences that are computed as they are."""
 
-import copy
-
 import pytest
 import torch
 from torch.nn import functional
@@ -15,7 +13,7 @@ from quern.pipeline.planning.outer_losses import mean_divergence
 from quern.quantization.calibration.hessian import add_to_hessian
 from quern.quantization.calibration.statistics import Statistics
 from quern.quantization.calibration.token_weights import normalized
-from quern.quantization.candidate_losses import candidate_losses, sampled_rows
+from quern.quantization.candidate_losses import Judges, candidate_losses, sampled_rows
 from quern.rotation.rotation import pack_signs
 
 COLUMNS, ROWS, VOCABULARY, TOKENS = 64, 256, 50, 6000
@@ -43,28 +41,27 @@ class Model:
         expected, got = (self.logits(w).log_softmax(-1) for w in (self.weight, weight))
         return float((expected.exp() * (expected - got)).sum(-1).mean())
 
-    def statistics(self) -> tuple[Statistics, torch.Tensor]:
-        """With token weights as the sensitivity pass makes them: squared gradients for drawn labels."""
+    def gradients(self) -> torch.Tensor:
+        """At the linear's output, for drawn labels: float32 ``(TOKENS, ROWS)``."""
         prediction = self.logits(self.weight).softmax(-1).float()
         labels = torch.multinomial(prediction, 1, generator=self.random)
-        gradient = prediction.scatter_add(1, labels, torch.full((TOKENS, 1), -1.0)) @ self.head
-        weights, scale = normalized(gradient.square().sum(1))
-        hessian = torch.zeros(COLUMNS, COLUMNS)
-        add_to_hessian(hessian, self.inputs, weights, Workers(1))
-        return Statistics(hessian, scale, TOKENS), normalized(gradient.square().sum(0))[0]
+        return prediction.scatter_add(1, labels, torch.full((TOKENS, 1), -1.0)) @ self.head
 
-    def losses(self, plans, signs=None, rows=None):
-        statistics, row_weights = self.statistics()
+    def losses(self, plans, signs=None, rows=None, seen=TOKENS, workers=2):
+        """By all tokens; rounded by the first ``seen`` of them."""
+        gradients, rows = self.gradients(), torch.arange(ROWS) if rows is None else rows
+        weights, scale = normalized(gradients[:seen].square().sum(1))
+        hessian = torch.zeros(COLUMNS, COLUMNS)
+        add_to_hessian(hessian, self.inputs[:seen], weights, Workers(1))
         return candidate_losses(
             self.weight.clone(),
             plans,
-            statistics,
-            copy.deepcopy(statistics),
-            tokens=TOKENS,
-            row_weights=row_weights,
+            Statistics(hessian, scale, seen),
+            Judges(self.inputs, gradients[:, rows], TOKENS),
+            row_squares=gradients.square().sum(0),
             signs=signs,
-            rows=torch.arange(ROWS) if rows is None else rows,
-            workers=Workers(2),
+            rows=rows,
+            workers=Workers(workers),
         )
 
 
@@ -92,39 +89,29 @@ def test_the_prediction_is_the_divergence(seed):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_rows_count_as_their_gradients_say(seed):
-    """Rows that the head hardly reads cost hardly anything, though their errors are the largest; without ``row_weights`` the
-    prediction would be off by more than twice. The tolerance is the one above, for a third of the rows: times sqrt(3)."""
+    """Rows that the head hardly reads cost hardly anything, though their errors are the largest. The tolerance is the one above,
+    for a third of the rows: times sqrt(3)."""
     model = Model(seed)
     importance = torch.linspace(2, 0.05, ROWS)
     model.head *= importance
+    plain = rounded(model, LinearPlan(EIGHT, NEAREST)) - model.weight
+    assert float(plain[-20:].norm() / plain[:20].norm()) == pytest.approx(1, rel=0.5)
     model.weight /= importance[:, None]
     plan = LinearPlan(EIGHT, NEAREST)
     (predicted,) = model.losses([plan])
-    measured = model.divergence(rounded(model, plan))
-    assert predicted == pytest.approx(measured, rel=0.28)
-    statistics, _ = model.statistics()
-    (equal,) = candidate_losses(
-        model.weight, [plan], statistics, copy.deepcopy(statistics), tokens=TOKENS, row_weights=torch.ones(ROWS),
-        signs=None, rows=torch.arange(ROWS), workers=Workers(1),
-    )  # fmt: skip
-    assert equal > 2 * measured
+    assert predicted == pytest.approx(model.divergence(rounded(model, plan)), rel=0.28)
 
 
 def test_feedback_is_judged_by_other_tokens():
-    """GPTQ that has seen few tokens fits them: by these it costs less than it does by others."""
-    model = Model(7)
-    few = torch.zeros(COLUMNS, COLUMNS)
-    add_to_hessian(few, model.inputs[:80], None, Workers(1))
-    others = torch.zeros(COLUMNS, COLUMNS)
-    add_to_hessian(others, model.inputs[80:], None, Workers(1))
-    seen, unseen = (
-        candidate_losses(
-            model.weight, [LinearPlan(FOUR, GPTQ)], Statistics(few.clone()), Statistics(by.clone()), tokens=count,
-            row_weights=torch.ones(ROWS), signs=None, rows=torch.arange(ROWS), workers=Workers(1),
-        )[0]
-        for by, count in ((few, 80), (others, TOKENS - 80))
-    )  # fmt: skip
-    assert unseen > 1.3 * seen
+    """GPTQ that has seen few tokens fits them, and by all tokens costs more than GPTQ that has seen all."""
+    few, every = (Model(7).losses([LinearPlan(FOUR, GPTQ)], seen=seen)[0] for seen in (80, TOKENS))
+    assert few > 1.1 * every
+
+
+def test_workers_change_nothing():
+    signs = pack_signs(torch.rand(COLUMNS, generator=torch.Generator().manual_seed(1)).numpy() < 0.5)
+    plans = [LinearPlan(FOUR, GPTQ), LinearPlan(EIGHT, GPTQ, ROTATION)]
+    assert Model(8).losses(plans, signs, workers=1) == Model(8).losses(plans, signs, workers=3)
 
 
 def test_a_wrong_factor_would_be_seen():

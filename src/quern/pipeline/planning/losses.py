@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quern.architectures.base import LinearGroup
@@ -30,15 +29,15 @@ from quern.pipeline import sensitivity
 from quern.pipeline.job import Job
 from quern.pipeline.planning import outer_losses
 from quern.quantization.arithmetic import arithmetic
-from quern.quantization.calibration.block import Block
+from quern.quantization.calibration.block import Block, Tap
 from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, collector
 from quern.quantization.calibration.token_weights import normalized
-from quern.quantization.candidate_losses import candidate_losses, sampled_rows
+from quern.quantization.candidate_losses import Judges, candidate_losses, sampled_rows
 from quern.quantization.transforms.base import TRANSFORMS, InputRotation
 
 UNQUANTIZED = "unquantized"
 """Hidden states on their way through the unquantized blocks."""
-JUDGED_OF = 4
+JUDGES_OF = 4
 """Of so many calibration sequences the last is one to judge by, and the others are those to round by. Fewer are both."""
 
 
@@ -68,7 +67,7 @@ def table_fingerprint(recipe: Recipe, fingerprint: Mapping[str, Any], sequences:
         asked["allocation"]["outer"] = [recipe.embedding.to_json(), recipe.head.to_json()]
     depends = {key: fingerprint[key] for key in ("quern", "model_sha256", "seed", "device")} | arithmetic()
     tokens = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
-    return {**depends, "tokens": tokens, "holds": "losses of candidates, judged by other tokens", "recipe": asked}
+    return {**depends, "tokens": tokens, "holds": "losses of candidates, row by row", "recipe": asked}
 
 
 def loss_table(job: Job, shared: Path | None = None) -> LossTable:
@@ -90,7 +89,7 @@ def _compute(job: Job, shared: Path | None) -> None:
     architecture = job.architecture
     started = time.perf_counter()
     if job.work.done("token weights") is None:
-        sensitivity.run(job, keep_gradients=True)
+        sensitivity.run(job, sample=_sample(job))
         job.work.finish("token weights", [], {"seconds": time.perf_counter() - started})
     if shared is not None:
         sensitivity.share(job, shared, float((job.work.done("token weights") or {})["seconds"]))
@@ -109,7 +108,7 @@ def _compute(job: Job, shared: Path | None) -> None:
     for index in range(architecture.layers + 1):
         job.activations(UNQUANTIZED, index).path.unlink(missing_ok=True)
     job.activations(sensitivity.GRADIENTS, 0).path.unlink(missing_ok=True)
-    for kind in (sensitivity.WEIGHTS, sensitivity.ROWS):
+    for kind in (sensitivity.WEIGHTS, sensitivity.ROWS, sensitivity.SAMPLED):
         for path in job.work.path(kind).glob("*.safetensors"):
             path.unlink()
         with suppress(OSError):
@@ -132,11 +131,11 @@ def _block_losses(job: Job, index: int, task: Task) -> None:
     started = time.perf_counter()
     block = Block(job.architecture, index, job.read, job.compute_dtype, job.sequences.shape[1])
     weights = {name: normalized(values) for name, values in sensitivity.token_weights(job, index).items()}
-    importance = {name: normalized(values)[0] for name, values in sensitivity.row_squares(job, index).items()}
+    gradients = _Gradients(sensitivity.row_squares(job, index), sensitivity.sampled_gradients(job, index))
     losses: dict[str, list[float]] = {}
     for stage in block.spec.stages:
         for group, statistics in zip(stage, _statistics(job, block, stage, weights), strict=True):
-            losses |= _group_losses(job, block, group, statistics, importance, task)
+            losses |= _group_losses(job, block, group, statistics, gradients, task)
         release_freed()
     source, following = (job.activations(UNQUANTIZED, place) for place in (index, index + 1))
     following.write(lambda start, stop: block.run_each(source.read(start, stop), job.workers))
@@ -145,17 +144,35 @@ def _block_losses(job: Job, index: int, task: Task) -> None:
     source.path.unlink()
 
 
-@dataclass(frozen=True)
-class _Halves:
-    """Statistics of one group's inputs: of the tokens to round by, and of those to judge by."""
+@dataclass
+class _Known:
+    """Of one group's inputs: statistics of the tokens to round by, and the inputs of those to judge by."""
 
     rounding: GroupStatistics
-    judging: GroupStatistics
+    judging: list[Tap]
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Of one block, by linear: see ``sensitivity.row_squares`` and ``sampled_gradients``."""
+
+    row_squares: dict[str, Tensor]
+    sampled: dict[str, Tensor]
+
+
+def _sample(job: Job) -> sensitivity.Sample:
+    """The gradients that candidates are judged by."""
+    assert job.sequences is not None
+    assert job.recipe.allocation is not None
+    most, sequences = job.recipe.allocation.rows, len(job.sequences)
+    return sensitivity.Sample(
+        lambda linear, rows: sampled_rows(rows, most, job.seed, linear), lambda place: _judges(place, sequences)
+    )
 
 
 def _statistics(
     job: Job, block: Block, stage: Sequence[LinearGroup], weights: Mapping[str, tuple[Tensor, float]]
-) -> list[_Halves]:
+) -> list[_Known]:
     """Of what the groups of a stage read in the unquantized block: Hessians for each linear, by its own token weights."""
     source = job.activations(UNQUANTIZED, block.spec.index)
     wanted = [
@@ -166,43 +183,40 @@ def _statistics(
         )
         for group in stage
     ]
-    found = []
-    for want, group in zip(wanted, stage, strict=True):
-        columns = block.linear(group.linears[0]).in_features
-        found.append(_Halves(collector(want, columns, job.device), collector(want, columns, job.device)))
+    found = [
+        _Known(collector(want, block.linear(group.linears[0]).in_features, job.device), [])
+        for want, group in zip(wanted, stage, strict=True)
+    ]
     first = [group.linears[0] for group in stage]
     sequences, time, _ = source.shape
     for start, stop in source.waves():
         taps = block.capture(first, source.read(start, stop), job.workers)
-        for begin, end, judging in _runs(start, stop, sequences):
-            for want, halves, name in zip(wanted, found, first, strict=True):
-                part = taps[name].part((begin - start) * time, (end - start) * time)
-                statistics = halves.judging if judging else halves.rounding
-                add_tap(statistics, want, begin * time, part, job.workers)
-    return found if sequences >= JUDGED_OF else [_Halves(one.rounding, deepcopy(one.rounding)) for one in found]
+        for place in range(start, stop):
+            for want, known, name in zip(wanted, found, first, strict=True):
+                part = taps[name].part((place - start) * time, (place - start + 1) * time)
+                if _judges(place, sequences):
+                    known.judging.append(part)
+                if not _judges(place, sequences) or sequences < JUDGES_OF:
+                    add_tap(known.rounding, want, place * time, part, job.workers)
+    return found
 
 
-def _runs(start: int, stop: int, sequences: int) -> Iterator[tuple[int, int, bool]]:
-    """The sequences ``[start, stop)`` in runs ``(begin, end, whether to judge by them)``."""
-    for judging, run in groupby(range(start, stop), lambda sequence: _is_judged(sequence, sequences)):
-        each = list(run)
-        yield each[0], each[-1] + 1, judging
+def _judges(sequence: int, sequences: int) -> bool:
+    """Whether candidates are judged by a sequence."""
+    return sequences < JUDGES_OF or sequence % JUDGES_OF == JUDGES_OF - 1
 
 
-def _is_judged(sequence: int, sequences: int) -> bool:
-    return sequences >= JUDGED_OF and sequence % JUDGED_OF == JUDGED_OF - 1
-
-
-def _judged_tokens(sequences: int, time: int) -> int:
-    """Tokens that candidates are judged by."""
-    return time * (sequences if sequences < JUDGED_OF else sequences // JUDGED_OF)
+def _judges_of(known: _Known, gradients: Tensor) -> Judges:
+    """The tokens to judge one linear by; ``gradients`` ``(tokens, sampled rows)`` are of all of them, in order."""
+    parts = torch.split(gradients, known.judging[0].length)
+    met = [tap.of_tokens(part) for tap, part in zip(known.judging, parts, strict=True)]
+    return Judges(torch.cat([tap.inputs for tap in known.judging]), torch.cat(met), len(gradients))
 
 
 def _group_losses(
-    job: Job, block: Block, group: LinearGroup, statistics: _Halves, importance: Mapping[str, Tensor], task: Task
+    job: Job, block: Block, group: LinearGroup, known: _Known, gradients: _Gradients, task: Task
 ) -> dict[str, list[float]]:
     """By full name, the losses of the linears that read the same input."""
-    assert job.sequences is not None
     assert job.recipe.allocation is not None
     found = {}
     columns = block.linear(group.linears[0]).in_features
@@ -212,10 +226,9 @@ def _group_losses(
         found[full] = candidate_losses(
             weight,
             candidates_for(job.recipe, full),
-            statistics.rounding.by_linear[name],
-            statistics.judging.by_linear[name],
-            tokens=_judged_tokens(*job.sequences.shape),
-            row_weights=importance[name],
+            known.rounding.by_linear[name],
+            _judges_of(known, gradients.sampled[name].to(job.device)),
+            row_squares=gradients.row_squares[name],
             signs=signs,
             rows=sampled_rows(len(weight), job.recipe.allocation.rows, job.seed, full),
             workers=job.workers,

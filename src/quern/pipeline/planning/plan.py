@@ -250,7 +250,7 @@ def candidates_of(
     with work_folder as work, deterministic_workers(threads) as workers:
         everything = plan_of(alike[0], architecture)
         job = Job(checkpoint, architecture, recipe, everything, writer, sequences, seed, work, workers, progress, where)
-        memory_plan.check(job, memory, further_hessians=2 + _most_together(architecture))
+        memory_plan.check(job, memory, further_hessians=2)
         table = loss_table(job, sensitivity.shared_folder(cache, fingerprint, job))
     found = _with_bytes(recipe, architecture, table, sizes)
     return Candidates(checkpoint, architecture, recipe, found, sizes, table.seconds, text.notes)
@@ -285,11 +285,6 @@ def _with_bytes(
         ]
         for name, choices in plans.items()
     }
-
-
-def _most_together(architecture: Architecture) -> int:
-    """The most linears of one stage, each of which has a second Hessian here."""
-    return max(sum(len(group.linears) for group in stage) for block in architecture.blocks for stage in block.stages)
 
 
 def _fused(architecture: Architecture) -> list[tuple[str, ...]]:
