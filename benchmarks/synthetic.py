@@ -16,7 +16,7 @@ from quern.codecs.base import codec_of
 from quern.codecs.trellis import TrellisCodec
 from quern.core.recipe import Recipe
 from quern.formats.quern import QuernWriter
-from quern.pipeline.job import plan_of
+from quern.pipeline.blockwise.job import plan_of
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCABULARY = 320

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quern.pipeline.compare import compare
     from quern.pipeline.evaluate import evaluate
     from quern.pipeline.inspect import inspect
+    from quern.pipeline.planning.plan import plan
     from quern.pipeline.quantize import quantize
     from quern.report.html import write_report
 
@@ -34,6 +35,7 @@ __all__ = [
     "inspect",
     "load_recipe",
     "load_results",
+    "plan",
     "probe",
     "quantize",
     "recommend",
@@ -49,6 +51,7 @@ _HOMES = {
     "inspect": "quern.pipeline.inspect",
     "load_recipe": "quern.core.recipe",
     "load_results": "quern.core.results",
+    "plan": "quern.pipeline.planning.plan",
     "probe": "quern.advisor.hardware",
     "quantize": "quern.pipeline.quantize",
     "recommend": "quern.advisor.recommend",

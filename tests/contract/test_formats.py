@@ -20,7 +20,7 @@ from quern.core.recipe import Recipe
 from quern.core.scheme import CodecScheme, parse_scheme
 from quern.engines.base import ENGINES
 from quern.formats.base import FORMATS, ArtifactWriter
-from quern.pipeline.job import plan_of
+from quern.pipeline.blockwise.job import plan_of
 from quern.rotation.rotation import rotate
 
 IDS = torch.randint(0, 296, (2, 21), generator=torch.Generator().manual_seed(3))

@@ -320,7 +320,7 @@ def test_matrices_check_their_arrays():
     for changes, message in (
         ({"codes": np.zeros(31, np.uint8)}, "codes has 31 bytes; this matrix needs 32"),
         ({"scale": np.zeros(15, np.uint8)}, "scale has 15 bytes"),
-        ({"scale": None}, "packed kinds have scales"),
+        ({"scale": None}, "integer4 needs scales"),
         ({"group": 17}, "a group has 1 to 16 columns"),
         ({"kind": "nibble"}, "unknown kind of matrix 'nibble'"),
         ({"zeros": np.zeros(4, np.uint8)}, "zeros has 4 bytes; this matrix needs 8"),

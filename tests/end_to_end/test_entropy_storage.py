@@ -221,7 +221,7 @@ def test_bytes_depend_neither_on_threads_nor_on_interruption(coded, wide_model, 
     whole = job.quantize_blocks
 
     def stop_behind_the_first(running):
-        from quern.pipeline.blocks import quantize_block
+        from quern.pipeline.blockwise.blocks import quantize_block
 
         quantize_block(running, 0)
         raise KeyboardInterrupt

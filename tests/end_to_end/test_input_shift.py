@@ -41,7 +41,7 @@ def test_an_artifact_keeps_what_its_linears_read(name, artifacts, tiny_model, ti
     """Against hooks on the finished artifact, run on the very sequences that calibrated it."""
     from quern.checkpoint.tokenizer import load_tokenizer
     from quern.core.recipe import Calibration
-    from quern.pipeline.calibration_text import CalibrationText
+    from quern.pipeline.blockwise.calibration_text import CalibrationText
 
     kept = calibrated_inputs(open_checkpoint(artifacts[name]))
     assert kept.tokens == 2048
@@ -105,7 +105,7 @@ def test_other_text_is_told_from_text_like_calibrations(name, artifacts, tiny_mo
     """Other sequences of the calibration text say nothing; one token again and again leaves what calibration saw."""
     from quern.checkpoint.tokenizer import load_tokenizer
     from quern.core.recipe import Calibration
-    from quern.pipeline.calibration_text import CalibrationText
+    from quern.pipeline.blockwise.calibration_text import CalibrationText
 
     settings = Calibration(**{**CALIBRATION, "tokens": 1024})
     alike = CalibrationText([tiny_text], load_tokenizer(tiny_model), settings).sequences(128, 300, 5)

@@ -16,7 +16,7 @@ from quern.architectures.base import architecture_of
 from quern.codecs.base import CODECS
 from quern.core.scheme import CodecScheme, parse_scheme
 from quern.formats.base import FORMATS
-from quern.pipeline.job import plan_of
+from quern.pipeline.blockwise.job import plan_of
 
 FOLDER = Path(__file__).parent
 PARTS = json.loads((FOLDER / "integer_parts.json").read_text("utf-8"))

@@ -254,7 +254,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, data: object) -> None:
     """Write ``data`` as indented JSON, atomically; the same data gives the same bytes (keys keep their order)."""
-    write_bytes(path, (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(path, json_bytes(data))
+
+
+def json_bytes(data: object) -> bytes:
+    """What ``write_json`` writes."""
+    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def sync(path: Path) -> None:

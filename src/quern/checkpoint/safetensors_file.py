@@ -201,11 +201,7 @@ def write_safetensors(
     of ``ALIGNMENT`` in the file. Raises ``UserError`` for a full disk or a folder that may not be written.
     """
 
-    def place(name: str) -> tuple[bool, int, bytes]:
-        tensor = tensors[name]
-        return _stored_bytes(tensor) % ALIGNMENT != 0, -_RANK[_NAMES[tensor.dtype]], name.encode()
-
-    order = sorted(tensors, key=place)
+    order = _order(tensors)
     header = _header_bytes(tensors, order, metadata or {})
     needed = 8 + len(header) + sum(_stored_bytes(tensor) for tensor in tensors.values())
     with atomic_output(Path(path), needed) as file:
@@ -215,6 +211,20 @@ def write_safetensors(
             # A contiguous tensor of one element may have any stride, which view() would not take.
             flat = tensors[name].detach().cpu().contiguous().as_strided((tensors[name].numel(),), (1,))
             file.write(flat.view(torch.uint8).numpy().data)
+
+
+def file_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> int:
+    """Bytes of the file that ``write_safetensors`` would write; the tensors may be on the device ``meta``."""
+    header = _header_bytes(tensors, _order(tensors), metadata or {})
+    return 8 + len(header) + sum(_stored_bytes(tensor) for tensor in tensors.values())
+
+
+def _order(tensors: dict[str, torch.Tensor]) -> list[str]:
+    def place(name: str) -> tuple[bool, int, bytes]:
+        tensor = tensors[name]
+        return _stored_bytes(tensor) % ALIGNMENT != 0, -_RANK[_NAMES[tensor.dtype]], name.encode()
+
+    return sorted(tensors, key=place)
 
 
 def _header_bytes(tensors: dict[str, torch.Tensor], order: list[str], metadata: dict[str, str]) -> bytes:

@@ -18,6 +18,7 @@ from quern.cli.generate import generate
 from quern.cli.inspect import inspect
 from quern.cli.outcome import end_by_exception, global_options
 from quern.cli.peers import app as peers
+from quern.cli.plan import plan
 from quern.cli.probe import probe
 from quern.cli.quantize import quantize
 from quern.cli.recipes import recipes
@@ -26,6 +27,7 @@ from quern.cli.report import report
 from quern.cli.streams import forget_impossible_width, open_standard
 
 VERBS: tuple[Callable[..., Any], ...] = (
+    plan,
     quantize,
     evaluate,
     compare,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from quern.cli import options
+from quern.cli import options, targets
 from quern.cli.outcome import show, verb, working
 
 
@@ -16,14 +16,20 @@ def quantize(
     model: options.Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", show_default=False)],
     recipe: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--recipe",
             "--profile",
             metavar="RECIPE",
             help="A recipe that ships with quern (see quern recipes) or a file.",
+            show_default="balanced; auto for a target",
         ),
-    ] = "balanced",
+    ] = None,
+    bits: targets.Bits = None,
+    fit: targets.Fit = None,
+    context: targets.Context = None,
+    max_loss: targets.MaxLoss = None,
+    min_speed: targets.MinSpeed = None,
     calibration: options.Calibration = None,
     memory: options.Memory = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")] = "cpu",
@@ -34,12 +40,15 @@ def quantize(
         str | None,
         typer.Option(metavar="F", help="Format to write (see quern recipes).", show_default="the recipe's"),
     ] = None,
+    cache: targets.Cache = None,
     json: options.Json = False,
 ) -> None:
-    """Quantize MODEL into the folder OUT. The same command continues after an interruption."""
-    from quern.core.recipe import load_recipe
+    """Quantize MODEL into the folder OUT. The same command continues after an interruption.
 
-    limit, chosen = options.optional_size(memory, "--memory"), load_recipe(recipe)
+    With a target (--bits, --fit, --max-loss, --min-speed) the bits of each linear are planned first, as quern plan does.
+    """
+    limit = options.optional_size(memory, "--memory")
+    chosen = targets.recipe_for(recipe, targets.target_of(bits, fit, context, max_loss, min_speed), "balanced")
     from quern.cli import render
     from quern.pipeline.quantize import quantize as api
 
@@ -55,6 +64,7 @@ def quantize(
             fresh=fresh,
             threads=threads,
             format=format,
+            cache=cache,
             progress=progress,
         )
     show(report, json, render.quantize_report)

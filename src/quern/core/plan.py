@@ -72,6 +72,31 @@ def make_plan(recipe: Recipe, linears: Iterable[str], embedding: str, head: str 
 
 def plan_for(recipe: Recipe, linear: str) -> LinearPlan:
     """What ``recipe`` makes of the decoder linear called ``linear`` (full dotted name); later overrides win."""
+    plan = _overridden(recipe, linear)
+    return plan if plan.quantized else KEPT
+
+
+def candidates_for(recipe: Recipe, linear: str) -> list[LinearPlan]:
+    """What the decoder linear of this full name may become by the recipe's allocation: its candidates, or the one scheme
+    that an override names. What overrides without a scheme say, all candidates have in common."""
+    assert recipe.allocation is not None
+    usual = _overridden(recipe, linear)
+    if any(override.scheme is not None and override.matches(linear) for override in recipe.overrides):
+        return [usual if usual.quantized else KEPT]
+    found = []
+    for candidate in recipe.allocation.candidates:
+        rotation = usual.rotation if candidate.rotated is None else recipe.rotation if candidate.rotated else None
+        plan = replace(usual, scheme=candidate.scheme, rotation=rotation)
+        found.append(plan if plan.quantized else KEPT)
+    return found
+
+
+def rotation_for(recipe: Recipe, linear: str) -> Transform | None:
+    """The rotation of the inputs of the decoder linear of this full name, if it is quantized at all."""
+    return _overridden(recipe, linear).rotation
+
+
+def _overridden(recipe: Recipe, linear: str) -> LinearPlan:
     plan = LinearPlan(recipe.weights, recipe.rounding, recipe.rotation, recipe.activations)
     for override in recipe.overrides:
         if override.matches(linear):
@@ -81,4 +106,4 @@ def plan_for(recipe: Recipe, linear: str) -> LinearPlan:
                 plan.rotation if override.rotated is None else (recipe.rotation if override.rotated else None),
                 override.activations or plan.activations,
             )
-    return plan if plan.quantized else KEPT
+    return plan

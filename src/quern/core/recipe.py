@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from quern.core.allocation import Allocation, AllocationCandidate, Target
 from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
 from quern.core.scheme import UNQUANTIZED, CodecScheme, parse_scheme, scheme_keys
@@ -182,6 +183,15 @@ class Recipe(_Strict):
     """Name of a registered on-disk format."""
     storage: Literal["plain", "entropy"] = "plain"
     """How tensors lie in the files: as they are, or entropy-coded and decoded when they are loaded."""
+    allocation: Allocation | None = None
+    """Schemes that linears may get, to be chosen for a model by a target; null: all schemes are said above."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes are older than these keys: without them they stay what they were, in artifacts and fingerprints."""
+        data: dict[str, Any] = dump(self)
+        usual = {"storage": "plain", "allocation": None}
+        return {key: value for key, value in data.items() if key not in usual or value != usual[key]}
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -193,6 +203,10 @@ class Recipe(_Strict):
             schemes[override.pattern] = (override.scheme or self.weights, override.activations or self.activations)
             if override.rotated and not self.rotated:
                 raise ValueError(f"{override.pattern} is to be rotated, but the recipe has no transform that rotates")
+        if self.allocation is not None:
+            self._check_allocation(self.allocation)
+            named = {f"candidate {one.scheme.to_json()}": one.scheme for one in self.allocation.candidates}
+            schemes |= {where: (scheme, self.activations) for where, scheme in named.items()}
         for where, (scheme, activations) in schemes.items():
             if activations.mode == "none" or not scheme.quantized:
                 continue
@@ -203,18 +217,32 @@ class Recipe(_Strict):
                 raise ValueError(f"groups of {size} int8 activations need weights that fit them; {where} {obstacle}")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_plain_storage(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes are older than this key: without it they stay what they were, in artifacts and fingerprints."""
-        values: dict[str, Any] = handler(self)
-        if self.storage == "plain":
-            del values["storage"]
-        return values
+    def _check_allocation(self, allocation: Allocation) -> None:
+        scaling = [transform.method for transform in self.transforms if transform.method != ROTATION]
+        if scaling:
+            raise ValueError(
+                f"losses of candidates are measured on the weights as they are or rotated, which transform {scaling[0]} "
+                "would change. Remove it or the allocation"
+            )
+        if self.calibration.token_weight != "fisher":
+            raise ValueError("an allocation needs calibration: {token_weight: fisher}, which losses are computed from")
+        if not self.rotated and any(candidate.rotated for candidate in allocation.candidates):
+            raise ValueError("a candidate is to be rotated, but the recipe has no transform that rotates")
+
+    def targeting(self, target: Target) -> Recipe:
+        """The same with another target of its allocation, and a name that says so. Raises ``UserError`` without one."""
+        if self.allocation is None:
+            raise UserError(
+                f"recipe {self.name!r} has no allocation, so no target can be set for it: its schemes are fixed. Use the "
+                "recipe auto, or add candidates under allocation"
+            )
+        allocation = self.allocation.model_copy(update={"target": target})
+        return self.model_copy(update={"name": f"{self.name}-{target.label}", "allocation": allocation})
 
     @property
     def needs_calibration(self) -> bool:
         """Whether statistics of activations are used at all."""
-        if any(transform.method != ROTATION for transform in self.transforms):
+        if self.allocation is not None or any(transform.method != ROTATION for transform in self.transforms):
             return True
         roundings = [self.rounding, *(o.rounding for o in self.overrides if o.rounding is not None)]
         activations = [self.activations, *(o.activations for o in self.overrides if o.activations is not None)]
@@ -270,12 +298,24 @@ def _known_keys(loc: list[Any], data: object) -> list[str]:
     field = Recipe.model_fields[str(loc[0])].annotation
     if field is CodecScheme:
         return scheme_keys(place)
+    if loc[0] == "allocation":
+        return _known_allocation_keys(loc, place)
     if loc[0] == "overrides" and len(loc) == 2:
         return [*(key for key in Override.model_fields if key != "scheme"), *scheme_keys(place)]
     last = {"overrides": Override, "transforms": Transform}.get(str(loc[0]), field) if len(loc) < 3 else None
     model: Any = last or Override.model_fields[str(loc[2])].annotation
     found = [model, *get_args(model)]
     return next(list(m.model_fields) for m in found if isinstance(m, type) and issubclass(m, BaseModel))
+
+
+def _known_allocation_keys(loc: list[Any], place: Any) -> list[str]:
+    """The keys of ``place``, which lies at ``loc`` in an allocation."""
+    if len(loc) == 1:
+        return list(Allocation.model_fields)
+    if loc[1] == "target":
+        return list(Target.model_fields)
+    own = [key for key in AllocationCandidate.model_fields if key != "scheme"] if loc[1] == "candidates" else []
+    return [*own, *scheme_keys(place)]
 
 
 def profile_names() -> list[str]:

@@ -61,6 +61,7 @@ class MappedWeights:
         form = self._form(name, shape)
         # A table of the codec's own is no part of the file.
         self.read_bytes += matrix.bytes - (form.options["table"].nbytes if form and "table" in form.options else 0)
+        self.read_bytes += torch.float32.itemsize if form and form.factor else 0
         return _native.Linear(
             matrix,
             self.optional_vector(f"{name}.bias", shape[0]) if bias else None,

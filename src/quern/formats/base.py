@@ -177,6 +177,8 @@ class Format(ABC):
     """The optional dependency that loading this format needs, if any."""
     runtimes: ClassVar[tuple[Target, ...]] = ("quern",)
     """What loads it where nothing stands in the way."""
+    joins: ClassVar[bool] = False
+    """Whether linears that a runtime joins (``LinearSpec.fused_with``) must have one scheme."""
     writer: ClassVar[type[ArtifactWriter]]
     reader: ClassVar[type[ArtifactReader]]
 

@@ -188,6 +188,7 @@ class CompressedTensors(Format):
     method = METHOD
     extra = "compressed-tensors"
     runtimes: ClassVar[tuple[Target, ...]] = ("vllm", "transformers", "quern")
+    joins = True
     writer = CompressedTensorsWriter
     reader = CompressedTensorsReader
 

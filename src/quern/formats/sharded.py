@@ -45,18 +45,19 @@ class ShardedWriter(ArtifactWriter):
 
     def end(self) -> list[Path]:
         tensors, self._tensors = self._tensors, {}
-        return [self._work.write_tensors(f"artifact/{self._shard(self._stage).removesuffix('.safetensors')}", tensors)]
+        return [self._work.write_tensors(f"artifact/{self.shard(self._stage).removesuffix('.safetensors')}", tensors)]
 
     def finish(self, work: WorkFolder, config: Mapping[str, Any], plan: Plan) -> None:
         weight_map, total = {}, 0
         for stage in range(self.architecture.layers + 2):
-            for name, info in read_header(work.path("artifact", self._shard(stage))).items():
-                weight_map[name] = self._shard(stage)
+            for name, info in read_header(work.path("artifact", self.shard(stage))).items():
+                weight_map[name] = self.shard(stage)
                 total += info.stored_bytes
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(work.path("artifact", INDEX), index)
         said = self.config_entry(work, plan)
         write_json(work.path("artifact", CONFIG), config if said is None else {**config, "quantization_config": said})
 
-    def _shard(self, stage: int) -> str:
+    def shard(self, stage: int) -> str:
+        """The file of a stage."""
         return f"model-{stage + 1:05d}-of-{self.architecture.layers + 2:05d}.safetensors"

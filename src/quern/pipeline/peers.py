@@ -32,7 +32,7 @@ from quern.core.results import Failure, Tool
 from quern.peers.base import PeerVariant
 from quern.peers.environment import Environment, Installed
 from quern.pipeline.artifacts import ArtifactRequest
-from quern.pipeline.calibration_text import CalibrationText
+from quern.pipeline.blockwise.calibration_text import CalibrationText
 
 TIME_LIMIT_S = 3600.0
 """Most seconds that a tool may take to make one artifact, and again to be measured with it."""

@@ -9,39 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-import quern
-from quern.architectures.base import Architecture, architecture_of
+from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import write_json
 from quern.checkpoint.tokenizer import copy_tokenizer, usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
-from quern.codecs.base import codec_of
 from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import PROVENANCE, CalibratedInputs
-from quern.core.errors import OutOfMemoryCapError, UserError, option
+from quern.core.errors import OutOfMemoryCapError, UserError
 from quern.core.memory import forget_peak, peak_rss
 from quern.core.parallel import deterministic_workers
-from quern.core.plan import Plan
 from quern.core.progress import Progress, Silent
-from quern.core.recipe import Recipe, load_recipe
+from quern.core.recipe import Recipe
 from quern.core.results import LayerError
-from quern.formats.base import FORMATS, ArtifactWriter
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_model, open_original
-from quern.observers.base import OBSERVERS
-from quern.pipeline import memory_plan, sensitivity
-from quern.pipeline.blocks import quantize_blocks
-from quern.pipeline.calibration_text import CalibrationText
-from quern.pipeline.job import Job, plan_of
-from quern.pipeline.outer import quantize_outer, start_chain
+from quern.pipeline.blockwise import memory_plan, sensitivity
+from quern.pipeline.blockwise.blocks import quantize_blocks
+from quern.pipeline.blockwise.calibration_text import CalibrationText
+from quern.pipeline.blockwise.job import Job, plan_of
+from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target, provenance_notes
+from quern.pipeline.planning.plan import cache_folder, candidates_of
+from quern.pipeline.request import calibration_sequences, checked_writer, chosen_recipe, device_named, fingerprint_of
 from quern.quantization.arithmetic import arithmetic
-from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.scale_dtypes import note as scale_note
-from quern.quantization.transforms.base import TRANSFORMS
 from quern.texts.source import Text
 
 
@@ -83,6 +75,7 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``.
 
+    A recipe with an allocation is planned first (see ``planning/plan.py``), for the target that it names.
     ``calibration``: texts, or files of text or records (docs/texts.md; default: modules of the running Python's standard
     library). ``memory``: cap of the resident set in bytes. ``cache``: a folder for what other recipes can use again for the
     same model and calibration; the time that this spares counts in the report's ``seconds``. An interrupted run continues
@@ -92,39 +85,33 @@ def quantize(
     progress = progress or Silent()
     target = output_target(output, model, fresh)
     output = Path(os.path.expanduser(output))
-    checkpoint, chosen = open_original(model, progress=progress), _recipe(recipe, format)
+    checkpoint, chosen = open_original(model, progress=progress), chosen_recipe(recipe, format)
+    planning = 0.0
+    if chosen.allocation is not None:
+        cache = cache_folder() if cache is None else Path(cache)
+        chosen, planning = _planned(
+            checkpoint, chosen, calibration=calibration, memory=memory, device=device, seed=seed, threads=threads,
+            cache=cache, progress=progress)  # fmt: skip
     architecture = architecture_of(checkpoint.config)
-    plan, where = plan_of(chosen, architecture), _device(device)
-    writer = _check(chosen, plan, architecture)
+    plan, where = plan_of(chosen, architecture), device_named(device)
+    writer = checked_writer(chosen, plan, architecture)
     tokenizer = usable_tokenizer(checkpoint.path, chosen.needs_calibration)
     named_ends(checkpoint)  # the artifact takes the file over and could not generate with a bad one
     text = CalibrationText(calibration, tokenizer, chosen.calibration) if chosen.needs_calibration else None
-    fingerprint = _fingerprint(checkpoint, chosen, text, seed, device, progress)
+    fingerprint = fingerprint_of(checkpoint, chosen, text, seed, device, progress)
     if (layers := finished_layers(target, fingerprint, fresh)) is not None:
         finish_removal(target.work, target.path)
         return _finished(output, chosen, checkpoint, layers)
     started = time.perf_counter()
     forget_peak()
-    sequences = _sequences(architecture, text, seed)
+    sequences = calibration_sequences(architecture, text, seed)
     wanted = {**fingerprint, **arithmetic(), **writer.coder()}
     with WorkFolder.open(target.work, wanted, fresh) as work, deterministic_workers(threads) as workers:
         if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:
             work.remove()
             return _finished(output, chosen, checkpoint, layers)
         resumed = work.done("started") is not None
-        job = Job(
-            checkpoint,
-            architecture,
-            chosen,
-            plan,
-            writer,
-            sequences,
-            seed,
-            work,
-            workers,
-            progress,
-            where,
-        )
+        job = Job(checkpoint, architecture, chosen, plan, writer, sequences, seed, work, workers, progress, where)
         try:
             memory_plan.check(job, memory)
         except OutOfMemoryCapError:
@@ -143,73 +130,15 @@ def quantize(
         layers = _write_metadata(job, fingerprint, notes)
         replaced = artifact_names(target.path) if fresh else ()
         work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
-    seconds = time.perf_counter() - started + spared
+    seconds = time.perf_counter() - started + (planning or spared)  # planning computes the token weights too
     return _report(output, chosen, checkpoint, seconds, layers, resumed, [*notes, *writer.notes()])
 
 
-def _recipe(recipe: str | Path | Recipe, format: str | None) -> Recipe:
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    return chosen if format is None else chosen.model_copy(update={"format": format})
-
-
-def _check(recipe: Recipe, plan: Plan, architecture: Architecture) -> ArtifactWriter:
-    """The writer, if every name in the recipe is known, some linear answers to each override, and the format can store the
-    result."""
-    for linear in plan.values():
-        if linear.quantized:
-            codec_of(linear.scheme)
-        ROUNDINGS.get(linear.rounding.method)
-        OBSERVERS.get(linear.activations.observer)
-    ROUNDINGS.get(recipe.rounding.method)
-    OBSERVERS.get(recipe.activations.observer)
-    for settings in recipe.transforms:
-        TRANSFORMS.get(settings.method)(settings)
-    unused = [o.pattern for o in recipe.overrides if not any(o.matches(name) for name in architecture.linears)]
-    if unused:
-        raise UserError(
-            f"recipe {recipe.name!r}: no linear matches {' or '.join(map(repr, unused))}; names look like "
-            f"{next(iter(architecture.linears))}"
-        )
-    writer = FORMATS.get(recipe.format).writer(recipe, plan, architecture)
-    writer.check()
-    return writer
-
-
-def _fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, text: CalibrationText | None, seed: int, device: str, progress: Progress
-) -> dict[str, Any]:
-    """What was asked for: everything that the bytes of the artifact depend on, the arithmetic apart.
-
-    A work folder holds the job to that as well (``quantization/arithmetic.py``); a finished artifact is what was asked for
-    wherever it was made.
-    """
-    return {
-        "quern": quern.__version__,
-        "model_sha256": checkpoint.sha256(progress),
-        "recipe": recipe.to_json(),
-        "calibration_sha256": None if text is None else text.sha256,
-        "seed": seed,
-        "device": device,
-    }
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"unknown device {name!r}; known: cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        instead = option("device='cpu'", "--device cpu")
-        raise UserError(f"the device cuda was asked for, but torch sees no CUDA device here. Use {instead}")
-    return torch.device(name)
-
-
-def _sequences(architecture: Architecture, text: CalibrationText | None, seed: int) -> Tensor | None:
-    if text is None:
-        return None
-    config = architecture.config
-    context = config.max_position_embeddings
-    windows = filter(None, (block.window for block in architecture.blocks))
-    context = min([context, *windows])  # within one window attention is plainly causal
-    return text.sequences(context, config.vocab_size, seed)
+def _planned(checkpoint: Checkpoint, recipe: Recipe, threads: int | None, **given: Any) -> tuple[Recipe, float]:
+    """What the recipe's allocation decides for its target, and the seconds that its losses took when they were computed."""
+    assert recipe.allocation is not None
+    candidates = candidates_of(checkpoint, recipe, threads=threads, **given)
+    return candidates.choose(recipe.allocation.target, threads).recipe, candidates.seconds
 
 
 def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:

@@ -16,12 +16,14 @@ from quern.cli.main import app
 from quern.pipeline.comparison_folder import ComparisonFolder
 
 COMMANDS = {
+    "plan": ("plan", "model", "-o", "out/plan.yaml"),
     "quantize": ("quantize", "model", "-o", "out", "--recipe", "rtn4"),
     "compare": ("compare", "model", "-o", "out", "--recipes", "rtn4", "--peers", "hqq"),
     "report": ("report", "results.json", "-o", "out/report.html"),
 }
 """Every verb that takes an output, and how it is asked to write below ``out``."""
 STRANGERS = {
+    "plan": ("plan.yaml",),
     "quantize": ("notes.txt", "config.json", "quern.json", "sub/file", ".quern-work/file"),
     "compare": (
         *("results.json", "report.html", "artifacts", "artifacts/rtn4/file", "artifacts/rtn4.json", "artifacts/rtn4"),

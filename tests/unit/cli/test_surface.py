@@ -9,10 +9,27 @@ from typer.testing import CliRunner
 from quern.cli.main import VERBS, app
 
 HELP = {"--help", "-h"}
+TARGET = {"--bits", "--fit", "--context", "--max-loss", "--min-speed", "--cache"}
 SURFACE = {
+    "plan": {
+        *(
+            "MODEL",
+            "--output",
+            "-o",
+            "--recipe",
+            "--calibration",
+            "--memory",
+            "--seed",
+            "--fresh",
+            "--threads",
+            "--json",
+        ),
+        *TARGET,
+    },
     "quantize": {
         *("MODEL", "--output", "-o", "--profile", "--recipe", "--calibration", "--memory", "--device", "--seed"),
         *("--fresh", "--threads", "--format", "--json"),
+        *TARGET,
     },
     "evaluate": {
         *("MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--engine", "--seed", "--json"),

@@ -80,6 +80,7 @@ def test_top_to_bottom_in_one_folder(tmp_path, monkeypatch):
     items = (ROOT / "models" / "python-7m" / "choice.jsonl").read_text("utf-8").splitlines(keepends=True)
     (model / "choice.jsonl").write_text("".join(items[:5]), "utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(hardware, "BUFFER_BYTES", 1 << 22)
     monkeypatch.setattr(hardware, "GEMM_SHAPE", (64, 64, 64))
     monkeypatch.setattr(quern, "evaluate", QUICKER_EVALUATION)

@@ -10,8 +10,9 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from quern.codecs.base import CODECS, ScaledParameters
+from quern.core.allocation import Allocation, AllocationCandidate, Target
 from quern.core.errors import UserError
-from quern.core.plan import LinearPlan, plan_for
+from quern.core.plan import LinearPlan, candidates_for, plan_for
 from quern.core.recipe import (
     Activations,
     Calibration,
@@ -29,8 +30,8 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs" / "recipes.md").read_text("
 OWN_CODECS = [name for name in CODECS.names() if CODECS.get(name).__module__.startswith("quern.codecs.")]
 
 
-def beside_a_scheme(model: type[Override]) -> dict[str, FieldInfo]:
-    """The keys of an override that are not those of a scheme."""
+def beside_a_scheme(model: type[Override | AllocationCandidate]) -> dict[str, FieldInfo]:
+    """The keys of an override or candidate that are not those of a scheme."""
     return {name: field for name, field in model.model_fields.items() if name != "scheme"}
 
 
@@ -48,6 +49,9 @@ SECTIONS = {
     "### `rounding`": Rounding.model_fields,
     "### `activations`": Activations.model_fields,
     "### `calibration`": Calibration.model_fields,
+    "### `allocation`": Allocation.model_fields,
+    "### each of `candidates`": beside_a_scheme(AllocationCandidate),
+    "### `target`": Target.model_fields,
     f"### codec `{USUAL}`": CODECS.get(USUAL).Parameters.model_fields,
     **{f"### codec `{name}`": differing(name) for name in OWN_CODECS if name != USUAL},
 }
@@ -129,6 +133,15 @@ def test_the_example_of_overrides_does_what_is_said_below_it():
         "self_attn.v_proj": LinearPlan(int8, Rounding(), rotation, dynamic),
         "self_attn.q_proj": LinearPlan(usual, Rounding(), rotation),
     }  # fmt: skip
+
+
+def test_the_example_of_an_allocation_does_what_is_said_below_it():
+    recipe = example(2)
+    value, others = (candidates_for(recipe, f"model.layers.1.{name}") for name in ("self_attn.v_proj", "mlp.up_proj"))
+    assert [plan.scheme.to_json()["bits"] for plan in value] == [8]
+    assert [plan.scheme.to_json()["bits"] for plan in others] == [2, 3, 8]
+    assert [plan.rotation is not None for plan in others] == [True, True, False]
+    assert recipe.allocation.target == Target(bits=3.0)
 
 
 @pytest.mark.parametrize(

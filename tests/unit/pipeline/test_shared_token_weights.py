@@ -6,7 +6,7 @@ from artifacts import hashes, small_recipe
 from quern.checkpoint.files import read_json, write_json
 from quern.core.errors import BadFileError
 from quern.core.recipe import Recipe
-from quern.pipeline import sensitivity
+from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.quantize import quantize
 from quern.quantization.arithmetic import arithmetic
 

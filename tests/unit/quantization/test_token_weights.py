@@ -13,8 +13,8 @@ from quern.checkpoint.work_folder import WorkFolder
 from quern.core.parallel import Workers
 from quern.core.progress import Silent
 from quern.formats.base import FORMATS
-from quern.pipeline import sensitivity
-from quern.pipeline.job import Job, plan_of
+from quern.pipeline.blockwise import sensitivity
+from quern.pipeline.blockwise.job import Job, plan_of
 from quern.quantization.calibration import token_weights
 from quern.quantization.calibration.token_weights import normalized, output_gradient, sequence_seed
 

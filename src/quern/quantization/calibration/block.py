@@ -37,6 +37,13 @@ class Tap:
         """Those of ``values`` ``(length, ...)`` that belong to the inputs."""
         return values if self.tokens is None else values[self.tokens]
 
+    def part(self, start: int, stop: int) -> Tap:
+        """What the linear reads of the tokens ``[start, stop)`` of the run, as if they were a run of their own."""
+        if self.tokens is None:
+            return Tap(self.inputs[start:stop], None, stop - start)
+        own = (self.tokens >= start) & (self.tokens < stop)
+        return Tap(self.inputs[own.to(self.inputs.device)], self.tokens[own] - start, stop - start)
+
 
 class Block:
     """Block ``index`` with weights in ``dtype``. ``time`` is the length of the sequences it will see."""
@@ -56,6 +63,8 @@ class Block:
         probe = torch.empty(1, dtype=dtype, device=self.device)
         self._rotary = architecture.build_rotary().to(self.device)(probe, positions)
         self._positions = positions
+        self.recorded_linears: list[nn.Linear] = []
+        """While it is ``recording``, the linears whose outputs are kept, in order."""
         self._recorded = threading.local()  # sequences run in several threads through the same modules
 
     def linear(self, name: str) -> nn.Linear:
@@ -155,7 +164,7 @@ class Block:
             self._recorded.outputs[module] = (output, routed_tokens())
 
         handles = [self.linear(name).register_forward_hook(keep) for name in linears]
-        self._order = [self.linear(name) for name in linears]
+        self.recorded_linears = [self.linear(name) for name in linears]
         try:
             yield
         finally:
@@ -167,4 +176,4 @@ class Block:
         this is of (see ``Tap.tokens``); None for one that no token met."""
         self._recorded.outputs = {}
         result = self.run(hidden.to(self.device))
-        return result, [self._recorded.outputs.pop(module, None) for module in self._order]
+        return result, [self._recorded.outputs.pop(module, None) for module in self.recorded_linears]

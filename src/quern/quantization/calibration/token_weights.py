@@ -11,6 +11,9 @@ for each token and linear.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -47,11 +50,28 @@ def output_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, seed: int) ->
     return torch.cat(gradients)
 
 
-def block_gradients(block: Block, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class BlockGradients:
+    """What one sequence gives, backwards through a block."""
+
+    squares: Tensor
+    """|dL/dy_t|^2, float32 ``(recorded linears, time)``."""
+    rows: list[Tensor]
+    """For each recorded linear sum_t (dL/dy_ti)^2, float32 ``(rows,)``."""
+    sampled: list[Tensor]
+    """For each recorded linear dL/dy_ti of the rows that were asked for, float32 ``(time, sampled rows)``; 0 for tokens that
+    did not meet it."""
+    inputs: Tensor
+    """dL/d(inputs of the block) ``(time, width)``."""
+
+
+def block_gradients(
+    block: Block, hidden: Tensor, gradient: Tensor, sampled_rows: Sequence[Tensor] = ()
+) -> BlockGradients:
     """One sequence backwards through a block that is ``recording``, recomputed from its inputs.
 
-    ``hidden`` and ``gradient`` ``(time, width)`` are the block's inputs and dL/d(outputs). Returns |dL/dy_t|^2 as float32
-    ``(recorded linears, time)``, and dL/d(inputs) ``(time, width)``.
+    ``hidden`` and ``gradient`` ``(time, width)`` are the block's inputs and dL/d(outputs). ``sampled_rows``: int64, for each
+    recorded linear; empty: none.
     """
     inputs = hidden[None].to(block.device).detach().requires_grad_()
     with torch.enable_grad():
@@ -59,18 +79,24 @@ def block_gradients(block: Block, hidden: Tensor, gradient: Tensor) -> tuple[Ten
         met = [entry for entry in recorded if entry is not None]
         gradients = torch.autograd.grad(result, [inputs, *(output for output, _ in met)], gradient[None].to(result))
     of_outputs = iter(gradients[1:])
-    squares = [_squares(entry[1], next(of_outputs), len(hidden)) if entry else _nothing(hidden) for entry in recorded]
-    return torch.stack(squares), gradients[0][0]
+    squares, rows, sampled = [], [], []
+    for position, (module, entry) in enumerate(zip(block.recorded_linears, recorded, strict=True)):
+        tokens = None if entry is None else entry[1]
+        found = hidden.new_zeros(0, module.out_features) if entry is None else next(of_outputs)
+        found = found.reshape(-1, module.out_features).float()
+        if entry is None:
+            tokens = torch.zeros(0, dtype=torch.int64, device=found.device)
+        each = found.square()
+        squares.append(_by_token(each.sum(-1), tokens, len(hidden)))
+        rows.append(each.sum(0))
+        if sampled_rows:
+            sampled.append(_by_token(found[:, sampled_rows[position]], tokens, len(hidden)))
+    return BlockGradients(torch.stack(squares), rows, sampled, gradients[0][0])
 
 
-def _squares(tokens: Tensor | None, gradient: Tensor, time: int) -> Tensor:
-    """|dL/dy_t|^2 float32 ``(time,)``; 0 for tokens that did not meet the linear."""
-    found = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(-1)
-    return found if tokens is None else found.new_zeros(time).index_put((tokens,), found)
-
-
-def _nothing(hidden: Tensor) -> Tensor:
-    return torch.zeros(len(hidden), device=hidden.device)
+def _by_token(found: Tensor, tokens: Tensor | None, time: int) -> Tensor:
+    """``found`` at the places of its tokens, ``(time, ...)``; 0 for tokens that did not meet the linear."""
+    return found if tokens is None else found.new_zeros(time, *found.shape[1:]).index_put((tokens,), found)
 
 
 def sequence_seed(seed: int, sequence: int) -> int:

@@ -10,7 +10,7 @@ from quern.architectures.base import BlockSpec
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.errors import OutOfMemoryCapError, option
 from quern.core.units import bytes_text, rounded_up
-from quern.pipeline.job import Job
+from quern.pipeline.blockwise.job import Job
 from quern.quantization.calibration.activations import WAVE_TOKENS
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
 from quern.quantization.rounding.base import SLAB
@@ -39,12 +39,13 @@ class MemoryPlan:
         return self.process + max(self.block, self.outer, self.sensitivity)
 
 
-def plan(job: Job) -> MemoryPlan:
-    """Estimate the peak from the model's shapes and the recipe."""
+def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
+    """Estimate the peak from the model's shapes and the recipe; with so many more Hessians of the widest linear."""
     itemsize = job.compute_dtype.itemsize
     sizes = [_sizes(block, own_hessians=job.recipe.calibration.token_weight == "fisher") for block in _kinds(job)]
     weights, widest, largest, hessians = (max(values) for values in zip(*sizes, strict=True))
     weights *= itemsize
+    hessians += further_hessians * 4 * widest**2
     calibrated = job.sequences is not None
     # A rotated copy of the activations comes on top.
     wave = (WAVE_COPIES + job.recipe.rotated) * 4 * WAVE_TOKENS * widest if calibrated else 0
@@ -89,9 +90,9 @@ def _sizes(block: BlockSpec, own_hessians: bool) -> tuple[int, int, int, int]:
     return sum(entries), max(columns for _, columns in shapes), max(entries), max(hessians)
 
 
-def check(job: Job, cap: int | None) -> MemoryPlan:
+def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:
     """The plan, if it fits ``cap`` bytes. Raises ``OutOfMemoryCapError`` with the least that would do."""
-    needed = plan(job)
+    needed = plan(job, further_hessians)
     if cap is not None and needed.peak > cap:
         least = bytes_text(rounded_up(needed.peak))
         enough = option(f"memory={rounded_up(needed.peak):_}", f"--memory {least.replace(' ', '')}")

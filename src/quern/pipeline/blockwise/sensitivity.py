@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from quern.checkpoint.safetensors_file import read_tensors
 from quern.core.errors import BadFileError
 from quern.core.heap import release_freed
 from quern.core.progress import Task
-from quern.pipeline.job import Job
+from quern.pipeline.blockwise.job import Job
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
 from quern.quantization.calibration.token_weights import block_gradients, output_gradient, sequence_seed
 
-INPUTS, GRADIENTS, WEIGHTS = "inputs", "gradients", "weights"
+INPUTS, GRADIENTS, WEIGHTS, ROWS, SAMPLED = "inputs", "gradients", "weights", "rows", "sampled"
 _TIMING = "timing.json"
 
 
@@ -45,6 +46,16 @@ def token_weights(job: Job, index: int) -> dict[str, Tensor]:
     return job.work.read_tensors(f"{WEIGHTS}/{index:04d}")
 
 
+def row_squares(job: Job, index: int) -> dict[str, Tensor]:
+    """Squared gradients float32 ``(rows,)`` summed over the tokens, of block ``index`` by linear, where they were kept."""
+    return job.work.read_tensors(f"{ROWS}/{index:04d}")
+
+
+def sampled_gradients(job: Job, index: int) -> dict[str, Tensor]:
+    """dL/dy_ti bfloat16 ``(tokens, rows)`` of block ``index`` by linear, as the ``Sample`` said; in order."""
+    return job.work.read_tensors(f"{SAMPLED}/{index:04d}")
+
+
 def shared_folder(cache: Path, fingerprint: Mapping[str, Any], job: Job) -> Path:
     """The folder in ``cache`` for the token weights of all jobs with this one's model, calibration tokens and arithmetic."""
     assert job.sequences is not None
@@ -55,11 +66,23 @@ def shared_folder(cache: Path, fingerprint: Mapping[str, Any], job: Job) -> Path
     return cache / f"token-weights-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def run(job: Job, shared: Path | None = None) -> float:
+@dataclass(frozen=True)
+class Sample:
+    """Gradients at the linears' outputs that are kept: of some rows, for the tokens of some sequences."""
+
+    rows: Callable[[str, int], Tensor]
+    """Of a linear, by its full name and number of rows: int64."""
+    takes: Callable[[int], bool]
+    """Whether a sequence is one of them."""
+
+
+def run(job: Job, shared: Path | None = None, *, sample: Sample | None = None) -> float:
     """The whole pass; continues where an earlier run was stopped.
 
-    With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. Returns the seconds that
-    were spared: those that the pass took when it was made. Raises ``BadFileError`` for a damaged ``shared``.
+    With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. With ``sample``
+    gradients are kept: those of the embedding's outputs, and what ``sampled_gradients`` and ``row_squares`` read. Returns
+    the seconds that were spared: those that the pass took when it was made. Raises ``BadFileError`` for a damaged
+    ``shared``.
     """
     layers = job.architecture.layers
     if all(job.work.done(f"weights {index}") is not None for index in range(layers)):
@@ -68,13 +91,20 @@ def run(job: Job, shared: Path | None = None) -> float:
     if shared is not None and shared.is_dir():
         spared = _take_over(job, shared)
     else:
-        _compute(job)
+        _compute(job, sample)
         if shared is not None and whole:
             _put_into(shared, job, time.perf_counter() - started)
     for index in range(layers + 1):
         job.activations(INPUTS, index).path.unlink(missing_ok=True)
-    job.activations(GRADIENTS, 0).path.unlink(missing_ok=True)
+    if sample is None:
+        job.activations(GRADIENTS, 0).path.unlink(missing_ok=True)
     return spared
+
+
+def share(job: Job, shared: Path, seconds: float) -> None:
+    """Leave the weights that ``run`` made, in ``seconds``, in the ``shared_folder`` for other jobs."""
+    if not shared.is_dir():
+        _put_into(shared, job, seconds)
 
 
 def _take_over(job: Job, shared: Path) -> float:
@@ -105,7 +135,7 @@ def _put_into(shared: Path, job: Job, seconds: float) -> None:
                 raise
 
 
-def _compute(job: Job) -> None:
+def _compute(job: Job, sample: Sample | None = None) -> None:
     layers = job.architecture.layers
     task = job.progress.task("token weights", 2 * layers + 1, _behind(job))
     _forward(job, task)
@@ -114,7 +144,7 @@ def _compute(job: Job) -> None:
         task.advance()
     for index in reversed(range(layers)):
         if job.work.done(f"weights {index}") is None:
-            _backward(job, index)
+            _backward(job, index, sample)
             release_freed()
             task.advance()
         # Only now: a run that is stopped in block ``index`` needs these gradients again.
@@ -153,25 +183,40 @@ def _run_wave(job: Job, block: Block, source: ActivationFile, start: int, stop: 
     return block.run_each(source.read(start, stop), job.workers)
 
 
-def _backward(job: Job, index: int) -> None:
+def _backward(job: Job, index: int, sample: Sample | None) -> None:
     """Token weights of block ``index``, and the gradient of its inputs."""
     block = _block(job, index)
     inputs, outer = job.activations(INPUTS, index), job.activations(GRADIENTS, index + 1)
     inner = job.activations(GRADIENTS, index)
     linears = [linear.name for linear in block.spec.linears]
     collected: list[Tensor] = []
+    sums = {linear.name: torch.zeros(linear.shape[0], device=job.device) for linear in block.spec.linears}
+    kept: dict[str, list[Tensor]] = {name: [] for name in linears}
+    rows = [] if sample is None else [sample.rows(block.spec.prefix + n, len(total)) for n, total in sums.items()]
 
     def wave(start: int, stop: int) -> Tensor:
-        pairs = list(zip(inputs.read(start, stop), outer.read(start, stop), strict=True))
-        results = job.workers.map(lambda pair: block_gradients(block, *pair), pairs)
-        collected.extend(squares for squares, _ in results)
-        return torch.stack([gradient for _, gradient in results])
+        taken = [rows if sample is not None and sample.takes(place) else [] for place in range(start, stop)]
+        triples = list(zip(inputs.read(start, stop), outer.read(start, stop), taken, strict=True))
+        results = job.workers.map(lambda triple: block_gradients(block, *triple), triples)
+        for result in results:
+            collected.append(result.squares)
+            for name, total in zip(linears, result.rows, strict=True):
+                sums[name] += total
+            for name, some in zip(linears, result.sampled, strict=False):
+                kept[name].append(some.to(torch.bfloat16).cpu())
+        return torch.stack([result.inputs for result in results])
 
     with block.recording(linears):
         inner.write(wave)
     squares = torch.cat(collected, dim=1)
     path = job.work.write_tensors(f"{WEIGHTS}/{index:04d}", dict(zip(linears, squares, strict=True)))
     job.work.finish(f"gradients {index}", [inner.path], {})
+    if sample is not None:
+        written = [
+            job.work.write_tensors(f"{ROWS}/{index:04d}", sums),
+            job.work.write_tensors(f"{SAMPLED}/{index:04d}", {name: torch.cat(parts) for name, parts in kept.items()}),
+        ]
+        job.work.finish(f"{ROWS} {index}", written, {})
     job.work.finish(f"weights {index}", [path], {})
 
 

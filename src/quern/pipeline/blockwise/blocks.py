@@ -21,8 +21,8 @@ from quern.codecs.base import Codec, codec_of
 from quern.core.heap import release_freed
 from quern.core.plan import LinearPlan
 from quern.core.recipe import Transform
-from quern.pipeline import sensitivity
-from quern.pipeline.job import Job
+from quern.pipeline.blockwise import sensitivity
+from quern.pipeline.blockwise.job import Job
 from quern.quantization.block import RoundedLinear, round_linears
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block

@@ -7,8 +7,8 @@ import time
 import torch
 
 from quern.codecs.base import codec_of
-from quern.pipeline.blocks import CHAIN, record_of
-from quern.pipeline.job import Job
+from quern.pipeline.blockwise.blocks import CHAIN, record_of
+from quern.pipeline.blockwise.job import Job
 from quern.quantization.block import RoundedLinear, round_linears
 from quern.quantization.calibration.statistics import GroupStatistics
 

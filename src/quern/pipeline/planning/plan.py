@@ -1,0 +1,320 @@
+"""Planning: the losses of candidates, a target, and the recipe that meets it with the least predicted loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from quern.advisor.hardware import BUFFER_BYTES, read_bandwidth
+from quern.architectures.base import Architecture, architecture_of
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.output_place import output_file, write_output
+from quern.checkpoint.tokenizer import usable_tokenizer
+from quern.checkpoint.work_folder import WorkFolder
+from quern.core.allocation import Target
+from quern.core.errors import UserError, option
+from quern.core.parallel import deterministic_workers, thread_count
+from quern.core.plan import LinearPlan, candidates_for
+from quern.core.progress import Progress, Silent
+from quern.core.recipe import Recipe
+from quern.core.units import significant
+from quern.formats.base import FORMATS
+from quern.loading.fitting import open_original
+from quern.pipeline.blockwise import memory_plan, sensitivity
+from quern.pipeline.blockwise.calibration_text import CalibrationText
+from quern.pipeline.blockwise.job import Job, plan_of
+from quern.pipeline.planning.budget import USUAL_CONTEXT, Budget, Chooser, Chosen, decided
+from quern.pipeline.planning.losses import LossTable, loss_table, table_fingerprint, table_folder
+from quern.pipeline.planning.sizes import Sizes
+from quern.pipeline.planning.wording import scheme_text
+from quern.pipeline.request import calibration_sequences, checked_writer, chosen_recipe, device_named, fingerprint_of
+from quern.quantization.allocation.candidate import Candidate, grouped
+from quern.texts.source import Text
+
+MARK = "# Written by quern plan."
+"""First words of the files that are written."""
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """What one matrix becomes."""
+
+    name: str
+    choice: str
+    """The scheme in words."""
+    scheme: dict[str, Any]
+    rotated: bool
+    bytes: int
+    loss: float
+    """Predicted share of the mean KL divergence, in nats a token."""
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What ``plan`` chose."""
+
+    recipe: Recipe
+    target: Target
+    matrices: list[PlannedMatrix]
+    bytes: int
+    """Of the whole artifact; at most a few bytes a linear too many."""
+    bits_per_weight: float
+    compression: float
+    """1 - bytes / bytes of the checkpoint in bf16."""
+    predicted_loss: float
+    """Mean KL divergence in nats a token."""
+    limit: str | None
+    """The limit that the plan lies at; None where each matrix has the candidate that loses least."""
+    smallest_bytes: int
+    """Of the smallest artifact that the candidates allow."""
+    memory_bytes: int
+    """``bytes`` and a float16 key/value cache of ``context`` tokens."""
+    context: int
+    tokens_per_s: float | None
+    """Reading all weights once a token at the bandwidth of ``min_speed``; None without one."""
+    seconds: float
+    """That the losses took when they were computed."""
+    notes: list[str]
+    path: Path | None = None
+    """Where the recipe was written."""
+
+
+def plan(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    recipe: str | Path | Recipe = "auto",
+    target: Target | None = None,
+    calibration: Sequence[str | Path | Text] = (),
+    memory: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    fresh: bool = False,
+    threads: int | None = None,
+    format: str | None = None,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> PlanReport:
+    """Choose a scheme for each linear of ``model`` so that ``target`` (default: the recipe's) is met with the least loss.
+
+    The recipe's allocation names the candidates. Their losses are computed once for a model and calibration, and kept in
+    ``cache`` (default: the user's cache folder); an interrupted run continues there, ``fresh`` computes them anew. The
+    result is a recipe without an allocation, which is written to the file ``output`` where that is given. Other arguments
+    are as those of ``quantize``. Raises ``UserError`` for what cannot be met and ``BadFileError`` for damaged input.
+    """
+    path = None if output is None else output_file(output, is_plan)
+    progress = progress or Silent()
+    chosen = chosen_recipe(recipe, format)
+    chosen = chosen if target is None else chosen.targeting(target)
+    candidates = candidates_of(
+        open_original(model, progress=progress),
+        chosen,
+        calibration=calibration,
+        memory=memory,
+        device=device,
+        seed=seed,
+        fresh=fresh,
+        threads=threads,
+        cache=cache_folder() if cache is None else Path(cache),
+        progress=progress,
+    )
+    assert candidates.recipe.allocation is not None
+    report = candidates.choose(candidates.recipe.allocation.target, threads)
+    if path is None:
+        return report
+    write_output(path, plan_text(report).encode())
+    return PlanReport(**{**vars(report), "path": path})
+
+
+def cache_folder() -> Path:
+    """``quern/planning`` in the user's cache folder (XDG base directory specification)."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "quern" / "planning"
+
+
+def is_plan(path: Path) -> bool:
+    """Whether the file is a recipe that ``plan`` wrote."""
+    with open(path, "rb") as file:
+        return file.read(len(MARK)) == MARK.encode()
+
+
+def plan_text(report: PlanReport) -> str:
+    """The recipe as YAML, below what it was made for."""
+    limits = ", ".join(f"{name} {value:,}" for name, value in report.target.model_dump().items())
+    head = (
+        f"{MARK} Target: {limits}. Predicted: {report.bytes:,} bytes, {report.bits_per_weight:.3f} bits per weight, "
+        f"KL {significant(report.predicted_loss)} nats a token.\n"
+    )
+    body = yaml.safe_dump(report.recipe.to_json(), sort_keys=False, allow_unicode=True, width=120)
+    return head + body
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What may become of each matrix of a model, with bytes and losses: all that is needed to plan for any target."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    recipe: Recipe
+    of: dict[str, list[Candidate]]
+    """By full name: embedding and head first, then the linears in order."""
+    sizes: Sizes
+    seconds: float
+    """That the losses took when they were computed."""
+    notes: tuple[str, ...]
+
+    def choose(self, target: Target, threads: int | None = None) -> PlanReport:
+        """The plan for ``target``. Raises ``UserError`` where none meets it."""
+        assert self.recipe.allocation is not None
+        architecture = self.architecture
+        joined = self.recipe.allocation.joined or FORMATS.get(self.recipe.format).joins
+        unread = () if architecture.tied else (architecture.embedding,)
+        problem = grouped(self.of, _fused(architecture) if joined else (), unread)
+        context = _context(target, architecture)
+        budget = Budget(
+            target,
+            self.checkpoint.parameters,
+            cache=self.sizes.of_cache(context),
+            bandwidth=_bandwidth(target, threads),
+        )
+        found = Chooser(self.recipe, problem, self.of, self.sizes, architecture.outer).choose(budget)
+        return self._report(found, budget, context)
+
+    def _report(self, found: Chosen, budget: Budget, context: int) -> PlanReport:
+        return PlanReport(
+            recipe=found.recipe,
+            target=budget.target,
+            matrices=[
+                PlannedMatrix(
+                    name,
+                    scheme_text(one.plan.scheme),
+                    one.plan.scheme.to_json(),
+                    one.plan.rotation is not None,
+                    one.bytes,
+                    one.loss,
+                )
+                for name, one in found.candidates.items()
+            ],
+            bytes=found.bytes.files,
+            bits_per_weight=8 * found.bytes.data / self.checkpoint.parameters,
+            compression=1 - found.bytes.files / self.checkpoint.bf16_bytes,
+            predicted_loss=found.loss,
+            limit=found.limit,
+            smallest_bytes=found.smallest,
+            memory_bytes=found.bytes.files + budget.cache,
+            context=context,
+            tokens_per_s=None if budget.bandwidth is None else budget.bandwidth / found.read,
+            seconds=self.seconds,
+            notes=[*self.checkpoint.notes, *self.notes],
+        )
+
+
+def candidates_of(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    calibration: Sequence[str | Path | Text],
+    memory: int | None,
+    device: str,
+    seed: int,
+    threads: int | None,
+    cache: Path,
+    progress: Progress,
+    fresh: bool = False,
+) -> Candidates:
+    """The candidates of a checkpoint that is open and a recipe that has an allocation; other arguments as of ``plan``."""
+    allocation = recipe.allocation
+    if allocation is None:
+        raise UserError(
+            f"recipe {recipe.name!r} has no allocation: its schemes are fixed and nothing is left to plan. Use the recipe "
+            "auto, or add candidates under allocation"
+        )
+    architecture, where = architecture_of(checkpoint.config), device_named(device)
+    _context(allocation.target, architecture)
+    alike = [_all_alike(recipe, architecture, place) for place in range(len(allocation.candidates))]
+    writer, *_ = [checked_writer(one, plan_of(one, architecture), architecture) for one in alike]
+    text = CalibrationText(calibration, usable_tokenizer(checkpoint.path, True), recipe.calibration)
+    fingerprint = fingerprint_of(checkpoint, recipe, text, seed, device, progress)
+    sizes = Sizes(checkpoint, architecture, writer, fingerprint)
+    sequences = calibration_sequences(architecture, text, seed)
+    assert sequences is not None
+    wanted = table_fingerprint(recipe, fingerprint, sequences)
+    work_folder = WorkFolder.open(table_folder(cache, wanted), wanted, fresh)
+    with work_folder as work, deterministic_workers(threads) as workers:
+        everything = plan_of(alike[0], architecture)
+        job = Job(checkpoint, architecture, recipe, everything, writer, sequences, seed, work, workers, progress, where)
+        memory_plan.check(job, memory, further_hessians=2)
+        table = loss_table(job, sensitivity.shared_folder(cache, fingerprint, job))
+    found = _with_bytes(recipe, architecture, table, sizes)
+    return Candidates(checkpoint, architecture, recipe, found, sizes, table.seconds, text.notes)
+
+
+def _all_alike(recipe: Recipe, architecture: Architecture, place: int) -> Recipe:
+    """The recipe of giving every linear its candidate at ``place``, or its last one."""
+    plans: dict[str, LinearPlan] = {}
+    for name in architecture.linears:
+        candidates = candidates_for(recipe, name)
+        plans[name] = candidates[min(place, len(candidates) - 1)]
+    outer = {architecture.embedding: recipe.embedding, architecture.head: recipe.head}
+    plans |= {module: LinearPlan(outer[module]) for module in architecture.outer}
+    return decided(recipe, plans, architecture.outer)
+
+
+def _with_bytes(
+    recipe: Recipe, architecture: Architecture, table: LossTable, sizes: Sizes
+) -> dict[str, list[Candidate]]:
+    assert recipe.allocation is not None
+    fixed = {architecture.embedding: recipe.embedding, architecture.head: recipe.head}
+    plans = {
+        module: [LinearPlan(scheme) for scheme in recipe.allocation.outer or (fixed[module],)]
+        for module in architecture.outer
+    }
+    plans |= {name: candidates_for(recipe, name) for name in architecture.linears}
+    losses = {**table.linears, **table.outer}
+    return {
+        name: [
+            Candidate(name, one, sizes.of_matrix(name, one), loss)
+            for one, loss in zip(choices, losses[name], strict=True)
+        ]
+        for name, choices in plans.items()
+    }
+
+
+def _fused(architecture: Architecture) -> list[tuple[str, ...]]:
+    """Full names of the linears that runtimes join."""
+    found = {
+        tuple(block.prefix + name for name in linear.fused_with)
+        for block in architecture.blocks
+        for linear in block.linears
+        if linear.fused_with
+    }
+    return sorted(found)
+
+
+def _context(target: Target, architecture: Architecture) -> int:
+    """Tokens of the key/value cache. Raises ``UserError`` for more than the model reads."""
+    most = int(architecture.config.max_position_embeddings)
+    if target.context is not None and target.context > most:
+        raise UserError(
+            f"a {option('context', '--context')} of {target.context} tokens is more than the {most} that the model reads"
+        )
+    return target.context or min(USUAL_CONTEXT, most)
+
+
+def _bandwidth(target: Target, threads: int | None) -> float | None:
+    """Bytes/s, given or measured; None where nobody asks."""
+    if target.min_speed is None:
+        return None
+    if target.bandwidth_gb_s is not None:
+        return target.bandwidth_gb_s * 1e9
+    before, count = torch.get_num_threads(), thread_count(threads)
+    try:
+        return read_bandwidth([count], BUFFER_BYTES)[count] * 1e9
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,169 @@
+"""What an artifact of a plan will take on the disk, counted before anything is quantized.
+
+Tensor data are counted exactly, from what the format stores of each matrix. Of the other files those bytes are counted that
+will be written; where they hold numbers that only quantizing finds (the errors of linears in the provenance), the longest
+text of such a number is taken, so that the sum is never less than the artifact and above it by a few bytes a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.files import json_bytes
+from quern.checkpoint.folder import CONFIG, INDEX
+from quern.checkpoint.safetensors_file import DTYPES, METADATA, file_bytes
+from quern.checkpoint.tokenizer import copy_tokenizer
+from quern.codecs.base import codec_of
+from quern.core.artifact import PROVENANCE
+from quern.core.errors import UserError
+from quern.core.packed import PackedLinear, QuantizedWeight
+from quern.core.plan import LinearPlan, Plan
+from quern.core.recipe import Recipe
+from quern.core.temporary import temporary_folder
+from quern.formats.sharded import ShardedWriter
+from quern.pipeline.blockwise.job import plan_of
+from quern.pipeline.request import checked_writer
+
+LONGEST_ERROR = 1.2345678901234567e-05
+"""A number whose text is as long as any between 0 and 1."""
+CACHE_BYTES = 2
+"""Of a number in the key/value cache: float16, which the engine uses unless it is told otherwise."""
+
+Meta = dict[str, Tensor]
+"""Tensors without memory, by name."""
+
+
+@dataclass(frozen=True)
+class ArtifactBytes:
+    """Bytes of one artifact."""
+
+    data: int
+    """Of all tensors."""
+    files: int
+    """Of all files."""
+
+
+class Sizes:
+    """Of the artifacts that recipes make of one model. ``fingerprint`` is that of the job, whatever its recipe."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Any, writer: object, fingerprint: Mapping[str, Any]
+    ) -> None:
+        if not isinstance(writer, ShardedWriter):
+            raise UserError(
+                "an allocation needs a format whose size is known beforehand, which this one's is not. Plan for format "
+                "quern or compressed-tensors"
+            )
+        self._checkpoint, self._architecture, self._fingerprint = checkpoint, architecture, fingerprint
+        self._writer = writer
+        self._shapes = architecture.module_shapes()
+        self._known: dict[tuple[object, ...], Meta] = {}
+        with temporary_folder("tokenizer") as folder:
+            self._tokenizer = sum(path.stat().st_size for path in copy_tokenizer(checkpoint.path, folder))
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(rows, columns) of a matrix."""
+        rows, columns = self._shapes[f"{module}.weight"]
+        return rows, columns
+
+    def of_matrix(self, module: str, plan: LinearPlan) -> int:
+        """Bytes of tensor data that are stored for ``module``."""
+        return sum(tensor.nbytes for tensor in self._stored(module, plan).values())
+
+    def of_cache(self, context: int) -> int:
+        """Bytes of a key/value cache of ``context`` tokens."""
+        config = self._architecture.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * self._architecture.layers * heads * width * CACHE_BYTES * context)
+
+    def of_artifact(self, recipe: Recipe) -> ArtifactBytes:
+        """Of the whole artifact that ``recipe`` makes; raises ``UserError`` where its format cannot store that."""
+        plan = plan_of(recipe, self._architecture)
+        writer = checked_writer(recipe, plan, self._architecture)
+        assert isinstance(writer, ShardedWriter)
+        stages = list(self._stages(plan))
+        data = sum(tensor.nbytes for stage in stages for tensor in stage.values())
+        shards = sum(file_bytes(stage, METADATA) for stage in stages)
+        names = [writer.shard(stage) for stage in range(len(stages))]
+        places = {name: shard for stage, shard in zip(stages, names, strict=True) for name in stage}
+        index = {"metadata": {"total_size": data}, "weight_map": dict(sorted(places.items()))}
+        said = {"quantization_config": writer.quantization_config(plan)} if plan.quantized() else {}
+        provenance = {
+            "fingerprint": {**self._fingerprint, "recipe": recipe.to_json()},
+            "layers": [self._layer(name, one) for name, one in plan.quantized().items()],
+            "notes": [],
+            "files": sorted([*names, INDEX, CONFIG]),
+        }
+        texts = {INDEX: index, CONFIG: {**self._checkpoint.config, **said}, PROVENANCE: provenance}
+        return ArtifactBytes(data, shards + self._tokenizer + sum(len(json_bytes(text)) for text in texts.values()))
+
+    def _layer(self, name: str, plan: LinearPlan) -> dict[str, Any]:
+        rows, columns = self.shape(name)
+        stored = _nbytes(codec_of(plan.scheme).part_shapes((rows, columns)))
+        bits = 8 * (stored + (0 if plan.rotation is None else -(-columns // 8))) / (rows * columns)
+        return {"linear": name, "bits_per_weight": bits, "relative_error": LONGEST_ERROR}
+
+    def _stages(self, plan: Plan) -> Iterator[Meta]:
+        """The tensors of each shard."""
+        architecture = self._architecture
+        yield self._module(architecture.embedding, plan)
+        for block in architecture.blocks:
+            stage: Meta = {}
+            linears = {block.prefix + linear.name for linear in block.linears}
+            for name in architecture.parameters(block.index):
+                module = (block.prefix + name).removesuffix(".weight")
+                stored = self._checkpoint.info(block.sources_of(name)[0].tensor).dtype
+                if module in linears:
+                    stage |= self._module(module, plan)
+                else:
+                    stage[block.prefix + name] = _meta(architecture.parameters(block.index)[name], DTYPES[stored])
+            yield stage
+        norm = f"{architecture.final_norm}.weight"
+        last = {norm: _meta(self._shapes[norm], DTYPES[self._checkpoint.info(norm).dtype])}
+        for module in architecture.outer[1:]:
+            last |= self._module(module, plan)
+        yield last
+
+    def _module(self, module: str, plan: Plan) -> Meta:
+        return {f"{module}.{part}": tensor for part, tensor in self._stored(module, plan[module]).items()}
+
+    def _stored(self, module: str, plan: LinearPlan) -> Meta:
+        """The tensors that are stored for a matrix, by the rest of their names behind the module's."""
+        source = self._architecture.sources_of(f"{module}.weight")[0].tensor
+        dtype = DTYPES[self._checkpoint.info(source).dtype]
+        key = (self.shape(module), dtype, plan.scheme, plan.rotation is None, plan.activations.mode)
+        if key not in self._known:
+            self._known[key] = self._encoded(self.shape(module), plan) if plan.quantized else {
+                "weight": _meta(self.shape(module), dtype)
+            }  # fmt: skip
+        return self._known[key]
+
+    def _encoded(self, shape: tuple[int, int], plan: LinearPlan) -> Meta:
+        parts = {
+            name: torch.zeros(size, dtype=dtype)
+            for name, (size, dtype) in codec_of(plan.scheme).part_shapes(shape).items()
+        }
+        signs = None if plan.rotation is None else torch.zeros(-(-shape[1] // 8), dtype=torch.uint8)
+        packed = PackedLinear(
+            QuantizedWeight(plan.scheme, shape, parts),
+            plan.activations.mode,
+            1.0 if plan.activations.mode == "static" else None,
+            signs,
+        )
+        encoded = self._writer.encode("x", packed)
+        return {name.removeprefix("x."): _meta(tensor.shape, tensor.dtype) for name, tensor in encoded.items()}
+
+
+def _meta(shape: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def _nbytes(parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    return sum(_meta(shape, dtype).nbytes for shape, dtype in parts.values())

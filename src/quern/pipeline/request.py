@@ -1,0 +1,91 @@
+"""What is asked of a job, checked before any work is done: recipe, plan, writer, device, calibration tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import quern
+from quern.architectures.base import Architecture
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.codecs.base import codec_of
+from quern.core.errors import UserError, option
+from quern.core.plan import Plan
+from quern.core.progress import Progress
+from quern.core.recipe import Recipe, load_recipe
+from quern.formats.base import FORMATS, ArtifactWriter
+from quern.observers.base import OBSERVERS
+from quern.pipeline.blockwise.calibration_text import CalibrationText
+from quern.quantization.rounding.base import ROUNDINGS
+from quern.quantization.transforms.base import TRANSFORMS
+
+
+def chosen_recipe(recipe: str | Path | Recipe, format: str | None) -> Recipe:
+    """The recipe, loaded if it is named, for another ``format`` if there is one."""
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return chosen if format is None else chosen.model_copy(update={"format": format})
+
+
+def checked_writer(recipe: Recipe, plan: Plan, architecture: Architecture) -> ArtifactWriter:
+    """The writer, if every name in the recipe is known, some linear answers to each override, and the format can store the
+    result."""
+    for linear in plan.values():
+        if linear.quantized:
+            codec_of(linear.scheme)
+        ROUNDINGS.get(linear.rounding.method)
+        OBSERVERS.get(linear.activations.observer)
+    ROUNDINGS.get(recipe.rounding.method)
+    OBSERVERS.get(recipe.activations.observer)
+    for settings in recipe.transforms:
+        TRANSFORMS.get(settings.method)(settings)
+    unused = [o.pattern for o in recipe.overrides if not any(o.matches(name) for name in architecture.linears)]
+    if unused:
+        raise UserError(
+            f"recipe {recipe.name!r}: no linear matches {' or '.join(map(repr, unused))}; names look like "
+            f"{next(iter(architecture.linears))}"
+        )
+    writer = FORMATS.get(recipe.format).writer(recipe, plan, architecture)
+    writer.check()
+    return writer
+
+
+def fingerprint_of(
+    checkpoint: Checkpoint, recipe: Recipe, text: CalibrationText | None, seed: int, device: str, progress: Progress
+) -> dict[str, Any]:
+    """What was asked for: everything that the bytes of the artifact depend on, the arithmetic apart.
+
+    A work folder holds the job to that as well (``quantization/arithmetic.py``); a finished artifact is what was asked for
+    wherever it was made.
+    """
+    return {
+        "quern": quern.__version__,
+        "model_sha256": checkpoint.sha256(progress),
+        "recipe": recipe.to_json(),
+        "calibration_sha256": None if text is None else text.sha256,
+        "seed": seed,
+        "device": device,
+    }
+
+
+def device_named(name: str) -> torch.device:
+    """``cpu``, or ``cuda`` where torch has it. Raises ``UserError``."""
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}; known: cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        instead = option("device='cpu'", "--device cpu")
+        raise UserError(f"the device cuda was asked for, but torch sees no CUDA device here. Use {instead}")
+    return torch.device(name)
+
+
+def calibration_sequences(architecture: Architecture, text: CalibrationText | None, seed: int) -> Tensor | None:
+    """Calibration tokens int64 ``(sequences, time)``; None without ``text``."""
+    if text is None:
+        return None
+    config = architecture.config
+    context = config.max_position_embeddings
+    windows = filter(None, (block.window for block in architecture.blocks))
+    context = min([context, *windows])  # within one window attention is plainly causal
+    return text.sequences(context, config.vocab_size, seed)
