@@ -22,7 +22,7 @@ measure(
     stage="memory",
     run=read_cache,
     summarize=lambda raw, seed: None if raw is None else Figure(value=raw, unit="bytes/token"),
-    digits=6,
+    in_report=False,
     heading="cache, bytes/token",
     terminal="row",
     form=",.0f",
