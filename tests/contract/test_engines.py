@@ -31,7 +31,11 @@ RECIPES = {
     "nf4": {"weights": {"codec": "nf4", "group_size": 32}, "embedding": {"codec": "nf4"}},
     "log": {"weights": {"codec": "log", "bits": 4, "group_size": 32}, "embedding": {"codec": "log", "bits": 3}},
     "float4": {"weights": {"codec": "nvfp4"}, "embedding": {"codec": "mxfp4"}},
-    "k-means": {"weights": {"codec": "kmeans", "bits": 3}, "embedding": {"codec": "kmeans", "granularity": "tensor"}},
+    "k-means": {
+        "weights": {"codec": "kmeans", "bits": 3},
+        "transforms": [{"method": "hadamard"}],
+        "embedding": {"codec": "kmeans", "granularity": "tensor"},
+    },
     "k-means of groups": {"weights": {"codec": "kmeans", "bits": 2, "granularity": "group", "group_size": 64}},
     "float8": {"weights": {"codec": "float8"}, "embedding": {"codec": "float8", "variant": "e5m2"}},
     "blocks": {

@@ -134,6 +134,8 @@ class KernelForm:
     """Rows that share their scales; 0: all do."""
     factor: tuple[str, float] | None = None
     """``scale_factor`` is the number in this part times so much."""
+    exact_inputs: bool = False
+    """Whether the kernel multiplies inputs as they are, and not in int8."""
     decoded: bool = False
     """Whether ``codes`` are to be ``Codec.integers``, because no kernel unpacks such codes."""
     fine: bool = False

@@ -82,7 +82,9 @@ class Float8Codec(GroupedCodec):
         }
 
     def kernel(self, shape: tuple[int, int]) -> KernelForm | str:
-        return self.kernel_form(f"float8_{self.variant}", shape, {"scale_type": self.params.scale_dtype})
+        return self.kernel_form(
+            f"float8_{self.variant}", shape, {"scale_type": self.params.scale_dtype}, exact_inputs=True
+        )
 
     def decode(self, shape: tuple[int, int], parts: Parts) -> Tensor:
         return self.scaled(parts["codes"].float(), self.scales_of(parts["scale"], shape[0]))

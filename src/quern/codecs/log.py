@@ -52,7 +52,7 @@ class LogCodec(LevelsCodec):
             return super().kernel(shape)
         # Powers of two are numbers of E5M2 as well, at a byte each. Its least one above zero is 2^-16.
         options = {"scale_type": self.params.scale_dtype, "scale_factor": self.grid.largest}
-        return self.kernel_form("float8_e5m2", shape, options, decoded=True)
+        return self.kernel_form("float8_e5m2", shape, options, decoded=True, exact_inputs=True)
 
     def integers(self, shape: tuple[int, int], parts: Parts) -> Tensor:
         """The values over the largest one as E5M2 numbers, int8 ``(rows, columns)``."""

@@ -155,7 +155,7 @@ class MappedWeights:
             stored = {part: self._checkpoint.read(f"{name}.{part}") for part in sizes}
             arrays["codes"] = codec.integers(shape, stored).numpy().reshape(-1).view(np.uint8)
         repeats, group = 1, form.group
-        if input_group is not None and group == shape[1] > input_group:
+        if input_group is not None and not form.exact_inputs and group == shape[1] > input_group:
             repeats, group = -(-shape[1] // input_group), input_group
         if repeats > 1 or form.scale_rows > 1:
             for key in REPEATED & set(arrays):

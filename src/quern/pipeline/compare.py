@@ -112,16 +112,8 @@ def compare(
         for warning in hardware["warnings"]:
             progress.log(f"warning: {warning}")
         making = ArtifactRequest(
-            checkpoint=checkpoint,
-            model_sha256=checkpoint.sha256(progress),
-            folder=folder.path,
-            calibration=calibration,
-            memory=memory,
-            threads=threads,
-            seed=seed,
-            fresh=fresh,
-            progress=progress,
-        )
+            checkpoint=checkpoint, model_sha256=checkpoint.sha256(progress), folder=folder.path, calibration=calibration,
+            memory=memory, threads=threads, seed=seed, fresh=fresh, progress=progress)  # fmt: skip
         inputs.check_room(reference_key("reference", making.model_sha256, inputs, settings))
         measurement = _make_and_measure(making, chosen, others, tools, (engine, kept), inputs, settings, hardware)
         results = _results(making, measurement, inputs, hardware, scenario, _protocol(usual, settings, inputs))

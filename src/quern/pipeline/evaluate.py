@@ -98,20 +98,10 @@ def evaluate(
         asked: DtypeName = dtype  # type: ignore[assignment]  # the settings let no other through
         shift = measured_shift(checkpoint, windows, dtype=asked, threads=threads, progress=progress) if texts else None
     row = measurement.rows[-1]
-    scores = (
-        {}
-        if wanted is None
-        else task_scores(
-            checkpoint,
-            contender.engine,
-            wanted,
-            dtype=dtype,
-            threads=threads,
-            seed=seed,
-            progress=progress,
-            cache=contender.cache,
-        )
-    )
+    scores: dict[str, dict[str, float]] = {}
+    if wanted is not None:
+        scores = task_scores(checkpoint, contender.engine, wanted, dtype=dtype, threads=threads, seed=seed,
+                             progress=progress, cache=contender.cache)  # fmt: skip
     of_reference = [] if reference is None else _reference_notes(source)
     told = [] if shift is None or (said := sentence(shift)) is None else [said]
     notes = [*inputs.taken, *of_reference, *row.notes, *told]
