@@ -276,7 +276,7 @@ def test_another_model_has_its_own_table_and_one_that_is_put_in_its_place_is_ref
     ask("untied")
     (second,) = set(tmp_path.glob("losses-*")) - {first}
     (first / "fingerprint.json").write_bytes((second / "fingerprint.json").read_bytes())
-    with pytest.raises(UserError, match=r"belongs to another job.*model_sha256"):
+    with pytest.raises(UserError, match=r"(?s)belongs to another job.*model_sha256"):
         ask("model")
     ask("untied")
 
