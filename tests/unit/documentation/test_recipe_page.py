@@ -136,7 +136,7 @@ def test_the_example_of_overrides_does_what_is_said_below_it():
 
 
 def test_the_example_of_an_allocation_does_what_is_said_below_it():
-    recipe = example(2)
+    recipe = example(3)
     value, others = (candidates_for(recipe, f"model.layers.1.{name}") for name in ("self_attn.v_proj", "mlp.up_proj"))
     assert [plan.scheme.to_json()["bits"] for plan in value] == [8]
     assert [plan.scheme.to_json()["bits"] for plan in others] == [2, 3, 8]

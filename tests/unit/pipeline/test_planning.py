@@ -101,12 +101,14 @@ def test_the_ends(extremes, planned):
 
 @pytest.mark.parametrize("model", ["model", "untied"])
 def test_bytes_are_those_of_the_artifact(place, planned, model):
-    """Counted beforehand: never too few, and too many by at most two digits of each linear's error."""
+    """Counted beforehand: never too few, and too many by at most two digits of each linear's error and, of each of four inputs
+    of a block, what twenty numbers may be shorter by and three may be missing."""
     report = planned({"bits": 5}, model)
     folder = place / f"bytes-{model}"
     done = quantize(place / model, folder, recipe=report.recipe, calibration=[place / "text.txt"], threads=2)
     assert done.bits_per_weight == report.bits_per_weight <= 5
-    assert 0 <= report.bytes - size_of(folder) <= 4 * len(report.matrices)
+    blocks = sum(item.name.endswith("o_proj") for item in report.matrices)
+    assert 0 <= report.bytes - size_of(folder) <= 4 * len(report.matrices) + 4 * 110 * blocks
     schemes = stored_schemes(folder)
     assert {item.name: item.scheme for item in report.matrices} == {n: s.to_json() for n, s in schemes.items()}
 

@@ -2,7 +2,8 @@
 
 Tensor data are counted exactly, from what the format stores of each matrix. Of the other files those bytes are counted that
 will be written; where they hold numbers that only quantizing finds (the errors of linears in the provenance), the longest
-text of such a number is taken, so that the sum is never less than the artifact and above it by a few bytes a linear.
+text of such a number is taken, so that the sum is never less than the artifact and above it by a few bytes a linear and
+about 100 for each input that linears share.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from quern.checkpoint.folder import CONFIG, INDEX
 from quern.checkpoint.safetensors_file import DTYPES, METADATA, file_bytes
 from quern.checkpoint.tokenizer import copy_tokenizer
 from quern.codecs.base import codec_of
-from quern.core.artifact import PROVENANCE
+from quern.core.artifact import PROVENANCE, InputSummary
 from quern.core.errors import UserError
 from quern.core.packed import PackedLinear, QuantizedWeight
 from quern.core.plan import LinearPlan, Plan
@@ -29,9 +30,12 @@ from quern.core.temporary import temporary_folder
 from quern.formats.sharded import ShardedWriter
 from quern.pipeline.blockwise.job import plan_of
 from quern.pipeline.request import checked_writer
+from quern.quantization.calibration.sketch import RUNS
 
 LONGEST_ERROR = 1.2345678901234567e-05
 """A number whose text is as long as any between 0 and 1."""
+LONGEST_SUMMARY = 1.2346e-05
+"""The same of those of ``InputSummary``, which have five digits."""
 CACHE_BYTES = 2
 """Of a number in the key/value cache: float16, which the engine uses unless it is told otherwise."""
 
@@ -100,9 +104,29 @@ class Sizes:
             "layers": [self._layer(name, one) for name, one in plan.quantized().items()],
             "notes": [],
             "files": sorted([*names, INDEX, CONFIG]),
+            **self._inputs(recipe, plan),
         }
         texts = {INDEX: index, CONFIG: {**self._checkpoint.config, **said}, PROVENANCE: provenance}
         return ArtifactBytes(data, shards + self._tokenizer + sum(len(json_bytes(text)) for text in texts.values()))
+
+    def _inputs(self, recipe: Recipe, plan: Plan) -> dict[str, Any]:
+        """What calibration will say of the inputs of linears, with numbers whose texts are the longest."""
+        if not recipe.needs_calibration:
+            return {}
+        number, groups = LONGEST_SUMMARY, []
+        for block in self._architecture.blocks:
+            certain = {linear.name for linear in block.linears if linear.expert is None}
+            for group in block.groups:
+                linears = [block.prefix + name for name in group.linears if name in certain]
+                if quantized := [name for name in linears if plan[name].quantized]:
+                    groups.append(
+                        InputSummary.model_construct(
+                            linears=tuple(quantized), reach=number, greatest=number, profile=(number,) * RUNS,
+                            spread=(number, number), clip=number, clipped=number,
+                        ).model_dump(mode="json")
+                    )  # fmt: skip
+        tokens = recipe.calibration.tokens
+        return {"inputs": {"tokens": tokens, "sequences": tokens, "groups": groups}}
 
     def _layer(self, name: str, plan: LinearPlan) -> dict[str, Any]:
         rows, columns = self.shape(name)
