@@ -21,7 +21,20 @@ embedding: {bits: 8, granularity: channel}
 rounding: {method: nearest}
 calibration: {token_weight: none}
 """
-PROFILES = {"balanced", "compact", "fast", "float8", "kmeans3", "kmeans4", "log4", "mxfp4", "nf4", "nvfp4", "rtn4"}
+PROFILES = {
+    "auto",
+    "balanced",
+    "compact",
+    "fast",
+    "float8",
+    "kmeans3",
+    "kmeans4",
+    "log4",
+    "mxfp4",
+    "nf4",
+    "nvfp4",
+    "rtn4",
+}
 
 
 @pytest.fixture(scope="module")

@@ -201,9 +201,10 @@ def test_defaults_write_what_they_wrote(tiny_model, tiny_text, tmp_path):
 
 
 def test_the_documented_lossless_recipe(wide_model, tmp_path):
-    """docs/recipes.md's last example: an unquantized model with fewer bytes and its own logits."""
+    """An example of docs/recipes.md: an unquantized model with fewer bytes and its own logits."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text("utf-8")
-    recipe = parse_recipe(yaml.safe_load(page.split("```yaml\n")[-1].split("```")[0]), "the page's")
+    text = page.split("### `storage`")[1].split("```yaml\n")[1].split("```")[0]
+    recipe = parse_recipe(yaml.safe_load(text), "the page's")
     report = quantize(wide_model, tmp_path / "out", recipe=recipe, threads=1)
     assert report.compression > 0
     assert described(tmp_path / "out")["modules"] == {}
