@@ -8,7 +8,8 @@ namespace quern {
 namespace {
 
 struct Tables {
-  __m512i low, high;  // of codes below 4, and from there on; where codes have 3 bits
+  __m512i low, high;   // of codes below 4, and from there on; where codes have 3 bits
+  __mmask64 third[4];  // which codes are, by plane
 };
 
 // The entries of one table, exclusive-or `flip`, in the first bytes.
@@ -24,7 +25,7 @@ INLINE __m128i entries_of(const int8_t* table) {
 template <int BITS>
 INLINE Tables split_table(__m512i table, uint8_t flip) {
   table = _mm512_xor_si512(table, _mm512_set1_epi8(static_cast<char>(flip)));
-  return {table, _mm512_bsrli_epi128(table, BITS == 3 ? 4 : 0)};
+  return {table, _mm512_bsrli_epi128(table, BITS == 3 ? 4 : 0), {}};
 }
 
 // Tables for a register of codes from byte `at` of a row on. A lane of 16 bytes has 32 or 64 columns, all of one group.
@@ -42,15 +43,25 @@ INLINE Tables tables_at(const Weight& weight, int32_t row, int64_t at, uint8_t f
   return split_table<BITS>(_mm512_inserti32x4(all, lanes[3], 3), flip);
 }
 
+// Third bits of the codes in the register from byte `at` of a row on.
+INLINE void load_third(Tables& tables, const uint8_t* row, int32_t columns, int64_t at) {
+  if (at * CODES<3> + PLANE_COLUMNS <= columns) {
+    const uint8_t* from = row + low_bytes(columns) + at / 2;
+    for (int plane = 0; plane < 4; ++plane) __builtin_memcpy(&tables.third[plane], from + 8 * plane, 8);
+  } else {
+    for (int plane = 0; plane < 4; ++plane) tables.third[plane] = third_bits(row, columns, at, plane);
+  }
+}
+
 // What the codes of plane `which` in a register stand for.
 template <int BITS>
-INLINE __m512i look_up(const Tables& tables, __m512i bytes, int which, const uint8_t* row, int32_t columns, int64_t at) {
+INLINE __m512i look_up(const Tables& tables, __m512i bytes, int which) {
   constexpr int WIDTH = 8 / CODES<BITS>;
   const __m512i shifted = which == 0 ? bytes : _mm512_srli_epi16(bytes, static_cast<unsigned>(WIDTH * which));
   const __m512i codes = _mm512_and_si512(shifted, _mm512_set1_epi8((1 << WIDTH) - 1));
   const __m512i found = _mm512_shuffle_epi8(tables.low, codes);
   if constexpr (BITS != 3) return found;
-  return _mm512_mask_shuffle_epi8(found, third_bits(row, columns, at, which), tables.high, codes);
+  return _mm512_mask_shuffle_epi8(found, tables.third[which], tables.high, codes);
 }
 
 // OWN: groups have tables of their own.
@@ -61,17 +72,19 @@ struct Code {
   Tables common;
   const Weight* weight;
   const uint8_t* codes_of_row;
-  int32_t row;
+  int32_t row, columns;
 
   INLINE Code make(const Weight& weight, int32_t row) {
-    return {OWN ? Tables{} : tables_at<BITS>(weight, row, 0, 128), &weight, codes_of(weight, row), row};
+    return {OWN ? Tables{} : tables_at<BITS>(weight, row, 0, 128), &weight, codes_of(weight, row), row, weight.columns};
   }
   INLINE Tables tables(const Code& self, int64_t at) {
-    if constexpr (OWN) return tables_at<BITS>(*self.weight, self.row, at, 128);
-    return self.common;
+    Tables found = self.common;
+    if constexpr (OWN) found = tables_at<BITS>(*self.weight, self.row, at, 128);
+    if constexpr (BITS == 3) load_third(found, self.codes_of_row, self.columns, at);
+    return found;
   }
-  INLINE __m512i codes(const Code& self, const Tables& tables, __m512i bytes, int which, int64_t at) {
-    return look_up<BITS>(tables, bytes, which, self.codes_of_row, self.weight->columns, at);
+  INLINE __m512i codes(const Code&, const Tables& tables, __m512i bytes, int which, int64_t) {
+    return look_up<BITS>(tables, bytes, which);
   }
 };
 
@@ -141,11 +154,12 @@ void panel(const Weight& weight, const Part& part, uint8_t flip, int8_t* out) {
         const int32_t row = part.first_row + r + (r + i < part.rows ? i : 0);
         const uint8_t* codes = codes_of(weight, row);
         const __m512i bytes = _mm512_maskz_loadu_epi8(some, codes + at);
-        const Tables tables = tables_at<BITS>(weight, row, at, flip);
+        Tables tables = tables_at<BITS>(weight, row, at, flip);
+        if constexpr (BITS == 3) load_third(tables, codes, weight.columns, at);
         __m512i planes[PLANES], columns[PLANES];
 #pragma GCC unroll 4
         for (int which = 0; which < PLANES; ++which)
-          planes[which] = look_up<BITS>(tables, bytes, which, codes, weight.columns, at);
+          planes[which] = look_up<BITS>(tables, bytes, which);
         interleave<BITS>(planes, columns);
 #pragma GCC unroll 4
         for (int k = 0; k < PLANES; ++k) found[k][i] = columns[k];

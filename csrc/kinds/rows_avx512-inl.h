@@ -249,7 +249,7 @@ INLINE void multiply_block(const Weight& weight, const Inputs& in, int32_t row, 
 template <typename Code, int TOKENS, int LANES_A_GROUP>
 void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
   // Only the smallest groups have so many additions that the time of one shows.
-  constexpr int ROWS = TOKENS > 1 ? 1 : LANES_A_GROUP == 2 ? 4 : LANES_A_GROUP == 4 ? 2 : 1;
+  constexpr int ROWS = TOKENS > 1 ? 1 : LANES_A_GROUP == 2 ? 4 : LANES_A_GROUP == 4 && Code::PER_BYTE < 4 ? 2 : 1;
   int32_t row = first;
   for (; row + ROWS <= last; row += ROWS)
     multiply_block<Code, TOKENS, LANES_A_GROUP, ROWS>(weight, in, row, outputs);
