@@ -130,9 +130,6 @@ class Nvfp4Codec(Float4Codec):
         parts = super().store(codes, scale / grid.tensor_scale * 2, zero, grid)
         return {**parts, "tensor_scale": grid.tensor_scale.reshape(1).clone()}
 
-    def store_scale(self, scale: Tensor) -> Parts:
-        return {"scale": scale.to(torch.float8_e4m3fn).contiguous()}
-
     def scale_part(self) -> torch.dtype:
         return torch.float8_e4m3fn
 

@@ -76,7 +76,7 @@ class LevelsCodec(GroupedCodec):
 
     def store_scale(self, scale: Tensor) -> Parts:
         """The parts that hold ``scale`` float32 ``(scale rows, groups)``."""
-        return {"scale": scale.to(getattr(torch, self.params.scale_dtype)).contiguous()}
+        return {"scale": scale.to(self.scale_part()).contiguous()}
 
     def scale_part(self) -> torch.dtype:
         """Dtype of the part ``scale``."""
