@@ -72,9 +72,11 @@ def main() -> None:
 
 
 def uniform_plans(candidates: Candidates) -> Iterable[tuple[str, Recipe, float]]:
-    """Name, recipe and predicted loss of every candidate for all linears, embedding and head at 4 and at 8 bits."""
+    """Name, recipe and predicted loss of candidates for all linears, embedding and head at 4 and at 8 bits; of those of one
+    codec and width only the one of least predicted loss."""
     outer = set(candidates.architecture.outer)
     first = next(choices for name, choices in candidates.of.items() if name not in outer)
+    found: dict[tuple[str, int, int], tuple[str, Recipe, float]] = {}
     for place, bits in itertools.product(range(len(first)), (4, 8)):
         chosen = {}
         for name, choices in candidates.of.items():
@@ -83,7 +85,10 @@ def uniform_plans(candidates: Candidates) -> Iterable[tuple[str, Recipe, float]]
         params = first[place].plan.scheme.to_json()
         label = f"{params['codec']}-{params['bits']}-tables-{params.get('tables', 0)}-outer-{bits}"
         recipe = decided(candidates.recipe, {n: one.plan for n, one in chosen.items()}, candidates.architecture.outer)
-        yield f"uniform-{label}", recipe, sum(one.loss for one in chosen.values())
+        kind, loss = (params["codec"], params["bits"], bits), sum(one.loss for one in chosen.values())
+        if kind not in found or loss < found[kind][2]:
+            found[kind] = f"uniform-{label}", recipe, loss
+    yield from found.values()
 
 
 def allocated_plans(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quern.pipeline.inspect import inspect
     from quern.pipeline.planning.plan import plan
     from quern.pipeline.quantize import quantize
+    from quern.pipeline.stacking.check import check
     from quern.report.html import write_report
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "Chat",
     "Recipe",
     "__version__",
+    "check",
     "compare",
     "evaluate",
     "generate",
@@ -45,6 +47,7 @@ __all__ = [
 _HOMES = {
     "Chat": "quern.generation.chat",
     "Recipe": "quern.core.recipe",
+    "check": "quern.pipeline.stacking.check",
     "compare": "quern.pipeline.compare",
     "evaluate": "quern.pipeline.evaluate",
     "generate": "quern.generation.generate",

@@ -12,6 +12,7 @@ import typer
 import quern
 from quern.cli import options
 from quern.cli.chat import chat
+from quern.cli.check import check
 from quern.cli.compare import compare
 from quern.cli.evaluate import evaluate
 from quern.cli.generate import generate
@@ -27,6 +28,7 @@ from quern.cli.report import report
 from quern.cli.streams import forget_impossible_width, open_standard
 
 VERBS: tuple[Callable[..., Any], ...] = (
+    check,
     plan,
     quantize,
     evaluate,

@@ -19,6 +19,7 @@ from quern.core import scheme as schemes
 from quern.core.packed import QuantizedWeight
 from quern.core.registry import Registry
 from quern.core.scheme import CodecParameters, CodecScheme
+from quern.core.stacking import NO_TRAITS, Traits
 
 Parts = dict[str, Tensor]
 GROUPED = ("group", "block")
@@ -149,6 +150,8 @@ class Codec(ABC):
     """What a recipe may choose; the constructor finds an instance in ``scheme.params``."""
     technique: ClassVar[str] = "other"
     """What the literature calls it; recipes are listed by it."""
+    traits: ClassVar[Traits] = NO_TRAITS
+    """What it wants of the weights that come to it, and what it does to others that it is stacked with."""
     slab_rows: int = 32
     """Rows of a slab are a multiple of this, unless it is the last."""
 

@@ -26,6 +26,7 @@ from quern import _native
 from quern.codecs.base import CODECS, Codec, Described, Encoder, KernelForm, Parts, ScaledParameters, least_scale
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
+from quern.core.stacking import Traits
 
 TABLES = "trellis_tables.json"
 TILE, LANE_ROWS, BLOCK, LANES = 256, 16, 4, 64
@@ -127,6 +128,7 @@ class TrellisCodec(Codec):
 
     Parameters = TrellisParameters
     technique = "trellis-coded"
+    traits = Traits(wants={"even columns": "a row has one scale and a table that was trained on Gaussian numbers"})
     slab_rows = TILE
 
     def __init__(self, scheme: CodecScheme) -> None:

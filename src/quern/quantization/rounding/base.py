@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from quern.core.packed import QuantizedWeight
 from quern.core.parallel import Workers, pieces
 from quern.core.recipe import Rounding as Settings
 from quern.core.registry import Registry
+from quern.core.stacking import NO_TRAITS, Traits
 from quern.quantization.rounding.factor import Factor
 
 SLAB = 1024
@@ -48,6 +50,8 @@ class Rounding(ABC):
     """A way to round. ``settings`` come from the recipe."""
 
     needs_hessian: bool
+    traits: ClassVar[Traits] = NO_TRAITS
+    """What it does to others that it is stacked with."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

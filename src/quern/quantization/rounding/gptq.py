@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quern.codecs.base import Codec, Encoder
 from quern.core.errors import UserError
+from quern.core.stacking import Traits
 from quern.quantization.rounding.base import ROUNDINGS, RoundedSlab, Rounding
 from quern.quantization.rounding.factor import Factor
 
@@ -30,6 +31,7 @@ class Gptq(Rounding):
     """Error feedback with the Hessian of the calibration inputs."""
 
     needs_hessian = True
+    traits = Traits(acts="takes the Hessian of the inputs as the model that runs will have them")
 
     def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
         assert factor is not None

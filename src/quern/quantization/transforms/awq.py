@@ -11,7 +11,15 @@ from quern.codecs.base import Codec
 from quern.core.errors import UserError
 from quern.core.parallel import Workers, pieces
 from quern.core.recipe import Transform as Settings
-from quern.quantization.transforms.base import TRANSFORMS, ChannelScaling, ChannelStatistics, Repeat, power_of_two
+from quern.core.stacking import Traits
+from quern.quantization.transforms.base import (
+    FOLDED,
+    TRANSFORMS,
+    ChannelScaling,
+    ChannelStatistics,
+    Repeat,
+    power_of_two,
+)
 
 STEPS = 20
 SLAB = 1024
@@ -20,6 +28,8 @@ SLAB = 1024
 @TRANSFORMS.add("awq")
 class Awq(ChannelScaling):
     """s_j = mean|X_j|^a, the exponent a in [0, 1] searched for the least output error of rounding to nearest."""
+
+    traits = Traits(acts=FOLDED)
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)

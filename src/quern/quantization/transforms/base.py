@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from quern.codecs.base import Codec
 from quern.core.parallel import Workers
 from quern.core.recipe import Transform as Settings
 from quern.core.registry import Registry
+from quern.core.stacking import NO_TRAITS, Traits
 
 LARGEST_EXPONENT = 8
 """Scales stay within 2^-8 ... 2^8, far from the ends of bfloat16 and float16."""
@@ -40,6 +42,9 @@ class ChannelStatistics:
 
 class Transform(ABC):  # noqa: B024 - what a transform is asked for is up to its kind
     """Something that ``transforms`` in a recipe may name; one of the kinds below."""
+
+    traits: ClassVar[Traits] = NO_TRAITS
+    """What it does to others that it is stacked with."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -95,6 +100,8 @@ class Repeat:
         return values.view(self.heads, self.times, -1).mean(1).reshape(-1)
 
 
+FOLDED = "is folded into the weights before anything is measured for their rounding"
+"""When a ``ChannelScaling`` acts, for its traits."""
 TRANSFORMS: Registry[type[Transform]] = Registry("transform", "quern.quantization.transforms")
 
 

@@ -13,6 +13,7 @@ from quern.core.errors import UserError
 from quern.core.recipe import ROTATION
 from quern.core.recipe import Transform as Settings
 from quern.core.seeds import generator
+from quern.core.stacking import Traits
 from quern.quantization.transforms.base import TRANSFORMS, InputRotation
 from quern.rotation.rotation import pack_signs
 
@@ -20,6 +21,8 @@ from quern.rotation.rotation import pack_signs
 @TRANSFORMS.add(ROTATION)
 class Hadamard(InputRotation):
     """Signs are drawn from the run's seed, for each block and group of linears anew, or are all positive."""
+
+    traits = Traits(acts="turns weights and the Hessian alike, behind all scaling, wherever the recipe names it")
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)

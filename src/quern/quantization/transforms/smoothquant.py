@@ -9,7 +9,8 @@ from torch import Tensor
 
 from quern.codecs.base import Codec
 from quern.core.parallel import Workers
-from quern.quantization.transforms.base import TRANSFORMS, ChannelScaling, ChannelStatistics, Repeat
+from quern.core.stacking import Traits
+from quern.quantization.transforms.base import FOLDED, TRANSFORMS, ChannelScaling, ChannelStatistics, Repeat
 
 DEFAULT_STRENGTH = 0.5
 TINY = 1e-5
@@ -18,6 +19,13 @@ TINY = 1e-5
 @TRANSFORMS.add("smoothquant")
 class SmoothQuant(ChannelScaling):
     """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) for input channel j; alpha is the recipe's ``strength``."""
+
+    traits = Traits(
+        removes={
+            "even columns": "gives each column a scale of its own, by which the spread of inputs moves into the weights"
+        },
+        acts=FOLDED,
+    )
 
     def scales(
         self,

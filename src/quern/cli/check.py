@@ -1,0 +1,68 @@
+"""``quern check``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quern.cli import options
+from quern.cli.outcome import show, verb, working
+from quern.core.errors import UserError
+
+
+@verb("quern check balanced --for vllm")
+def check(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a recipe file.", show_default=False)
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="RUNTIME",
+            help="What is to run it: cpu, transformers, vllm or llama.cpp.",
+            show_default="any",
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", metavar="DTYPE", help="Keys and values: float16, int8 ...", show_default="float16"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Check it for this model.", show_default="an ordinary decoder"),
+    ] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Show every ordered pair of parts; with RECIPE, of its parts.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Say whether the parts of RECIPE can be stacked, and whether a runtime runs what it makes.
+
+    Nothing is quantized. Exit code 1: it is refused, with the reason.
+    """
+    if recipe is None and not matrix:
+        raise UserError("name a recipe (quern recipes lists them) or a recipe file, or give --matrix")
+    from quern.cli import render_check
+
+    if matrix:
+        if model is not None or (recipe is None and (runtime, cache) != (None, None)):
+            raise UserError(
+                "--matrix shows pairs of parts; --model is for RECIPE alone, --for and --cache go with RECIPE"
+            )
+        from quern.core.recipe import load_recipe
+        from quern.pipeline.stacking.matrix import matrix as api_matrix
+        from quern.pipeline.stacking.parts import parts_of
+
+        chosen = None if recipe is None else parts_of(load_recipe(recipe), cache, runtime)
+        show(api_matrix(chosen), json, render_check.matrix)
+        return
+    from quern.pipeline.stacking.check import check as api
+
+    assert recipe is not None
+    with working() as progress:
+        report = api(recipe, runtime=runtime, cache=cache, model=model, progress=progress)
+    show(report, json, render_check.report)
+    if report.label == "refuses":
+        raise typer.Exit(1)

@@ -1,0 +1,60 @@
+"""What can be stacked: parts of a recipe and of its use, what each declares of itself, answers about two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+PartKind = Literal["transform", "rounding", "codec", "activations", "storage", "cache", "format", "runtime"]
+Property = Literal["even columns", "peaked rows"]
+"""What a component may rely on, of the weights that come to it: columns of a row that are about alike in size; rows in which
+most weights are small and few are large."""
+Label = Literal["works", "degrades", "refuses"]
+"""``works``: no worse than what was there before, within noise. ``degrades``: runs and loses. ``refuses``: stops before any
+work starts."""
+
+
+class Part(NamedTuple):
+    """Something that a stack is made of."""
+
+    kind: PartKind
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a component declares, from which it follows what others do to it."""
+
+    wants: Mapping[Property, str] = field(default_factory=dict)
+    """What it relies on, and why, as a clause: what is lost where that is not so."""
+    removes: Mapping[Property, str] = field(default_factory=dict)
+    """What is not so any more behind it, and why, as a clause."""
+    acts: str = ""
+    """When it acts and on which numbers, as a clause about itself."""
+
+
+NO_TRAITS = Traits()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What becomes of parts that are used together."""
+
+    label: Label
+    reason: str
+    """A sentence without its full stop."""
+
+
+def conflict(first: Part, first_traits: Traits, second: Part, second_traits: Traits) -> str | None:
+    """Why one of two parts loses by the other, by what both declare; None if neither does."""
+    for wanting, wants, other, removes in (
+        (first, first_traits.wants, second, second_traits.removes),
+        (second, second_traits.wants, first, first_traits.removes),
+    ):
+        for what in sorted(set(wants) & set(removes)):
+            return f"{wanting.name} relies on {what}, because {wants[what]}; {other.name} {removes[what]}"
+    return None

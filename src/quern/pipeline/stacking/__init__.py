@@ -1,0 +1,1 @@
+"""Which parts of a recipe, and of its use, can be stacked on each other."""

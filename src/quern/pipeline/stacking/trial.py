@@ -1,0 +1,186 @@
+"""Stacks tried on a model: what a pair loses, beside what its parts lose alone, and which label that makes.
+
+A *remedy* (transform, rounding) is there to lose less, so what it is added to must not get worse by it. What other parts
+cost adds up. Two parts of a kind that exclude each other have linears of their own, and the whole lies between the two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from quern.core import metrics
+from quern.core.engine import LoadedModel
+from quern.core.errors import UserError
+from quern.core.recipe import parse_recipe
+from quern.core.stacking import Label, Part
+from quern.engines.base import ENGINES
+from quern.engines.cpu import CpuEngine, cache_named
+from quern.evaluation.accuracy import DocumentScore, reference_logits, score_windows
+from quern.evaluation.texts import Window
+from quern.pipeline.quantize import quantize
+from quern.pipeline.stacking.answer import Together, runtime_obstacle
+from quern.pipeline.stacking.parts import PLAIN, Keys
+
+REMEDIES = ("transform", "rounding")
+NOISE = 0.05
+"""By how much of a loss two calibrations of one recipe differ (docs/stacking.md)."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """How an artifact is run."""
+
+    runtime: str = "cpu"
+    cache: str | None = None
+
+    @classmethod
+    def of(cls, *parts: Part) -> Use:
+        """How what has these parts is run here. vLLM's artifacts are run by transformers, which reads the same files."""
+        named = {part.kind: part.name for part in parts}
+        elsewhere = named.get("format", "quern") != "quern" or named.get("runtime", "cpu") != "cpu"
+        return cls("transformers" if elsewhere else "cpu", named.get("cache"))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Divergence of some windows of text from the unquantized model, document by document."""
+
+    nats: np.ndarray[Any, np.dtype[np.float64]]
+    """Summed over a document's tokens, float64 ``(documents,)``."""
+    tokens: np.ndarray[Any, np.dtype[np.int64]]
+
+    @classmethod
+    def of(cls, scores: Sequence[DocumentScore]) -> Loss:
+        """That of scores that have a reference."""
+        return cls(np.array([score.divergence for score in scores]), np.array([score.tokens for score in scores]))
+
+    @property
+    def mean(self) -> float:
+        """Nats a token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+    def beyond(self, bound: np.ndarray[Any, np.dtype[np.float64]]) -> metrics.Estimate:
+        """Mean of what is lost above ``bound`` (nats of each document), and its 95 % interval over documents."""
+        return metrics.weighted_mean(self.nats - bound, self.tokens, seed=0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a trial found."""
+
+    label: Label
+    kl: float
+    """Of the stack, nats a token."""
+    bound: float
+    """What it may lose and still be said to work, noise apart."""
+
+    @property
+    def change(self) -> float:
+        """By how much of the bound it loses more."""
+        return self.kl / self.bound - 1
+
+
+class Trials:
+    """Stacks on one model and text; what was made is kept in ``folder``."""
+
+    def __init__(self, model: Path, windows: Sequence[Window], folder: Path, seed: int = 0, **calibration: int) -> None:
+        self.model, self.windows, self.folder, self.seed = model, windows, folder, seed
+        self.plain: Keys = {**PLAIN, "calibration": {**PLAIN["calibration"], **calibration}}
+        self._artifacts: dict[str, Path] = {}
+        self._losses: dict[tuple[Path, Use], Loss] = {}
+        self._reference = _Kept()
+        reference_logits(ENGINES.get("reference")().load(model, dtype="float32"), windows, self._reference.keep)
+
+    def loss(self, keys: Keys, use: Use = Use()) -> Loss:
+        """What the stack of ``PLAIN`` and ``keys`` loses. Raises ``UserError`` where something refuses it."""
+        artifact = self.artifact(keys)
+        if (artifact, use) not in self._losses:
+            scores = score_windows(self._loaded(artifact, use, keys), self.windows, self._reference)
+            self._losses[artifact, use] = Loss.of(scores)
+        return self._losses[artifact, use]
+
+    def artifact(self, keys: Keys) -> Path:
+        """The quantized model."""
+        recipe = parse_recipe({**self.plain, **keys}, "stack")
+        key = json.dumps(recipe.to_json(), sort_keys=True)
+        if key not in self._artifacts:
+            path = self.folder / f"{len(self._artifacts):04d}"
+            quantize(self.model, path, recipe=recipe, seed=self.seed, threads=1)
+            self._artifacts[key] = path
+        return self._artifacts[key]
+
+    def _loaded(self, artifact: Path, use: Use, keys: Keys) -> LoadedModel:
+        if use.runtime == "cpu":
+            return CpuEngine().load(artifact, threads=1, cache=cache_named(use.cache, "cpu"))
+        if use.cache is not None:
+            cache_named(use.cache, "reference")
+        if why := runtime_obstacle(parse_recipe({**self.plain, **keys}, "stack"), use.runtime):
+            raise UserError(why)
+        return cast(LoadedModel, _Transformers(artifact))  # which is asked for logits alone
+
+
+class _Kept:
+    """Logits of windows in memory."""
+
+    def __init__(self) -> None:
+        self._logits: dict[int, Any] = {}
+
+    def keep(self, number: int, logits: Any) -> None:
+        self._logits[number] = logits.copy()
+
+    def __len__(self) -> int:
+        return len(self._logits)
+
+    def window(self, number: int) -> Any:
+        return self._logits[number]
+
+
+class _Transformers:
+    """An artifact as transformers loads it."""
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.vocabulary_size = self._model.config.vocab_size
+        self.maximum_length = self._model.config.max_position_embeddings
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return cast(torch.Tensor, self._model(ids).logits.float())
+
+
+def tried(trials: Trials, pair: Together) -> Verdict:
+    """What a pair does that is not refused."""
+    first, second, (ours, theirs, both) = pair.first, pair.second, pair.keys
+    alone = trials.loss(ours, Use.of(first)), trials.loss(theirs, Use.of(second))
+    return verdict(first, second, trials.loss(both, Use.of(first, second)), alone, trials.loss({}))
+
+
+def verdict(first: Part, second: Part, both: Loss, alone: tuple[Loss, Loss], plain: Loss) -> Verdict:
+    """The label of a pair by what was measured: ``alone`` each of its parts, ``plain`` neither.
+
+    A pair degrades where it loses more than its bound by more than ``NOISE``, and does so beyond doubt (the 95 % interval of
+    the difference over documents).
+    """
+    remedies = [part.kind in REMEDIES for part in (first, second)]
+    if (all(remedies) and first.kind != second.kind) or first.kind == second.kind == "transform":
+        bound = min(alone, key=lambda loss: loss.mean).nats
+    elif first.kind == second.kind:
+        bound = max(alone, key=lambda loss: loss.mean).nats
+    elif any(remedies):
+        bound = alone[remedies.index(False)].nats
+    else:
+        bound = alone[0].nats + alone[1].nats - plain.nats
+    allowed = float(bound.sum() / both.tokens.sum())
+    low = both.beyond(bound).interval
+    certain = low is None or low[0] > 0
+    worse = certain and both.mean > allowed * (1 + NOISE)
+    return Verdict("degrades" if worse else "works", both.mean, allowed)
