@@ -44,19 +44,19 @@ SIGNS = {"works": "+", "degrades": "**~**", "refuses": "x"}
 
 INTRODUCTION = """# Can these be stacked?
 
-`quern check RECIPE [--for cpu|transformers|vllm|llama.cpp] [--cache int8]` says whether the parts of a recipe go together and
-whether a runtime runs the result, before any work is done; with `--model` for that model's shapes and biases. `quern check
---matrix` shows the table below for the quern that is installed, `--json` all reasons.
+`quern check RECIPE [--for cpu|transformers|vllm|llama.cpp] [--cache int8]` says whether the parts of a recipe go together
+and whether a runtime runs the result, before any work is done; with `--model` for that model's shapes and biases. `quern
+check --matrix` shows the table below for the quern that is installed, `--json` all reasons.
 
 - **works** (`+`): no worse than without it, within noise. **degrades** (`~`): it runs and loses. **refuses** (`x`): it stops
   before work starts.
 - What is refused is asked of those who refuse it: the recipe's rules, the format's writer, the engine, the runtimes that a
   format is for. What degrades follows from what components declare that they want and remove (`traits` of a transform,
-  rounding or codec). Tests try every pair of the table on a small model, and fail where its label is not what happens.
+  rounding or codec). A test tries every pair of the table on a small model and fails where its label is not what happens.
 - Order: channel scalings run as the recipe lists them, rotations behind them; everything else has its place. Two codecs,
   roundings or activation schemes share a model by linears (`overrides`), never one linear.
-- Scales of AWQ and SmoothQuant are folded into the weights before anything is measured for the rounding that follows, and a
-  rotation turns weights and Hessian alike: error feedback never sees a Hessian of other coordinates.
+- Scales of AWQ and SmoothQuant are folded into the weights before anything is measured for the rounding that follows, and
+  a rotation turns weights and Hessian alike: error feedback never sees a Hessian of other coordinates.
 
 Rows first, columns second:
 """
@@ -65,11 +65,12 @@ PROTOCOL = """
 
 `python benchmarks/stacking.py`, model `{model}`, {cpu}, {date}: KL divergence in nats a token over {scored_tokens} held-out
 tokens, calibrated with {calibration_tokens}. Everything is added to 4-bit integers in groups of 128, rounded to nearest.
-*Bound*: what the pair may lose. A transform or rounding is there to lose less, so what it is added to must not get worse (two
-of them: no worse than the better); what codecs, activations and caches cost adds up; of two that share a model by linears, the
-worse. A pair degrades where it loses more than that by more than {noise:.0%}, by which losses of one recipe differ with the
-calibration text (`--noise`), and beyond the 95 % interval of the paired difference over documents. vLLM's column is tried with
-transformers, which reads the same files; what keeps vLLM from a recipe is in [compressed-tensors.md](compressed-tensors.md).
+*Bound*: what the pair may lose. A transform or rounding is there to lose less, and storage, format and runtime change no
+number, so what they are added to must not get worse (two transforms or roundings: no worse than the better). What codecs,
+activations and caches cost adds up. Two that share a model by linears: no worse than the worse. A pair degrades where it
+loses more than that by more than {noise:.0%}, by which losses of a recipe differ with the calibration text (`--noise`), and
+beyond the 95 % interval of the paired difference over documents. vLLM's column is tried with transformers, which reads the
+same files; what keeps vLLM from a recipe is in [compressed-tensors.md](compressed-tensors.md).
 """
 
 

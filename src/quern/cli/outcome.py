@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -133,9 +134,32 @@ def console(stderr: bool = False) -> Console:
 
 
 @contextlib.contextmanager
+def _nothing_on_descriptor_1() -> Iterator[None]:
+    """Libraries in C print to the file descriptor itself, which is that of stderr meanwhile."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        library.fflush(None)  # what C has buffered belongs to where it was printed
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
 def working() -> Iterator[RichProgress | LineProgress]:
     """Progress; and whatever a library prints meanwhile goes to stderr, so that stdout holds the result alone."""
-    with contextlib.redirect_stdout(sys.stderr), progress_on(console(stderr=True)) as progress:
+    with (
+        _nothing_on_descriptor_1(),
+        contextlib.redirect_stdout(sys.stderr),
+        progress_on(console(stderr=True)) as progress,
+    ):
         yield progress
 
 

@@ -1,5 +1,6 @@
 """How verbs end: exit codes, one message on stderr, stdout for the result alone."""
 
+import ctypes
 import json
 import os
 import signal
@@ -90,6 +91,16 @@ def test_what_libraries_print_goes_to_stderr():
     ended = run_verb(body=body)
     assert json.loads(ended.stdout) == {"answer": 42}
     assert ended.stderr == "chatter\n"
+
+
+def test_what_libraries_in_c_print_goes_to_stderr(capfd):
+    def body():
+        with working():
+            ctypes.CDLL(None).puts(b"chatter")
+        os.write(1, b"result")
+
+    run_verb(body=body)
+    assert capfd.readouterr() == ("result", "chatter\n")
 
 
 def test_paths_and_messages_are_not_markup():

@@ -50,7 +50,8 @@ class Together:
     second: Part
     answer: Answer
     keys: tuple[Keys, Keys, Keys] = ({}, {}, {})
-    """What a recipe says beside ``PLAIN`` to use the first, the second and both; where they are refused, as it was tried."""
+    """What a recipe says beside ``PLAIN`` to use the first, the second (both in quern's own format) and both together; where
+    they are refused, as it was tried."""
 
 
 def pairs() -> Iterator[tuple[Part, Part]]:
@@ -67,8 +68,7 @@ def together(first: Part, second: Part) -> Together:
     runtimes = [part.name for part in (first, second) if part.kind == "runtime"]
     refused: list[Together] = []
     for format, (ours, theirs) in itertools.product(_formats(first, second), _keys(first, second)):
-        said = {"format": format}
-        keys = (said | ours, said | theirs, said | merged(ours, theirs))
+        keys = (_anywhere(ours), _anywhere(theirs), {"format": format} | merged(ours, theirs))
         found = _tried(PLAIN | keys[2])
         stops = found if isinstance(found, str) else use_obstacle(found, cache_name, runtimes)
         if stops is None:
@@ -89,6 +89,10 @@ def _keys(first: Part, second: Part) -> Iterator[tuple[Keys, Keys]]:
     for ours, theirs in itertools.product(variants(first), variants(second)):
         if first.kind == second.kind or "weights" not in ours or "weights" not in theirs:
             yield ours, theirs
+
+
+def _anywhere(keys: Keys) -> Keys:
+    return {key: value for key, value in keys.items() if key != "format"}
 
 
 def _formats(first: Part, second: Part) -> list[str]:

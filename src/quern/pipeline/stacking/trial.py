@@ -1,7 +1,8 @@
 """Stacks tried on a model: what a pair loses, beside what its parts lose alone, and which label that makes.
 
-A *remedy* (transform, rounding) is there to lose less, so what it is added to must not get worse by it. What other parts
-cost adds up. Two parts of a kind that exclude each other have linears of their own, and the whole lies between the two.
+A transform or a rounding is there to lose less, and storage, format and runtime change no number: what they are added to
+must not get worse by them. What codecs, activations and caches cost adds up. Two parts of a kind that exclude each other
+have linears of their own, and the whole lies between the two.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from quern.pipeline.stacking.answer import Together, runtime_obstacle
 from quern.pipeline.stacking.parts import PLAIN, Keys
 
 REMEDIES = ("transform", "rounding")
+"""Kinds of parts that are there to lose less."""
+NEUTRAL = ("storage", "format", "runtime")
+"""Kinds of parts that change no number."""
 NOISE = 0.05
 """By how much of a loss two calibrations of one recipe differ (docs/stacking.md)."""
 
@@ -46,6 +50,11 @@ class Use:
         named = {part.kind: part.name for part in parts}
         elsewhere = named.get("format", "quern") != "quern" or named.get("runtime", "cpu") != "cpu"
         return cls("transformers" if elsewhere else "cpu", named.get("cache"))
+
+    @classmethod
+    def cached(cls, part: Part) -> Use:
+        """How a part is tried alone: in quern's own format on the cpu engine, with the cache that it may be."""
+        return cls(cache=part.name if part.kind == "cache" else None)
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ class _Transformers:
 def tried(trials: Trials, pair: Together) -> Verdict:
     """What a pair does that is not refused."""
     first, second, (ours, theirs, both) = pair.first, pair.second, pair.keys
-    alone = trials.loss(ours, Use.of(first)), trials.loss(theirs, Use.of(second))
+    alone = trials.loss(ours, Use.cached(first)), trials.loss(theirs, Use.cached(second))
     return verdict(first, second, trials.loss(both, Use.of(first, second)), alone, trials.loss({}))
 
 
@@ -170,13 +179,14 @@ def verdict(first: Part, second: Part, both: Loss, alone: tuple[Loss, Loss], pla
     A pair degrades where it loses more than its bound by more than ``NOISE``, and does so beyond doubt (the 95 % interval of
     the difference over documents).
     """
-    remedies = [part.kind in REMEDIES for part in (first, second)]
-    if (all(remedies) and first.kind != second.kind) or first.kind == second.kind == "transform":
-        bound = min(alone, key=lambda loss: loss.mean).nats
-    elif first.kind == second.kind:
+    kinds = (first.kind, second.kind)
+    if first.kind == second.kind != "transform":
         bound = max(alone, key=lambda loss: loss.mean).nats
-    elif any(remedies):
-        bound = alone[remedies.index(False)].nats
+    elif all(kind in REMEDIES for kind in kinds):
+        bound = min(alone, key=lambda loss: loss.mean).nats
+    elif (added := next((kind for kind in kinds if kind in NEUTRAL + REMEDIES), None)) is not None:
+        neutral = next((kind for kind in kinds if kind in NEUTRAL), added)
+        bound = alone[1 - kinds.index(neutral)].nats
     else:
         bound = alone[0].nats + alone[1].nats - plain.nats
     allowed = float(bound.sum() / both.tokens.sum())

@@ -1,0 +1,86 @@
+"""Every label of ``quern check --matrix`` is tried: what works or degrades is quantized and run, what is refused stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from first_blocks import write_first_blocks
+
+from quern.checkpoint.tokenizer import load_tokenizer
+from quern.core.errors import UserError
+from quern.core.recipe import parse_recipe
+from quern.core.stacking import Part
+from quern.engines.cpu import cache_named
+from quern.evaluation.heldout import held_out_text
+from quern.evaluation.texts import cut_windows
+from quern.formats.base import runtimes_of
+from quern.pipeline.quantize import quantize
+from quern.pipeline.stacking.answer import pairs, together
+from quern.pipeline.stacking.parts import PLAIN
+from quern.pipeline.stacking.trial import Trials, Use, tried
+from quern.texts.source import Text
+
+BLOCKS, TOKENS, WINDOW = 1, 2048, 256
+PAIRS = list(pairs())
+ACCEPTED = [pair for pair in PAIRS if together(*pair).answer.label != "refuses"]
+REFUSED = [pair for pair in PAIRS if together(*pair).answer.label == "refuses"]
+
+
+def ordered(found: list[tuple[Part, Part]]) -> list[tuple[Part, Part]]:
+    """Pairs of which the order matters, and of the others the first one."""
+    return [(a, b) for a, b in found if a.kind == b.kind or PAIRS.index((a, b)) < PAIRS.index((b, a))]
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory) -> Trials:
+    model = write_first_blocks(tmp_path_factory.mktemp("stacking") / "model", BLOCKS)
+    text = Text.of("held-out", [text for _, text in held_out_text()])
+    scored = cut_windows([text], load_tokenizer(model), vocabulary_size=4096, tokens=TOKENS, window=WINDOW)
+    return Trials(model, scored.windows, tmp_path_factory.mktemp("stacks"), tokens=TOKENS, sequence_length=WINDOW)
+
+
+@pytest.mark.parametrize(("first", "second"), ordered(ACCEPTED), ids=str)
+def test_a_pair_that_is_accepted_runs_and_loses_what_its_label_says(trials, first, second) -> None:
+    pair = together(first, second)
+    verdict = tried(trials, pair)
+    assert verdict.label == pair.answer.label, f"KL {verdict.kl:.5f}, bound {verdict.bound:.5f}: {pair.answer.reason}"
+
+
+@pytest.mark.parametrize(("first", "second"), ordered(REFUSED), ids=str)
+def test_a_pair_that_is_refused_stops_before_work(trials, tmp_path, first, second) -> None:
+    pair, named = together(first, second), {part.kind: part.name for part in (first, second)}
+    if first.kind == second.kind == "format":
+        with pytest.raises(UserError):
+            parse_recipe({**PLAIN, "format": [first.name, second.name]}, "stack")
+        return
+    if first.kind == second.kind == "cache":
+        with pytest.raises(UserError):
+            cache_named(f"{first.name},{second.name}", "cpu")
+        return
+    try:
+        recipe = parse_recipe(PLAIN | pair.keys[2], "stack")
+        quantize(trials.model, tmp_path / "artifact", recipe=recipe, threads=1)
+    except UserError as error:
+        assert pair.answer.reason.rpartition("; ")[2].partition(": ")[2] in str(error)
+        assert not list(tmp_path.iterdir())
+        return
+    if named.get("runtime") in ("vllm", "llama.cpp"):  # they are not here; what they load is known from their sources
+        assert named["runtime"] not in runtimes_of(recipe) or "cache" in named
+        return
+    with pytest.raises(UserError):
+        trials.loss(pair.keys[2], Use.of(first, second))
+
+
+def test_the_order_of_parts_of_different_kinds_makes_no_difference() -> None:
+    for first, second in PAIRS:
+        if first.kind != second.kind:
+            assert together(first, second).answer.label == together(second, first).answer.label, (first, second)
+
+
+def test_a_stack_that_cannot_be_read_by_transformers_is_not_read_by_it(trials) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path: Path = trials.artifact({"storage": "entropy"})
+    with pytest.raises(Exception, match="quern|entropy|safetensors|dtype|shape"):
+        AutoModelForCausalLM.from_pretrained(path)
