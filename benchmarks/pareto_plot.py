@@ -26,10 +26,14 @@ Box = tuple[float, float, float, float]
 class Shown(Protocol):
     """A point as far as it is drawn."""
 
-    name: str
-    kind: str
-    bytes: int
-    kl: float
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def kl(self) -> float: ...
 
 
 class Scale:
