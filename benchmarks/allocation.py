@@ -24,9 +24,12 @@ from measured import write_result
 from rich.console import Console
 
 import quern
+from quern.checkpoint.checkpoint import Checkpoint
 from quern.cli.progress import progress_on
+from quern.comparison.inputs import MeasurementSettings, prepare_inputs
 from quern.core.allocation import Target
 from quern.core.recipe import Recipe, load_recipe
+from quern.core.results import METRICS_VERSION
 from quern.loading.fitting import open_model
 from quern.pipeline.planning.budget import decided
 from quern.pipeline.planning.plan import Candidates, candidates_of
@@ -52,8 +55,10 @@ def main() -> None:
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     with progress_on(Console(stderr=True)) as progress:
+        checkpoint = open_model(options.model, progress=progress)
+        measured_on = {"model_sha256": checkpoint.sha256(progress), "metrics_version": METRICS_VERSION}
         candidates = candidates_of(
-            open_model(options.model, progress=progress),
+            checkpoint,
             load_recipe("auto"),
             calibration=options.calibration,
             memory=None,
@@ -67,8 +72,16 @@ def main() -> None:
         allocated = [_measured(options, folder, *plan) for plan in allocated_plans(candidates, uniform, options.bits)]
     found = summary(uniform, allocated)
     print(json.dumps(found, indent=2))
-    content = {"model": Path(options.model).name, "tokens": options.tokens, "seconds_of_losses": candidates.seconds}
+    content = {"model": Path(options.model).name, **measured_on, "texts": _texts(options, checkpoint, folder)}
+    content |= {"tokens": options.tokens, "seconds_of_losses": candidates.seconds}
     print(write_result(f"allocation_{Path(options.model).name}", {**content, **found}))
+
+
+def _texts(options: argparse.Namespace, checkpoint: Checkpoint, folder: Path) -> list[dict[str, Any]]:
+    """The texts that every plan was measured on, as results files name them."""
+    settings = MeasurementSettings(tokens=options.tokens)
+    inputs = prepare_inputs(checkpoint, folder / "texts", texts=options.text, settings=settings)
+    return [text.model_dump(mode="json") for text in inputs.sources]
 
 
 def uniform_plans(candidates: Candidates) -> Iterable[tuple[str, Recipe, float]]:

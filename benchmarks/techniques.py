@@ -3,7 +3,7 @@
     python benchmarks/techniques.py [MODEL] [-o FOLDER] [--page docs/techniques.md] [--no-speed]
 
 Runs ``quern compare`` over the recipes below (default model: the bundled one; an interrupted run continues in FOLDER) and
-writes the page from results.json alone: ``--from RESULTS.json`` writes it again without measuring.
+writes the page, up to its first section, from results.json alone: ``--from RESULTS.json`` writes it again without measuring.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from pages import write_head
 
 import quern
 from quern.core.results import Results, Row, load_results
@@ -53,7 +54,7 @@ def main() -> None:
         options.results = options.output / "results.json"
     text = page(load_results(options.results))
     if options.page:
-        options.page.write_text(text, "utf-8")
+        write_head(options.page, text)
     print(text)
 
 

@@ -33,6 +33,10 @@ ROTATION = "hadamard"
 """The transform that the model repeats on its inputs when it runs."""
 
 
+WILDCARDS = frozenset("*?[")
+"""What makes a pattern mean more than one name."""
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -159,6 +163,8 @@ class Override(_Strict):
 
     def matches(self, linear: str) -> bool:
         """Whether this means the linear called ``linear`` (full dotted name)."""
+        if WILDCARDS.isdisjoint(self.pattern):  # a plan has one such pattern for each linear
+            return linear == self.pattern
         return fnmatch.fnmatchcase(linear, self.pattern)
 
 

@@ -73,6 +73,8 @@ class LayerError(_Strict):
     bits_per_weight: float
     relative_error: float
     """tr(E H E^T) / tr(W H W^T): E the change, W the weight, H the (token-weighted) Hessian, or the identity without one."""
+    predicted_loss: float | None = None
+    """Share of the mean KL divergence, in nats a token, that planning predicted; null where the recipe has no allocation."""
 
 
 class Tool(_Strict):

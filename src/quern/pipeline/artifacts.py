@@ -63,7 +63,7 @@ def make_artifact(making: ArtifactRequest, recipe: Recipe, engine: str) -> Conte
         name=recipe.name,
         path=artifact,
         kind="quern",
-        recipe=recipe.to_json(),
+        recipe=report.recipe.to_json(),  # what an allocation decided
         quantize_seconds=known.get("quantize_seconds"),
         quantize_peak_rss_bytes=known.get("quantize_peak_rss_bytes"),
         layers=tuple(report.layers),

@@ -30,7 +30,7 @@ from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, plan_of
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target, provenance_notes
-from quern.pipeline.planning.plan import cache_folder, candidates_of
+from quern.pipeline.planning.plan import PlanReport, cache_folder, candidates_of
 from quern.pipeline.request import calibration_sequences, checked_writer, chosen_recipe, device_named, fingerprint_of
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.scale_dtypes import note as scale_note
@@ -86,12 +86,13 @@ def quantize(
     target = output_target(output, model, fresh)
     output = Path(os.path.expanduser(output))
     checkpoint, chosen = open_original(model, progress=progress), chosen_recipe(recipe, format)
-    planning = 0.0
+    planned = None
     if chosen.allocation is not None:
         cache = cache_folder() if cache is None else Path(cache)
-        chosen, planning = _planned(
+        planned = _planned(
             checkpoint, chosen, calibration=calibration, memory=memory, device=device, seed=seed, threads=threads,
             cache=cache, progress=progress)  # fmt: skip
+        chosen = planned.recipe
     architecture = architecture_of(checkpoint.config)
     plan, where = plan_of(chosen, architecture), device_named(device)
     writer = checked_writer(chosen, plan, architecture)
@@ -101,7 +102,7 @@ def quantize(
     fingerprint = fingerprint_of(checkpoint, chosen, text, seed, device, progress)
     if (layers := finished_layers(target, fingerprint, fresh)) is not None:
         finish_removal(target.work, target.path)
-        return _finished(output, chosen, checkpoint, layers)
+        return _finished(output, chosen, checkpoint, layers, planned)
     started = time.perf_counter()
     forget_peak()
     sequences = calibration_sequences(architecture, text, seed)
@@ -109,7 +110,7 @@ def quantize(
     with WorkFolder.open(target.work, wanted, fresh) as work, deterministic_workers(threads) as workers:
         if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:
             work.remove()
-            return _finished(output, chosen, checkpoint, layers)
+            return _finished(output, chosen, checkpoint, layers, planned)
         resumed = work.done("started") is not None
         job = Job(checkpoint, architecture, chosen, plan, writer, sequences, seed, work, workers, progress, where)
         try:
@@ -130,15 +131,15 @@ def quantize(
         layers = _write_metadata(job, fingerprint, notes)
         replaced = artifact_names(target.path) if fresh else ()
         work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
-    seconds = time.perf_counter() - started + (planning or spared)  # planning computes the token weights too
-    return _report(output, chosen, checkpoint, seconds, layers, resumed, [*notes, *writer.notes()])
+    before = planned.seconds if planned else 0.0
+    seconds = time.perf_counter() - started + (before or spared)  # planning computes the token weights too
+    return _report(output, chosen, checkpoint, seconds, layers, resumed, [*notes, *writer.notes()], planned)
 
 
-def _planned(checkpoint: Checkpoint, recipe: Recipe, threads: int | None, **given: Any) -> tuple[Recipe, float]:
-    """What the recipe's allocation decides for its target, and the seconds that its losses took when they were computed."""
+def _planned(checkpoint: Checkpoint, recipe: Recipe, threads: int | None, **given: Any) -> PlanReport:
+    """What the recipe's allocation decides for its target."""
     assert recipe.allocation is not None
-    candidates = candidates_of(checkpoint, recipe, threads=threads, **given)
-    return candidates.choose(recipe.allocation.target, threads).recipe, candidates.seconds
+    return candidates_of(checkpoint, recipe, threads=threads, **given).choose(recipe.allocation.target, threads)
 
 
 def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
@@ -170,10 +171,12 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     return errors
 
 
-def _finished(output: Path, recipe: Recipe, checkpoint: Checkpoint, layers: list[dict[str, Any]]) -> QuantizeReport:
+def _finished(
+    output: Path, recipe: Recipe, checkpoint: Checkpoint, layers: list[dict[str, Any]], planned: PlanReport | None
+) -> QuantizeReport:
     """The report of an artifact that an earlier run of the same job made."""
     notes = ["was finished already", *provenance_notes(output)]
-    return _report(output, recipe, checkpoint, None, layers, True, notes)
+    return _report(output, recipe, checkpoint, None, layers, True, notes, planned)
 
 
 def _report(
@@ -184,7 +187,9 @@ def _report(
     layers: list[dict[str, Any]],
     resumed: bool,
     notes: list[str],
+    planned: PlanReport | None,
 ) -> QuantizeReport:
+    predicted = {matrix.name: matrix.loss for matrix in planned.matrices} if planned else {}
     artifact = open_model(output.resolve())
     size = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
     data = sum(artifact.info(name).stored_bytes for name in artifact.names())
@@ -196,7 +201,10 @@ def _report(
         bits_per_weight=8 * data / checkpoint.parameters,
         compression=1 - size / checkpoint.bf16_bytes,
         peak_rss_bytes=peak_rss(),
-        layers=[LayerError.model_validate(layer) for layer in layers],
+        layers=[
+            LayerError.model_validate({**layer, "predicted_loss": predicted.get(layer.get("linear", ""))})
+            for layer in layers
+        ],
         resumed=resumed,
         notes=list(dict.fromkeys([*checkpoint.notes, *source_notes(checkpoint, size), *notes])),
     )

@@ -20,8 +20,11 @@ from quern.checkpoint.output_place import output_file, write_output
 from quern.core.results import Results, load_results
 from quern.report.view import page_data, page_view, unbroken
 
-STYLES = ("page.css", "parts.css", "tools.css")
-SCRIPTS = ("common.js", "table.js", "chart.js", "labels.js", "layers.js", "tools.js", "export.js", "page.js")
+STYLES = ("page.css", "parts.css", "plans.css", "tools.css")
+SCRIPTS = (
+    *("common.js", "table.js", "chart.js", "labels.js", "grids.js", "layers.js", "plans.js", "tools.js", "export.js"),
+    "page.js",
+)
 _MARKS = (b'<meta name="generator" content="quern">', b": quantized side by side</title>")
 """What tells quern's pages from others: the mark of page.html, and the title of pages written before there was one."""
 _HEAD_BYTES = 64 * 1024

@@ -48,13 +48,13 @@ startTable();
 startTools();
 startExport();
 startChart();
-const drawLayers = startLayers();
+const drawGrids = [startPlans(), startLayers()];
 applyFilter();
-drawLayers();
+drawGrids.forEach((draw) => draw());
 let drawnWidth = window.innerWidth;
 window.addEventListener("resize", () => {
   if (window.innerWidth === drawnWidth) return;
   drawnWidth = window.innerWidth;
   drawChart();
-  drawLayers();
+  drawGrids.forEach((draw) => draw());
 });

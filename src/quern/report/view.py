@@ -8,10 +8,11 @@ from typing import Any
 
 from quern.advisor.recommend import pareto_front, recommend
 from quern.advisor.scoring import WEIGHTS
-from quern.core.results import LayerError, Recommendation, Results, Row, Scenario, unquantized_row
+from quern.core.results import Recommendation, Results, Row, Scenario, unquantized_row
 from quern.core.units import bytes_text, percent_text, significant
 from quern.evaluation.measures.base import MEASURES, Measure
 from quern.report.columns import columns_of, detail_of, kind_of, text_of
+from quern.report.grids import layer_grid, plan_grids, plan_tables
 from quern.report.provenance import flatten, machine_line, model_line, model_name, recipe_view, run_facts
 from quern.report.tools import has_tools_view, tool_rows, tools_view
 
@@ -20,7 +21,6 @@ SCENARIO_TEXTS: dict[Scenario, tuple[str, str]] = {
     "speed": ("Speed", "Real-time translation, voice, customer service"),
     "overall": ("Overall", "Size, speed and accuracy alike"),
 }
-_DEPTH = re.compile(r"^(?:.*?\.)??(\d{1,6})\.(.+)$")
 
 
 def page_view(results: Results) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def page_view(results: Results) -> dict[str, Any]:
         "chips": _chips(results.rows),
         "tools": tools_view(results),
         "has_layers": any(row.layers for row in results.rows),
+        "plans": plan_tables(results.rows),
         "recipes": [recipe_view(row) for row in results.rows],
         "facts": run_facts(results),
         "hardware": list(flatten(results.hardware)),
@@ -85,6 +86,7 @@ def page_data(results: Results) -> dict[str, Any]:
         "noise_floor": _noise_floor(results.rows),
         "file_name": tools["file_name"] if tools else "",
         "layers": [layer_grid(row.name, row.layers) for row in results.rows if row.layers],
+        "plans": plan_grids(results.rows),
     }
 
 
@@ -226,29 +228,6 @@ def unbroken(text: str) -> str:
 def _noise_floor(rows: Iterable[Row]) -> float | None:
     floors = [row.kl_noise_floor for row in rows if row.kl_noise_floor is not None]
     return max(floors) if floors else None
-
-
-def layer_grid(name: str, layers: Sequence[LayerError]) -> dict[str, Any]:
-    """The errors of one row by role and depth; linears outside the decoder blocks come apart, as ``outside``."""
-    cells: list[dict[str, Any]] = []
-    outside: list[dict[str, Any]] = []
-    for layer in layers:
-        entry = {"linear": layer.linear, "bits": layer.bits_per_weight, "error": layer.relative_error}
-        match = _DEPTH.match(layer.linear)
-        if match is None:
-            outside.append(entry)
-        else:
-            cells.append({**entry, "depth": int(match[1]), "role": match[2]})
-    roles = list(dict.fromkeys(cell["role"] for cell in cells))
-    short = [role.rpartition(".")[2] for role in roles]
-    labels = [name if short.count(name) == 1 else role for role, name in zip(roles, short, strict=True)]
-    return {
-        "name": name,
-        "roles": labels,
-        "depths": max((cell["depth"] for cell in cells), default=-1) + 1,
-        "cells": [{**cell, "role": roles.index(cell["role"])} for cell in cells],
-        "outside": outside,
-    }
 
 
 def _with_unit(column: Measure, row: Row) -> str | None:

@@ -20,7 +20,7 @@ from quern.comparison.row_builder import Contender, Machine, contender_of, origi
 from quern.comparison.worker_process import Launch, WorkerError
 from quern.core import metrics
 from quern.core.errors import BadFileError, UserError
-from quern.core.results import Row
+from quern.core.results import LayerError, Row
 from quern.evaluation.choice import ChoiceSet, Item
 from quern.evaluation.texts import load_windows
 from quern.pipeline.evaluate import evaluate
@@ -384,7 +384,7 @@ class TestContenderOf:
         (folder / "quern.json").write_text(json.dumps(provenance))
         found = contender_of(open_checkpoint(folder))
         assert (found.recipe, found.original_sha256) == ({"name": "balanced"}, "abc")
-        assert [item.model_dump() for item in found.layers] == [layer]
+        assert list(found.layers) == [LayerError(**layer)]
         (folder / "quern.json").write_text("{}")
         with pytest.raises(BadFileError, match="is not what quern writes"):
             contender_of(open_checkpoint(folder))

@@ -17,6 +17,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.output_place import output_file, write_output
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder
+from quern.codecs.scheme_text import scheme_text
 from quern.core.allocation import Target
 from quern.core.errors import UserError, option
 from quern.core.parallel import deterministic_workers, thread_count
@@ -32,7 +33,6 @@ from quern.pipeline.blockwise.job import Job, plan_of
 from quern.pipeline.planning.budget import USUAL_CONTEXT, Budget, Chooser, Chosen, decided
 from quern.pipeline.planning.losses import LossTable, loss_table, table_fingerprint, table_folder
 from quern.pipeline.planning.sizes import Sizes
-from quern.pipeline.planning.wording import scheme_text
 from quern.pipeline.request import calibration_sequences, checked_writer, chosen_recipe, device_named, fingerprint_of
 from quern.quantization.allocation.candidate import Candidate, grouped
 from quern.texts.source import Text
