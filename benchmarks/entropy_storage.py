@@ -26,7 +26,7 @@ from torch import Tensor
 from quern.checkpoint.files import InputFile
 from quern.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor, write_safetensors
 from quern.codecs.base import codec_of
-from quern.core.parallel import Workers, available_threads
+from quern.core.machine.parallel import Workers, available_threads
 from quern.core.scheme import parse_scheme
 from quern.formats._entropy import CodedTensor, coder_version, encode
 from quern.formats._symbols import Coding, entropy_bits

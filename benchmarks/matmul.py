@@ -22,7 +22,7 @@ from native_matrices import Packing, Pool, rounds_of, spread
 from peer_matrices import PeerProcess
 
 from quern import _native
-from quern.core.foreign_load import ForeignLoad
+from quern.core.machine.foreign_load import ForeignLoad
 
 PACKINGS = [
     Packing("trellis2-w6", "trellis", 2, window=6),

@@ -22,7 +22,7 @@ from native_matrices import POOL_BYTES, Packing, Pool, rounds_of, spread
 from peer_matrices import PeerProcess
 
 from quern import _native
-from quern.core.foreign_load import ForeignLoad
+from quern.core.machine.foreign_load import ForeignLoad
 
 SHAPES = ((29568, 8192), (8192, 29568))
 

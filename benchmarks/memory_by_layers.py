@@ -15,7 +15,7 @@ from pathlib import Path
 from measured import quantize_in_child, write_result
 from synthetic import write_checkpoint
 
-from quern.core.parallel import available_threads
+from quern.core.machine.parallel import available_threads
 
 RECIPE = Path(__file__).parent / "recipes" / "gptq4-g64.yaml"
 

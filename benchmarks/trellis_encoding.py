@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from quern import _native
 from quern.codecs.trellis import lag, trained_tables
-from quern.core.parallel import Workers, available_threads
+from quern.core.machine.parallel import Workers, available_threads
 
 LAYER_WEIGHTS = 2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 29568 * 8192
 SLAB = 1024

@@ -67,7 +67,7 @@ def quiet_machine() -> Iterator[None]:
     Its rates are measured with little: they are there, and mean nothing.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quern.core.foreign_load.ForeignLoad.processors", lambda _: 0.0)
+        patch.setattr("quern.core.machine.foreign_load.ForeignLoad.processors", lambda _: 0.0)
         patch.setattr("quern.advisor.hardware.BUFFER_BYTES", 1 << 22)
         patch.setattr("quern.advisor.hardware.GEMM_SHAPE", (64, 64, 64))
         yield

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from quern.core.errors import OutOfMemoryCapError
-from quern.core.memory import peak_rss
+from quern.core.machine.memory import peak_rss
 from quern.core.recipe import parse_recipe
 from quern.pipeline.quantize import quantize
 

@@ -6,7 +6,7 @@ from schemes import gaussian, make_codec
 from torch import Tensor
 
 from quern.codecs.base import decode
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.core.recipe import Rounding as Settings
 from quern.quantization.calibration.hessian import add_to_hessian
 from quern.quantization.rounding.base import ROUNDINGS, SLAB

@@ -7,7 +7,7 @@ from schemes import ALL, gaussian, make_codec, scheme_id
 from quern.checkpoint.files import InputFile
 from quern.checkpoint.safetensors_file import TensorInfo
 from quern.codecs.base import CODECS
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.formats import _entropy, _symbols
 
 pytest.importorskip("zstandard", reason="zstandard is not installed")

@@ -20,7 +20,7 @@ from quern.advisor.hardware import (
     read_bandwidth,
 )
 from quern.core import foreign_load
-from quern.core.foreign_load import ForeignLoad
+from quern.core.machine.foreign_load import ForeignLoad
 
 X86 = "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2 fma avx512f avx512vbmi avx512_vnni amx_int8 ht\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp asimdhp i8mm bf16 sve\n"

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 import quern
-from quern.core import memory
+from quern.core.machine import memory
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -3,7 +3,7 @@
 import pytest
 
 from quern.core.errors import UserError
-from quern.core.parallel import MOST_THREADS, Workers, available_threads, thread_count
+from quern.core.machine.parallel import MOST_THREADS, Workers, available_threads, thread_count
 
 
 def test_all_processors_or_what_is_asked_for():

@@ -19,9 +19,9 @@ import numpy as np
 import psutil
 
 from quern import _native
-from quern.core.foreign_load import ForeignLoad
-from quern.core.memory import free_memory, total_memory
-from quern.core.parallel import available_threads
+from quern.core.machine.foreign_load import ForeignLoad
+from quern.core.machine.memory import free_memory, total_memory
+from quern.core.machine.parallel import available_threads
 from quern.core.results import FOREIGN_LIMIT
 from quern.core.units import processors_text
 

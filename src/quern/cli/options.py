@@ -12,7 +12,7 @@ import typer
 
 from quern.cli.streams import kept_pipes
 from quern.core.errors import UserError
-from quern.core.parallel import MOST_THREADS
+from quern.core.machine.parallel import MOST_THREADS
 from quern.core.results import FORMER_SCENARIOS, Scenario, Target
 from quern.core.suggest import did_you_mean
 

@@ -23,8 +23,8 @@ from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from quern.cli.columns import UNLIMITED
 from quern.cli.progress import LineProgress, RichProgress, progress_on
+from quern.cli.render.columns import UNLIMITED
 from quern.core.errors import QuernError
 
 P = ParamSpec("P")

@@ -11,7 +11,7 @@ from rich.text import Text
 from quern.cli import options
 from quern.cli.outcome import say, show, verb, working
 from quern.core.errors import UserError
-from quern.core.temporary import temporary_folder
+from quern.core.machine.temporary import temporary_folder
 
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Tools, or all.", show_default=False)]
 
@@ -19,7 +19,7 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Tools, or a
 @verb("quern peers list")
 def list_peers(json: options.Json = False) -> None:
     """The tools, their variants, and what is installed; --json shows all that is declared, each variant's settings too."""
-    from quern.cli import render_peers
+    from quern.cli.render import peers as render_peers
     from quern.peers.listing import known_tools
 
     show(known_tools(), json, render_peers.peers)
@@ -67,7 +67,7 @@ def doctor(json: options.Json = False) -> None:
 
     Exit code 1 if one of them does not start, or is not what was installed.
     """
-    from quern.cli import render_peers
+    from quern.cli.render import peers as render_peers
     from quern.comparison.tool_process import examine
     from quern.peers.base import PEERS
 

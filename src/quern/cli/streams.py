@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from quern.core.errors import UserError
-from quern.core.temporary import ELSEWHERE, temporary_folder
+from quern.core.machine.temporary import ELSEWHERE, temporary_folder
 
 
 def open_standard() -> None:

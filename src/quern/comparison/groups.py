@@ -16,9 +16,9 @@ from quern.comparison.inputs import Inputs, MeasurementSettings
 from quern.comparison.row_builder import Contender, Measured
 from quern.comparison.worker_process import Worker, WorkerError
 from quern.core.errors import QuernError
-from quern.core.foreign_load import SHORTEST_S, ForeignLoad
+from quern.core.machine.foreign_load import SHORTEST_S, ForeignLoad
+from quern.core.machine.parallel import thread_count
 from quern.core.metrics import NonFiniteError
-from quern.core.parallel import thread_count
 from quern.core.progress import Progress
 from quern.core.results import FOREIGN_LIMIT, Failure, Figure
 from quern.evaluation.measures.base import Measure, Stage, passes, summarized

@@ -23,7 +23,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
 from quern.core.artifact import PROVENANCE, CalibratedInputs, InputSummary
 from quern.core.errors import BadFileError
-from quern.core.parallel import pieces
+from quern.core.machine.parallel import pieces
 from quern.core.progress import Progress
 from quern.core.results import GroupShift, InputShift
 from quern.core.units import significant

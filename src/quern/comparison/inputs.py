@@ -9,7 +9,7 @@ from pathlib import Path
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import UserError
-from quern.core.parallel import thread_count
+from quern.core.machine.parallel import thread_count
 from quern.core.results import TextSource
 from quern.evaluation.choice import ChoiceSet, encode_choices, read_choices, save_options
 from quern.evaluation.heldout import held_out_text

@@ -21,8 +21,8 @@ from quern.comparison.measured_cache import MeasuredCache
 from quern.comparison.row_builder import Contender, Machine, Measured, Original, original_of, row_of
 from quern.comparison.worker_process import Worker
 from quern.core.errors import QuernError, UserError
-from quern.core.memory import free_memory
-from quern.core.parallel import available_threads
+from quern.core.machine.memory import free_memory
+from quern.core.machine.parallel import available_threads
 from quern.core.progress import Progress, Silent
 from quern.core.results import DRIFT_LIMIT, Failure, Row
 from quern.evaluation.reference_cache import ReferenceKey, has_reference

@@ -25,8 +25,8 @@ from typing import Any
 import psutil
 
 from quern.core.errors import QuernError, UserError
+from quern.core.machine.temporary import temporary_file
 from quern.core.metrics import NonFiniteError
-from quern.core.temporary import temporary_file
 from quern.core.units import bytes_text
 
 COMMAND = (sys.executable, "-m", "quern.comparison.worker")

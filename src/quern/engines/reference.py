@@ -20,7 +20,7 @@ from quern.codecs.base import CODECS
 from quern.core.artifact import quantization_of
 from quern.core.engine import cache_argument, switch_length
 from quern.core.errors import UserError
-from quern.core.parallel import thread_count
+from quern.core.machine.parallel import thread_count
 from quern.engines._build import build, stored_dtype
 from quern.engines._modules import PackedWeight, QuantizedEmbedding
 from quern.engines._session import SequenceSession, check_batch

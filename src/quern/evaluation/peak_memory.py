@@ -8,7 +8,7 @@ import sys
 import psutil
 
 from quern.core.errors import QuernError
-from quern.core.memory import peak_rss
+from quern.core.machine.memory import peak_rss
 
 
 def peak_rss_bytes(leader: int | None = None) -> int:

@@ -14,7 +14,7 @@ from quern.checkpoint.checkpoint import TensorSource
 from quern.checkpoint.files import InputFile
 from quern.checkpoint.safetensors_file import TensorInfo
 from quern.core.errors import BadFileError
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.formats._entropy import CodedTensor
 from quern.formats._symbols import Coding, entropy_bits, parse_coding
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from quern.core.engine import LoadedModel
 from quern.core.errors import UserError
-from quern.core.parallel import available_threads
+from quern.core.machine.parallel import available_threads
 from quern.evaluation.peak_memory import peak_rss_bytes
 from quern.evaluation.worker import Answer, serve
 from quern.peers.base import PEERS, Peer, ToolJob, Variant

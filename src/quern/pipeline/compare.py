@@ -23,11 +23,11 @@ from quern.comparison.measured_cache import MeasuredCache
 from quern.comparison.row_builder import Contender
 from quern.comparison.worker_process import OURS, as_other_tools
 from quern.core.errors import UserError, option
-from quern.core.parallel import thread_count
+from quern.core.machine.parallel import thread_count
+from quern.core.machine.temporary import temporary_folder
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, load_recipe
 from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenario
-from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, engine_for
 from quern.engines.cpu import ORDINARY, CachePrecision, cache_named
 from quern.evaluation.choice import ChoiceSet

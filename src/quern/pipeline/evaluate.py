@@ -14,10 +14,10 @@ from quern.comparison.measure import measure_all
 from quern.comparison.row_builder import Contender, contender_of
 from quern.comparison.task_scores import task_scores
 from quern.core.artifact import quantization_of
-from quern.core.parallel import available_threads
+from quern.core.machine.parallel import available_threads
+from quern.core.machine.temporary import temporary_folder
 from quern.core.progress import Progress, Silent
 from quern.core.results import Row
-from quern.core.temporary import temporary_folder
 from quern.engines.base import AUTO, DtypeName, engine_for
 from quern.engines.cpu import cache_named
 from quern.evaluation.choice import ChoiceSet

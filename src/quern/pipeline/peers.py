@@ -25,7 +25,7 @@ from quern.comparison.row_builder import Contender
 from quern.comparison.tool_process import launch_of
 from quern.comparison.worker_process import Launch, Worker
 from quern.core.errors import QuernError, UserError
-from quern.core.parallel import thread_count
+from quern.core.machine.parallel import thread_count
 from quern.core.progress import telling
 from quern.core.recipe import Calibration
 from quern.core.results import Failure, Tool

@@ -17,8 +17,8 @@ from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import PROVENANCE, CalibratedInputs
 from quern.core.errors import OutOfMemoryCapError, UserError
-from quern.core.memory import forget_peak, peak_rss
-from quern.core.parallel import deterministic_workers
+from quern.core.machine.memory import forget_peak, peak_rss
+from quern.core.machine.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
 from quern.core.results import LayerError

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quern.codecs.base import codec_of
+from quern.core.machine.parallel import Workers, pieces
 from quern.core.packed import PackedLinear, QuantizedWeight
-from quern.core.parallel import Workers, pieces
 from quern.core.plan import LinearPlan
 from quern.observers.base import OBSERVERS
 from quern.quantization import scale_dtypes

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from quern.codecs.base import codec_of
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.core.plan import LinearPlan
 from quern.core.seeds import generator
 from quern.quantization import scale_dtypes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quern.codecs.base import Codec, codec_of
-from quern.core.parallel import Workers, pieces
+from quern.core.machine.parallel import Workers, pieces
 
 NARROW, WIDE = "float16", "bfloat16"
 LEAST, GREATEST = 2.0**-20, 2.0**15

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quern.core.parallel import pieces
+from quern.core.machine.parallel import pieces
 
 ROWS = 256
 """Rows transformed at a time, so that all passes over them find them in the cache."""

@@ -16,7 +16,7 @@ from quern.checkpoint.files import InputFile
 from quern.checkpoint.safetensors_file import DTYPES, TensorInfo
 from quern.codecs import bits as packing
 from quern.core.errors import BadFileError
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.formats import _entropy, _symbols
 from quern.formats._coded_source import CodedSource, parse_storage, storage_json
 from quern.formats._entropy import CodedTensor, encode

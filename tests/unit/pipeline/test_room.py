@@ -8,9 +8,9 @@ import pytest
 from mounts import tmpfs
 
 from quern.comparison import measure
-from quern.core import temporary
 from quern.core.errors import UserError
-from quern.core.temporary import is_temporary, temporary_file, temporary_folder
+from quern.core.machine import temporary
+from quern.core.machine.temporary import is_temporary, temporary_file, temporary_folder
 from quern.pipeline import compare as comparing
 from quern.pipeline.compare import compare
 from quern.pipeline.evaluate import evaluate

@@ -8,7 +8,7 @@ from schemes import gaussian
 from quern.architectures.base import BlockSpec, LinearSpec, Source, parameter_reader
 from quern.architectures.routing import routed_to, routed_tokens
 from quern.codecs.base import Encoder, decode
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.core.plan import plan_for
 from quern.core.recipe import Rounding
 from quern.quantization.block import round_linears

@@ -7,7 +7,7 @@ from tiny_model import random_weights, tiny_config
 
 from quern.architectures.base import architecture_of
 from quern.core.errors import BadFileError, UserError
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.observers.base import OBSERVERS
 from quern.quantization.calibration.activations import WAVE_TOKENS, ActivationFile
 from quern.quantization.calibration.block import Block

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from quern.codecs.base import codec_of
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.core.plan import KEPT, LinearPlan
 from quern.core.recipe import Rounding, Transform
 from quern.core.scheme import parse_scheme

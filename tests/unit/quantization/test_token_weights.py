@@ -10,7 +10,7 @@ from torch import nn
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import open_checkpoint
 from quern.checkpoint.work_folder import WorkFolder
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.core.progress import Silent
 from quern.formats.base import FORMATS
 from quern.pipeline.blockwise import sensitivity

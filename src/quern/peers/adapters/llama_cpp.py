@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quern.core.engine import LoadedModel
-from quern.core.parallel import available_threads
+from quern.core.machine.parallel import available_threads
 from quern.peers.base import PEERS, PIP, Peer, ToolJob, Variant
 from quern.peers.llama_convert import ANNOUNCEMENT
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from quern.architectures.base import LinearGroup
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import Codec, codec_of
-from quern.core.heap import release_freed
+from quern.core.machine.heap import release_freed
 from quern.core.plan import LinearPlan
 from quern.core.recipe import Transform
 from quern.pipeline.blockwise import sensitivity

@@ -10,7 +10,7 @@ from torch import Tensor
 from quern.architectures.base import Architecture
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.work_folder import WorkFolder
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.core.plan import Plan, make_plan
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe

@@ -24,7 +24,7 @@ from torch import Tensor
 from quern.checkpoint.files import explain_write_errors, read_json, write_json
 from quern.checkpoint.safetensors_file import read_tensors
 from quern.core.errors import BadFileError
-from quern.core.heap import release_freed
+from quern.core.machine.heap import release_freed
 from quern.core.progress import Task
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.arithmetic import arithmetic

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from quern.architectures.base import LinearGroup
-from quern.core.heap import release_freed
+from quern.core.machine.heap import release_freed
 from quern.core.plan import candidates_for
 from quern.core.progress import Task
 from quern.core.recipe import Recipe

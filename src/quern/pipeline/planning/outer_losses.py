@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quern.codecs.base import codec_of
-from quern.core.parallel import Workers, pieces
+from quern.core.machine.parallel import Workers, pieces
 from quern.core.plan import NEAREST
 from quern.core.scheme import CodecScheme
 from quern.pipeline.blockwise import sensitivity

@@ -20,7 +20,7 @@ from quern.checkpoint.work_folder import WorkFolder
 from quern.codecs.scheme_text import scheme_text
 from quern.core.allocation import Target
 from quern.core.errors import UserError, option
-from quern.core.parallel import deterministic_workers, thread_count
+from quern.core.machine.parallel import deterministic_workers, thread_count
 from quern.core.plan import LinearPlan, candidates_for
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe

@@ -23,10 +23,10 @@ from quern.checkpoint.tokenizer import copy_tokenizer
 from quern.codecs.base import codec_of
 from quern.core.artifact import PROVENANCE, InputSummary
 from quern.core.errors import UserError
+from quern.core.machine.temporary import temporary_folder
 from quern.core.packed import PackedLinear, QuantizedWeight
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
-from quern.core.temporary import temporary_folder
 from quern.formats.sharded import ShardedWriter
 from quern.pipeline.blockwise.job import plan_of
 from quern.pipeline.request import checked_writer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quern.checkpoint.files import InputFile, atomic_output
-from quern.core.parallel import pieces
+from quern.core.machine.parallel import pieces
 
 WAVE_TOKENS = 2048
 """Tokens in memory at a time. Part of the definition of the results: sums are added up wave by wave."""

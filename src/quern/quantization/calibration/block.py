@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quern.architectures.base import Architecture, parameter_reader
 from quern.architectures.routing import routed_tokens
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 
 Seen = TypeVar("Seen")
 

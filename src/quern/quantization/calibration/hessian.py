@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quern.core.parallel import Workers, pieces
+from quern.core.machine.parallel import Workers, pieces
 
 TILE = 1024
 

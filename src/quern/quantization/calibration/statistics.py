@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.quantization.calibration.block import Tap
 from quern.quantization.calibration.hessian import add_to_hessian, norm_weights
 from quern.quantization.calibration.histogram import InputHistogram

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quern.core.parallel import pieces
+from quern.core.machine.parallel import pieces
 from quern.core.seeds import derive_seed
 from quern.quantization.calibration.block import Block
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from quern.codecs.base import Codec, Parts
+from quern.core.machine.parallel import Workers, pieces
 from quern.core.packed import QuantizedWeight
-from quern.core.parallel import Workers, pieces
 from quern.core.recipe import Rounding as Settings
 from quern.core.registry import Registry
 from quern.core.stacking import NO_TRAITS, Traits

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quern.core.parallel import Workers, pieces
+from quern.core.machine.parallel import Workers, pieces
 
 PANEL = 256
 TILE = 1024

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quern.codecs.base import Codec
-from quern.core.parallel import Workers
+from quern.core.machine.parallel import Workers
 from quern.core.stacking import Traits
 from quern.quantization.transforms.base import FOLDED, TRANSFORMS, ChannelScaling, ChannelStatistics, Repeat
 

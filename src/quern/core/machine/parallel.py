@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from quern.core.errors import UserError, option
-from quern.core.heap import use_one_heap
+from quern.core.machine.heap import use_one_heap
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")

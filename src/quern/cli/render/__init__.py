@@ -1,0 +1,1 @@
+"""What a person sees of each result on the terminal. No number is computed here."""
