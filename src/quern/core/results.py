@@ -280,6 +280,23 @@ class Recommendation(_Strict):
     """What a reader on this machine has to know; only ``quern recommend`` knows the machine that it runs on."""
 
 
+class StackedPair(_Strict):
+    """Two parts of recipes of which one loses by the other, or that are refused together."""
+
+    first: str
+    """Kind and name: ``transform awq``, ``runtime vllm``."""
+    second: str
+    label: Literal["degrades", "refuses"]
+    reason: str
+
+
+class Stacking(_Strict):
+    """What of the recipes' parts can be stacked; pairs that are not named work, in either order."""
+
+    parts: list[str]
+    pairs: list[StackedPair]
+
+
 class Results(_Strict):
     """The whole of ``results.json``."""
 
@@ -295,6 +312,7 @@ class Results(_Strict):
     protocol: Protocol | None = None
     rows: list[Row]
     failures: list[Failure] = []
+    stacking: Stacking | None = None
     recommendation: Recommendation
 
     @model_validator(mode="before")

@@ -36,6 +36,7 @@ from quern.peers.base import PeerVariant, peer_variants
 from quern.pipeline.artifacts import ArtifactRequest, make_artifact
 from quern.pipeline.comparison_folder import ComparisonFolder
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
+from quern.pipeline.stacking.matrix import stacking_of
 from quern.report.html import render
 from quern.texts.source import Text
 
@@ -117,6 +118,7 @@ def compare(
         inputs.check_room(reference_key("reference", making.model_sha256, inputs, settings))
         measurement = _make_and_measure(making, chosen, others, tools, (engine, kept), inputs, settings, hardware)
         results = _results(making, measurement, inputs, hardware, scenario, _protocol(usual, settings, inputs))
+        results = results.model_copy(update={"stacking": stacking_of(chosen, kept)})
         write_output(folder.results, (results.model_dump_json(indent=2) + "\n").encode())
         write_output(folder.report, render(results).encode())
     return results

@@ -20,7 +20,7 @@ from quern.checkpoint.output_place import output_file, write_output
 from quern.core.results import Results, load_results
 from quern.report.view import page_data, page_view, unbroken
 
-STYLES = ("page.css", "parts.css", "plans.css", "tools.css")
+STYLES = ("page.css", "parts.css", "plans.css", "tools.css", "stacking.css")
 SCRIPTS = (
     *("common.js", "table.js", "chart.js", "labels.js", "grids.js", "layers.js", "plans.js", "tools.js", "export.js"),
     "page.js",

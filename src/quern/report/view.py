@@ -14,6 +14,7 @@ from quern.evaluation.measures.base import MEASURES, Measure
 from quern.report.columns import columns_of, detail_of, kind_of, text_of
 from quern.report.grids import layer_grid, plan_grids, plan_tables
 from quern.report.provenance import flatten, machine_line, model_line, model_name, recipe_view, run_facts
+from quern.report.stacking import stacking_view
 from quern.report.tools import has_tools_view, tool_rows, tools_view
 
 SCENARIO_TEXTS: dict[Scenario, tuple[str, str]] = {
@@ -49,6 +50,7 @@ def page_view(results: Results) -> dict[str, Any]:
         "tools": tools_view(results),
         "has_layers": any(row.layers for row in results.rows),
         "plans": plan_tables(results.rows),
+        "stacking": stacking_view(results),
         "recipes": [recipe_view(row) for row in results.rows],
         "facts": run_facts(results),
         "hardware": list(flatten(results.hardware)),

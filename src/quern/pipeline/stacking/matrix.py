@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
+from quern.core.recipe import Recipe
+from quern.core.results import StackedPair, Stacking
 from quern.core.stacking import Answer, Part
 from quern.pipeline.stacking.answer import together
-from quern.pipeline.stacking.parts import all_parts
+from quern.pipeline.stacking.parts import all_parts, parts_of
 
 MEASURED = "measured.json"
 """Written by benchmarks/stacking.py, beside this file."""
@@ -72,3 +74,15 @@ def trials() -> dict[str, Any]:
     file = resources.files(__package__).joinpath(MEASURED)
     found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     return found
+
+
+def stacking_of(recipes: Iterable[Recipe], caches: Iterable[str]) -> Stacking:
+    """What of the parts of ``recipes`` can be stacked, on each other, with ``caches`` and in every runtime."""
+    parts = {part for recipe in recipes for part in parts_of(recipe)} | {Part("cache", name) for name in caches}
+    found = matrix(parts | {part for part in all_parts() if part.kind == "runtime"})
+    pairs = [
+        StackedPair(first=str(c.first), second=str(c.second), label=c.answer.label, reason=c.answer.reason)
+        for c in found.cells
+        if c.answer.label != "works"
+    ]
+    return Stacking(parts=[str(part) for part in found.parts], pairs=pairs)
