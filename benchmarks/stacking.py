@@ -18,8 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import quern
 from quern.advisor.hardware import probe
 from quern.checkpoint.tokenizer import load_tokenizer
@@ -139,7 +137,7 @@ def fresh_trials(options: argparse.Namespace, scored: Sequence[Window], seed: in
 
 
 def noise(options: argparse.Namespace, scored: Sequence[Window]) -> dict[str, Any]:
-    """Losses of some stacks by ``SEEDS``, which draw calibration text, and their largest distance from the mean."""
+    """Losses of some stacks by ``SEEDS``, which draw the calibration text, and how far they lie apart."""
     stacks = {
         "gptq": [Part("rounding", "gptq")],
         "gptq, kmeans": [Part("rounding", "gptq"), Part("codec", "kmeans")],
@@ -152,8 +150,7 @@ def noise(options: argparse.Namespace, scored: Sequence[Window]) -> dict[str, An
         for name, parts in stacks.items():
             keys = together(*parts).keys[2] if len(parts) == 2 else together(parts[0], Part("codec", "integer")).keys[0]
             found[name].append(trials.loss(keys).mean)
-    distances = {name: float(np.abs(np.array(losses) / np.mean(losses) - 1).max()) for name, losses in found.items()}
-    return {"losses": found, "largest_distance_from_mean": distances}
+    return {"losses": found, "largest_over_least": {name: max(losses) / min(losses) for name, losses in found.items()}}
 
 
 def page(found: Matrix) -> str:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from quern.advisor.scoring import Yardstick
-from quern.cli.render.columns import comparison_columns, heading
+from quern.cli.views.columns import comparison_columns, heading
 from quern.core.errors import QuernError, UserError
 from quern.core.results import Results, load_results
 from quern.core.units import bytes_text, percent_text, signed, significant

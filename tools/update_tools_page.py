@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quern.advisor.deployment import licence_of, maker_of, targets_of
 from quern.advisor.placement import placements
-from quern.cli.render.columns import interval, number, percent, size
+from quern.cli.views.columns import interval, number, percent, size
 from quern.core.errors import QuernError, UserError
 from quern.core.results import Results, Row, load_results
 from quern.core.units import bytes_text, percent_text, seconds_text, significant

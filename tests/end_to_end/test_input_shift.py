@@ -10,7 +10,7 @@ from artifacts import INT8, make_artifact
 from rich.console import Console
 
 from quern.checkpoint.checkpoint import open_checkpoint
-from quern.cli.render import results as render
+from quern.cli.views import results as render
 from quern.comparison.input_shift import calibrated_inputs, measured_shift, sentence, student_limit
 from quern.core.errors import BadFileError
 from quern.core.progress import Silent

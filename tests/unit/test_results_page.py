@@ -47,6 +47,8 @@ def test_all_models_are_covered():
         "MeasuredOn",
         "Ranked",
         "Excluded",
+        "Stacking",
+        "StackedPair",
     } == {model.__name__ for model in MODELS}
 
 

@@ -44,7 +44,7 @@ def check(
     """
     if recipe is None and not matrix:
         raise UserError("name a recipe (quern recipes lists them) or a recipe file, or give --matrix")
-    from quern.cli.render import check as render_check
+    from quern.cli.views import check as render_check
 
     if matrix:
         if model is not None or (recipe is None and (runtime, cache) != (None, None)):

@@ -85,7 +85,7 @@ def compare(
     if not names and not tools:
         raise UserError(f"--recipes {recipes!r} names no recipe; give names separated by commas, such as {RECIPES}")
     limit = options.optional_size(memory, "--memory")
-    from quern.cli.render import results as render
+    from quern.cli.views import results as render
     from quern.comparison.inputs import MeasurementSettings
     from quern.pipeline.compare import compare as api
 

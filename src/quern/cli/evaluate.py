@@ -50,7 +50,7 @@ def evaluate(
     Without --text, held-out text that the running Python carries is scored. With it, inputs of linears that are not
     like those of calibration are named, for an artifact that was calibrated.
     """
-    from quern.cli.render import results as render
+    from quern.cli.views import results as render
     from quern.comparison.inputs import MeasurementSettings
     from quern.pipeline.evaluate import evaluate as api
 

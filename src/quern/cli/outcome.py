@@ -24,7 +24,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from quern.cli.progress import LineProgress, RichProgress, progress_on
-from quern.cli.render.columns import UNLIMITED
+from quern.cli.views.columns import UNLIMITED
 from quern.core.errors import QuernError
 
 P = ParamSpec("P")

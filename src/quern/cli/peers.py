@@ -19,7 +19,7 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Tools, or a
 @verb("quern peers list")
 def list_peers(json: options.Json = False) -> None:
     """The tools, their variants, and what is installed; --json shows all that is declared, each variant's settings too."""
-    from quern.cli.render import peers as render_peers
+    from quern.cli.views import peers as render_peers
     from quern.peers.listing import known_tools
 
     show(known_tools(), json, render_peers.peers)
@@ -67,7 +67,7 @@ def doctor(json: options.Json = False) -> None:
 
     Exit code 1 if one of them does not start, or is not what was installed.
     """
-    from quern.cli.render import peers as render_peers
+    from quern.cli.views import peers as render_peers
     from quern.comparison.tool_process import examine
     from quern.peers.base import PEERS
 

@@ -42,7 +42,7 @@ def plan(
     limit = options.optional_size(memory, "--memory")
     target = targets.target_of(bits, fit, context, max_loss, min_speed)
     chosen = targets.recipe_for(recipe, target, targets.ALLOCATING)
-    from quern.cli.render.plan import plan_report
+    from quern.cli.views.plan import plan_report
     from quern.pipeline.planning.plan import plan as api
 
     with working() as progress:

@@ -10,6 +10,6 @@ from quern.cli.outcome import show, verb
 def probe(json: options.Json = False) -> None:
     """Say what this machine is, and measure its read bandwidth and matrix product rates."""
     from quern.advisor.hardware import probe as api
-    from quern.cli.render import results as render
+    from quern.cli.views import results as render
 
     show(api(measure=True), json, render.hardware)

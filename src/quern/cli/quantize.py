@@ -49,7 +49,7 @@ def quantize(
     """
     limit = options.optional_size(memory, "--memory")
     chosen = targets.recipe_for(recipe, targets.target_of(bits, fit, context, max_loss, min_speed), "balanced")
-    from quern.cli.render import results as render
+    from quern.cli.views import results as render
     from quern.pipeline.quantize import quantize as api
 
     with working() as progress:

@@ -118,7 +118,7 @@ def _with_machine(answer: Recommendation) -> RenderableType:
     from rich.text import Text
 
     from quern.advisor.machine import measured_on_text
-    from quern.cli.render import results as render
+    from quern.cli.views import results as render
 
     machine = [Text(measured_on_text(answer.measured_on))] if answer.measured_on is not None else []
     warnings = [Text(f"warning: {warning}", style="yellow") for warning in answer.warnings]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from quern.cli import targets
 from quern.cli.main import app
-from quern.cli.render import plan as render_plan
+from quern.cli.views import plan as render_plan
 from quern.core.allocation import Target
 from quern.core.errors import UserError
 from quern.core.recipe import load_recipe, parse_recipe

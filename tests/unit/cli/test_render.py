@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from sample_results import sample_results, sample_tool_results, sample_tool_rows
 
-from quern.cli.render import results as render
-from quern.cli.render.comparison import Comparison
+from quern.cli.views import results as render
+from quern.cli.views.comparison import Comparison
 from quern.core.recipe import Recipe
 from quern.core.results import Excluded, LayerError, Ranked, Recommendation, Row
 from quern.pipeline.inspect import Inspection, TensorRow

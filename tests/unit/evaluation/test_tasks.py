@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.cli.main import app
-from quern.cli.render import results as render
+from quern.cli.views import results as render
 from quern.core.errors import UserError
 from quern.engines.base import ENGINES
 from quern.evaluation.lm_eval import Requests

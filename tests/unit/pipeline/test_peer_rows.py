@@ -16,7 +16,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from quern.cli.render import peers as render_peers
+from quern.cli.views import peers as render_peers
 from quern.comparison.tool_process import examine
 from quern.comparison.worker_process import WorkerError
 from quern.core.errors import UserError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from quern.cli.render.columns import table
+from quern.cli.views.columns import table
 
 if TYPE_CHECKING:
     from quern.comparison.tool_process import Health

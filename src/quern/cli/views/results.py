@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from quern.cli.render.columns import (
+from quern.cli.views.columns import (
     add,
     comparison_columns,
     duration,
@@ -20,8 +20,8 @@ from quern.cli.render.columns import (
     percent,
     size,
 )
-from quern.cli.render.columns import table as plain_table
-from quern.cli.render.comparison import Comparison, remarks
+from quern.cli.views.columns import table as plain_table
+from quern.cli.views.comparison import Comparison, remarks
 from quern.core.results import Recommendation, Results, Row
 from quern.core.units import significant
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from quern.advisor.deployment import has_other_tools
 from quern.advisor.placement import Placement, placements
-from quern.cli.render.columns import TableColumn, add, comparison_columns, table
+from quern.cli.views.columns import TableColumn, add, comparison_columns, table
 from quern.core.results import Results, Row
 from quern.report.wording import (
     failures_text,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from quern.cli.render.columns import add, number, percent, size
-from quern.cli.render.columns import table as plain_table
+from quern.cli.views.columns import add, number, percent, size
+from quern.cli.views.columns import table as plain_table
 from quern.core.units import bytes_text, significant
 
 if TYPE_CHECKING:
