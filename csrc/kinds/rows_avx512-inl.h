@@ -16,12 +16,11 @@
 // the zero point). `make` looks at a row, `tables` at the register from byte `at` of it on, for the `codes` in that.
 #include "kernels/common_avx512.h"
 #include "kinds/kinds.h"
+#include "kinds/scales_avx512-inl.h"
 
 namespace quern {
 namespace {
 
-constexpr int32_t ROWS = 16;       // side by side
-constexpr int32_t BATCH = 16;      // groups whose scales are loaded together
 constexpr int FAR = 4096;          // of fetch_ahead
 constexpr int64_t FAR_ROWS = 512;  // bytes from what is taken of a row to what is fetched of it, with ROWS side by side
 
@@ -113,28 +112,6 @@ INLINE Ahead ahead_of(int64_t at, int64_t far, int64_t end) {
   return at + far < end ? Ahead{0, at + far} : Ahead{ROWS, at + far - end};
 }
 
-// What is subtracted from sums: what codes were shifted by, times the sum of inputs.
-struct Zeros {
-  const int32_t* words;  // of the block's first row, by group; null: all are 8
-  __m512i index, shift;  // of each row from there on
-};
-
-INLINE Zeros zeros_of(const Weight& weight, const Inputs& in, int32_t row) {
-  if (weight.zeros == nullptr) return {nullptr, _mm512_setzero_si512(), _mm512_setzero_si512()};
-  const int32_t first = weight.scale_stride == 0 ? 0 : row;
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i rows = _mm512_add_epi32(_mm512_set1_epi32(first % 8), weight.scale_stride == 0 ? _mm512_setzero_si512() : lanes);
-  return {weight.zeros + static_cast<int64_t>(first / 8) * in.groups,
-          _mm512_mullo_epi32(_mm512_srli_epi32(rows, 3), _mm512_set1_epi32(in.groups)),
-          _mm512_slli_epi32(_mm512_and_si512(rows, _mm512_set1_epi32(7)), 2)};
-}
-
-// Zero points of the block's rows for one group.
-INLINE __m512i zeros_at(const Zeros& zeros, int32_t group, __mmask16 rows) {
-  const __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), rows, zeros.index, zeros.words + group, 4);
-  return _mm512_and_si512(_mm512_srlv_epi32(words, zeros.shift), _mm512_set1_epi32(15));
-}
-
 // Four registers to one: 128-bit lane l of the result has the sums of lane l of a, b, c and d.
 template <bool NARROW>
 INLINE __m512i add_four(__m512i a, __m512i b, __m512i c, __m512i d) {
@@ -217,9 +194,10 @@ struct Block {
   __m512 ws[BATCH];
   float xs[TOKENS][BATCH];
   int32_t shift[TOKENS][BATCH];
+  int32_t words[3][BATCH];
 
   Block(const Weight& w, const Inputs& inputs, int32_t first_row, int32_t count)
-      : weight(w), in(inputs), row(first_row), rows(count), zeros(zeros_of(w, inputs, first_row)) {
+      : weight(w), in(inputs), row(first_row), rows(count), zeros(zeros_of(w, first_row, count)) {
     for (int r = 0; r < rows; ++r) code[r] = Code::make(weight, row + r);
     if (rows == ROWS) return;
     for (auto& token : sums)
@@ -239,18 +217,14 @@ struct Block {
       const char* line = static_cast<const char*>(weight.scale) + (row + next.rows) * stride + next.at;
       for (int r = 0; r < ROWS; ++r) _mm_prefetch(line + r * stride, _MM_HINT_T1);
     }
-    __m512i v[ROWS];
-    for (int r = 0; r < rows; ++r) v[r] = _mm512_castps_si512(load_scales(weight, row + r, group, some));
-    for (int r = rows; r < ROWS; ++r) v[r] = _mm512_setzero_si512();
-    transpose(v);
-#pragma GCC unroll 16
-    for (int i = 0; i < BATCH; ++i) self.ws[i] = _mm512_castsi512_ps(v[i]);
+    load_scales_of_rows(weight, row, rows, group, least(groups - group, BATCH), self.ws);
     if (self.zeros.words != nullptr) {
+      load_zeros(self.zeros, groups, group, least(groups - group, BATCH), self.words);
       const int32_t* words = self.zeros.words + group + 2 * groups;
       _mm_prefetch(reinterpret_cast<const char*>(words), _MM_HINT_T1);
       _mm_prefetch(reinterpret_cast<const char*>(words + groups), _MM_HINT_T1);
     }
-    // Zero points of words are different in each row.
+    // Zero points that lie in words are different in each row.
     const int factor = Code::SHIFT != 0 ? Code::SHIFT : self.zeros.words != nullptr ? 1 : 8;
     for (int t = 0; t < TOKENS; ++t) {
       const int64_t at = static_cast<int64_t>(t) * groups + group;
@@ -258,7 +232,7 @@ struct Block {
       const __m512i total = _mm512_maskz_loadu_epi32(some, self.in.sums + at);
       _mm512_storeu_si512(self.shift[t], _mm512_mullo_epi32(total, _mm512_set1_epi32(factor)));
     }
-    asm("" : "+m"(self.shift));  // to be read from memory into all lanes, not from a register
+    asm("" : "+m"(self.shift), "+m"(self.words));  // to be read from memory into all lanes, not from a register
   }
 
   // Sums of REGISTERS registers of each row from byte `at` on, lane by lane.
@@ -294,11 +268,11 @@ struct Block {
     }
   }
 
-  // out += sums of one group, the one with number `place` in the batch from `first` on.
-  INLINE __m512 add_group(const Block& self, int t, int32_t first, int place, __m512i sum, __m512 out) {
+  // out += sums of the group with number `place` in the batch.
+  INLINE __m512 add_group(const Block& self, int t, int place, __m512i sum, __m512 out) {
     __m512i shift = _mm512_set1_epi32(self.shift[t][place]);
     if (Code::SHIFT == 0 && self.zeros.words != nullptr)
-      shift = _mm512_mullo_epi32(shift, zeros_at(self.zeros, first + place, first_lanes(self.rows)));
+      shift = _mm512_mullo_epi32(shift, zeros_at(self.zeros, self.words, place));
     const __m512 scale = _mm512_mul_ps(self.ws[place], _mm512_set1_ps(self.xs[t][place]));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, shift)), scale, out);
   }
@@ -321,7 +295,7 @@ struct Block {
             add_lanes<LANES_A_GROUP, Code::SHIFT == 0>(self.sums[t][(place - i) / GROUPS], sums);
 #pragma GCC unroll 8
             for (int g = 0; g < GROUPS; ++g)
-              if (place + g < count) out[t] = add_group(self, t, first, place + g, sums[g], out[t]);
+              if (place + g < count) out[t] = add_group(self, t, place + g, sums[g], out[t]);
           }
       }
     }
@@ -334,7 +308,7 @@ struct Block {
 template <typename Code, int TOKENS>
 INLINE void multiply_row(const Weight& weight, const Inputs& in, int32_t row, float* outputs) {
   const Code code = Code::make(weight, row);
-  const Zeros zeros = zeros_of(weight, in, row);
+  const Zeros zeros = zeros_of(weight, row, 1);
   const uint8_t* bytes = static_cast<const uint8_t*>(weight.codes) + row * weight.row_bytes;
   float out[TOKENS] = {};
   for (int32_t g = 0; g < in.groups; ++g) {
@@ -342,7 +316,7 @@ INLINE void multiply_row(const Weight& weight, const Inputs& in, int32_t row, fl
     __m512i sums[TOKENS];
     add_range<Code, TOKENS>(code, in, bytes, g * in.group / Code::PER_BYTE, (end + Code::PER_BYTE - 1) / Code::PER_BYTE, sums);
     const float ws = _mm512_cvtss_f32(load_scales(weight, row, g, 1));
-    const int32_t zero = zeros.words == nullptr ? 8 : _mm512_cvtsi512_si32(zeros_at(zeros, g, 1));
+    const int32_t zero = zeros.words == nullptr ? 8 : zeros.words[g] >> _mm512_cvtsi512_si32(zeros.shift) & 15;
     for (int t = 0; t < TOKENS; ++t) {
       const int64_t at = static_cast<int64_t>(t) * in.groups + g;
       const int32_t sum = _mm512_reduce_add_epi32(sums[t]) - (Code::SHIFT != 0 ? Code::SHIFT : zero) * in.sums[at];
