@@ -245,9 +245,10 @@ struct Block {
     Met<Code, TOKENS> x = inputs_at<Code, TOKENS>(in, at);
     if constexpr (TOKENS == 1)  // or the compiler holds pointers for each register and runs out of its own
       for (const int8_t*& from : x.from[0]) asm("" : "+r"(from));
-    for (int r = 0; r < rows; ++r, bytes += stride) {
-      Code::fetch(self.code[r], bytes + next.rows * stride, next.at, 64 * REGISTERS);
-      if (at + 64 * REGISTERS <= end) {
+    if (at + 64 * REGISTERS <= end) {
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; ++r, bytes += stride) {
+        Code::fetch(self.code[r], bytes + next.rows * stride, next.at, 64 * REGISTERS);
         const Code code = self.code[r];
 #pragma GCC unroll 8
         for (int i = 0; i < REGISTERS; ++i) {
@@ -256,8 +257,12 @@ struct Block {
           add<Code, TOKENS>(code, x, load_once(bytes + at + 64 * i), at + 64 * i, 64 * i, v);
           for (int t = 0; t < TOKENS; ++t) self.sums[t][i][r] = v[t];
         }
-        continue;
       }
+      return;
+    }
+    for (int r = 0; r < rows; ++r, bytes += stride) {
+      Code::fetch(self.code[r], bytes + next.rows * stride, next.at, 64 * REGISTERS);
+#pragma GCC unroll 1
       for (int i = 0; i < REGISTERS; ++i) {
         __m512i v[TOKENS];
         for (int t = 0; t < TOKENS; ++t) v[t] = _mm512_setzero_si512();
