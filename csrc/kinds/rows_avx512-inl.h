@@ -194,7 +194,7 @@ struct Block {
   __m512 ws[BATCH];
   float xs[TOKENS][BATCH];
   int32_t shift[TOKENS][BATCH];
-  int32_t words[3][BATCH];
+  int32_t words[WORDS][BATCH];
 
   Block(const Weight& w, const Inputs& inputs, int32_t first_row, int32_t count)
       : weight(w), in(inputs), row(first_row), rows(count), zeros(zeros_of(w, first_row, count)) {

@@ -97,15 +97,18 @@ INLINE void load_scales_of_rows(const Weight& weight, int32_t row, int32_t rows,
   for (int i = 0; i < BATCH; ++i) ws[i] = _mm512_castsi512_ps(v[i]);
 }
 
-// Zero points of 4 bits, packed down eight rows a word. 16 rows have up to three words for a group.
+// Zero points of 4 bits, packed down eight rows a word.
 struct Zeros {
   const int32_t* words;  // of the first row, by group; null: all are 8
   __m512i shift;         // of each row in its word
-  __mmask16 second, third;  // rows of these words
+  __mmask16 second;      // rows that are in the next eight's word
 };
 
+constexpr int WORDS = 2;  // of 16 rows, which begin with a word, for each group
+
+// `row` is a multiple of 8, as pieces of a product begin, or the only one.
 INLINE Zeros zeros_of(const Weight& weight, int32_t row, int32_t rows) {
-  Zeros zeros = {nullptr, _mm512_setzero_si512(), 0, 0};
+  Zeros zeros = {nullptr, _mm512_setzero_si512(), 0};
   if (weight.zeros == nullptr) return zeros;
   const int32_t groups = (weight.columns + weight.group - 1) / weight.group;
   zeros.words = weight.zeros;
@@ -115,23 +118,19 @@ INLINE Zeros zeros_of(const Weight& weight, int32_t row, int32_t rows) {
   const __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32(row % 8));
   zeros.shift = _mm512_slli_epi32(_mm512_and_si512(place, _mm512_set1_epi32(7)), 2);
   zeros.second = _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(8)) & first_lanes(rows);
-  zeros.third = _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(16)) & first_lanes(rows);
   return zeros;
 }
 
 // The words of up to 16 groups from `group` on.
 INLINE void load_zeros(const Zeros& zeros, int32_t groups, int32_t group, int32_t count, int32_t (*out)[BATCH]) {
   const __mmask16 some = first_lanes(count);
-  const __mmask16 rows[3] = {0xffff, zeros.second, zeros.third};
-#pragma GCC unroll 3
-  for (int i = 0; i < 3; ++i)
-    _mm512_storeu_si512(out[i], _mm512_maskz_loadu_epi32(rows[i] ? some : 0, zeros.words + group + static_cast<int64_t>(i) * groups));
+  const __mmask16 next = zeros.second != 0 ? some : 0;
+  _mm512_storeu_si512(out[0], _mm512_maskz_loadu_epi32(some, zeros.words + group));
+  _mm512_storeu_si512(out[1], _mm512_maskz_loadu_epi32(next, zeros.words + group + groups));
 }
 
 INLINE __m512i zeros_at(const Zeros& zeros, const int32_t (*words)[BATCH], int place) {
-  __m512i all = _mm512_set1_epi32(words[0][place]);
-  all = _mm512_mask_set1_epi32(all, zeros.second, words[1][place]);
-  all = _mm512_mask_set1_epi32(all, zeros.third, words[2][place]);
+  const __m512i all = _mm512_mask_set1_epi32(_mm512_set1_epi32(words[0][place]), zeros.second, words[1][place]);
   return _mm512_and_si512(_mm512_srlv_epi32(all, zeros.shift), _mm512_set1_epi32(15));
 }
 
