@@ -1,6 +1,7 @@
 """Matrix-vector products of packed weights against a pure read of the same bytes: batch 1, the shapes of Qwen2-72B's MLP.
 
-    python benchmarks/matvec.py [--rounds 7] [--isas avx512,avx2] [--threads 1,2] [--only NAME,...] [--peers NAME,...]
+    python benchmarks/matvec.py [--rounds 7] [--isas avx512,avx2] [--threads 1,2] [--shapes 29568x8192,...]
+        [--only NAME,...] [--peers NAME,...]
 
 Each round times every packing and, right before it, reading as many bytes with the same threads and the same cut into
 pieces; copies of the matrices fill 1 GiB and take turns, so that none comes from a cache. The fraction is read time over
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--isas", default=",".join(isa for isa in ("avx512", "avx2") if isa in _native.isas()))
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
     parser.add_argument("--only", default="")
     parser.add_argument("--peers", default="", help="llama.cpp, onnxruntime, openvino")
     parser.add_argument("--dry", action="store_true", help="write no result file")
@@ -145,9 +147,9 @@ def main() -> None:
     pool, found = Pool(), []
     for number, isa in enumerate(options.isas.split(",")):
         peers = options.peers.split(",") if options.peers and number == 0 else []
-        for shape in SHAPES:
+        for rows, columns in (map(int, shape.split("x")) for shape in options.shapes.split(",")):
             for threads in map(int, options.threads.split(",")):
-                found += run(packings, isa, shape, threads, options.rounds, pool, peers)
+                found += run(packings, isa, (rows, columns), threads, options.rounds, pool, peers)
     if not options.dry:
         print(write_result("matvec", {"rounds": options.rounds, "results": found}))
 

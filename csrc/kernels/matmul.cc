@@ -29,7 +29,7 @@ class RowJob : public Job {
       : weight_(*product.weight), activations_(activations), outputs_(product.outputs) {
     const int64_t balanced = ceil_divide(weight_.rows, threads * PIECES_A_THREAD);
     const int64_t rows = std::min(balanced, std::max<int64_t>(PIECE_BYTES / weight_.row_bytes, 1));
-    rows_ = static_cast<int32_t>(ceil_divide(rows, 8) * 8);
+    rows_ = static_cast<int32_t>(ceil_divide(rows, 16) * 16);
   }
 
   int64_t pieces() const override { return ceil_divide(weight_.rows, rows_); }

@@ -7,6 +7,18 @@
 namespace quern {
 namespace {
 
+struct Bytes {
+  uint8_t at[64];
+};
+
+constexpr Bytes first_bytes_of() {
+  Bytes bytes = {};
+  for (int i = 0; i < 64; ++i) bytes.at[i] = static_cast<uint8_t>(i);
+  return bytes;
+}
+
+alignas(64) constexpr Bytes FIRST_BYTES = first_bytes_of();  // 0, 1, 2 ...
+
 struct Tables {
   __m512i low, high;   // of codes below 4, and from there on; where codes have 3 bits
   __mmask64 third[4];  // which codes are, by plane
@@ -64,28 +76,61 @@ INLINE __m512i look_up(const Tables& tables, __m512i bytes, int which) {
   return _mm512_mask_shuffle_epi8(found, tables.third[which], tables.high, codes);
 }
 
-// OWN: groups have tables of their own.
+// OWN: groups have tables of their own, in lanes. Else a table of a row fills a register for vpermb, which looks at the lower six
+// bits of a byte: it is repeated so that a code may lie there with whatever beside it.
 template <int BITS, bool OWN>
 struct Code {
   static constexpr int PER_BYTE = CODES<BITS>, REGISTERS = CODES<BITS>;
   static constexpr int SHIFT = 128;
-  Tables common;
+  static constexpr int PLACES = BITS == 4 ? 1 : 3;  // of a code in six bits
+  __m512i low[PLACES], high[BITS == 3 ? PLACES : 1];  // of codes below 4, and from there on
   const Weight* weight;
   const uint8_t* codes_of_row;
   int32_t row, columns;
 
   INLINE Code make(const Weight& weight, int32_t row) {
-    return {OWN ? Tables{} : tables_at<BITS>(weight, row, 0, 128), &weight, codes_of(weight, row), row, weight.columns};
+    Code self;
+    self.weight = &weight;
+    self.codes_of_row = codes_of(weight, row);
+    self.row = row;
+    self.columns = weight.columns;
+    if constexpr (OWN) return self;
+    const __m512i lanes = tables_at<BITS>(weight, row, 0, 128).low;
+    self.low[0] = lanes;
+    if constexpr (BITS == 4) return self;
+    const __m512i last = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4);
+    __m512i place = _mm512_load_si512(&FIRST_BYTES);
+#pragma GCC unroll 3
+    for (int i = 0; i < PLACES; ++i) {
+      const __m512i codes = _mm512_and_si512(place, last);
+      self.low[i] = _mm512_shuffle_epi8(lanes, codes);
+      if constexpr (BITS == 3) self.high[i] = _mm512_shuffle_epi8(lanes, _mm512_or_si512(codes, four));
+      place = _mm512_srli_epi16(place, 2);
+    }
+    return self;
+  }
+  INLINE void fetch(const Code& self, const uint8_t* row, int64_t at, int count) {
+    quern::fetch(row, at, count);
+    if constexpr (BITS == 3) quern::fetch(row + low_bytes(self.columns), at / 2, count / 2);
   }
   INLINE Tables tables(const Code& self, int64_t at) {
-    Tables found = self.common;
+    Tables found;
     if constexpr (OWN) found = tables_at<BITS>(*self.weight, self.row, at, 128);
     if constexpr (BITS == 3) load_third(found, self.codes_of_row, self.columns, at);
     return found;
   }
-  INLINE __m512i codes(const Code&, const Tables& tables, __m512i bytes, int which, int64_t) {
-    return look_up<BITS>(tables, bytes, which);
+  INLINE __m512i codes(const Code& self, const Tables& tables, __m512i bytes, int which, int64_t) {
+    if constexpr (OWN) return look_up<BITS>(tables, bytes, which);
+    // The last code of a byte is moved to where the last table finds it.
+    const __m512i index = which < PLACES ? bytes : _mm512_srli_epi16(bytes, 8 - BITS_OF_PLANE - 2 * (PLACES - 1));
+    const int place = which < PLACES ? which : PLACES - 1;
+    const __m512i found = _mm512_permutexvar_epi8(index, self.low[place]);
+    if constexpr (BITS != 3) return found;
+    return _mm512_mask_permutexvar_epi8(found, tables.third[which], index, self.high[BITS == 3 ? place : 0]);
   }
+
+ private:
+  static constexpr int BITS_OF_PLANE = BITS == 4 ? 4 : 2;
 };
 
 // Four, two or one token at a time, since more variants would take long to compile; of tables of groups one.

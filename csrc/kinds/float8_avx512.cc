@@ -6,12 +6,19 @@
 namespace quern {
 namespace {
 
-// 16 numbers divided by their unit. e4m3: no NaN, which would be 480.
+// 16 or 32 numbers divided by their unit, as float16. e4m3: no NaN, which would be 480.
 template <Float8 TYPE>
-INLINE __m512 numbers(__m128i bytes) {
-  if constexpr (TYPE == Float8::e5m2) return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8));
+INLINE __m256i halves(__m128i bytes) {
+  if constexpr (TYPE == Float8::e5m2) return _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8);
   const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
-  return _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
+  return _mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+}
+
+template <Float8 TYPE>
+INLINE __m512i halves(__m256i bytes) {
+  if constexpr (TYPE == Float8::e5m2) return _mm512_slli_epi16(_mm512_cvtepu8_epi16(bytes), 8);
+  const __m512i shifted = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);
+  return _mm512_and_si512(shifted, _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
 }
 
 // As in plain_avx512-inl.h: lane i + lane (i + 8), then 4, 2, 1 apart.
@@ -22,31 +29,40 @@ INLINE float sum(__m512 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Which of 64 numbers are none.
-template <Float8 TYPE>
-INLINE __mmask64 nans(__m512i bytes) {
-  if constexpr (TYPE == Float8::e5m2) return 0;
-  const __m512i most = _mm512_set1_epi8(0x7f);
-  return _mm512_cmpeq_epi8_mask(_mm512_and_si512(bytes, most), most);
-}
+constexpr int64_t FAR = 4096;  // bytes of all rows side by side from a line to the one that is fetched
+
+// Bytes less their sign: the greatest tells whether an e4m3 number is none.
+INLINE __m512i magnitudes(__m512i bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(0x7f)); }
 
 // The columns [start, end) of ROWS rows added to their outputs.
 template <Float8 TYPE, int TOKENS, int ROWS>
 INLINE void add_group(const Weight& weight, const Inputs& in, int32_t row, int32_t group, int32_t start, int32_t end,
                       float (*out)[TOKENS]) {
   __m512 total[ROWS][TOKENS];
-  __mmask64 nan[ROWS] = {};
+  __m512i most[ROWS];
   for (auto& line : total)
     for (__m512& v : line) v = _mm512_setzero_ps();
+  for (__m512i& v : most) v = _mm512_setzero_si512();
   const uint8_t* w = static_cast<const uint8_t*>(weight.codes) + row * weight.row_bytes;
   int32_t c = start;
   for (; c + 64 <= end; c += 64) {
+    // Float16s are widened as they are read: from a register that takes two more steps, on the ports that are busy.
+    alignas(64) uint16_t wide[ROWS][64];
+    // What is fetched behind the end of a row belongs to the rows that come next.
+    const int64_t ahead = c + FAR / ROWS + (c + FAR / ROWS < weight.row_bytes ? 0 : (ROWS - 1) * weight.row_bytes);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      const uint8_t* from = w + r * weight.row_bytes + c;
-      fetch_ahead<4096>(from);
-      nan[r] |= nans<TYPE>(_mm512_loadu_si512(from));
+      const uint8_t* line = w + r * weight.row_bytes;
+      _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(line + c + 256), _MM_HINT_T0);
+      if constexpr (TYPE == Float8::e4m3) most[r] = _mm512_max_epu8(most[r], magnitudes(_mm512_loadu_si512(line + c)));
+#pragma GCC unroll 2
+      for (int half = 0; half < 64; half += 32) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line + c + half));
+        _mm512_store_si512(&wide[r][half], halves<TYPE>(bytes));
+      }
     }
+    asm("" : "+m"(wide));  // or the compiler takes the registers after all
 #pragma GCC unroll 4
     for (int step = 0; step < 64; step += 16) {
       __m512 x[TOKENS];
@@ -54,8 +70,7 @@ INLINE void add_group(const Weight& weight, const Inputs& in, int32_t row, int32
       for (int t = 0; t < TOKENS; ++t) x[t] = _mm512_loadu_ps(in.exact + static_cast<int64_t>(t) * in.columns + c + step);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
-        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + r * weight.row_bytes + c + step));
-        const __m512 v = numbers<TYPE>(bytes);
+        const __m512 v = _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(&wide[r][step])));
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) total[r][t] = _mm512_fmadd_ps(v, x[t], total[r][t]);
       }
@@ -69,15 +84,16 @@ INLINE void add_group(const Weight& weight, const Inputs& in, int32_t row, int32
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const __m128i bytes = _mm_maskz_loadu_epi8(some, w + r * weight.row_bytes + c);
-      nan[r] |= nans<TYPE>(_mm512_castsi128_si512(bytes)) & some;
-      const __m512 v = numbers<TYPE>(bytes);
+      most[r] = _mm512_max_epu8(most[r], magnitudes(_mm512_zextsi128_si512(bytes)));
+      const __m512 v = _mm512_cvtph_ps(halves<TYPE>(bytes));
 #pragma GCC unroll 8
       for (int t = 0; t < TOKENS; ++t) total[r][t] = _mm512_mask3_fmadd_ps(v, x[t], total[r][t], some);
     }
   }
   for (int r = 0; r < ROWS; ++r) {
     float ws = _mm512_cvtss_f32(load_scales(weight, row + r, group, 1)) * UNIT<TYPE>;
-    if (nan[r] != 0) ws = __builtin_nanf("");
+    const bool none = TYPE == Float8::e4m3 && _mm512_cmpeq_epi8_mask(most[r], _mm512_set1_epi8(0x7f)) != 0;
+    if (none) ws = __builtin_nanf("");
     for (int t = 0; t < TOKENS; ++t) out[r][t] = __builtin_fmaf(sum(total[r][t]), ws, out[r][t]);
   }
 }

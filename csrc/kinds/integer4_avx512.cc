@@ -10,6 +10,7 @@ struct Code {
   static constexpr int SHIFT = 0;
   __m512i mask;
   INLINE Code make(const Weight&, int32_t) { return {_mm512_set1_epi8(15)}; }
+  INLINE void fetch(const Code&, const uint8_t* row, int64_t at, int count) { quern::fetch(row, at, count); }
   INLINE NoTables tables(const Code&, int64_t) { return {}; }
   INLINE __m512i codes(const Code& self, NoTables, __m512i bytes, int which, int64_t) {
     return _mm512_and_si512(which == 0 ? bytes : _mm512_srli_epi16(bytes, 4), self.mask);
@@ -17,7 +18,7 @@ struct Code {
 };
 
 // Zero points of 16 rows for one group, as 16 x 4 equal bytes.
-INLINE __m512i zeros_of(const Weight& weight, int32_t row, int32_t rows, int32_t group) {
+INLINE __m512i zero_bytes(const Weight& weight, int32_t row, int32_t rows, int32_t group) {
   if (weight.zeros == nullptr) return _mm512_set1_epi8(8);
   const int32_t groups = (weight.columns + weight.group - 1) / weight.group;
   alignas(64) uint32_t zero[16];
@@ -43,7 +44,7 @@ struct Values {
     const int32_t found = column / self.weight.group;
     if (found != self.group) {
       self.group = found;
-      self.zeros = zeros_of(self.weight, self.row, self.rows, found);
+      self.zeros = zero_bytes(self.weight, self.row, self.rows, found);
     }
     return _mm512_xor_si512(_mm512_sub_epi8(codes, self.zeros), self.flip);
   }

@@ -10,6 +10,7 @@ struct Code {
   static constexpr int SHIFT = 128;
   __m512i flip;
   INLINE Code make(const Weight&, int32_t) { return {_mm512_set1_epi8(-128)}; }
+  INLINE void fetch(const Code&, const uint8_t* row, int64_t at, int count) { quern::fetch(row, at, count); }
   INLINE NoTables tables(const Code&, int64_t) { return {}; }
   INLINE __m512i codes(const Code& self, NoTables, __m512i bytes, int, int64_t) { return _mm512_xor_si512(bytes, self.flip); }
 };

@@ -111,6 +111,28 @@ def test_scales_have_a_factor(isa, factor):
         check(Maker(73).codebook(4, 33, 1290, group, scale_type, factor=factor), tokens=(1, 2, 9, 17))
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.5e36])
+@pytest.mark.parametrize(
+    ("scale_type", "group", "none"),
+    [("float8_e8m0fnu", 32, 0xFF), ("float8_e4m3fn", 16, 0x7F), ("float8_e4m3fn", 16, 0xFF)],
+)
+def test_scales_of_a_byte_may_be_any(isa, scale_type, group, none, factor):
+    """Rows have scales close to each other, all of them every one; what is none spoils its row alone."""
+    rows, columns = 40, 1280
+    packed = Maker(76).codebook(4, rows, columns, group, scale_type, factor=factor)
+    near = np.random.default_rng(77).integers(0, 8, (rows, columns // group)) + np.arange(rows)[:, None] * 7
+    scale = np.minimum(near, 0xFE).astype(np.uint8)
+    scale[scale & 0x7F == 0x7F] -= scale_type == "float8_e4m3fn"
+    scale[21, 18] = none
+    packed.arrays["scale"] = scale
+    weight, x = matrix(packed), inputs(3, columns)
+    found = native.multiply(weight, x, 1)
+    native.use_isa("scalar")
+    np.testing.assert_array_equal(found, native.multiply(weight, x, 1))
+    assert np.isnan(found[:, 21]).all()
+    assert np.isfinite(found[:, : 20 if factor == 1.0 else 1]).all()
+
+
 @pytest.mark.parametrize("variant", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("shape", SHAPES + GROUPED + ODD_GROUPS)
 def test_float8(isa, variant, shape):
