@@ -213,7 +213,7 @@ end_by_exception()
 def job():
     command = (sys.executable, "-c", "import time; time.sleep(600)")
     with working(), tempfile.TemporaryDirectory(dir=sys.argv[1]), Worker("contender", Launch(command=command)) as worker:
-        print(worker.process_id, flush=True, file=sys.__stdout__)
+        print(worker.process_id, flush=True)
         worker.ask({})
 
 app(sys.argv[2:])
@@ -224,7 +224,7 @@ app(sys.argv[2:])
 def test_whoever_ends_it_ends_its_processes_too(number, code, tmp_path):
     command = [sys.executable, "-c", WORKING, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    worker = int(process.stdout.readline())
+    worker = int(process.stderr.readline())
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
