@@ -45,10 +45,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "compressed-tensors int8 packed": {"bits": 8, **CHANNEL, **BF16},
     "compressed-tensors int8": {"bits": 8, **CHANNEL, **BF16},
     "compressed-tensors int8 asymmetric": {"bits": 8, "symmetric": False, "granularity": "tensor", **BF16},
+    "compressed-tensors mxfp4": {"codec": "mxfp4"},
 }
 FURTHER: dict[str, tuple[Variant, dict[str, Any]]] = {
     "gptq_v2 symmetric, last group short": (gptq(4, 48, "gptq_v2", sym=True), {"group_size": 48}),
-    "compressed-tensors int4 with float32 scales": (
+    "compressed-tensors float32 scales": (
         compressed(INTEGERS, "pack-quantized", "group 32", torch.float32), {"group_size": 32, "scale_dtype": "float32"}
     ),
 }  # fmt: skip
@@ -149,18 +150,16 @@ def test_what_is_not_on_the_grid_is_refused_with_the_scheme_that_it_has(tmp_path
         found = "{codec: integer, bits: 4, symmetric: false, granularity: group, group_size: 32, scale_dtype: float16}"
         assert f"but the first of them are of {found}" in told
         assert "rounding nearest or gptq takes any weights" in told
-    scales = write_foreign(tmp_path / "scales", VARIANTS["compressed-tensors int4"]).folder
-    assert "scale_dtype: bfloat16}" in refused(
-        scales, tmp_path / "out", taking({"group_size": 32, "symmetric": True, "bits": 2})
-    )
+    scales = write_foreign(tmp_path / "scales", FURTHER["compressed-tensors float32 scales"][0]).folder
+    assert "scale_dtype: float32}. Set that" in refused(scales, tmp_path / "out", taking({"group_size": 32}))
     assert quantize(model, tmp_path / "out", recipe=taking(UNEVEN)).layers
 
 
-@pytest.mark.parametrize("name", ["gptq desc_act", "fp8 channel", "compressed-tensors mxfp4", None])
+@pytest.mark.parametrize("name", ["gptq desc_act", "fp8 channel", "bitsandbytes nf4", None])
 def test_weights_without_a_grid_of_integers_are_refused(name, tiny_model, tmp_path):
     model = tiny_model if name is None else write_foreign(tmp_path / "model", VARIANTS[name]).folder
     told = refused(model, tmp_path / "out", taking(UNEVEN))
-    assert "nor of another scheme of that codec" in told
+    assert "nor does another scheme of that codec" in told
     assert "GPTQ's desc_act" in told
 
 
@@ -200,7 +199,7 @@ def test_a_later_block_is_refused_by_its_name(tmp_path):
     [
         ({"transforms": [{"method": "smoothquant"}]}, "transform smoothquant would change them"),
         ({"transforms": [{"method": "hadamard"}]}, "transform hadamard would change them"),
-        ({"weights": {"codec": "nf4"}}, r"codec nf4 cannot find its codes .* \(integer\)"),
+        ({"weights": {"codec": "nf4"}}, r"codec nf4 cannot find its codes .* \(integer, mxfp4\)"),
         ({"calibration": {"compute_dtype": "bfloat16"}}, r"Set calibration: \{compute_dtype: float32\}"),
         ({"allocation": {"candidates": [{"bits": 4}, {"bits": 8}], "target": {"bits": 6}}}, "leave out the allocation"),
     ],

@@ -69,6 +69,20 @@ def test_parts_of_a_recipe() -> None:
     assert "codec trellis" in map(str, parts_of(load_recipe("auto")))
 
 
+def test_a_recipe_that_takes_values_over_is_for_quantized_models() -> None:
+    recipe = parse_recipe({"name": "x", "rounding": {"method": "stored"}}, "x")
+    report = quern.check(recipe)
+    assert (report.label, report.notes) == (
+        "works",
+        [note for note in report.notes if "quantized in its schemes" in note],
+    )
+    assert "rounding stored" in map(str, report.parts)
+    assert Part("rounding", "stored") not in all_parts()
+    report = quern.check(recipe.model_copy(update={"transforms": load_recipe("balanced").transforms}))
+    assert (report.label, len(report.problems)) == ("refuses", 1)
+    assert "transform hadamard would change them" in report.problems[0]
+
+
 def test_a_recipe_that_loses_says_by_what(tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nweights: {codec: trellis}\ntransforms: [{method: smoothquant}]\n", "utf-8")

@@ -41,9 +41,9 @@ def _refusal(codec: Codec, other: CodecScheme | None) -> str:
     if other is not None:
         return f"{problem}, but the first of them are of {_said(other)}. Set that, if the source is so; {again}"
     return (
-        f"{problem}, nor of another scheme of that codec with scales for channels or groups. Such are those of which quern "
-        "inspect shows that a tool quantized them to integers, in groups of neighbouring inputs (those of GPTQ's desc_act "
-        f"are not), and that nobody merged or rescaled since; {again}"
+        f"{problem}, nor does another scheme of that codec with scales for channels or groups have them. quern inspect "
+        "shows what a tool quantized, and how; if in groups of other than neighbouring inputs (GPTQ's desc_act), or if "
+        f"merged or rescaled since, it cannot be taken over; {again}"
     )
 
 
