@@ -46,6 +46,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "compressed-tensors int8": {"bits": 8, **CHANNEL, **BF16},
     "compressed-tensors int8 asymmetric": {"bits": 8, "symmetric": False, "granularity": "tensor", **BF16},
     "compressed-tensors mxfp4": {"codec": "mxfp4"},
+    "fp8 blocks beyond the matrix": {"codec": "float8", "granularity": "block", "group_size": 128},
+    "fp8 scalar": {"codec": "float8", "granularity": "tensor"},
+    "fp8 channel": {"codec": "float8"},
+    "compressed-tensors fp8 channel": {"codec": "float8", **BF16},
 }
 FURTHER: dict[str, tuple[Variant, dict[str, Any]]] = {
     "gptq_v2 symmetric, last group short": (gptq(4, 48, "gptq_v2", sym=True), {"group_size": 48}),
@@ -90,7 +94,7 @@ def test_an_artifact_of_exactly_the_same_values(name, tmp_path):
     assert set(values) == set(model.values)
     for weight, value in values.items():
         assert torch.equal(value, source.read(weight)), weight
-        if variant.exact and scheme.get("scale_dtype") != "float32":
+        if variant.exact and scheme.get("scale_dtype") != "float32":  # whose values are the nearest float32
             assert torch.equal(value.double(), model.values[weight]), weight
     assert [layer.relative_error for layer in report.layers] == [0.0] * 14
     assert torch.equal(logits(report.path), logits(plain_copy(model, tmp_path / "plain")))
@@ -199,7 +203,7 @@ def test_a_later_block_is_refused_by_its_name(tmp_path):
     [
         ({"transforms": [{"method": "smoothquant"}]}, "transform smoothquant would change them"),
         ({"transforms": [{"method": "hadamard"}]}, "transform hadamard would change them"),
-        ({"weights": {"codec": "nf4"}}, r"codec nf4 cannot find its codes .* \(integer, mxfp4\)"),
+        ({"weights": {"codec": "nf4"}}, r"codec nf4 cannot find its codes .* \(float8, integer, mxfp4\)"),
         ({"calibration": {"compute_dtype": "bfloat16"}}, r"Set calibration: \{compute_dtype: float32\}"),
         ({"allocation": {"candidates": [{"bits": 4}, {"bits": 8}], "target": {"bits": 6}}}, "leave out the allocation"),
     ],

@@ -1,20 +1,26 @@
-"""Codes for values that lie on a uniform grid already: every value is a whole number of steps, and which step is not known.
+"""Codes for values that lie on a grid already, whose step is not known.
 
-All values of a set that shares a scale are v = s d with whole numbers d of a few bits. Let u be the least magnitude but zero
-among them, u = s m. Then v m / u are the numbers d, so that trying m = 1, 2, ... finds them: with a wrong m some of them are
-off a whole number by at least 1 / |d| > 1/256, with the right one by rounding alone. The first m that fits is that of the
-coarsest grid; where its step cannot be stored (of a set with few distinct values) a finer one may be. The span of the
-numbers grows with m, so that a set without a grid is known for that as soon as they do not fit the codes, mostly at once.
+On a uniform grid all values of a set that shares a scale are v = s d with whole numbers d of a few bits. Let u be the
+least magnitude but zero among them, u = s m. Then v m / u are the numbers d, so that trying m = 1, 2, ... finds them: with
+a wrong m some of them are off a whole number by at least 1 / |d| > 1/256, with the right one by rounding alone. The first m
+that fits is that of the coarsest grid; where its step cannot be stored (of a set with few distinct values) a finer one may
+be. The span of the numbers grows with m, so that a set without a grid is known for that as soon as they do not fit the
+codes, mostly at once.
 
 A scale of float16 or bfloat16 has at most eleven significant bits and a number eight, so float32 holds their product and
 u / m is the scale. One of float32 cannot be divided out like that, because the products were rounded: any scale will do that
 lies, for each value, between the two ends of what rounds to it, divided by its number.
+
+Numbers of eight floating bits are tried from the greatest magnitude: it is one of the 126 or so that there are, mostly the
+largest, and then all others are known.
 
 Whatever is found is multiplied out and compared before it is believed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,7 +43,7 @@ class Exact(NamedTuple):
     """float32 ``(sets,)``; numbers of the dtype that was asked for. A symmetric grid that has to be upside down has negative
     ones."""
     zero: Tensor
-    """Whole numbers in float32 ``(sets,)``."""
+    """Whole numbers in float32 ``(sets,)``; zeros where there are no zero points."""
 
 
 def exact_codes(values: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Exact | None:
@@ -47,33 +53,45 @@ def exact_codes(values: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) 
     Every set has a scale of its own. ``symmetric``: the zero point is 2^(bits-1); otherwise it is any code. Negative zeros
     count as zeros.
     """
+    return _in_pieces(values, partial(_integers, bits=bits, symmetric=symmetric, dtype=dtype), 1 << bits)
+
+
+def exact_floats(values: Tensor, number: torch.dtype, dtype: torch.dtype) -> Exact | None:
+    """The same with floating-point numbers of the dtype ``number`` of eight bits, whose bytes are the codes, and no zero
+    points."""
+    return _in_pieces(values, partial(_floats, number=number, dtype=dtype), 1 << 8)
+
+
+def _in_pieces(values: Tensor, find: Callable[[Tensor], Exact | None], codes: int) -> Exact | None:
+    """What ``find`` makes of some sets after the others, and of a large one by its distinct values, if they are so few."""
     sets, width = values.shape
     found: list[Exact | None] = []
     step = max(1, VALUES_AT_ONCE // max(width, 1))
     for first in range(0, sets, step):
         some = values[first : first + step]
-        found.append((_few if width <= VALUES_AT_ONCE else _one)(some, bits, symmetric, dtype))
+        found.append(find(some) if width <= VALUES_AT_ONCE else _by_distinct(some, find, codes))
         if found[-1] is None:
             return None
     return Exact(*(torch.cat(parts) for parts in zip(*filter(None, found), strict=True)))
 
 
-def _one(values: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Exact | None:
-    """Of one large set ``(1, width)``, which has few distinct values if it has a grid."""
+def _by_distinct(values: Tensor, find: Callable[[Tensor], Exact | None], codes: int) -> Exact | None:
+    """Of one set ``(1, width)``."""
     pieces = torch.split(values[0], VALUES_AT_ONCE)
     distinct = values.new_empty(0)
     for piece in pieces:
         distinct = torch.unique(torch.cat([distinct, torch.unique(piece)]))
-        if len(distinct) > 1 << bits:
+        if len(distinct) > codes:
             return None
-    exact = _few(distinct[None], bits, symmetric, dtype)
+    exact = find(distinct[None])
     if exact is None:
         return None
-    codes = torch.cat([exact.codes[0, torch.searchsorted(distinct, piece)] for piece in pieces])
-    return exact._replace(codes=codes[None])
+    return exact._replace(
+        codes=torch.cat([exact.codes[0, torch.searchsorted(distinct, piece)] for piece in pieces])[None]
+    )
 
 
-def _few(values: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Exact | None:
+def _integers(values: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Exact | None:
     sets, levels = len(values), (1 << bits) - 1
     numbers = torch.zeros_like(values)
     scale = least_scale(values.new_zeros(sets), dtype)
@@ -111,6 +129,27 @@ def _fit(low: Tensor, high: Tensor, upside_down: Tensor, levels: int, symmetric:
     middle = (levels + 1) // 2
     low, high = torch.where(upside_down, -high, low), torch.where(upside_down, -low, high)
     return (low >= -middle) & (high <= levels - middle)
+
+
+def _floats(values: Tensor, number: torch.dtype, dtype: torch.dtype) -> Exact | None:
+    """The greatest magnitude is one number or another, the largest first; each says what the others are then."""
+    positive = torch.arange(1, 128, dtype=torch.uint8).view(number).float()
+    numbers = torch.zeros_like(values)
+    scale = least_scale(values.new_zeros(len(values)), dtype)
+    greatest = values.abs().amax(1)
+    pending = greatest.nonzero()[:, 0]
+    for top in sorted(positive[positive.isfinite()].tolist(), reverse=True):
+        if not len(pending):
+            break
+        rest, step = values[pending], greatest[pending].double() / top
+        near = (rest / step.float()[:, None]).clamp_(-top, top).to(number).float()
+        size = _float32_scale(rest, near) if dtype == torch.float32 else step.to(dtype).float()
+        right = (near * size[:, None] == rest).all(1)
+        numbers[pending[right]], scale[pending[right]] = near[right], size[right]
+        pending = pending[~right]
+    if len(pending):
+        return None
+    return Exact(numbers.to(number).view(torch.uint8), scale, torch.zeros_like(scale))
 
 
 def _float32_scale(values: Tensor, whole: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from schemes import gaussian, make_codec
 from torch import Tensor
 
 from quern.codecs import exact
-from quern.codecs.exact import exact_codes
+from quern.codecs.exact import exact_codes, exact_floats
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -91,6 +91,33 @@ def test_products_with_float32_scales_were_rounded(bits, exponent):
     assert exact_codes(off, bits, True, torch.float32) is None
 
 
+@pytest.mark.parametrize("number", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("name", DTYPES)
+def test_floating_point_numbers_of_eight_bits(name, number, monkeypatch):
+    """Any of them, least and greatest too; sets that use few of them, and not the largest; zeros; one set of many values."""
+    dtype, generator = DTYPES[name], torch.Generator().manual_seed(0)
+    every = torch.arange(256).to(torch.uint8).view(number).float()
+    every = every[every.isfinite()]
+    numbers = every[torch.randint(len(every), (500, 7), generator=generator)]
+    numbers[::3] = numbers[::3, :1]
+    numbers[5] = 0
+    scale = (
+        ((1 + torch.rand(500, 1, generator=generator)) * 2.0 ** torch.randint(-10, -4, (500, 1), generator=generator))
+        .to(dtype)
+        .float()
+    )
+    for values in (numbers * scale, (every * scale[0])[torch.randint(len(every), (1, 3000), generator=generator)]):
+        found = exact_floats(values, number, dtype)
+        assert found is not None
+        assert torch.equal(found.codes.view(number).float() * found.scale[:, None], values)
+        assert torch.equal(found.scale.to(dtype).float(), found.scale)
+        assert not bool(found.zero.any())
+        off = values.clone()
+        off[0, :2] = torch.tensor([1, 1 + 2.0**-7])
+        assert exact_floats(off, number, dtype) is None
+        monkeypatch.setattr(exact, "VALUES_AT_ONCE", 1000)
+
+
 def test_values_that_say_little():
     """Zeros of either sign; a single value, also one whose step float16 has only a part of; numbers with a common divisor."""
     zeros = torch.tensor([[0.0, -0.0, 0.0], [-0.0, -0.0, -0.0]])
@@ -127,7 +154,7 @@ def test_a_large_set_is_looked_at_in_pieces(monkeypatch):
     at_once = assert_exact(values, 8, True, torch.float16)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(whole, at_once, strict=True))
     monkeypatch.undo()
-    assert exact_codes(torch.randn(1, 1 << 19), 8, True, torch.float16) is None
+    assert exact_codes(gaussian(1, 1 << 19), 8, True, torch.float16) is None
     values[0, 12345] = 3.14
     assert exact_codes(values, 8, True, torch.float16) is None
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from artifacts import small_recipe
-from foreign_models import VARIANTS, Variant, awq, compressed, gptq, write_foreign
+from foreign_models import VARIANTS, Variant, awq, compressed, fp8, gptq, write_foreign
 from gguf import GGMLQuantizationType
 from gguf_model import write_gguf
 from tiny_model import tiny_config, write_model
@@ -31,6 +31,8 @@ SOURCES: dict[str, list[Variant] | GGMLQuantizationType] = {
     "GPTQ or AWQ with `group_size: -1`": [gptq(4, -1), awq(-1)],
     "compressed-tensors, integers, `strategy: channel`": [VARIANTS["compressed-tensors int8"]],
     "compressed-tensors, scales in float32": [compressed(INTEGERS, "pack-quantized", "group 32", torch.float32)],
+    "FP8 with a scale for each row": [VARIANTS["fp8 channel"], VARIANTS["compressed-tensors fp8 channel"]],
+    "FP8 with blocks of 128 x 128": [fp8([128, 128])],
     "compressed-tensors, MXFP4": [VARIANTS["compressed-tensors mxfp4"]],
     "GGUF, Q8_0": GGMLQuantizationType.Q8_0,
     "GGUF, Q4_0": GGMLQuantizationType.Q4_0,
