@@ -7,6 +7,7 @@ they stand for, as float64. Codes are put together one by one, as Python integer
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -333,6 +334,20 @@ def write_foreign(
     said = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps({**said, "quantization_config": variant.config}), "utf-8")
     return ForeignModel(folder, values)
+
+
+def plain_copy(model: ForeignModel, folder: Path) -> Path:
+    """The same model unquantized: its values in float32."""
+    shutil.copytree(model.folder, folder)
+    said = json.loads((folder / "config.json").read_text("utf-8"))
+    del said["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(said), "utf-8")
+    tensors = load_file(folder / "model.safetensors")
+    packed = tuple(f"{name.removesuffix('weight')}" for name in model.values)
+    kept = {n: t for n, t in tensors.items() if not n.startswith(packed) or n.endswith("_proj.bias")}
+    values = {name: value.float() for name, value in model.values.items()}
+    save_file({**kept, **values}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def change(model: ForeignModel | Path, folder: Path, tensors: Any = None, **quantization: Any) -> Path:

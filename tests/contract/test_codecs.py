@@ -84,6 +84,28 @@ def test_stored_values_round_to_themselves(scheme):
 
 
 @every_scheme
+def test_exact_parts_are_found_for_what_was_decoded_and_for_nothing_else(scheme):
+    for position, shape in enumerate(shapes_of(scheme)):
+        codec = make_codec(scheme, observer="min_max", scale_dtype=SCALE_DTYPES[position % 3])
+        weight = gaussian(*shape)
+        values = codec.encoder(weight, weight, refit=False).round_all(weight)
+        parts = codec.exact_parts(values)
+        if not codec.takes_values:
+            assert parts is None
+            continue
+        assert parts is not None
+        assert_announced(codec, shape, parts)
+        assert torch.equal(codec.decode(shape, parts), values)
+        zeros = codec.exact_parts(torch.zeros(shape))
+        assert zeros is not None
+        assert torch.equal(codec.decode(shape, zeros), torch.zeros(shape))
+        if shape[1] >= 31:
+            assert codec.exact_parts(weight) is None
+            values[-1, :2] = torch.tensor([1, math.pi])  # neighbours, no eight bits of any step
+            assert codec.exact_parts(values) is None
+
+
+@every_scheme
 def test_slabs_join_to_the_whole(scheme):
     codec = make_codec(scheme)
     height = codec.slab_rows

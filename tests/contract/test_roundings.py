@@ -6,6 +6,7 @@ from schemes import gaussian, make_codec
 from torch import Tensor
 
 from quern.codecs.base import decode
+from quern.core.errors import UserError
 from quern.core.machine.parallel import Workers
 from quern.core.recipe import Rounding as Settings
 from quern.quantization.calibration.hessian import add_to_hessian
@@ -62,6 +63,13 @@ def run(method: str, weight: Tensor, codec, x: Tensor, workers: Workers, **setti
     return rounding.round(weight, codec, factor, workers)
 
 
+def suited(method: str, weight: Tensor, codec) -> Tensor:
+    """``weight``, or the values of ``codec`` nearest to it for a rounding that takes no others."""
+    if not ROUNDINGS.get(method).keeps_values:
+        return weight
+    return codec.encoder(weight, weight, refit=False).round_all(weight)
+
+
 @pytest.fixture(params=ROUNDINGS.names())
 def method(request):
     return request.param
@@ -74,7 +82,11 @@ def codec(request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_comes_back_is_what_is_stored(method, codec, dtype, workers):
-    weight = gaussian(40, 100).to(dtype)
+    weight = suited(method, gaussian(40, 100), codec).to(dtype)
+    if ROUNDINGS.get(method).keeps_values and dtype == torch.bfloat16:
+        with pytest.raises(UserError, match="are not values of"):  # they were, before that rounded them
+            run(method, weight, codec, inputs(), workers)
+        return
     before = weight.clone()
     rounded = run(method, weight, codec, inputs(), workers)
     assert torch.equal(weight, before), "the input is not to be touched"
@@ -86,7 +98,7 @@ def test_what_comes_back_is_what_is_stored(method, codec, dtype, workers):
 
 
 def test_threads_do_not_change_a_byte(method, codec):
-    weight, x = gaussian(SLAB + 100, 100), inputs()
+    weight, x = suited(method, gaussian(SLAB + 100, 100), codec), inputs()
     results = []
     for threads in (1, 2, 3):
         pool = Workers(threads)
@@ -105,7 +117,7 @@ def test_reported_error_is_the_true_one(method, codec, workers):
     A dot product of n = 100 float32 terms is off by at most about n eps = 1.2e-5 of the sum of sizes; the quadratic form adds up
     positive terms of twice that, so 1e-4 holds with room for the conditioning of the feedback.
     """
-    weight, x = gaussian(SAMPLED_ROWS, 100), inputs()
+    weight, x = suited(method, gaussian(SAMPLED_ROWS, 100), codec), inputs()
     rounded = run(method, weight, codec, x, workers)
     hessian = damped(x) if ROUNDINGS.get(method).needs_hessian else torch.eye(100, dtype=torch.float64)
     truth = quadratic(weight - rounded.decoded, hessian) / quadratic(weight, hessian)
@@ -113,9 +125,10 @@ def test_reported_error_is_the_true_one(method, codec, workers):
 
 
 def test_reported_error_is_estimated_from_a_sample_of_many_rows(method, workers):
-    weight = torch.randn(SLAB + 300, 64, generator=torch.Generator().manual_seed(1))
+    codec = make_codec(SCHEMES["group"])
+    weight = suited(method, torch.randn(SLAB + 300, 64, generator=torch.Generator().manual_seed(1)), codec)
     x = inputs(columns=64)
-    rounded = run(method, weight, make_codec(SCHEMES["group"]), x, workers)
+    rounded = run(method, weight, codec, x, workers)
     hessian = damped(x) if ROUNDINGS.get(method).needs_hessian else torch.eye(64, dtype=torch.float64)
     truth = quadratic(weight - rounded.decoded, hessian) / quadratic(weight, hessian)
     # The size of Gaussian rows varies by up to sqrt(2) of itself, the mean of 64 sampled ones by a fifth of that; 3 of those.
@@ -124,7 +137,7 @@ def test_reported_error_is_estimated_from_a_sample_of_many_rows(method, workers)
 
 def test_never_worse_than_nearest_in_its_own_measure(method, codec, workers):
     """Summed over a matrix: a single row may lose, because feedback is greedy."""
-    weight, x = gaussian(64, 100), inputs()
+    weight, x = suited(method, gaussian(64, 100), codec), inputs()
     hessian = damped(x)
     nearest = quadratic(weight - run("nearest", weight, codec, x, workers).decoded, hessian)
     this = quadratic(weight - run(method, weight, codec, x, workers).decoded, hessian)
@@ -136,7 +149,7 @@ def test_never_worse_than_nearest_in_its_own_measure(method, codec, workers):
 def test_single_rows_and_columns(method, workers):
     for rows, columns in ((1, 100), (3, 1), (1, 1), (33, 31)):
         codec = make_codec(FOUR_BITS)
-        weight, x = gaussian(rows, columns), inputs(columns=columns)
+        weight, x = suited(method, gaussian(rows, columns), codec), inputs(columns=columns)
         rounded = run(method, weight, codec, x, workers)
         assert torch.equal(decode(rounded.weight), rounded.decoded)
         assert 0 <= rounded.relative_loss < 1
@@ -146,6 +159,18 @@ def test_a_zero_matrix_loses_nothing(method, codec, workers):
     rounded = run(method, torch.zeros(5, 100), codec, inputs(), workers)
     assert rounded.relative_loss == 0
     assert torch.equal(rounded.decoded, torch.zeros(5, 100))
+
+
+@pytest.mark.parametrize("name", [name for name in ROUNDINGS.names() if ROUNDINGS.get(name).keeps_values])
+def test_one_that_keeps_values_keeps_them_or_refuses(name, codec, workers):
+    weight = suited(name, gaussian(SLAB + 40, 100), codec)
+    rounded = run(name, weight, codec, inputs(), workers)
+    assert torch.equal(rounded.decoded, weight)
+    assert (rounded.loss, rounded.relative_loss) == (0, 0)
+    assert not ROUNDINGS.get(name).needs_hessian
+    weight[SLAB + 3, :2] = torch.tensor([1.0, torch.pi])
+    with pytest.raises(UserError, match=r"are not values of \{codec: integer, bits: .*rounding nearest"):
+        run(name, weight, codec, inputs(), workers)
 
 
 # GPTQ

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from artifacts import INT8, hashes, small_recipe, stored_tensors
-from foreign_models import VARIANTS, ForeignModel, change, gptq, write_foreign
-from safetensors.torch import load_file, save_file
+from foreign_models import VARIANTS, ForeignModel, change, gptq, plain_copy, write_foreign
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from quern.cli.main import app
@@ -37,20 +36,6 @@ def models(tmp_path_factory) -> dict[str, ForeignModel]:
     return {
         name: write_foreign(folder / name.replace(" ", "_"), VARIANTS[name], tokenizer=True) for name in sorted(names)
     }
-
-
-def plain_copy(model: ForeignModel, folder: Path) -> Path:
-    """The same model unquantized: its values in float32."""
-    shutil.copytree(model.folder, folder)
-    said = json.loads((folder / "config.json").read_text("utf-8"))
-    del said["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(said), "utf-8")
-    tensors = load_file(folder / "model.safetensors")
-    packed = tuple(f"{name.removesuffix('weight')}" for name in model.values)
-    kept = {n: t for n, t in tensors.items() if not n.startswith(packed) or n.endswith("_proj.bias")}
-    values = {name: value.float() for name, value in model.values.items()}
-    save_file({**kept, **values}, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.parametrize("engine", ENGINES.names())

@@ -152,6 +152,8 @@ class Codec(ABC):
     """What the literature calls it; recipes are listed by it."""
     traits: ClassVar[Traits] = NO_TRAITS
     """What it wants of the weights that come to it, and what it does to others that it is stacked with."""
+    takes_values: ClassVar[bool] = False
+    """Whether ``exact_parts`` finds parts at all."""
     slab_rows: int = 32
     """Rows of a slab are a multiple of this, unless it is the last."""
 
@@ -179,6 +181,19 @@ class Codec(ABC):
         ``whole`` is the whole matrix (any float dtype) for parameters that all rows share. ``refit`` allows parameters
         to be fitted during rounding.
         """
+
+    def exact_parts(self, weight: Tensor) -> Parts | None:
+        """Parts that decode to exactly the values of the slab ``weight`` float32 ``(rows, columns)``; None if no parts do,
+        or if nobody knows how to find them (``takes_values``).
+
+        Where ``has_one_scale``, the slab is the whole matrix. Zeros are all alike, whatever their sign.
+        """
+        return None
+
+    def exact_scheme(self, weight: Tensor) -> CodecScheme | None:
+        """A scheme of this codec, with scales of channels or groups, that has exactly the values of some rows float32
+        ``(rows, columns)``: that of the largest groups, and of these the fewest bits. None if none has."""
+        return None
 
     def ideal_scales(self, weight: Tensor) -> Tensor | None:
         """About what the scales of float32 ``weight`` ``(rows, columns)`` would be if every number could be stored.

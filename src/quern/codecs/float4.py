@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quern.codecs.base import CODECS, TINY, KernelForm, Parts, ScaledParameters
+from quern.codecs.exact import Exact
 from quern.codecs.levels import LevelGrid, LevelsCodec
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
@@ -57,6 +58,14 @@ class PowerGrid(LevelGrid):
         exponent = exponent - (fraction <= 0.5).int()
         return torch.ldexp(torch.ones_like(fraction), exponent.clamp(-BIAS, MOST_EXPONENT)) / 2
 
+    def exact(self, values: Tensor) -> Exact | None:
+        """By the least scale that clips nothing: twice a number that is below the half of the largest is another one."""
+        scale, zero = self.parameters(*values.aminmax(dim=1, keepdim=True))
+        codes = self.encode(values, scale, zero)
+        if not torch.equal(self.decode(codes, scale, zero), values):
+            return None
+        return Exact(codes.to(torch.uint8), scale[:, 0], zero[:, 0])
+
 
 class Float8Grid(LevelGrid):
     """Scales that are E4M3 numbers times one scale of the tensor."""
@@ -90,6 +99,7 @@ class Mxfp4Codec(Float4Codec):
     """Blocks of 32 with a power of two each."""
 
     Parameters = Mxfp4Parameters
+    takes_values = True
 
     def __init__(self, scheme: CodecScheme) -> None:
         super().__init__(scheme)

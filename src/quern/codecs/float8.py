@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters
+from quern.codecs.exact import Exact, exact_floats
 from quern.codecs.grouped import Grid, GroupedCodec, stored_scale
 from quern.core.scheme import CodecScheme
 
@@ -51,6 +52,9 @@ class Float8Grid(Grid):
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return codes.to(torch.uint8).view(self.dtype).float().mul_(scale)
 
+    def exact(self, values: Tensor) -> Exact | None:
+        return exact_floats(values, self.dtype, self.scale_dtype)
+
 
 @CODECS.add("float8")
 class Float8Codec(GroupedCodec):
@@ -58,6 +62,7 @@ class Float8Codec(GroupedCodec):
 
     Parameters = Float8Parameters
     technique = "floating point"
+    takes_values = True
 
     def __init__(self, scheme: CodecScheme) -> None:
         super().__init__(scheme)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quern.codecs.base import Codec, Described, Encoder, KernelForm, ScaledParameters, least_scale
+from quern.codecs.base import Codec, Described, Encoder, KernelForm, Parts, ScaledParameters, least_scale
+from quern.codecs.exact import Exact
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
 from quern.observers.base import OBSERVERS
@@ -44,10 +46,22 @@ class Grid(ABC):
         scale, zero = self.parameters(low, high)
         return self.decode(self.encode(values, scale, zero), scale, zero)
 
+    def exact(self, values: Tensor) -> Exact | None:
+        """Codes, scales and zero points that stand for exactly ``values`` float32 ``(sets, width)``, of which each set has a
+        scale; None if some set has none, or for grids of which nobody knows how to find them."""
+        return None
+
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` as ``dtype`` holds it, float32; never zero."""
     return least_scale(scale, dtype).to(dtype).to(torch.float32)
+
+
+def _alike(size: int, step: int) -> list[tuple[int, int, int]]:
+    """Pieces of ``step`` of so many numbers, and the rest of them: first number, how many pieces, numbers in each."""
+    whole = size // step * step
+    parts = [(0, size // step, step), (whole, 1, size - whole)]
+    return [part for part in parts if part[1] and part[2]]
 
 
 class GroupedEncoder(Encoder):
@@ -173,6 +187,22 @@ class GroupedCodec(Codec):
         whole = rows // size * size
         parts = [(0, values[:whole].reshape(-1, size, columns)), (whole, values[None, whole:])]
         return [(first, part) for first, part in parts if part.numel()]
+
+    def exact_parts(self, weight: Tensor) -> Parts | None:
+        grid, (rows, columns) = self.grid_of(weight), weight.shape
+        height, width = self.rows_of_scale(rows), self.group_width(columns)
+        codes = weight.new_empty(rows, columns, dtype=torch.uint8)
+        scale = weight.new_empty(self.scale_rows(rows), -(-columns // width))
+        zero = torch.empty_like(scale)
+        for (row, down, high), (column, across, wide) in product(_alike(rows, height), _alike(columns, width)):
+            part = slice(row, row + down * high), slice(column, column + across * wide)
+            sets = weight[part].reshape(down, high, across, wide).transpose(1, 2).reshape(down * across, high * wide)
+            if (found := grid.exact(sets)) is None:
+                return None
+            codes[part] = found.codes.view(down, across, high, wide).transpose(1, 2).reshape(down * high, across * wide)
+            at = slice(row // height, row // height + down), slice(column // width, column // width + across)
+            scale[at], zero[at] = found.scale.view(down, across), found.zero.view(down, across)
+        return self.store(codes, scale, zero, grid)
 
     def ideal_scales(self, weight: Tensor) -> Tensor | None:
         if self.scale_dtype_name is None:

@@ -12,6 +12,7 @@ beside every scale. Parts:
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from quern.codecs import bits
 from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters
+from quern.codecs.exact import Exact, exact_codes
 from quern.codecs.grouped import Grid, GroupedCodec, stored_scale
 from quern.core.scheme import CodecScheme
 
@@ -26,6 +28,9 @@ NIBBLE = 4
 """Bits of codes whose kernel subtracts zero points itself."""
 TABLED = 2
 """Bits of symmetric codes that a kernel looks up in a table of the integers."""
+USUAL_GROUPS = (1024, 512, 256, 128, 96, 64, 48, 32, 16)
+"""Sizes of groups that tools use."""
+SCALE_DTYPES = ("float16", "bfloat16", "float32")
 FINE = 8
 """Weights of so many bits get inputs as two int8 numbers each. Rounding the inputs to one would cost about ten times what
 rounding the weights did; the second one is nearly free where memory limits, because the weights are read once."""
@@ -49,6 +54,7 @@ class IntegerGrid(Grid):
     """The integer grid of one scheme."""
 
     def __init__(self, params: ScaledParameters) -> None:
+        self.bits = params.bits
         self.levels = (1 << params.bits) - 1
         self.largest = self.levels
         self.middle = 1 << (params.bits - 1)
@@ -75,6 +81,9 @@ class IntegerGrid(Grid):
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return codes.sub_(zero).mul_(scale)
 
+    def exact(self, values: Tensor) -> Exact | None:
+        return exact_codes(values, self.bits, self.symmetric, self.scale_dtype)
+
 
 @CODECS.add("integer")
 class IntegerCodec(GroupedCodec):
@@ -82,6 +91,7 @@ class IntegerCodec(GroupedCodec):
 
     Parameters = IntegerParameters
     technique = "uniform"
+    takes_values = True
 
     def __init__(self, scheme: CodecScheme) -> None:
         super().__init__(scheme)
@@ -96,6 +106,17 @@ class IntegerCodec(GroupedCodec):
 
     def ideal_scale(self, low: Tensor, high: Tensor) -> Tensor:
         return self.grid.ideal_scale(low, high)
+
+    def exact_scheme(self, weight: Tensor) -> CodecScheme | None:
+        sizes = [None, *(size for size in USUAL_GROUPS if size < weight.shape[1])]
+        for size, width, symmetric, dtype in product(sizes, range(1, 9), (True, False), SCALE_DTYPES):
+            granularity = "channel" if size is None else "group"
+            scheme = self.scheme.with_params(
+                bits=width, symmetric=symmetric, granularity=granularity, group_size=size, scale_dtype=dtype
+            )
+            if IntegerCodec(scheme).exact_parts(weight) is not None:
+                return scheme
+        return None
 
     def store(self, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Parts:
         parts = {"codes": self.pack_codes(codes), "scale": scale.to(self.grid.scale_dtype).contiguous()}

@@ -25,10 +25,13 @@ from pydantic import (
 from quern.core.allocation import Allocation, AllocationCandidate, Target
 from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
+from quern.core.registry import Registry
 from quern.core.scheme import UNQUANTIZED, CodecScheme, parse_scheme, scheme_keys
 from quern.core.suggest import did_you_mean
 
 RECIPE_PACKAGE = "quern.recipes"
+ROUNDINGS: Registry[Any] = Registry("rounding", "quern.quantization.rounding")
+"""Classes that say what they need; ``quern.quantization.rounding.base`` says what else they are."""
 ROTATION = "hadamard"
 """The transform that the model repeats on its inputs when it runs."""
 
@@ -45,7 +48,7 @@ class Rounding(_Strict):
     """Which stored value each weight becomes."""
 
     method: str = "gptq"
-    """Name of a registered rounding: ``nearest`` or ``gptq``."""
+    """Name of a registered rounding: ``nearest``, ``gptq`` or ``stored``."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
     activation_order: bool = False
@@ -252,7 +255,9 @@ class Recipe(_Strict):
             return True
         roundings = [self.rounding, *(o.rounding for o in self.overrides if o.rounding is not None)]
         activations = [self.activations, *(o.activations for o in self.overrides if o.activations is not None)]
-        return any(r.method != "nearest" for r in roundings) or any(a.mode == "static" for a in activations)
+        return any(ROUNDINGS.get(r.method).needs_hessian for r in roundings) or any(
+            a.mode == "static" for a in activations
+        )
 
     @property
     def rotation(self) -> Transform | None:

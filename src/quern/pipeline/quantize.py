@@ -27,7 +27,7 @@ from quern.loading.fitting import open_model, open_original
 from quern.pipeline.blockwise import memory_plan, sensitivity
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
-from quern.pipeline.blockwise.job import Job, plan_of
+from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target, provenance_notes
 from quern.pipeline.planning.plan import PlanReport, cache_folder, candidates_of
@@ -98,6 +98,7 @@ def quantize(
     writer = checked_writer(chosen, plan, architecture)
     tokenizer = usable_tokenizer(checkpoint.path, chosen.needs_calibration)
     named_ends(checkpoint)  # the artifact takes the file over and could not generate with a bad one
+    check_kept(checkpoint, architecture, plan)
     text = CalibrationText(calibration, tokenizer, chosen.calibration) if chosen.needs_calibration else None
     fingerprint = fingerprint_of(checkpoint, chosen, text, seed, device, progress)
     if (layers := finished_layers(target, fingerprint, fresh)) is not None:
@@ -157,7 +158,7 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
         dtypes |= record.get("scale_dtypes", {})
         inputs += record.get("inputs", [])
     job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
-    stored_otherwise = scale_note(dtypes)
+    stored_otherwise = [*kept_note(job.plan), *scale_note(dtypes)]
     notes += stored_otherwise
     files = sorted(path.name for path in job.work.path("artifact").iterdir())
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]

@@ -11,14 +11,15 @@ from torch import Tensor
 import quern
 from quern.architectures.base import Architecture
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.codecs.base import codec_of
+from quern.codecs.base import CODECS, codec_of
 from quern.core.errors import UserError, option
 from quern.core.plan import Plan
 from quern.core.progress import Progress
-from quern.core.recipe import Recipe, load_recipe
+from quern.core.recipe import ROTATION, Recipe, load_recipe
 from quern.formats.base import FORMATS, ArtifactWriter
 from quern.observers.base import OBSERVERS
 from quern.pipeline.blockwise.calibration_text import CalibrationText
+from quern.pipeline.blockwise.job import keeping
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
 
@@ -47,9 +48,32 @@ def checked_writer(recipe: Recipe, plan: Plan, architecture: Architecture) -> Ar
             f"recipe {recipe.name!r}: no linear matches {' or '.join(map(repr, unused))}; names look like "
             f"{next(iter(architecture.linears))}"
         )
+    _check_kept(recipe, plan)
     writer = FORMATS.get(recipe.format).writer(recipe, plan, architecture)
     writer.check()
     return writer
+
+
+def _check_kept(recipe: Recipe, plan: Plan) -> None:
+    """Raise ``UserError`` where weights are to keep their values and something else in the recipe speaks against it."""
+    scaling = [transform.method for transform in recipe.transforms if transform.method != ROTATION]
+    for name in keeping(plan):
+        linear = plan[name]
+        said = f"rounding {linear.rounding.method} keeps the values that weights have ({name})"
+        changes = scaling[:1] or ([] if linear.rotation is None else [ROTATION])
+        if changes:
+            raise UserError(f"{said}, and transform {changes[0]} would change them. Leave out one of the two")
+        if not codec_of(linear.scheme).takes_values:
+            able = ", ".join(known for known in CODECS.names() if CODECS.get(known).takes_values)
+            raise UserError(
+                f"{said}, and codec {linear.scheme.codec} cannot find its codes for given values. Use a codec that can "
+                f"({able}) or another rounding"
+            )
+        if recipe.calibration.compute_dtype == "bfloat16":
+            raise UserError(
+                f"{said}, and compute_dtype: bfloat16 works on copies of them that are rounded to it. Set calibration: "
+                "{compute_dtype: float32}, or leave it out"
+            )
 
 
 def fingerprint_of(

@@ -3,12 +3,14 @@ written here, and no block is run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from quern.codecs.base import codec_of
+from quern.core.errors import UserError
 from quern.core.machine.parallel import Workers, pieces
 from quern.core.packed import PackedLinear, QuantizedWeight
 from quern.core.plan import LinearPlan
@@ -58,27 +60,31 @@ def round_linears(
     statistics: GroupStatistics,
     workers: Workers,
     signs: Tensor | None = None,
+    prefix: str = "",
 ) -> list[RoundedLinear]:
     """Round ``weights`` ``(rows, columns)`` by ``plans``, both by name, in order. ``weights`` are overwritten.
 
     ``signs``: packed signs of the rotation that all their inputs get. A linear without statistics of its own takes those of
-    the one before it that wants them factorized alike; Hessians are used up.
+    the one before it that wants them factorized alike; Hessians are used up. Raises ``UserError`` for weights that cannot be
+    rounded so, whose name gets ``prefix``.
     """
     for weight in weights.values():
         _turn(weight, signs, rotate, workers)
-    asked = {name: codec_of(plans[name].scheme) for name in weights}
-    codecs = scale_dtypes.fitting(asked, weights, workers)
+    roundings = {name: ROUNDINGS.get(plans[name].rounding.method)(plans[name].rounding) for name in weights}
+    codecs = {name: codec_of(plans[name].scheme) for name in weights}
+    fitted = {name: codec for name, codec in codecs.items() if not roundings[name].keeps_values}
+    codecs |= scale_dtypes.fitting(fitted, weights, workers)
     factors: dict[tuple[float, bool], Factor] = {}
     rounded = []
     for name, weight in weights.items():
-        plan = plans[name]
-        rounding = ROUNDINGS.get(plan.rounding.method)(plan.rounding)
+        plan, rounding = plans[name], roundings[name]
         wanted = (plan.rounding.damping, plan.rounding.activation_order)
         if rounding.needs_hessian and name in statistics.by_linear:
             factors.pop(wanted, None)  # its memory goes first
             factors[wanted] = factorize(statistics.by_linear[name].take_hessian(), *wanted, workers)
         factor = factors[wanted] if rounding.needs_hessian else None
-        result = rounding.round(weight, codecs[name], factor, workers)
+        with about(prefix + name):
+            result = rounding.round(weight, codecs[name], factor, workers)
         _turn(result.decoded, signs, rotate_back, workers)
         dtype = codecs[name].scale_dtype_name
         rounded.append(
@@ -94,6 +100,15 @@ def round_linears(
             )
         )
     return rounded
+
+
+@contextmanager
+def about(module: str) -> Iterator[None]:
+    """Whatever cannot be rounded is refused by its name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{module}: {error.message}") from error
 
 
 def static_scale(plan: LinearPlan, statistics: GroupStatistics) -> float | None:

@@ -35,7 +35,8 @@ def loss(mean: float, documents: int = 40, spread: float = 0.01) -> Loss:
 def test_every_registered_component_is_a_part() -> None:
     found = {str(part) for part in all_parts()}
     for kind, registry in {"transform": TRANSFORMS, "rounding": ROUNDINGS, "codec": CODECS, "format": FORMATS}.items():
-        assert {f"{kind} {name}" for name in registry.names()} <= found
+        expected = {name for name in registry.names() if not getattr(registry.get(name), "keeps_values", False)}
+        assert {f"{kind} {name}" for name in expected} == {name for name in found if name.startswith(f"{kind} ")}
 
 
 def test_one_loses_by_what_the_other_removes_in_either_order() -> None:
@@ -66,6 +67,20 @@ def test_parts_of_a_recipe() -> None:
     ]
     assert "cache float16" not in map(str, parts_of(recipe, "float16"))
     assert "codec trellis" in map(str, parts_of(load_recipe("auto")))
+
+
+def test_a_recipe_that_takes_values_over_is_for_quantized_models() -> None:
+    recipe = parse_recipe({"name": "x", "rounding": {"method": "stored"}}, "x")
+    report = quern.check(recipe)
+    assert (report.label, report.notes) == (
+        "works",
+        [note for note in report.notes if "quantized in its schemes" in note],
+    )
+    assert "rounding stored" in map(str, report.parts)
+    assert Part("rounding", "stored") not in all_parts()
+    report = quern.check(recipe.model_copy(update={"transforms": load_recipe("balanced").transforms}))
+    assert (report.label, len(report.problems)) == ("refuses", 1)
+    assert "transform hadamard would change them" in report.problems[0]
 
 
 def test_a_recipe_that_loses_says_by_what(tmp_path) -> None:

@@ -136,7 +136,8 @@ class _BlockWork:
         alike = [part for group in stage for part in self._alike(group)]
         for part, statistics in zip(alike, self._statistics(alike), strict=True):
             weights = {name: self.block.linear(name).weight.data for name in part.linears}
-            for linear in round_linears(weights, self.plans, statistics, self.job.workers, part.wanted.signs):
+            given = weights, self.plans, statistics, self.job.workers, part.wanted.signs, self.prefix
+            for linear in round_linears(*given):
                 self.block.linear(linear.name).weight.data = linear.decoded
                 self.rounded.append(linear)
 

@@ -7,19 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quern.architectures.base import Architecture
+from quern.architectures.base import Architecture, parameter_reader
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.work_folder import WorkFolder
+from quern.codecs.base import codec_of
 from quern.core.machine.parallel import Workers
 from quern.core.plan import Plan, make_plan
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe
 from quern.formats.base import ArtifactWriter
+from quern.quantization.block import about
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.rounding.base import ROUNDINGS
 
 LARGE = 10**9
-"""From so many parameters on, ``compute_dtype: auto`` means bfloat16."""
+"""From so many parameters on, ``compute_dtype: auto`` means bfloat16, unless weights are to keep their values."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Job:
         """Arithmetic of the calibration passes."""
         name = self.recipe.calibration.compute_dtype
         if name == "auto":
-            name = "bfloat16" if self.checkpoint.parameters >= LARGE else "float32"
+            large = self.checkpoint.parameters >= LARGE and not keeping(self.plan)
+            name = "bfloat16" if large else "float32"
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
@@ -68,6 +71,36 @@ class Job:
 def uses_hessians(plan: Plan) -> bool:
     """Whether the rounding of a matrix reads its Hessian."""
     return any(ROUNDINGS.get(linear.rounding.method).needs_hessian for linear in plan.quantized().values())
+
+
+def keeping(plan: Plan) -> list[str]:
+    """The matrices whose rounding keeps the values that they have, by full name."""
+    return [name for name, one in plan.quantized().items() if ROUNDINGS.get(one.rounding.method).keeps_values]
+
+
+def check_kept(checkpoint: Checkpoint, architecture: Architecture, plan: Plan) -> None:
+    """Raise ``UserError`` where weights that are to keep their values cannot: of the first block that has any, some rows of
+    each. It is asked before any work is done; what the other blocks hold shows when they are rounded."""
+    kept = set(keeping(plan))
+    read = parameter_reader(lambda name: checkpoint.read(name, finite=True))
+    for block in architecture.blocks:
+        found = [linear.name for linear in block.linears if block.prefix + linear.name in kept]
+        for name in found:
+            own = plan[block.prefix + name]
+            rounding, codec = ROUNDINGS.get(own.rounding.method)(own.rounding), codec_of(own.scheme)
+            weight = read(block.sources_of(f"{name}.weight")).float()
+            with about(block.prefix + name):
+                rounding.round_slab(weight[: rounding.slab_height(len(weight), codec)], weight, codec, None)
+        if found:
+            return
+
+
+def kept_note(plan: Plan) -> list[str]:
+    """What whoever uses the artifact should know of weights that kept their values."""
+    count = len(keeping(plan))
+    if not count:
+        return []
+    return [f"{count} linears have exactly the values that the checkpoint's have: taken over, not rounded again"]
 
 
 def plan_of(recipe: Recipe, architecture: Architecture) -> Plan:

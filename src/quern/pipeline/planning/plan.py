@@ -29,7 +29,7 @@ from quern.formats.base import FORMATS
 from quern.loading.fitting import open_original
 from quern.pipeline.blockwise import memory_plan, sensitivity
 from quern.pipeline.blockwise.calibration_text import CalibrationText
-from quern.pipeline.blockwise.job import Job, plan_of
+from quern.pipeline.blockwise.job import Job, keeping, plan_of
 from quern.pipeline.planning.budget import USUAL_CONTEXT, Budget, Chooser, Chosen, decided
 from quern.pipeline.planning.losses import LossTable, loss_table, table_fingerprint, table_folder
 from quern.pipeline.planning.sizes import Sizes
@@ -239,6 +239,11 @@ def candidates_of(
     _context(allocation.target, architecture)
     alike = [_all_alike(recipe, architecture, place) for place in range(len(allocation.candidates))]
     writer, *_ = [checked_writer(one, plan_of(one, architecture), architecture) for one in alike]
+    if kept := keeping(plan_of(alike[0], architecture)):
+        raise UserError(
+            f"recipe {recipe.name!r}: candidates are rounded to see what each of them loses, and {kept[0]} is to keep the "
+            "values that it has. Take another rounding, or leave out the allocation"
+        )
     text = CalibrationText(calibration, usable_tokenizer(checkpoint.path, True), recipe.calibration)
     fingerprint = fingerprint_of(checkpoint, recipe, text, seed, device, progress)
     sizes = Sizes(checkpoint, architecture, writer, fingerprint)

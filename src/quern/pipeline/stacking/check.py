@@ -16,7 +16,7 @@ from quern.engines.base import ENGINES
 from quern.engines.cpu import cache_named
 from quern.formats.base import FORMATS
 from quern.loading.fitting import model_config, open_original
-from quern.pipeline.blockwise.job import plan_of
+from quern.pipeline.blockwise.job import keeping, plan_of
 from quern.pipeline.request import checked_writer
 from quern.pipeline.stacking.answer import ordinary_architecture, plain_reason, use_obstacle
 from quern.pipeline.stacking.matrix import Cell, cell_of
@@ -72,7 +72,12 @@ def check(
     if problems and runtime is not None:
         notes += _elsewhere(chosen, architecture, runtime, cache)
     elif not problems:
-        notes += checked_writer(chosen, plan_of(chosen, architecture), architecture).notes()
+        plan = plan_of(chosen, architecture)
+        notes += checked_writer(chosen, plan, architecture).notes()
+        if keeping(plan):
+            notes.append(
+                "it is for models that are quantized in its schemes already, which no weights were read to see"
+            )
     parts = parts_of(chosen, cache, runtime)
     cells = [cell_of(first, second) for first, second in itertools.combinations(parts, 2)]
     degrading = [cell for cell in cells if cell.answer.label == "degrades"]

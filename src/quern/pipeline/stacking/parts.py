@@ -41,10 +41,11 @@ PLAIN: Keys = {
 
 
 def all_parts() -> list[Part]:
-    """Every part, by kind."""
+    """Every part, by kind. A rounding that keeps the values of a quantized checkpoint is none: it loses nothing whatever it
+    is used with, and is not for other checkpoints."""
     names: dict[PartKind, Sequence[str]] = {
         "transform": TRANSFORMS.names(),
-        "rounding": ROUNDINGS.names(),
+        "rounding": [name for name in ROUNDINGS.names() if not ROUNDINGS.get(name).keeps_values],
         "codec": CODECS.names(),
         "activations": list(ACTIVATIONS),
         "storage": ["entropy"],

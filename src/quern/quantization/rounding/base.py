@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from quern.codecs.base import Codec, Parts
+from quern.core import recipe as recipes
 from quern.core.machine.parallel import Workers, pieces
 from quern.core.packed import QuantizedWeight
 from quern.core.recipe import Rounding as Settings
@@ -50,6 +51,9 @@ class Rounding(ABC):
     """A way to round. ``settings`` come from the recipe."""
 
     needs_hessian: bool
+    keeps_values: ClassVar[bool] = False
+    """Whether weights keep exactly the values that they have, or are refused: nothing may change them before, and the codec
+    has to find codes for them (``Codec.takes_values``)."""
     traits: ClassVar[Traits] = NO_TRAITS
     """What it does to others that it is stacked with."""
 
@@ -60,13 +64,16 @@ class Rounding(ABC):
     def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
         """Round float32 ``slab`` ``(rows, columns)``, rows of ``whole``."""
 
+    def slab_height(self, rows: int, codec: Codec) -> int:
+        """Rows of a slab of a matrix of ``rows``."""
+        return SLAB
+
     def round(self, weight: Tensor, codec: Codec, factor: Factor | None, workers: Workers) -> Rounded:
         """Round ``weight`` ``(rows, columns)``; rows are independent, so slabs of them go to the workers."""
-        slabs = workers.map(
-            lambda rows: self._slab(weight[rows[0] : rows[1]], weight, codec, factor), pieces(weight.shape[0], SLAB)
-        )
+        where = pieces(weight.shape[0], self.slab_height(weight.shape[0], codec))
+        slabs = workers.map(lambda rows: self._slab(weight[rows[0] : rows[1]], weight, codec, factor), where)
         decoded = weight.new_empty(weight.shape)
-        for (start, stop), slab in zip(pieces(weight.shape[0], SLAB), slabs, strict=True):
+        for (start, stop), slab in zip(where, slabs, strict=True):
             decoded[start:stop] = slab.decoded
         rows, columns = weight.shape
         packed = QuantizedWeight(
@@ -82,4 +89,4 @@ class Rounding(ABC):
         return replace(slab, decoded=slab.decoded.to(rows.dtype))
 
 
-ROUNDINGS: Registry[type[Rounding]] = Registry("rounding", "quern.quantization.rounding")
+ROUNDINGS: Registry[type[Rounding]] = recipes.ROUNDINGS
