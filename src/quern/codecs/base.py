@@ -150,8 +150,6 @@ class Codec(ABC):
     """What a recipe may choose; the constructor finds an instance in ``scheme.params``."""
     technique: ClassVar[str] = "other"
     """What the literature calls it; recipes are listed by it."""
-    traits: ClassVar[Traits] = NO_TRAITS
-    """What it wants of the weights that come to it, and what it does to others that it is stacked with."""
     takes_values: ClassVar[bool] = False
     """Whether ``exact_parts`` finds parts at all."""
     slab_rows: int = 32
@@ -159,6 +157,11 @@ class Codec(ABC):
 
     def __init__(self, scheme: CodecScheme) -> None:
         self.scheme = scheme
+
+    @property
+    def traits(self) -> Traits:
+        """What it wants, under its scheme, of the weights that come to it."""
+        return NO_TRAITS
 
     @abstractmethod
     def describe(self) -> Described:

@@ -19,6 +19,7 @@ from quern.codecs.exact import Exact
 from quern.codecs.levels import LevelGrid, LevelsCodec
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
+from quern.core.stacking import Traits
 
 HALVES = (0, 1, 2, 3, 4, 6, 8, 12)
 """The numbers by code, in halves; codes from 8 on are their negatives."""
@@ -104,6 +105,10 @@ class Mxfp4Codec(Float4Codec):
     def __init__(self, scheme: CodecScheme) -> None:
         super().__init__(scheme)
         self.grid = PowerGrid(E2M1)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(wants={"even columns": "32 columns have one scale, which is only near to their greatest"})
 
     def store_scale(self, scale: Tensor) -> Parts:
         _, exponent = torch.frexp(scale.contiguous() * 2)

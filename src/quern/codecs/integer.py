@@ -23,6 +23,7 @@ from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters
 from quern.codecs.exact import Exact, exact_codes
 from quern.codecs.grouped import Grid, GroupedCodec, stored_scale
 from quern.core.scheme import CodecScheme
+from quern.core.stacking import NO_TRAITS, Traits
 
 NIBBLE = 4
 """Bits of codes whose kernel subtracts zero points itself."""
@@ -96,6 +97,12 @@ class IntegerCodec(GroupedCodec):
     def __init__(self, scheme: CodecScheme) -> None:
         super().__init__(scheme)
         self.grid = IntegerGrid(self.params)
+
+    @property
+    def traits(self) -> Traits:
+        if self.params.bits >= FINE:
+            return NO_TRAITS
+        return Traits(wants={"even columns": "all columns under one scale are rounded in equal steps"})
 
     @property
     def _bytes(self) -> bool:

@@ -21,7 +21,6 @@ from quern.codecs import planes
 from quern.codecs.base import CODECS, Codec, Described, Encoder, KernelForm, Parts, ScaledParameters, least_scale
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
-from quern.core.stacking import Traits
 
 LARGEST = 127
 ITERATIONS = 30
@@ -178,7 +177,6 @@ class KMeansCodec(Codec):
 
     Parameters = KMeansParameters
     technique = "non-uniform: k-means"
-    traits = Traits(wants={"even columns": "one table of values serves a whole row"})
 
     def __init__(self, scheme: CodecScheme) -> None:
         super().__init__(scheme)

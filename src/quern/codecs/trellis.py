@@ -128,7 +128,6 @@ class TrellisCodec(Codec):
 
     Parameters = TrellisParameters
     technique = "trellis-coded"
-    traits = Traits(wants={"even columns": "a row has one scale and a table that was trained on Gaussian numbers"})
     slab_rows = TILE
 
     def __init__(self, scheme: CodecScheme) -> None:
@@ -145,6 +144,10 @@ class TrellisCodec(Codec):
         self.table = trained_tables()[key]
         self.window, self.tables, self.lag = key[1], key[2], lag(*key)
         self.scale_dtype: torch.dtype = getattr(torch, params.scale_dtype)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(wants={"even columns": "a row has one scale and a table that was trained on Gaussian numbers"})
 
     def describe(self) -> Described:
         return Described(self.params.granularity, self.params.bits)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 PartKind = Literal["transform", "rounding", "codec", "activations", "storage", "cache", "format", "runtime"]
-Property = Literal["even columns", "peaked rows"]
-"""What a component may rely on, of the weights that come to it: columns of a row that are about alike in size; rows in which
-most weights are small and few are large."""
+Property = Literal["even columns"]
+"""What a component may rely on, of the weights that come to it: columns of a row that are about alike in size."""
 Label = Literal["works", "degrades", "refuses"]
 """``works``: no worse than what was there before, within noise. ``degrades``: runs and loses. ``refuses``: stops before any
 work starts."""
@@ -33,6 +33,8 @@ class Traits:
     """What it relies on, and why, as a clause: what is lost where that is not so."""
     removes: Mapping[Property, str] = field(default_factory=dict)
     """What is not so any more behind it, and why, as a clause."""
+    restores: frozenset[Property] = frozenset()
+    """What is so again behind it, whatever was before."""
     acts: str = ""
     """When it acts and on which numbers, as a clause about itself."""
 
@@ -49,12 +51,21 @@ class Answer:
     """A sentence without its full stop."""
 
 
-def conflict(first: Part, first_traits: Traits, second: Part, second_traits: Traits) -> str | None:
-    """Why one of two parts loses by the other, by what both declare; None if neither does."""
+def conflict(first: Part, first_traits: Traits, second: Part, second_traits: Traits) -> tuple[Property, str] | None:
+    """What one of two parts loses by the other, and why, by what both declare; None if neither does."""
     for wanting, wants, other, removes in (
         (first, first_traits.wants, second, second_traits.removes),
         (second, second_traits.wants, first, first_traits.removes),
     ):
         for what in sorted(set(wants) & set(removes)):
-            return f"{wanting.name} relies on {what}, because {wants[what]}; {other.name} {removes[what]}"
+            return what, f"{wanting.name} relies on {what}, because {wants[what]}; {other.name} {removes[what]}"
     return None
+
+
+def losing(parts: Mapping[Part, Traits]) -> Iterator[tuple[Part, Part, str]]:
+    """Every two of ``parts``, used together, of which one loses by the other and no third part mends it; and why."""
+    mended = {what for traits in parts.values() for what in traits.restores}
+    for (first, one), (second, other) in itertools.combinations(parts.items(), 2):
+        found = conflict(first, one, second, other)
+        if found is not None and found[0] not in mended:
+            yield first, second, found[1]

@@ -15,12 +15,12 @@ from functools import cache
 from quern.architectures.base import Architecture, architecture_of
 from quern.core.errors import UserError
 from quern.core.recipe import Recipe, parse_recipe
-from quern.core.stacking import Answer, Part, conflict
+from quern.core.stacking import Answer, Part, losing
 from quern.engines.base import ENGINES
 from quern.formats.base import FORMATS, obstacles_of, runtimes_of
 from quern.pipeline.blockwise.job import plan_of
 from quern.pipeline.request import checked_writer
-from quern.pipeline.stacking.parts import PLAIN, Keys, all_parts, merged, traits_of, variants
+from quern.pipeline.stacking.parts import PLAIN, REMEDIES, Keys, all_parts, merged, traits_of, variants
 
 SOURCE = "recipe"
 ORDINARY_DECODER = {
@@ -72,7 +72,8 @@ def together(first: Part, second: Part) -> Together:
         found = _tried(PLAIN | keys[2])
         stops = found if isinstance(found, str) else use_obstacle(found, cache_name, runtimes)
         if stops is None:
-            return Together(first, second, _accepted(first, second, keys[2]), keys)
+            assert isinstance(found, Recipe)
+            return Together(first, second, _accepted(first, second, keys[2], found), keys)
         refused.append(Together(first, second, Answer("refuses", stops), keys))
     return [one for one in refused if one.keys[2]["format"] == refused[0].keys[2]["format"]][-1]
 
@@ -159,11 +160,14 @@ def runtime_obstacle(recipe: Recipe, runtime: str) -> str | None:
     return f"{runtime} does not read the format {recipe.format}: {instead}"
 
 
-def _accepted(first: Part, second: Part, keys: Keys) -> Answer:
+def _accepted(first: Part, second: Part, keys: Keys, recipe: Recipe) -> Answer:
     """Of two parts that run together: whether one of them loses by the other, and what whoever stacks them should know."""
-    if (why := conflict(first, traits_of(first), second, traits_of(second))) is not None:
+    parts = [first, second]
+    if first.kind in REMEDIES and second.kind in REMEDIES:
+        parts.append(Part("codec", recipe.weights.codec))  # they are there for its sake
+    for _, _, why in losing({part: traits_of(part, recipe) for part in parts}):
         return Answer("degrades", why)
-    said = [f"{part.name} {acts}" for part in (first, second) if (acts := traits_of(part).acts)]
+    said = [f"{part.name} {acts}" for part in (first, second) if (acts := traits_of(part, recipe).acts)]
     if "overrides" in keys:
         said.append(f"each has linears of its own, {second.name} those that match {keys['overrides'][0]['pattern']}")
     if "runtime" in (first.kind, second.kind) and "format" not in (first.kind, second.kind):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quern.architectures.base import Architecture, architecture_of
 from quern.core.errors import UserError, option
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe, load_recipe
-from quern.core.stacking import Label, Part
+from quern.core.stacking import Answer, Label, Part, losing
 from quern.core.suggest import did_you_mean
 from quern.engines.base import ENGINES
 from quern.engines.cpu import cache_named
@@ -20,7 +19,7 @@ from quern.pipeline.blockwise.job import keeping, plan_of
 from quern.pipeline.request import checked_writer
 from quern.pipeline.stacking.answer import ordinary_architecture, plain_reason, use_obstacle
 from quern.pipeline.stacking.matrix import Cell, cell_of
-from quern.pipeline.stacking.parts import RUNTIMES, parts_of
+from quern.pipeline.stacking.parts import RUNTIMES, parts_of, traits_of
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ def check(
                 "it is for models that are quantized in its schemes already, which no weights were read to see"
             )
     parts = parts_of(chosen, cache, runtime)
-    cells = [cell_of(first, second) for first, second in itertools.combinations(parts, 2)]
-    degrading = [cell for cell in cells if cell.answer.label == "degrades"]
+    lost = list(losing({part: traits_of(part, chosen) for part in parts}))
+    degrading = [replace(cell_of(first, second), answer=Answer("degrades", why)) for first, second, why in lost]
     label: Label = "refuses" if problems else "degrades" if degrading else "works"
     named = None if model is None else str(model)
     return CheckReport(chosen.name, runtime, cache, named, label, parts, problems, degrading, notes)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from quern.codecs.base import CODECS
+from quern.codecs.base import CODECS, codec_of
 from quern.core.recipe import ROTATION, Recipe
-from quern.core.scheme import USUAL
+from quern.core.scheme import USUAL, CodecScheme
 from quern.core.stacking import NO_TRAITS, Part, PartKind, Traits
 from quern.engines.cpu import CACHES, ORDINARY
 from quern.formats.base import FORMATS
@@ -23,6 +23,10 @@ PLAIN_CACHES = (ORDINARY, "float32")
 """Of key/value caches those that round nothing worth speaking of."""
 SECOND_LINEARS = "*.mlp.*"
 """Where two parts of a kind exclude each other, these linears get the second one."""
+REMEDIES = ("transform", "rounding")
+"""Kinds of parts that are there so that codecs lose less."""
+NEUTRAL = ("storage", "format", "runtime")
+"""Kinds of parts that change no number."""
 GROUP = 128
 """Inputs that share a scale where activations are rounded by groups: as many as share one of the usual integers'."""
 ACTIVATIONS: dict[str, Keys] = {
@@ -59,14 +63,11 @@ def all_parts() -> list[Part]:
 
 def parts_of(recipe: Recipe, cache: str | None = None, runtime: str | None = None) -> list[Part]:
     """The parts of a recipe and of how it is used; a codec that only stores embedding or head is none."""
-    schemes = [recipe.weights, *(o.scheme for o in recipe.overrides if o.scheme is not None)]
-    if recipe.allocation is not None:
-        schemes = [candidate.scheme for candidate in recipe.allocation.candidates]
     roundings = [recipe.rounding, *(o.rounding for o in recipe.overrides if o.rounding is not None)]
     modes = [recipe.activations, *(o.activations for o in recipe.overrides if o.activations is not None)]
     found = [Part("transform", transform.method) for transform in recipe.transforms]
     found += [Part("rounding", rounding.method) for rounding in roundings]
-    found += [Part("codec", scheme.codec) for scheme in schemes if scheme.quantized]
+    found += [Part("codec", scheme.codec) for scheme in _schemes(recipe)]
     for mode in modes:
         if mode.mode != "none":
             name = "static" if mode.mode == "static" else "group" if mode.group_size else "token"
@@ -81,13 +82,22 @@ def parts_of(recipe: Recipe, cache: str | None = None, runtime: str | None = Non
     return list(dict.fromkeys(found))
 
 
-def traits_of(part: Part) -> Traits:
-    """What a part declares of itself; parts that are no component of their own declare nothing."""
-    registries: dict[str, Any] = {"transform": TRANSFORMS, "rounding": ROUNDINGS, "codec": CODECS}
-    if part.kind not in registries:
-        return NO_TRAITS
-    traits: Traits = registries[part.kind].get(part.name).traits
-    return traits
+def traits_of(part: Part, recipe: Recipe) -> Traits:
+    """What a part of ``recipe`` declares of itself; parts that are no component of their own declare nothing."""
+    if part.kind == "codec":
+        declared = [codec_of(scheme).traits for scheme in _schemes(recipe) if scheme.codec == part.name]
+        return next((traits for traits in declared if traits != NO_TRAITS), NO_TRAITS)
+    if part.kind == "transform":
+        return TRANSFORMS.get(part.name).traits
+    return ROUNDINGS.get(part.name).traits if part.kind == "rounding" else NO_TRAITS
+
+
+def _schemes(recipe: Recipe) -> list[CodecScheme]:
+    """Those that linears of the decoder blocks may have."""
+    if recipe.allocation is not None:
+        return [candidate.scheme for candidate in recipe.allocation.candidates]
+    overriding = (override.scheme for override in recipe.overrides)
+    return [scheme for scheme in (recipe.weights, *overriding) if scheme is not None and scheme.quantized]
 
 
 def variants(part: Part) -> list[Keys]:
@@ -102,7 +112,7 @@ def variants(part: Part) -> list[Keys]:
         byte_wide = {"codec": part.name, "bits": 8, "granularity": "channel"}
         return [{"weights": {"codec": part.name}}, *([{"weights": byte_wide}] if part.name == USUAL else [])]
     if part.kind == "activations":
-        return [{"activations": ACTIVATIONS[part.name]}, {"activations": ACTIVATIONS[part.name], "weights": _BYTES}]
+        return [{"activations": ACTIVATIONS[part.name], "weights": _BYTES}, {"activations": ACTIVATIONS[part.name]}]
     return [{part.kind: part.name}] if part.kind in ("storage", "format") else [{}]
 
 

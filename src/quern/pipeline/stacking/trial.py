@@ -27,12 +27,8 @@ from quern.evaluation.accuracy import DocumentScore, reference_logits, score_win
 from quern.evaluation.texts import Window
 from quern.pipeline.quantize import quantize
 from quern.pipeline.stacking.answer import Together, runtime_obstacle
-from quern.pipeline.stacking.parts import PLAIN, Keys
+from quern.pipeline.stacking.parts import NEUTRAL, PLAIN, REMEDIES, Keys
 
-REMEDIES = ("transform", "rounding")
-"""Kinds of parts that are there to lose less."""
-NEUTRAL = ("storage", "format", "runtime")
-"""Kinds of parts that change no number."""
 NOISE = 0.08
 """By how much of a loss two calibrations of one recipe may differ (``benchmarks/stacking.py --noise``)."""
 

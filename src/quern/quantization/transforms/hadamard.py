@@ -22,7 +22,10 @@ from quern.rotation.rotation import pack_signs
 class Hadamard(InputRotation):
     """Signs are drawn from the run's seed, for each block and group of linears anew, or are all positive."""
 
-    traits = Traits(acts="turns weights and the Hessian alike, behind all scaling, wherever the recipe names it")
+    traits = Traits(
+        restores=frozenset({"even columns"}),
+        acts="turns weights and the Hessian alike, behind all scaling, wherever the recipe names it",
+    )
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
