@@ -44,8 +44,9 @@ class Use:
     def of(cls, *parts: Part) -> Use:
         """How what has these parts is run here. vLLM's artifacts are run by transformers, which reads the same files."""
         named = {part.kind: part.name for part in parts}
-        elsewhere = named.get("format", "quern") != "quern" or named.get("runtime", "cpu") != "cpu"
-        return cls("transformers" if elsewhere else "cpu", named.get("cache"))
+        usual = "cpu" if named.get("format", "quern") == "quern" else "reference"
+        runtime = named.get("runtime", usual)
+        return cls("transformers" if runtime == "vllm" else runtime, named.get("cache"))
 
     @classmethod
     def cached(cls, part: Part) -> Use:
@@ -126,6 +127,8 @@ class Trials:
             return CpuEngine().load(artifact, threads=1, cache=cache_named(use.cache, "cpu"))
         if use.cache is not None:
             cache_named(use.cache, "reference")
+        if use.runtime == "reference":
+            return ENGINES.get("reference")().load(artifact, dtype="float32", threads=1)
         if why := runtime_obstacle(parse_recipe({**self.plain, **keys}, "stack"), use.runtime):
             raise UserError(why)
         return cast(LoadedModel, _Transformers(artifact))  # which is asked for logits alone
