@@ -20,7 +20,7 @@ from quern.engines.base import ENGINES
 from quern.formats.base import FORMATS, obstacles_of, runtimes_of
 from quern.pipeline.blockwise.job import plan_of
 from quern.pipeline.request import checked_writer
-from quern.pipeline.stacking.parts import PLAIN, REMEDIES, Keys, all_parts, merged, traits_of, variants
+from quern.pipeline.stacking.parts import NEUTRAL, PLAIN, REMEDIES, Keys, all_parts, merged, traits_of, variants
 
 SOURCE = "recipe"
 ORDINARY_DECODER = {
@@ -163,8 +163,8 @@ def runtime_obstacle(recipe: Recipe, runtime: str) -> str | None:
 def _accepted(first: Part, second: Part, keys: Keys, recipe: Recipe) -> Answer:
     """Of two parts that run together: whether one of them loses by the other, and what whoever stacks them should know."""
     parts = [first, second]
-    if first.kind in REMEDIES and second.kind in REMEDIES:
-        parts.append(Part("codec", recipe.weights.codec))  # they are there for its sake
+    if {first.kind, second.kind} & set(REMEDIES) and not {first.kind, second.kind} & {"codec", *NEUTRAL}:
+        parts.append(Part("codec", recipe.weights.codec))  # for whose sake a remedy is there
     for _, _, why in losing({part: traits_of(part, recipe) for part in parts}):
         return Answer("degrades", why)
     said = [f"{part.name} {acts}" for part in (first, second) if (acts := traits_of(part, recipe).acts)]
