@@ -13,7 +13,7 @@ import quern
 from quern.cli.main import app
 from quern.codecs.base import CODECS
 from quern.core.recipe import load_recipe, parse_recipe, profile_names
-from quern.core.stacking import NO_TRAITS, Part, Traits, conflict
+from quern.core.stacking import NO_TRAITS, Part, Traits, conflict, losing
 from quern.formats.base import FORMATS
 from quern.pipeline.stacking.answer import pairs, together
 from quern.pipeline.stacking.matrix import matrix, trials
@@ -45,9 +45,25 @@ def test_one_loses_by_what_the_other_removes_in_either_order() -> None:
         Traits(removes={"even columns": "scales them"}),
     )
     told = "trellis relies on even columns, because a row has one scale; smoothquant scales them"
-    assert conflict(WANTING, wants, UNEVEN, removes) == conflict(UNEVEN, removes, WANTING, wants) == told
+    found = conflict(WANTING, wants, UNEVEN, removes)
+    assert found == conflict(UNEVEN, removes, WANTING, wants) == ("even columns", told)
     assert conflict(WANTING, wants, UNEVEN, NO_TRAITS) is None
-    assert conflict(WANTING, wants, UNEVEN, Traits(removes={"peaked rows": "mixes them"})) is None
+
+
+def test_what_a_third_part_restores_is_not_lost() -> None:
+    wants, removes = (
+        Traits(wants={"even columns": "a row has one scale"}),
+        Traits(removes={"even columns": "scales them"}),
+    )
+    parts = {UNEVEN: removes, WANTING: wants}
+    assert [(first, second) for first, second, _ in losing(parts)] == [(UNEVEN, WANTING)]
+    assert list(losing({**parts, Part("transform", "hadamard"): Traits(restores=frozenset({"even columns"}))})) == []
+
+
+def test_what_a_codec_wants_depends_on_its_scheme() -> None:
+    scaled = {"name": "x", "transforms": [{"method": "smoothquant"}], "rounding": {"method": "nearest"}}
+    assert quern.check(parse_recipe({**scaled, "weights": {"bits": 4}}, "x")).label == "degrades"
+    assert quern.check(parse_recipe({**scaled, "weights": {"bits": 8, "granularity": "channel"}}, "x")).label == "works"
 
 
 @pytest.mark.parametrize("name", profile_names())
