@@ -88,7 +88,15 @@ def test_no_message_below_the_command_line_names_its_options_directly():
 def test_both_spellings_exist():
     group = get_command(app)
     flags = {flag for command in group.commands.values() for parameter in command.params for flag in parameter.opts}
-    functions = (quern.quantize, quern.compare, quern.evaluate, quern.generate, quern.recommend, Chat.__init__)
+    functions = (
+        quern.check,
+        quern.quantize,
+        quern.compare,
+        quern.evaluate,
+        quern.generate,
+        quern.recommend,
+        Chat.__init__,
+    )
     arguments = {name for function in functions for name in inspect.signature(function).parameters}
     spellings = list(_spellings())
     assert len(spellings) > 10

@@ -19,7 +19,7 @@ from quern.advisor.hardware import (
     rate_warnings,
     read_bandwidth,
 )
-from quern.core import foreign_load
+from quern.core.machine import foreign_load
 from quern.core.machine.foreign_load import ForeignLoad
 
 X86 = "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2 fma avx512f avx512vbmi avx512_vnni amx_int8 ht\n"

@@ -1,4 +1,4 @@
-"""What follows from what components declare; that it is also what happens is tried in tests/end_to_end/test_stacking.py."""
+"""What follows from what components declare; that it is also what happens is tried in tests/end_to_end/test_stacked_pairs.py."""
 
 from __future__ import annotations
 
