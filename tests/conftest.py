@@ -13,6 +13,7 @@ from tiny_model import calibration_text, write_model
 UNLOCKED = departures()
 LONGEST = (
     "unit/pipeline/test_peer_rows.py",
+    "end_to_end/test_stacked_pairs.py",
     "unit/documentation/test_readme.py",
     "unit/comparison/test_measure.py",
     "end_to_end/test_quantize.py",
