@@ -50,7 +50,8 @@ check --matrix` shows the table below for the quern that is installed, `--json` 
   before work starts.
 - What is refused is asked of those who refuse it: the recipe's rules, the format's writer, the engine, the runtimes that a
   format is for. What degrades follows from what components declare that they want and remove (`traits` of a transform,
-  rounding or codec). A test tries every pair of the table on a small model and fails where its label is not what happens.
+  rounding or codec). Labels are held to the measurements below; a test also runs every pair on the first block, where one
+  that works may exceed its bound by a fifth, and sees every refused one stop before a file exists.
 - Order: channel scalings run as the recipe lists them, rotations behind them; everything else has its place. Two codecs,
   roundings or activation schemes share a model by linears (`overrides`), never one linear.
 - Scales of AWQ and SmoothQuant are folded into the weights before anything is measured for the rounding that follows, and

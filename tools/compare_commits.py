@@ -162,7 +162,9 @@ def make_one(job: dict[str, Any], folder: Path, cache: Path) -> dict[str, Any]:
 
     artifact = folder / "artifact"
     made = quern.quantize(job["model"], artifact, recipe=job["recipe"], format=job["format"], cache=cache, threads=1)
-    told: dict[str, Any] = {"layers": [layer.model_dump(exclude_none=True) for layer in made.layers]}  # of fields to come
+    told: dict[str, Any] = {
+        "layers": [layer.model_dump(exclude_none=True) for layer in made.layers]
+    }  # of fields to come
     told["bits_per_weight"] = made.bits_per_weight
     for engine in ENGINES:
         try:

@@ -17,7 +17,7 @@ from quern.core.errors import UserError
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.stacking import Answer, Part, losing
 from quern.engines.base import ENGINES
-from quern.formats.base import FORMATS, obstacles_of, runtimes_of
+from quern.formats.base import FORMATS, ArtifactWriter, obstacles_of, runtimes_of
 from quern.pipeline.blockwise.job import plan_of
 from quern.pipeline.request import checked_writer
 from quern.pipeline.stacking.parts import NEUTRAL, PLAIN, REMEDIES, Keys, all_parts, merged, traits_of, variants
@@ -111,7 +111,7 @@ def _tried(keys: Keys) -> Recipe | str:
     """The recipe, or why it is refused before any work is done."""
     try:
         recipe = parse_recipe(keys, SOURCE)
-        writable(recipe, ordinary_architecture())
+        writer_for(recipe, ordinary_architecture())
     except UserError as error:
         return plain_reason(error)
     return recipe
@@ -122,9 +122,9 @@ _EXAMPLES = re.compile(r" \((got |model\.).*\)$")
 _SUBJECT = re.compile(r"(format [\w-]+) cannot store ")
 
 
-def writable(recipe: Recipe, architecture: Architecture) -> None:
-    """Raise ``UserError`` where quantizing would: for what the recipe names and for what its format cannot store."""
-    checked_writer(recipe, plan_of(recipe, architecture), architecture)
+def writer_for(recipe: Recipe, architecture: Architecture) -> ArtifactWriter:
+    """The writer. Raises ``UserError`` where quantizing would: for unknown names and for what the format cannot store."""
+    return checked_writer(recipe, plan_of(recipe, architecture), architecture)
 
 
 def plain_reason(error: UserError) -> str:

@@ -15,9 +15,8 @@ from quern.engines.base import ENGINES
 from quern.engines.cpu import cache_named
 from quern.formats.base import FORMATS
 from quern.loading.fitting import model_config, open_original
-from quern.pipeline.blockwise.job import keeping, plan_of
-from quern.pipeline.request import checked_writer
-from quern.pipeline.stacking.answer import ordinary_architecture, plain_reason, use_obstacle
+from quern.pipeline.blockwise.job import keeping
+from quern.pipeline.stacking.answer import ordinary_architecture, plain_reason, use_obstacle, writer_for
 from quern.pipeline.stacking.matrix import Cell, cell_of
 from quern.pipeline.stacking.parts import RUNTIMES, parts_of, traits_of
 
@@ -71,9 +70,9 @@ def check(
     if problems and runtime is not None:
         notes += _elsewhere(chosen, architecture, runtime, cache)
     elif not problems:
-        plan = plan_of(chosen, architecture)
-        notes += checked_writer(chosen, plan, architecture).notes()
-        if keeping(plan):
+        writer = writer_for(chosen, architecture)
+        notes += writer.notes()
+        if keeping(writer.plan):
             notes.append(
                 "it is for models that are quantized in its schemes already, which no weights were read to see"
             )
@@ -88,7 +87,7 @@ def check(
 def _problems(recipe: Recipe, architecture: Architecture, runtime: str | None, cache: str | None) -> list[str]:
     """Why the recipe is refused for the model, or its artifact by the runtime."""
     try:
-        checked_writer(recipe, plan_of(recipe, architecture), architecture)
+        writer_for(recipe, architecture)
     except UserError as error:
         return [plain_reason(error)]
     why = use_obstacle(recipe, cache, [] if runtime is None else [runtime])
