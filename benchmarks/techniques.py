@@ -1,9 +1,11 @@
 """Every technique on one model: what it costs and buys, and the page that says so.
 
     python benchmarks/techniques.py [MODEL] [-o FOLDER] [--page docs/techniques.md] [--no-speed]
+        [--calibration TEXT...] [--text TEXT...] [--from RESULTS] [--also RESULTS]
 
 Runs ``quern compare`` over the recipes below (default model: the bundled one; an interrupted run continues in FOLDER) and
-writes the page, up to its first section, from results.json alone: ``--from RESULTS.json`` writes it again without measuring.
+writes the page, up to its first section, from results.json alone: ``--from RESULTS.json`` writes it again without measuring,
+``--also`` adds columns with the size and the loss of another model.
 """
 
 from __future__ import annotations
@@ -46,21 +48,35 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benchmarks" / "results" / "techniques")
     parser.add_argument("--page", type=Path)
     parser.add_argument("--from", dest="results", type=Path)
+    parser.add_argument("--also", type=Path)
     parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--calibration", nargs="*", default=[])
+    parser.add_argument("--text", nargs="*", default=[])
+    parser.add_argument("--tokens", type=int, default=4096)
     options = parser.parse_args()
     if options.results is None:
         recipes = [path if (path := MINE / f"{t.recipe}.yaml").is_file() else t.recipe for t in TECHNIQUES]
-        quern.compare(options.model, options.output, recipes=recipes, speed_rounds=0 if options.no_speed else 3)
+        quern.compare(
+            options.model,
+            options.output,
+            recipes=recipes,
+            calibration=options.calibration,
+            texts=options.text,
+            tokens=options.tokens,
+            speed_rounds=0 if options.no_speed else 3,
+        )
         options.results = options.output / "results.json"
-    text = page(load_results(options.results))
+    also = load_results(options.also) if options.also else None
+    text = page(load_results(options.results), also)
     if options.page:
         write_head(options.page, text)
     print(text)
 
 
-def page(results: Results) -> str:
-    """The page of these results."""
+def page(results: Results, also: Results | None = None) -> str:
+    """The page of these results, with what the same recipes did to another model."""
     rows = {row.name: row for row in results.rows}
+    others = {} if also is None else {row.name: row for row in also.rows}
     lines = [
         "# Techniques, measured",
         "",
@@ -71,21 +87,42 @@ def page(results: Results) -> str:
         "[results.md](results.md) defines it. What a technique does to a small model need not be what it does to a",
         "large one.",
         "",
-        "| technique | recipe | what it is | when | bits | smaller by | loss (KL) | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [line(technique, rows[technique.recipe]) for technique in TECHNIQUES if technique.recipe in rows]
+    head = ["technique", "recipe", "what it is", "when", "bits", "smaller by", "loss (KL)", "tokens/s"]
+    if also is not None:
+        name = Path(also.model.path).name
+        lines[-1:] = [_about(also), ""]
+        head += [f"bits, {name}", f"loss (KL), {name}"]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for technique in TECHNIQUES:
+        if technique.recipe in rows:
+            cells = line(technique, rows[technique.recipe])
+            if also is not None:
+                other = others.get(technique.recipe)
+                cells += ("-", "-") if other is None else (f"{other.bits_per_weight:.2f}", loss_of(other))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def line(technique: Technique, row: Row) -> str:
-    """A row of the table."""
-    low, high = row.kl_ci95 or (float("nan"), float("nan"))
-    loss = "-" if row.kl_mean is None else f"{row.kl_mean:.3g} ({low:.3g} to {high:.3g})"
+def _about(also: Results) -> str:
+    texts = "; ".join(f"{source.tokens} tokens of `{source.name}`" for source in also.texts)
+    return (
+        f"The last two columns are of `{Path(also.model.path).name}` ({also.created[:10]}): {texts}. Made by the same\n"
+        "command with MODEL, `--calibration` and `--text`, whose results `--also` then takes."
+    )
+
+
+def line(technique: Technique, row: Row) -> tuple[str, ...]:
+    """The cells of a row of the table."""
     speed = "-" if row.decode_tokens_per_s is None else f"{row.decode_tokens_per_s:.0f}"
-    cells = (technique.name, f"`{technique.recipe}`", technique.what, technique.when, f"{row.bits_per_weight:.2f}",
-             f"{100 * row.compression:.0f} %", loss, speed)  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+    return (technique.name, f"`{technique.recipe}`", technique.what, technique.when, f"{row.bits_per_weight:.2f}",
+            f"{100 * row.compression:.0f} %", loss_of(row), speed)  # fmt: skip
+
+
+def loss_of(row: Row) -> str:
+    """KL with its interval."""
+    low, high = row.kl_ci95 or (float("nan"), float("nan"))
+    return "-" if row.kl_mean is None else f"{row.kl_mean:.3g} ({low:.3g} to {high:.3g})"
 
 
 if __name__ == "__main__":
