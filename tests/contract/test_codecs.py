@@ -277,6 +277,14 @@ def test_scales_that_overflow_are_refused_with_the_way_out():
         codec.encoder(torch.full((1, 4), 1e30), torch.full((1, 4), 1e30), refit=False)
 
 
+@pytest.mark.parametrize("codec", ["integer", "log"])
+def test_no_larger_scales_are_offered_where_there_are_none(codec):
+    weight = torch.full((1, 32), 3.4e38)
+    with pytest.raises(UserError) as raised:
+        make_codec({"codec": codec, "scale_dtype": "bfloat16"}).encoder(weight, weight, refit=False)
+    assert str(raised.value).endswith("are too large for scales in scale_dtype bfloat16. Check the checkpoint")
+
+
 def test_unknown_codec_lists_the_known_ones():
     with pytest.raises(UserError, match="unknown codec 'zap'; known: .*integer"):
         CODECS.get("zap")

@@ -252,6 +252,14 @@ def test_inputs_that_never_fire_are_rounded_to_nearest(order, workers):
     assert not torch.equal(rounded.decoded, nearest.decoded)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_hessian_that_overflowed_is_refused_with_the_way_out(value, workers):
+    hessian = torch.eye(300)
+    hessian[3, 3] = value
+    with pytest.raises(UserError, match="squares overflow float32. Check the checkpoint"):
+        factorize(hessian, DAMPING, False, workers)
+
+
 def test_no_token_at_all_means_nearest(workers):
     weight, codec = gaussian(16, 64), make_codec(SCHEMES["channel"])
     factor = factorize(torch.zeros(64, 64), DAMPING, False, workers)

@@ -52,9 +52,11 @@ def check(
                 "--matrix shows pairs of parts; --model is for RECIPE alone, --for and --cache go with RECIPE"
             )
         from quern.core.recipe import load_recipe
+        from quern.pipeline.stacking.check import refuse_unknown
         from quern.pipeline.stacking.matrix import matrix as api_matrix
         from quern.pipeline.stacking.parts import parts_of
 
+        refuse_unknown(runtime, cache)
         chosen = None if recipe is None else parts_of(load_recipe(recipe), cache, runtime)
         show(api_matrix(chosen), json, render_check.matrix)
         return

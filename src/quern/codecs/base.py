@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from quern.core import scheme as schemes
+from quern.core.errors import UserError
 from quern.core.packed import QuantizedWeight
 from quern.core.registry import Registry
 from quern.core.scheme import CodecParameters, CodecScheme
@@ -35,6 +36,15 @@ def least_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16:
         return scale.clamp(min=TINY)
     return torch.where(scale == 0, TINY, scale.clamp(min=torch.finfo(dtype).tiny))
+
+
+def scales_overflow(weights: Tensor, scale_dtype: str) -> UserError:
+    """What to raise where scales of ``weights`` are beyond what ``scale_dtype`` holds."""
+    larger = "; bfloat16 and float32 hold larger scales" if scale_dtype == "float16" else ""
+    return UserError(
+        f"weights up to {float(weights.abs().max()):.3g} are too large for scales in scale_dtype {scale_dtype}. Check the "
+        f"checkpoint{larger}"
+    )
 
 
 class ScaledParameters(CodecParameters):

@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quern.codecs.base import Codec, Described, Encoder, KernelForm, Parts, ScaledParameters, least_scale
+from quern.codecs.base import (
+    Codec,
+    Described,
+    Encoder,
+    KernelForm,
+    Parts,
+    ScaledParameters,
+    least_scale,
+    scales_overflow,
+)
 from quern.codecs.exact import Exact
-from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
 from quern.observers.base import OBSERVERS
 
@@ -101,10 +109,7 @@ class GroupedEncoder(Encoder):
         low, high = self.codec.observer.observe(values, self.grid.reconstruct, importance)
         scale, zero = self.grid.parameters(low, high)
         if not bool((scale * self.grid.largest).isfinite().all()):
-            raise UserError(
-                f"weights up to {float(values.abs().max()):.3g} are too large for scales in scale_dtype "
-                f"{self.codec.params.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"
-            )
+            raise scales_overflow(values, self.codec.params.scale_dtype)
         return scale, zero
 
     def refit(self, first_column: int, values: Tensor, importance: Tensor) -> None:

@@ -18,8 +18,17 @@ from pydantic import Field
 from torch import Tensor
 
 from quern.codecs import planes
-from quern.codecs.base import CODECS, Codec, Described, Encoder, KernelForm, Parts, ScaledParameters, least_scale
-from quern.core.errors import UserError
+from quern.codecs.base import (
+    CODECS,
+    Codec,
+    Described,
+    Encoder,
+    KernelForm,
+    Parts,
+    ScaledParameters,
+    least_scale,
+    scales_overflow,
+)
 from quern.core.scheme import CodecScheme
 
 LARGEST = 127
@@ -211,10 +220,7 @@ class KMeansCodec(Codec):
         ideal = (fitted.abs().amax(dim=1) / LARGEST).float()
         scale = least_scale(ideal, self.scale_dtype).to(self.scale_dtype).float()
         if not bool((scale * LARGEST).isfinite().all()):
-            raise UserError(
-                f"weights up to {float(values.abs().max()):.3g} are too large for scales in scale_dtype "
-                f"{self.params.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"
-            )
+            raise scales_overflow(values, self.params.scale_dtype)
         table = (fitted / scale[:, None].double()).round().clamp(-LARGEST, LARGEST).float()
         return scale, table
 

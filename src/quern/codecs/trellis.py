@@ -23,7 +23,17 @@ from pydantic import Field
 from torch import Tensor
 
 from quern import _native
-from quern.codecs.base import CODECS, Codec, Described, Encoder, KernelForm, Parts, ScaledParameters, least_scale
+from quern.codecs.base import (
+    CODECS,
+    Codec,
+    Described,
+    Encoder,
+    KernelForm,
+    Parts,
+    ScaledParameters,
+    least_scale,
+    scales_overflow,
+)
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import Traits
@@ -162,10 +172,7 @@ class TrellisCodec(Codec):
         least = least_scale(scale, self.scale_dtype)
         stored = torch.where(scale > 0, least, 0.0).to(self.scale_dtype).float()
         if not bool((stored * (2 * 127)).isfinite().all()):
-            raise UserError(
-                f"weights up to {float(weight.abs().max()):.3g} are too large for scales in scale_dtype "
-                f"{self.params.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"
-            )
+            raise scales_overflow(weight, self.params.scale_dtype)
         return stored
 
     def ideal_scales(self, weight: Tensor) -> Tensor:

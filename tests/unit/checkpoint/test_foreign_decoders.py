@@ -189,6 +189,7 @@ CONFIGS = {
     "other groups": ("gptq 4 bits", {"group_size": 64}, "tensor 'model.layers.0.mlp.down_proj.scales' must be"),
     "groups of no size": ("gptq 4 bits", {"group_size": 0}, "-1 or a positive integer"),
     "bits that are no number": ("gptq 4 bits", {"bits": True}, "bits True"),
+    "bits in words": ("gptq 4 bits", {"bits": "4"}, "bits '4'; GPTQ knows"),
     "desc_act that is no truth": ("gptq 4 bits", {"desc_act": "no"}, "must be true or false"),
     "another packing": ("gptq 4 bits", {"checkpoint_format": "marlin"}, "the packing 'marlin' in int32 of GPTQ is not read"),
     "other bits by module": ("gptq 4 bits", {"dynamic": {"+:x": {"bits": 8}}}, "'dynamic'"),

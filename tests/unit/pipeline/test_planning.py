@@ -183,6 +183,13 @@ def test_what_cannot_be_met(planned, target, told):
     assert all(words in str(raised.value) for words in told), str(raised.value)
 
 
+@pytest.mark.parametrize("target", [{"bits": 0.5}, {"bytes": 1000}, {"memory": 40_000, "context": 128}])
+def test_sizes_that_nothing_meets_are_refused_before_losses_are_computed(place, tmp_path, target):
+    with pytest.raises(UserError, match="cannot be met: the smallest artifact"):
+        plan(place / "model", recipe=recipe(target), calibration=[place / "text.txt"], cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_limits_that_contradict_each_other_are_named(place, extremes, planned):
     least, best = extremes
     loss, least_data = best.predicted_loss * 2, least.bits_per_weight * parameters(place) / 8

@@ -135,6 +135,8 @@ def test_a_recipe_is_checked_for_a_model(tmp_path) -> None:
         (["check", "balanced", "--for", "vlm"], "vllm"),
         (["check", "balanced", "--cache", "int5"], "int4"),
         (["check", "--matrix", "--for", "vllm"], "RECIPE"),
+        (["check", "balanced", "--matrix", "--for", "vlm"], "vllm"),
+        (["check", "balanced", "--matrix", "--cache", "int5"], "int4"),
         (["check", "balanced", "--model", "no/such/folder"], "no/such/folder"),
     ],
 )

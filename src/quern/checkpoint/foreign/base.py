@@ -162,14 +162,14 @@ class ForeignMethod(ABC):
         if type(value) is int and (value in allowed if allowed is not None else value == -1 or 0 < value < 2**31):
             return value
         what = "-1 or a positive integer" if allowed is None else " or ".join(map(str, sorted(allowed)))
-        raise self.refuse(f"has {key} {str(value)[:40]}; {self.tool} knows {what}")
+        raise self.refuse(f"has {key} {repr(value)[:40]}; {self.tool} knows {what}")
 
     def flag(self, key: str, default: bool) -> bool:
         """A truth value of the configuration."""
         value = self.config.get(key, default)
         if isinstance(value, bool):
             return value
-        raise self.refuse(f"has {key} {str(value)[:40]}, which must be true or false")
+        raise self.refuse(f"has {key} {repr(value)[:40]}, which must be true or false")
 
 
 FOREIGN: Registry[type[ForeignMethod]] = Registry("quantization method", "quern.checkpoint.foreign")

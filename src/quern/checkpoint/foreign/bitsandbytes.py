@@ -59,7 +59,7 @@ class Bitsandbytes(ForeignMethod):
             return
         said = self.config.get("bnb_4bit_quant_type", TYPES[0])
         if said not in TYPES:
-            raise self.refuse(f"has bnb_4bit_quant_type {str(said)[:40]}; {self.tool} knows {' and '.join(TYPES)}")
+            raise self.refuse(f"has bnb_4bit_quant_type {repr(said)[:40]}; {self.tool} knows {' and '.join(TYPES)}")
         for kind in TYPES:
             for name in self.stored.modules(f"{_STATE}{kind}"):
                 state = f"{name}.{_STATE}{kind}"

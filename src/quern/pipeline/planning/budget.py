@@ -91,9 +91,8 @@ class Chooser:
 
     def choose(self, budget: Budget) -> Chosen:
         """The best choice within ``budget``. Raises ``UserError`` with what would do where there is none."""
-        smallest = self._carried_out([min(o, key=lambda one: (one.bytes, one.loss)) for o in self._problem], budget)
+        smallest = self.smallest(budget)
         kept = smallest.bytes.data - sum(one.bytes for one in smallest.candidates.values())
-        self._refuse_sizes(budget, smallest)
         files = _overhead(smallest)
         best: Chosen | None = None
         for _ in range(_TRIES):
@@ -113,6 +112,12 @@ class Chooser:
         if best is not None:
             return replace(best, smallest=smallest.bytes.files)
         raise self._contradiction(budget, kept, smallest)
+
+    def smallest(self, budget: Budget) -> Chosen:
+        """The choice of the fewest bytes. Raises ``UserError`` where even that is above one of the budget's sizes."""
+        found = self._carried_out([min(o, key=lambda one: (one.bytes, one.loss)) for o in self._problem], budget)
+        self._refuse_sizes(budget, found)
+        return found
 
     def _better(self, one: Chosen, other: Chosen, budget: Budget) -> bool:
         if budget.goal == "bytes":

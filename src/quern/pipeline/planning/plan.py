@@ -171,20 +171,25 @@ class Candidates:
 
     def choose(self, target: Target, threads: int | None = None) -> PlanReport:
         """The plan for ``target``. Raises ``UserError`` where none meets it."""
+        context = _context(target, self.architecture)
+        budget = self._budget(target, context, _bandwidth(target, threads))
+        return self._report(self._chooser().choose(budget), budget, context)
+
+    def refuse_sizes(self, target: Target) -> None:
+        """Raise ``UserError`` where no candidates are small enough for ``target``, which no loss needs to be known for."""
+        of_bytes = target.model_copy(update={"min_speed": None, "bandwidth_gb_s": None})
+        self._chooser().smallest(self._budget(of_bytes, _context(target, self.architecture), None))
+
+    def _budget(self, target: Target, context: int, bandwidth: float | None) -> Budget:
+        return Budget(target, self.checkpoint.parameters, cache=self.sizes.of_cache(context), bandwidth=bandwidth)
+
+    def _chooser(self) -> Chooser:
         assert self.recipe.allocation is not None
         architecture = self.architecture
         joined = self.recipe.allocation.joined or FORMATS.get(self.recipe.format).joins
         unread = () if architecture.tied else (architecture.embedding,)
         problem = grouped(self.of, _fused(architecture) if joined else (), unread)
-        context = _context(target, architecture)
-        budget = Budget(
-            target,
-            self.checkpoint.parameters,
-            cache=self.sizes.of_cache(context),
-            bandwidth=_bandwidth(target, threads),
-        )
-        found = Chooser(self.recipe, problem, self.of, self.sizes, architecture.outer).choose(budget)
-        return self._report(found, budget, context)
+        return Chooser(self.recipe, problem, self.of, self.sizes, architecture.outer)
 
     def _report(self, found: Chosen, budget: Budget, context: int) -> PlanReport:
         return PlanReport(
@@ -247,6 +252,8 @@ def candidates_of(
     text = CalibrationText(calibration, usable_tokenizer(checkpoint.path, True), recipe.calibration)
     fingerprint = fingerprint_of(checkpoint, recipe, text, seed, device, progress)
     sizes = Sizes(checkpoint, architecture, writer, fingerprint)
+    unknown = _with_bytes(recipe, architecture, None, sizes)
+    Candidates(checkpoint, architecture, recipe, unknown, sizes, 0.0, ()).refuse_sizes(allocation.target)
     sequences = calibration_sequences(architecture, text, seed)
     assert sequences is not None
     wanted = table_fingerprint(recipe, fingerprint, sequences)
@@ -272,8 +279,9 @@ def _all_alike(recipe: Recipe, architecture: Architecture, place: int) -> Recipe
 
 
 def _with_bytes(
-    recipe: Recipe, architecture: Architecture, table: LossTable, sizes: Sizes
+    recipe: Recipe, architecture: Architecture, table: LossTable | None, sizes: Sizes
 ) -> dict[str, list[Candidate]]:
+    """The candidates of each matrix; without a ``table`` their losses are taken for 0."""
     assert recipe.allocation is not None
     fixed = {architecture.embedding: recipe.embedding, architecture.head: recipe.head}
     plans = {
@@ -281,7 +289,9 @@ def _with_bytes(
         for module in architecture.outer
     }
     plans |= {name: candidates_for(recipe, name) for name in architecture.linears}
-    losses = {**table.linears, **table.outer}
+    losses = {name: [0.0] * len(choices) for name, choices in plans.items()}
+    if table is not None:
+        losses |= {**table.linears, **table.outer}
     return {
         name: [
             Candidate(name, one, sizes.of_matrix(name, one), loss)

@@ -53,10 +53,7 @@ def check(
     read. Raises ``UserError`` for a recipe that cannot be read and for names that nobody knows.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if runtime is not None and runtime not in RUNTIMES:
-        given = option(f"runtime={runtime!r}", f"--for {runtime}")
-        raise UserError(f"{given} is not known; known: {', '.join(RUNTIMES)}{did_you_mean(runtime, RUNTIMES)}")
-    cache_named(cache, "cpu")
+    refuse_unknown(runtime, cache)
     architecture = ordinary_architecture()
     notes: list[str] = []
     problems: list[str] = []
@@ -82,6 +79,14 @@ def check(
     label: Label = "refuses" if problems else "degrades" if degrading else "works"
     named = None if model is None else str(model)
     return CheckReport(chosen.name, runtime, cache, named, label, parts, problems, degrading, notes)
+
+
+def refuse_unknown(runtime: str | None, cache: str | None) -> None:
+    """Raises ``UserError`` for a runtime or a key/value cache that nobody knows; None is none."""
+    if runtime is not None and runtime not in RUNTIMES:
+        given = option(f"runtime={runtime!r}", f"--for {runtime}")
+        raise UserError(f"{given} is not known; known: {', '.join(RUNTIMES)}{did_you_mean(runtime, RUNTIMES)}")
+    cache_named(cache, "cpu")
 
 
 def _problems(recipe: Recipe, architecture: Architecture, runtime: str | None, cache: str | None) -> list[str]:

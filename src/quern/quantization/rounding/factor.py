@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quern.core.errors import UserError
 from quern.core.machine.parallel import Workers, pieces
 
 PANEL = 256
@@ -36,7 +37,7 @@ def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: 
     """Factorize float32 ``hessian`` ``(columns, columns)``, of which only the upper triangle is read; it is overwritten.
 
     ``damping`` times the mean of the diagonal is added to the diagonal. Inputs that never fire keep the
-    damping alone, which makes them round to nearest.
+    damping alone, which makes them round to nearest. Raises ``UserError`` where the diagonal is not finite.
     """
     order = None
     if activation_order:
@@ -44,6 +45,12 @@ def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: 
         full = hessian.triu() + hessian.triu(1).T
         hessian = full[order][:, order]
     diagonal = hessian.diagonal()
+    # |x_i x_j| is never above the greater square: where anything overflows, the diagonal does.
+    if not bool(diagonal.isfinite().all()):
+        raise UserError(
+            "what calibration counts of a linear's inputs is not finite: the model's values are so large that their squares "
+            "overflow float32. Check the checkpoint, or set rounding: {method: nearest}, which needs no calibration"
+        )
     mean = float(diagonal.double().mean())
     diagonal.add_(damping * mean if mean > 0 else 1.0)
     # A unit diagonal is the best conditioning that scaling can give (van der Sluis 1969).
