@@ -45,7 +45,10 @@ def train(
     ] = 65536,
     passes: Annotated[int, typer.Option(min=1, help="How often the text is gone through.")] = 1,
     learning_rate: Annotated[
-        float | None, typer.Option(metavar="X", help="Relative change of a scale in a step.", show_default="0.0005")
+        float | None,
+        typer.Option(
+            metavar="X", help="Relative change of a scale in a step.", show_default="0.001; 0.0005 for scales"
+        ),
     ] = None,
     memory: options.Memory = None,
     seed: options.Seed = 0,

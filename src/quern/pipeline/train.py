@@ -145,13 +145,14 @@ def _settings(train: Kind, tokens: int, passes: int, learning_rate: float | None
         raise UserError(
             f"nothing to train is called {train!r}; there are {', '.join(kinds)}{did_you_mean(train, kinds)}"
         )
-    for name, count in (("tokens", tokens), ("passes", passes)):
+    counts = {option("tokens", "--tokens"): tokens, option("passes", "--passes"): passes}
+    for name, count in counts.items():
         if type(count) is not int or count < 1:
-            raise UserError(f"{option(name, f'--{name}')} is {count!r}; it must be a whole number from 1 on")
+            raise UserError(f"{name} is {count!r}; it must be a whole number from 1 on")
     rate = RATES[train] if learning_rate is None else learning_rate
     if not math.isfinite(rate) or not 0 < rate < 1:
-        name, usual = option("learning_rate", "--learning-rate"), f"{RATES[train]:g}"
-        raise UserError(f"{name} is {rate!r}; it must lie between 0 and 1, as the usual {usual} does")
+        named, usual = option("learning_rate", "--learning-rate"), f"{RATES[train]:g}"
+        raise UserError(f"{named} is {rate!r}; it must lie between 0 and 1, as the usual {usual} does")
     return Settings(train, passes, rate, seed)
 
 

@@ -230,12 +230,13 @@ def test_a_loop_continues_from_any_state_with_the_same_bytes_at_any_number_of_th
 
 def test_a_loss_that_grows_or_is_no_number_ends_training_with_the_best_state_kept(model):
     ids, _ = sequences(2 * BATCH + 2)
-    with deterministic_workers(1) as workers:  # a teacher that the student agrees with: every step leads away from it
+    with deterministic_workers(1) as workers:  # a teacher that the student nearly agrees with: steps lead away
         teacher = make_student(model, workers, latent=False)._forward(list(ids))[-1]
+    for number, hidden in enumerate(teacher):
+        hidden += 0.01 * gaussian(TIME, 64, seed=number)
     wild, keeping = run_loop(model, rate=0.1, teacher=teacher)
     assert wild.history.problem is not None
     assert wild.history.best[0] == 0
-    assert abs(wild.history.best[1]) < 1e-5
     assert [step for step, best, _ in keeping.states if best] == [0]
     broken = [torch.zeros(TIME, 64) for _ in ids]
     for hidden in broken[:-2]:

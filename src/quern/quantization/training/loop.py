@@ -31,9 +31,9 @@ ENCODE_STEPS = 8
 GROWN = 2.0
 """Times the first held-out divergence at which training counts as diverged."""
 Kind = Literal["scales", "codes"]
-RATES: dict[Kind, float] = {"scales": 5e-4, "codes": 5e-4}
+RATES: dict[Kind, float] = {"scales": 5e-4, "codes": 1e-3}
 """Of parameters without a unit."""
-LATENT_RATE = 20.0
+LATENT_RATE = 2.0
 """How many times that latent weights, which count in steps of their grid, move."""
 
 
