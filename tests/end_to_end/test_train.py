@@ -12,7 +12,8 @@ from artifacts import INT8, hashes, small_recipe
 from tiny_model import calibration_text, tiny_config, write_model
 
 import quern
-from quern.core.errors import OutOfMemoryCapError, UserError
+from quern.codecs.kmeans import KMeansCodec
+from quern.core.errors import BadFileError, OutOfMemoryCapError, UserError
 from quern.engines.reference import load
 from quern.loading.fitting import open_model
 
@@ -186,3 +187,20 @@ def test_another_models_artifact_and_what_is_no_artifact_are_refused(place, tmp_
     for artifact, said in ((tmp_path / "strange", "was not made from"), (place / "model", "no artifact that training")):
         with pytest.raises(UserError, match=said):
             train(place, str(Path(tmp_path) / "out"), artifact=artifact)
+
+
+@pytest.mark.parametrize("damage", ['{"fingerprint": 1, "layers": [], "notes": []}', "[]", '{"fingerprint": {}}'])
+def test_damaged_provenance_is_named(place, tmp_path, damage):
+    quern.quantize(place / "model", tmp_path / "start", recipe=small_recipe(**GROUPED))
+    (tmp_path / "start" / "quern.json").write_text(damage, "utf-8")
+    with pytest.raises(BadFileError, match=r"quern\.json"):
+        train(place, str(tmp_path / "out"), artifact=tmp_path / "start")
+
+
+def test_codes_that_cannot_be_trained_and_recipes_without_any_are_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(KMeansCodec, "trains_codes", False)
+    with pytest.raises(UserError, match=r"codes of codec kmeans cannot be trained; those of .*integer.*train=scales"):
+        train(place, str(tmp_path / "out"), small_recipe(**TABLES))
+    with pytest.raises(UserError, match="nothing to train"):
+        train(place, str(tmp_path / "out"), small_recipe(weights={"codec": "none"}))
+    assert not list(tmp_path.iterdir())

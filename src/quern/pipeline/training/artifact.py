@@ -55,7 +55,8 @@ class Start:
                 f"quantize` writes them. Name a recipe instead ({option('recipe', '--recipe')}), of any format"
             )
         provenance = read_json(checkpoint.path / PROVENANCE)
-        if not (isinstance(provenance, dict) and {"fingerprint", "layers", "notes"} <= set(provenance)):
+        kinds = {"fingerprint": dict, "layers": list, "notes": list}
+        if not isinstance(provenance, dict) or not all(isinstance(provenance.get(k), kinds[k]) for k in kinds):
             raise BadFileError(checkpoint.path / PROVENANCE, "is not what quern writes", "Quantize the model again")
         recipe = parse_recipe(reader.quantization.get("recipe"), "of the artifact")
         return cls(checkpoint, architecture, reader, recipe, provenance)
