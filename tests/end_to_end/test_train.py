@@ -155,6 +155,13 @@ def test_what_did_not_help_is_not_written(place):
     assert {n: hashes(report.path)[n] for n in shards} == {n: hashes(place / "kept-start")[n] for n in shards}
 
 
+@pytest.mark.parametrize("kind", ["scales", "codes"])
+def test_large_models_are_trained_in_bfloat16(place, kind, monkeypatch):
+    monkeypatch.setattr("quern.pipeline.train.LARGE", 1)
+    report = train(place, f"narrow-{kind}", small_recipe(**GROUPED), train=kind)
+    assert report.kl_after < report.kl_before
+
+
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
