@@ -20,7 +20,7 @@ LATENT_COPIES = 4
 """Float32 numbers for each weight that has a latent one: itself, both moments of Adam, and one while a state is written."""
 OPEN_COPIES = 6
 """Float32 copies of a block's weights while it is in use: decoded, rotated back, their graphs and their gradients."""
-ACTIVATION_COPIES = 14
+ACTIVATION_COPIES = 24
 """Float32 copies of the widest activations of a sequence that a block keeps for its backward pass."""
 ROW_COPIES = 3
 """The same where factors of rows are trained, and no gradient of a weight is made."""
