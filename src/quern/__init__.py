@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quern.pipeline.planning.plan import plan
     from quern.pipeline.quantize import quantize
     from quern.pipeline.stacking.check import check
+    from quern.pipeline.train import train
     from quern.report.html import write_report
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "probe",
     "quantize",
     "recommend",
+    "train",
     "write_report",
 ]
 
@@ -58,6 +60,7 @@ _HOMES = {
     "probe": "quern.advisor.hardware",
     "quantize": "quern.pipeline.quantize",
     "recommend": "quern.advisor.recommend",
+    "train": "quern.pipeline.train",
     "write_report": "quern.report.html",
 }
 

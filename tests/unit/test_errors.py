@@ -95,6 +95,7 @@ def test_both_spellings_exist():
         quern.evaluate,
         quern.generate,
         quern.recommend,
+        quern.train,
         Chat.__init__,
     )
     arguments = {name for function in functions for name in inspect.signature(function).parameters}

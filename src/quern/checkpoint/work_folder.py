@@ -41,19 +41,22 @@ _PUBLISH = "publish"
 class WorkFolder:
     """An open work folder, locked against other processes until ``close``; a context manager. Made by ``open``."""
 
-    def __init__(self, folder: Path, lock: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, lock: int, nested: str | None = None) -> None:
+        self.folder, self._nested = folder, nested
         self._lock: int | None = lock
         self._steps: dict[str, Record] = {}
         self._hashed: dict[str, tuple[tuple[int, int], str]] = {}
 
     @classmethod
-    def open(cls, path: str | Path, fingerprint: Mapping[str, Any], fresh: bool = False) -> WorkFolder:
+    def open(
+        cls, path: str | Path, fingerprint: Mapping[str, Any], fresh: bool = False, nested: str | None = None
+    ) -> WorkFolder:
         """Open or make the work folder at ``path`` for the job that ``fingerprint`` (plain JSON data) describes.
 
-        ``fresh`` forgets what was done before. Raises ``UserError`` when another process works there, when the folder
-        belongs to a job with another fingerprint (each differing entry is named), when it is not a work folder, or when
-        it cannot be written.
+        ``fresh`` forgets what was done before. ``nested`` is the output folder of another job inside this one: it and
+        names that begin with its own are left to that job. Raises ``UserError`` when another process works there, when
+        the folder belongs to a job with another fingerprint (each differing entry is named), when it is not a work
+        folder, or when it cannot be written.
         """
         folder = Path(os.path.abspath(path))
         _remove_leftover(folder)
@@ -61,7 +64,7 @@ class WorkFolder:
         with explain_write_errors(folder, 0):
             folder.mkdir(parents=True, exist_ok=True)
             lock = acquire(folder / _LOCK, folder)
-        work = cls(folder, lock)
+        work = cls(folder, lock, None if fresh else nested)
         try:
             with explain_write_errors(folder, 0):
                 work._begin(json.loads(json.dumps(fingerprint, allow_nan=False)), fresh)
@@ -91,6 +94,8 @@ class WorkFolder:
         for record in self._steps.values():
             kept.update(self.folder / name for name in record.files)
         for base, folders, files in os.walk(self.folder, topdown=False):
+            if self._is_nested(Path(base)):
+                continue
             for name in files:
                 if Path(base, name) not in kept:
                     Path(base, name).unlink()
@@ -99,6 +104,11 @@ class WorkFolder:
                     Path(base, name).unlink()
                 elif not any(Path(base, name).iterdir()):
                     Path(base, name).rmdir()
+
+    def _is_nested(self, path: Path) -> bool:
+        """Whether ``path`` belongs to a job inside this one."""
+        parts = path.relative_to(self.folder).parts
+        return self._nested is not None and bool(parts) and parts[0].startswith(self._nested)
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder; the folders on the way to it are made when it is written."""

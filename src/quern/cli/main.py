@@ -26,11 +26,13 @@ from quern.cli.recipes import recipes
 from quern.cli.recommend import recommend
 from quern.cli.report import report
 from quern.cli.streams import forget_impossible_width, open_standard
+from quern.cli.train import train
 
 VERBS: tuple[Callable[..., Any], ...] = (
     check,
     plan,
     quantize,
+    train,
     evaluate,
     compare,
     report,

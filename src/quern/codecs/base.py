@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from quern.codecs.trainable.base import Fixed, RowFactors, Trainable
 from quern.core import scheme as schemes
 from quern.core.errors import UserError
 from quern.core.packed import QuantizedWeight
@@ -45,6 +46,12 @@ def scales_overflow(weights: Tensor, scale_dtype: str) -> UserError:
         f"weights up to {float(weights.abs().max()):.3g} are too large for scales in scale_dtype {scale_dtype}. Check the "
         f"checkpoint{larger}"
     )
+
+
+def nearest_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The number of ``dtype`` next to float32 ``scale``, in float32: of its sign, finite, and zero only for zero."""
+    size = least_scale(scale.abs(), dtype).clamp(max=torch.finfo(dtype).max).to(dtype).float()
+    return torch.where(scale == 0, 0.0, size * scale.sign())
 
 
 class ScaledParameters(CodecParameters):
@@ -162,6 +169,8 @@ class Codec(ABC):
     """What the literature calls it; recipes are listed by it."""
     takes_values: ClassVar[bool] = False
     """Whether ``exact_parts`` finds parts at all."""
+    trains_codes: ClassVar[bool] = False
+    """Whether ``trainable`` takes latent weights."""
     slab_rows: int = 32
     """Rows of a slab are a multiple of this, unless it is the last."""
 
@@ -222,6 +231,27 @@ class Codec(ABC):
     def integers(self, shape: tuple[int, int], parts: Parts) -> Tensor:
         """The stored numbers before scales multiply them, int8 ``(rows, columns)``; for a ``KernelForm`` that wants them."""
         raise NotImplementedError(self.scheme.codec)
+
+    def rows_of_factor(self, rows: int) -> int:
+        """Rows of a matrix of ``rows`` that get one factor in ``fold``, those next to each other."""
+        return 1
+
+    def fold(self, parts: Parts, factors: Tensor) -> Parts | None:
+        """The parts of a matrix whose rows are multiplied by ``factors`` float32 ``(sets of rows,)`` (``rows_of_factor``).
+
+        As nearly as its scales can be stored, codes as they are; factors of 1 change no bit. None if no scale can take them.
+        """
+        return None
+
+    def trainable(self, shape: tuple[int, int], parts: Parts, weight: Tensor | None) -> Trainable:
+        """What can be trained of a matrix of ``shape`` that is stored as ``parts``, without another byte.
+
+        ``weight`` float32 ``shape``: what latent weights begin at, where that rounds to what is stored; None: codes stay.
+        Codecs for which ``trains_codes`` is not set get no ``weight``.
+        """
+        rows = shape[0]
+        factors = torch.ones(-(-rows // self.rows_of_factor(rows)))
+        return (Fixed if self.fold(parts, factors) is None else RowFactors)(self, shape, parts)
 
     def join(self, slabs: list[Parts]) -> Parts:
         """Parts of a matrix from those of its slabs, in order."""

@@ -59,6 +59,11 @@ class PowerGrid(LevelGrid):
         exponent = exponent - (fraction <= 0.5).int()
         return torch.ldexp(torch.ones_like(fraction), exponent.clamp(-BIAS, MOST_EXPONENT)) / 2
 
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        """Next by its logarithm."""
+        exponent = torch.log2(scale * 2).round().int()  # of numbers, where scales are those of halves
+        return torch.ldexp(torch.ones_like(scale), exponent.clamp(-BIAS, MOST_EXPONENT)) / 2
+
     def exact(self, values: Tensor) -> Exact | None:
         """By the least scale that clips nothing: twice a number that is below the half of the largest is another one."""
         scale, zero = self.parameters(*values.aminmax(dim=1, keepdim=True))
@@ -78,6 +83,9 @@ class Float8Grid(LevelGrid):
     def scale_of(self, greatest: Tensor) -> Tensor:
         wanted = (greatest / LARGEST / self.tensor_scale).clamp(E4M3_LEAST, E4M3_LARGEST)
         return wanted.to(torch.float8_e4m3fn).float() * self.tensor_scale / 2
+
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        return self.scale_of(scale * 2 * LARGEST)
 
 
 class Float4Codec(LevelsCodec):
@@ -139,6 +147,9 @@ class Nvfp4Codec(Float4Codec):
             raise UserError("the matrix has weights that are not finite numbers. Check the checkpoint")
         scale = largest / (LARGEST * E4M3_LARGEST)
         return Float8Grid(torch.where(scale < torch.finfo(torch.float32).tiny, TINY, scale))
+
+    def stored_grid(self, parts: Parts) -> LevelGrid:
+        return Float8Grid(parts["tensor_scale"].float()[0])
 
     def store(self, codes: Tensor, scale: Tensor, zero: Tensor, grid: object) -> Parts:
         assert isinstance(grid, Float8Grid)

@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters
+from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters, nearest_scale
 from quern.codecs.exact import Exact, exact_floats
-from quern.codecs.grouped import Grid, GroupedCodec, stored_scale
+from quern.codecs.grouped import Grid, GroupedCodec, Restored, stored_scale
 from quern.core.scheme import CodecScheme
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -52,6 +52,9 @@ class Float8Grid(Grid):
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return codes.to(torch.uint8).view(self.dtype).float().mul_(scale)
 
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        return nearest_scale(scale, self.scale_dtype)
+
     def exact(self, values: Tensor) -> Exact | None:
         return exact_floats(values, self.dtype, self.scale_dtype)
 
@@ -78,6 +81,10 @@ class Float8Codec(GroupedCodec):
             "codes": codes.contiguous().view(self.grid.dtype),
             "scale": scale.to(self.grid.scale_dtype).contiguous(),
         }
+
+    def restored(self, shape: tuple[int, int], parts: Parts) -> Restored:
+        scale = parts["scale"].float()
+        return Restored(parts["codes"].view(torch.uint8), scale, torch.zeros_like(scale), self.grid)
 
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         groups = -(-shape[1] // self.group_width(shape[1]))

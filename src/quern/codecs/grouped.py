@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,12 @@ from quern.codecs.base import (
     Parts,
     ScaledParameters,
     least_scale,
+    nearest_scale,
     scales_overflow,
 )
 from quern.codecs.exact import Exact
+from quern.codecs.trainable.base import Trainable
+from quern.codecs.trainable.grids import GridTrainable
 from quern.core.scheme import CodecScheme
 from quern.observers.base import OBSERVERS
 
@@ -49,6 +53,14 @@ class Grid(ABC):
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """What ``codes`` (integers in float32, which may be overwritten) stand for."""
 
+    @abstractmethod
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        """The scale next to float32 ``scale`` that can be stored; never zero."""
+
+    def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value at scale 1, for each of the zero points."""
+        return torch.full_like(zero, -self.largest), torch.full_like(zero, self.largest)
+
     def reconstruct(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """``values`` as the grid of ``[low, high]`` gives them back."""
         scale, zero = self.parameters(low, high)
@@ -58,6 +70,19 @@ class Grid(ABC):
         """Codes, scales and zero points that stand for exactly ``values`` float32 ``(sets, width)``, of which each set has a
         scale; None if some set has none, or for grids of which nobody knows how to find them."""
         return None
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What ``GroupedCodec.store`` was given."""
+
+    codes: Tensor
+    """uint8 ``(rows, columns)``."""
+    scale: Tensor
+    """float32 ``(scale rows, groups)``."""
+    zero: Tensor
+    """Whole numbers in float32, of the same shape."""
+    grid: Grid
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,6 +164,8 @@ class GroupedEncoder(Encoder):
 class GroupedCodec(Codec):
     """What such codecs share; each says what its grid is and what it stores."""
 
+    trains_codes = True
+
     def __init__(self, scheme: CodecScheme) -> None:
         super().__init__(scheme)
         assert isinstance(scheme.params, ScaledParameters)
@@ -154,6 +181,23 @@ class GroupedCodec(Codec):
     @abstractmethod
     def store(self, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> dict[str, Tensor]:
         """The parts: codes uint8 ``(rows, columns)``; scale and zero point float32 ``(scale rows, groups)``."""
+
+    @abstractmethod
+    def restored(self, shape: tuple[int, int], parts: Parts) -> Restored:
+        """The inverse of ``store``."""
+
+    def rows_of_factor(self, rows: int) -> int:
+        return self.rows_of_scale(rows)
+
+    def fold(self, parts: Parts, factors: Tensor) -> Parts | None:
+        """Scales alone change; of codecs that keep them in the part ``scale`` as they are."""
+        if self.scale_dtype_name is None:
+            return None
+        scale = parts["scale"]
+        return {**parts, "scale": nearest_scale(scale.float() * factors[:, None], scale.dtype).to(scale.dtype)}
+
+    def trainable(self, shape: tuple[int, int], parts: Parts, weight: Tensor | None) -> Trainable:
+        return super().trainable(shape, parts, None) if weight is None else GridTrainable(self, shape, parts, weight)
 
     def describe(self) -> Described:
         size = self.params.group_size

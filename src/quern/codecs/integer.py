@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from quern.codecs import bits
-from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters
+from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters, nearest_scale
 from quern.codecs.exact import Exact, exact_codes
-from quern.codecs.grouped import Grid, GroupedCodec, stored_scale
+from quern.codecs.grouped import Grid, GroupedCodec, Restored, stored_scale
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import NO_TRAITS, Traits
 
@@ -82,6 +82,12 @@ class IntegerGrid(Grid):
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return codes.sub_(zero).mul_(scale)
 
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        return nearest_scale(scale, self.scale_dtype)
+
+    def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+        return -zero, self.levels - zero
+
     def exact(self, values: Tensor) -> Exact | None:
         return exact_codes(values, self.bits, self.symmetric, self.scale_dtype)
 
@@ -135,6 +141,16 @@ class IntegerCodec(GroupedCodec):
     def pack_codes(self, codes: Tensor) -> Tensor:
         """The stored form of uint8 codes ``(rows, columns)``."""
         return (codes.to(torch.int16) - 128).to(torch.int8) if self._bytes else bits.pack(codes, self.params.bits)
+
+    def restored(self, shape: tuple[int, int], parts: Parts) -> Restored:
+        codes, scale, zero = parts["codes"], parts["scale"].float(), self._zero(parts)
+        unpacked = (codes.to(torch.int16) + 128).to(torch.uint8) if self._bytes else None
+        return Restored(
+            bits.unpack(codes, self.params.bits, shape[1]) if unpacked is None else unpacked,
+            scale,
+            torch.full_like(scale, self.grid.middle) if zero is None else zero.float(),
+            self.grid,
+        )
 
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, columns = shape

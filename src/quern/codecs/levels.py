@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from quern.codecs import planes
-from quern.codecs.base import KernelForm, Parts
-from quern.codecs.grouped import Grid, GroupedCodec, stored_scale
+from quern.codecs.base import KernelForm, Parts, nearest_scale
+from quern.codecs.grouped import Grid, GroupedCodec, Restored, stored_scale
 from quern.core.scheme import CodecScheme
 
 
@@ -38,6 +38,9 @@ class LevelGrid(Grid):
         scale = self.scale_of(torch.maximum(low.abs(), high.abs()))
         return scale, torch.zeros_like(scale)
 
+    def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(zero, float(self.values.min())), torch.full_like(zero, float(self.values.max()))
+
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes nearest to ``values``; half-way it is the smaller value's."""
         device = values.device
@@ -57,6 +60,9 @@ class ScaledLevels(LevelGrid):
 
     def scale_of(self, greatest: Tensor) -> Tensor:
         return stored_scale(greatest / self.largest, self.dtype)
+
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        return nearest_scale(scale, self.dtype)
 
 
 class LevelsCodec(GroupedCodec):
@@ -94,6 +100,14 @@ class LevelsCodec(GroupedCodec):
 
     def store(self, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Parts:
         return {"codes": planes.pack(codes.contiguous(), self.params.bits), **self.store_scale(scale)}
+
+    def restored(self, shape: tuple[int, int], parts: Parts) -> Restored:
+        codes, scale = planes.unpack(parts["codes"], self.params.bits, shape[1]), self.read_scale(parts) * self.unit
+        return Restored(codes, scale, torch.zeros_like(scale), self.stored_grid(parts))
+
+    def stored_grid(self, parts: Parts) -> LevelGrid:
+        """The grid of a matrix that is stored as ``parts``."""
+        return self.grid
 
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, columns = shape

@@ -32,8 +32,11 @@ from quern.codecs.base import (
     Parts,
     ScaledParameters,
     least_scale,
+    nearest_scale,
     scales_overflow,
 )
+from quern.codecs.trainable.base import Trainable
+from quern.codecs.trainable.trellis import TrellisTrainable
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import Traits
@@ -97,10 +100,9 @@ def windows(streams: Tensor, steps: int, bits: int, window: int, lag: int = 0) -
 class TrellisEncoder(Encoder):
     """Rounds columns by the native encoder (``csrc/trellis``)."""
 
-    def __init__(self, codec: TrellisCodec, weight: Tensor) -> None:
-        self.codec = codec
-        self.scale = codec.row_scales(weight)
-        entries, columns = codec.table.entries.numpy(), weight.shape[1]
+    def __init__(self, codec: TrellisCodec, scale: Tensor, columns: int) -> None:
+        self.codec, self.scale = codec, scale
+        entries = codec.table.entries.numpy()
         self._native = _native.TrellisEncoder(codec.params.bits, codec.lag, entries, self.scale.numpy(), columns)
 
     def round(self, first: int, values: Tensor) -> Tensor:
@@ -138,6 +140,7 @@ class TrellisCodec(Codec):
 
     Parameters = TrellisParameters
     technique = "trellis-coded"
+    trains_codes = True
     slab_rows = TILE
 
     def __init__(self, scheme: CodecScheme) -> None:
@@ -182,7 +185,22 @@ class TrellisCodec(Codec):
         return largest * relative.square().mean(dim=1).sqrt() * self.table.unit
 
     def encoder(self, weight: Tensor, whole: Tensor, refit: bool) -> TrellisEncoder:
-        return TrellisEncoder(self, weight)
+        return TrellisEncoder(self, self.row_scales(weight), weight.shape[1])
+
+    def encoder_at(self, scale: Tensor, columns: int) -> TrellisEncoder:
+        """An encoder for rows of the given scales float32 ``(rows,)``, which are numbers that can be stored."""
+        return TrellisEncoder(self, scale, columns)
+
+    def nearest_scale(self, scale: Tensor) -> Tensor:
+        """The scale next to float32 ``scale`` that can be stored."""
+        return nearest_scale(scale, self.scale_dtype)
+
+    def fold(self, parts: Parts, factors: Tensor) -> Parts:
+        scale = self.nearest_scale(parts["scale"].float() * factors[:, None])
+        return {**parts, "scale": scale.to(self.scale_dtype)}
+
+    def trainable(self, shape: tuple[int, int], parts: Parts, weight: Tensor | None) -> Trainable:
+        return super().trainable(shape, parts, None) if weight is None else TrellisTrainable(self, shape, parts)
 
     def join(self, slabs: list[Parts]) -> Parts:
         return super().join(slabs) | {"table": slabs[0]["table"]}

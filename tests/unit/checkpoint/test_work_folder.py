@@ -413,3 +413,17 @@ def test_the_journal_is_lines_of_json(tmp_path):
         assert record["step"] == "öne"
         assert record["data"] == {"a": 1}
         assert list(record["files"]) == ["x.safetensors"]
+
+
+def test_a_job_inside_this_one_keeps_its_files_unless_all_starts_over(tmp_path):
+    folder = tmp_path / "work"
+    names = ("start/model", "start.quern-work/journal.jsonl", "start.quern-work/weights/0", "other/file")
+    with WorkFolder.open(folder, {"job": 1}, nested="start") as work:
+        for name in names:
+            path = work.path(*name.split("/"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("x")
+    with WorkFolder.open(folder, {"job": 1}, nested="start") as work:
+        assert [work.path(*name.split("/")).exists() for name in names] == [True, True, True, False]
+    with WorkFolder.open(folder, {"job": 2}, fresh=True, nested="start") as work:
+        assert not any(work.path(*name.split("/")).exists() for name in names)

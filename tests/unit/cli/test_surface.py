@@ -31,6 +31,10 @@ SURFACE = {
         *("--fresh", "--threads", "--format", "--json"),
         *TARGET,
     },
+    "train": {
+        *("MODEL", "--output", "-o", "--recipe", "--from", "--text", "--train", "--tokens", "--passes"),
+        *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json"),
+    },
     "evaluate": {
         *("MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--engine", "--seed", "--json"),
         *("--no-speed", "--tasks", "--tasks-path", "--limit", "--cache"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from schemes import make_codec
 
-from quern.codecs.kmeans import fit_tables
+from quern.codecs.fitting.lloyd import fit_tables
 
 BEST_OF_A_NORMAL = {4: 0.1175, 8: 0.03454, 16: 0.009497}
 """Mean squared error of the best 4, 8 and 16 values on a unit Gaussian (Max 1960, table I)."""

@@ -64,6 +64,7 @@ def commands() -> list[list[str]]:
 
 
 QUICKER = {
+    "train": ["--tokens", "2048"],
     "evaluate": ["--no-speed", "--tokens", "256"],
     "compare": ["--no-speed", "--tokens", "256", "--recipes", "rtn4", "--engine", "reference"],
 }

@@ -57,8 +57,11 @@ class Block:
         weights = {name: joined(self.spec.sources_of(name)).to(dtype) for name, _ in self.module.named_parameters()}
         self.module.load_state_dict(weights, assign=True)
         self.module.requires_grad_(False)
-        self.dtype = dtype
-        self.device = next(iter(weights.values())).device
+        self._place(architecture, next(iter(weights.values())).device, dtype, time)
+
+    def _place(self, architecture: Architecture, device: torch.device, dtype: torch.dtype, time: int) -> None:
+        """What a run needs beside the module."""
+        self.dtype, self.device = dtype, device
         positions = torch.arange(time, device=self.device)[None]
         probe = torch.empty(1, dtype=dtype, device=self.device)
         self._rotary = architecture.build_rotary().to(self.device)(probe, positions)

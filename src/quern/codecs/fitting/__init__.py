@@ -1,0 +1,1 @@
+"""Parameters of codecs that are found by more than a formula."""

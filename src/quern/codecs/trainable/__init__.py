@@ -1,0 +1,1 @@
+"""Stored weights as numbers that can be trained, by kind of codec."""

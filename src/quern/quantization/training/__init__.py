@@ -1,0 +1,1 @@
+"""Training what an artifact stores, by distillation from the model that it was made of."""

@@ -1,0 +1,215 @@
+"""A decoder block as an artifact stores it, with what can be trained of it.
+
+The block is transformers' own class. Weights are decoded when the block is used and let go afterwards, so that of the blocks
+that are not in use only what is trained is in memory. A rotated weight is rotated back, which is the same function.
+
+Sequences run one a worker, each with torch in one thread; their gradients are added in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quern.architectures.base import Architecture
+from quern.codecs.trainable.base import Trainable, straight_through
+from quern.core.machine.parallel import Workers, pieces
+from quern.quantization.calibration.block import Block
+from quern.quantization.training.inputs import InputRounding
+from quern.rotation.rotation import rotate, rotate_back
+
+
+class TrainedVector(nn.Module):
+    """A norm's weights or a bias: what was stored plus an offset in units of its root mean square; zeros stay."""
+
+    def __init__(self, stored: Tensor) -> None:
+        super().__init__()
+        self._stored = stored
+        self._unit = stored.float().square().mean().sqrt()
+        self.offset = nn.Parameter(torch.zeros(stored.shape))
+
+    def values(self) -> Tensor:
+        """float32, as they will be stored; differentiable."""
+        moved = self._stored.float() + self._unit * self.offset
+        return straight_through(moved, moved.detach().to(self._stored.dtype).float())
+
+    @torch.no_grad()
+    def stored(self) -> Tensor:
+        """In the dtype that they came in."""
+        return self.values().to(self._stored.dtype)
+
+
+@dataclass(frozen=True)
+class TrainedWeight:
+    """A quantized weight and what becomes of its inputs."""
+
+    trainable: Trainable
+    signs: Tensor | None = None
+    """Packed signs of the rotation of its inputs."""
+    inputs: InputRounding | None = None
+    """Where activations are int8."""
+
+    def effective(self, values: Tensor) -> Tensor:
+        """What inputs that are not rotated are multiplied with."""
+        return values if self.signs is None else rotate_back(values, self.signs)
+
+    def stored_gradient(self, gradient: Tensor) -> Tensor:
+        """dL / d(stored values) from dL / d(effective ones): the rotation is orthogonal."""
+        return gradient if self.signs is None else rotate(gradient, self.signs)
+
+
+class _Linear(nn.Linear):
+    """A linear with factors of its outputs and rounded inputs."""
+
+    factor: Tensor | None = None
+    rounding: InputRounding | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        seen = input if self.rounding is None else self.rounding(input)
+        output = functional.linear(seen, self.weight)
+        if self.factor is not None:
+            output = output * self.factor
+        return output if self.bias is None else output + self.bias
+
+
+@dataclass
+class _Leaves:
+    """What gradients are taken by while a block is in use."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """The stored values with their graphs."""
+
+    def all(self) -> list[Tensor]:
+        """In order."""
+        return [*self.weights.values(), *self.vectors.values()]
+
+
+class StudentBlock(Block):
+    """Block ``index`` of an artifact; sequences have ``time`` tokens."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        index: int,
+        weights: Mapping[str, TrainedWeight],
+        read: Callable[[str], Tensor],
+        dtype: torch.dtype,
+        time: int,
+    ) -> None:
+        """``weights``: of the quantized linears, by name relative to the block; ``read`` reads all other parameters by full
+        name."""
+        with torch.device("meta"):
+            self.module = architecture.build_block(index)
+            for name in weights:
+                linear = self.linear(name)
+                own = _Linear(linear.in_features, linear.out_features, linear.bias is not None)
+                own.rounding = weights[name].inputs
+                self.module.set_submodule(name, own)
+        self.spec, self.weights = architecture.block(index), dict(weights)
+        self.vectors: dict[str, TrainedVector] = {}
+        plain = {}
+        for name, parameter in self.module.named_parameters():
+            if name.removesuffix(".weight") in weights:
+                continue
+            stored = read(self.spec.prefix + name)
+            if parameter.dim() == 1:
+                self.vectors[name] = TrainedVector(stored)
+            plain[name] = stored.to(dtype)
+        self.module.load_state_dict(plain, assign=True, strict=False)
+        self.module.requires_grad_(False)
+        self._place(architecture, torch.device("cpu"), dtype, time)
+        self.recorded_linears = []
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything that has parameters to train, by name relative to the block."""
+        return {**{name: weight.trainable for name, weight in self.weights.items()}, **self.vectors}
+
+    def _open(self, workers: Workers, gradients: bool) -> _Leaves:
+        """Put the weights into the module; leaves where ``gradients`` are wanted."""
+        leaves = _Leaves()
+
+        def decoded(weight: TrainedWeight) -> tuple[Tensor, Tensor]:
+            with torch.set_grad_enabled(gradients and not weight.trainable.by_rows):
+                values = weight.trainable.values()
+            return values, weight.effective(values.detach()).to(self.dtype)
+
+        found = workers.map(decoded, list(self.weights.values()))
+        for (name, weight), (values, effective) in zip(self.weights.items(), found, strict=True):
+            linear = self.linear(name)
+            assert isinstance(linear, _Linear)
+            by_rows = weight.trainable.by_rows
+            linear.weight = nn.Parameter(effective, requires_grad=gradients and not by_rows)
+            linear.factor = None
+            if gradients and by_rows:
+                linear.factor = torch.ones(len(effective), dtype=self.dtype, requires_grad=True)
+                leaves.weights[name] = linear.factor
+            elif gradients:
+                leaves.weights[name], leaves.values[name] = linear.weight, values
+        for name, vector in self.vectors.items():
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(vector.values().detach().to(self.dtype), requires_grad=gradients)
+            self.module.get_submodule(owner)._parameters[leaf] = parameter
+            leaves.vectors[name] = parameter
+        return leaves
+
+    def _close(self) -> None:
+        for name in self.weights:
+            linear = self.linear(name)
+            assert isinstance(linear, _Linear)
+            linear.weight, linear.factor = nn.Parameter(torch.empty(0), requires_grad=False), None
+
+    def outputs(self, hidden: Sequence[Tensor], workers: Workers) -> list[Tensor]:
+        """What the block makes of each sequence ``(time, width)``."""
+        self._open(workers, gradients=False)
+        found = workers.map(lambda sequence: self._no_grad(sequence[None])[0], hidden)
+        self._close()
+        return found
+
+    def backward(self, hidden: Sequence[Tensor], gradients: Sequence[Tensor], workers: Workers) -> list[Tensor]:
+        """dL / d(inputs) of each sequence from its inputs and dL / d(outputs), all ``(time, width)``; the gradients of all
+        that is trained are set to their sums."""
+        leaves = self._open(workers, gradients=True)
+        wanted = leaves.all()
+
+        def one(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                inputs = pair[0][None].detach().requires_grad_()
+                result = self.run(inputs)
+                return torch.autograd.grad(result, [inputs, *wanted], pair[1][None].to(result), allow_unused=True)
+
+        sums = [torch.zeros(leaf.shape) for leaf in wanted]
+        inner: list[Tensor] = []
+        pairs = list(zip(hidden, gradients, strict=True))
+        for start, stop in pieces(len(pairs), workers.threads):
+            for by_input, *by_leaf in workers.map(one, pairs[start:stop]):
+                inner.append(by_input[0])
+                for total, part in zip(sums, by_leaf, strict=True):
+                    if part is not None:  # an expert that no token of the sequence met
+                        total += part
+        self._close()
+        self._hand_on(leaves, sums, workers)
+        return inner
+
+    def _hand_on(self, leaves: _Leaves, sums: Sequence[Tensor], workers: Workers) -> None:
+        """From the leaves to what is trained."""
+        by_name = dict(zip([*leaves.weights, *leaves.vectors], sums, strict=True))
+
+        def one(name: str) -> None:
+            if name in leaves.vectors:
+                self.vectors[name].offset.grad = None
+                self.vectors[name].values().backward(by_name[name])  # type: ignore[no-untyped-call]
+                return
+            weight = self.weights[name]
+            if weight.trainable.by_rows:
+                weight.trainable.take_row_gradient(by_name[name])
+                return
+            weight.trainable.zero_grad(set_to_none=True)
+            leaves.values.pop(name).backward(weight.stored_gradient(by_name[name]))  # type: ignore[no-untyped-call]
+
+        workers.map(one, list(by_name))
