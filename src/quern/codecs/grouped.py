@@ -41,6 +41,10 @@ class Grid(ABC):
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """What ``codes`` (integers in float32, which may be overwritten) stand for."""
 
+    def storable(self, scale: Tensor) -> Tensor | None:
+        """The scales nearest to float32 ``scale`` that can be stored; None where scales stay as they were fitted."""
+        return None
+
     def reconstruct(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """``values`` as the grid of ``[low, high]`` gives them back."""
         scale, zero = self.parameters(low, high)
@@ -83,6 +87,8 @@ class GroupedEncoder(Encoder):
             self.refit_width = self.group
         else:
             self._fit_all(weight)
+        own = codec.params.granularity in ("channel", "group") and self.grid.storable(self.scale) is not None
+        self.rescale_width = self.group if own else None
 
     def _fit_all(self, weight: Tensor) -> None:
         for first in range(0, weight.shape[1], self.group):
@@ -109,6 +115,15 @@ class GroupedEncoder(Encoder):
 
     def refit(self, first_column: int, values: Tensor, importance: Tensor) -> None:
         self._fit(first_column // self.group, values.T.contiguous(), importance)
+
+    def rescale(self, first_column: int, factor: Tensor) -> Tensor:
+        scale = self.scale[first_column // self.group]
+        stored = self.grid.storable(scale * factor)
+        assert stored is not None
+        stored = torch.where((stored * self.grid.largest).isfinite(), stored, scale)
+        ratio = stored / scale
+        scale.copy_(stored)
+        return ratio
 
     def round(self, first: int, values: Tensor) -> Tensor:
         group = first // self.group

@@ -69,6 +69,9 @@ class IntegerGrid(Grid):
             return scale, torch.full_like(scale, self.middle)
         return scale, (-low.clamp(max=0) / scale).round_().clamp_(0, self.levels)
 
+    def storable(self, scale: Tensor) -> Tensor:
+        return stored_scale(scale, self.scale_dtype)
+
     def ideal_scale(self, low: Tensor, high: Tensor) -> Tensor:
         """The scale before any dtype rounds it."""
         if self.symmetric:

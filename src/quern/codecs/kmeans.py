@@ -114,6 +114,15 @@ class KMeansEncoder(Encoder):
         self.fitted = [False] * groups
         if refit and codec.params.granularity == "group":
             self.refit_width = self.group
+        self.rescale_width = None if codec.has_one_scale else self.group
+
+    def rescale(self, first_column: int, factor: Tensor) -> Tensor:
+        scale, dtype = self.scale[first_column // self.group], self.codec.scale_dtype
+        stored = least_scale(scale * factor, dtype).to(dtype).float()
+        stored = torch.where((stored * LARGEST).isfinite(), stored, scale)
+        ratio = stored / scale
+        scale.copy_(stored)
+        return ratio
 
     def weigh(self, importance: Tensor) -> None:
         self.importance = importance

@@ -56,7 +56,10 @@ class ScaledLevels(LevelGrid):
         self.dtype = dtype
 
     def scale_of(self, greatest: Tensor) -> Tensor:
-        return stored_scale(greatest / self.largest, self.dtype)
+        return self.storable(greatest / self.largest)
+
+    def storable(self, scale: Tensor) -> Tensor:
+        return stored_scale(scale, self.dtype)
 
 
 class LevelsCodec(GroupedCodec):

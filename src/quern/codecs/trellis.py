@@ -30,6 +30,8 @@ from quern.core.stacking import Traits
 
 TABLES = "trellis_tables.json"
 TILE, LANE_ROWS, BLOCK, LANES = 256, 16, 4, 64
+LARGEST_SUM = 2 * 127
+"""Of the entries of two tables."""
 
 
 @dataclass(frozen=True)
@@ -85,23 +87,39 @@ def windows(streams: Tensor, steps: int, bits: int, window: int, lag: int = 0) -
 
 
 class TrellisEncoder(Encoder):
-    """Rounds columns by the native encoder (``csrc/trellis``)."""
+    """Rounds columns by the native encoder (``csrc/trellis``), which is given weights in units of their row's scale."""
 
     def __init__(self, codec: TrellisCodec, weight: Tensor) -> None:
         self.codec = codec
-        self.scale = codec.row_scales(weight)
-        entries, columns = codec.table.entries.numpy(), weight.shape[1]
-        self._native = _native.TrellisEncoder(codec.params.bits, codec.lag, entries, self.scale.numpy(), columns)
+        rows, columns = weight.shape
+        self.rescale_width = columns
+        self._set_scale(codec.row_scales(weight))
+        entries, units = codec.table.entries.numpy(), torch.ones(rows).numpy()
+        self._native = _native.TrellisEncoder(codec.params.bits, codec.lag, entries, units, columns)
+
+    def _set_scale(self, scale: Tensor) -> None:
+        self.scale = scale
+        self._inverse = torch.where(scale > 0, 1 / scale, 0.0)
+
+    def rescale(self, first_column: int, factor: Tensor) -> Tensor:
+        """See ``Encoder.rescale``; codes are read with the new scales from there on."""
+        wanted = least_scale(self.scale * factor.cpu(), self.codec.scale_dtype).to(self.codec.scale_dtype).float()
+        usable = (self.scale > 0) & (wanted * LARGEST_SUM).isfinite()
+        ratio = torch.where(usable, wanted / self.scale, 1.0)
+        self._set_scale(torch.where(usable, wanted, self.scale))
+        return ratio.to(factor.device)
 
     def round(self, first: int, values: Tensor) -> Tensor:
         decoded = torch.empty(values.shape, dtype=torch.float32)
-        self._native.round(first, values[0].detach().cpu().contiguous().numpy(), decoded[0].numpy())
-        return decoded.to(values.device)
+        given = values[0].detach().cpu() * self._inverse
+        self._native.round(first, given.numpy(), decoded[0].numpy())
+        return decoded.mul_(self.scale).to(values.device)
 
     def round_all(self, weight: Tensor) -> Tensor:
         decoded = torch.empty(weight.shape, dtype=torch.float32)
-        self._native.round_all(weight.detach().cpu().contiguous().numpy(), decoded.numpy())
-        return decoded.to(weight.device)
+        given = weight.detach().cpu() * self._inverse[:, None]
+        self._native.round_all(given.numpy(), decoded.numpy())
+        return decoded.mul_(self.scale[:, None]).to(weight.device)
 
     def parts(self) -> Parts:
         return {
@@ -161,7 +179,7 @@ class TrellisCodec(Codec):
         scale = self.ideal_scales(weight)
         least = least_scale(scale, self.scale_dtype)
         stored = torch.where(scale > 0, least, 0.0).to(self.scale_dtype).float()
-        if not bool((stored * (2 * 127)).isfinite().all()):
+        if not bool((stored * LARGEST_SUM).isfinite().all()):
             raise UserError(
                 f"weights up to {float(weight.abs().max()):.3g} are too large for scales in scale_dtype "
                 f"{self.params.scale_dtype}. Check the checkpoint; bfloat16 and float32 hold larger scales"

@@ -55,6 +55,18 @@ class Rounding(_Strict):
     """Round the columns of largest Hessian diagonal first; scales are then fitted before rounding starts."""
     block_size: Annotated[int, Field(ge=1)] = 128
     """Columns between two matrix products of the error feedback (speed only; the result is the same up to rounding)."""
+    target: Literal["own", "drift"] = "own"
+    """What ``gptq`` rounds towards: the linear's ``own`` weights, or those that make up for what the inputs have drifted by
+    because everything before them is quantized."""
+    sweeps: Annotated[int, Field(ge=0, le=16)] = 0
+    """How often ``gptq`` goes over all columns again, each rounded anew with all others as they are, and scales refitted."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes are older than these keys: without them they stay what they were, in artifacts and fingerprints."""
+        data: dict[str, Any] = dump(self)
+        usual = {"target": "own", "sweeps": 0}
+        return {key: value for key, value in data.items() if key not in usual or value != usual[key]}
 
 
 class Transform(_Strict):

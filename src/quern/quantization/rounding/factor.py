@@ -30,22 +30,26 @@ class Factor:
     """D, float32 ``(columns,)``."""
     order: Tensor | None
     """Columns in the order in which they are rounded (int64), or None for their own order."""
+    hessian: Tensor | None = None
+    """The damped Hessian, float32 ``(columns, columns)``, all of it in the columns' own order, where it was to be kept."""
 
 
-def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: Workers) -> Factor:
+def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: Workers, keep: bool = False) -> Factor:
     """Factorize float32 ``hessian`` ``(columns, columns)``, of which only the upper triangle is read; it is overwritten.
 
     ``damping`` times the mean of the diagonal is added to the diagonal. Inputs that never fire keep the
-    damping alone, which makes them round to nearest.
+    damping alone, which makes them round to nearest. With ``keep`` the factor holds the damped Hessian too.
     """
-    order = None
-    if activation_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        full = hessian.triu() + hessian.triu(1).T
-        hessian = full[order][:, order]
     diagonal = hessian.diagonal()
     mean = float(diagonal.double().mean())
     diagonal.add_(damping * mean if mean > 0 else 1.0)
+    kept = hessian.triu().add_(hessian.triu(1).T) if keep else None
+    order = None
+    if activation_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        full = hessian.triu() + hessian.triu(1).T
+        hessian = full[order][:, order]
+        diagonal = hessian.diagonal()
     # A unit diagonal is the best conditioning that scaling can give (van der Sluis 1969).
     scale = diagonal.rsqrt()
     for start, stop in pieces(len(hessian), TILE):
@@ -54,7 +58,7 @@ def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: 
     root = hessian.diagonal().clone()
     for start, stop in pieces(len(hessian), TILE):
         hessian[:stop, start:stop] *= (scale / root)[None, start:stop] / scale[:stop, None]
-    return Factor(hessian, (root / scale).square_().contiguous(), order)
+    return Factor(hessian, (root / scale).square_().contiguous(), order, kept)
 
 
 def _cholesky_upper(matrix: Tensor, workers: Workers) -> None:

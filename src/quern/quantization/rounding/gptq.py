@@ -21,6 +21,7 @@ from quern.core.errors import UserError
 from quern.core.stacking import Traits
 from quern.quantization.rounding.base import ROUNDINGS, RoundedSlab, Rounding
 from quern.quantization.rounding.factor import Factor
+from quern.quantization.rounding.sweeps import sweep
 
 SAMPLED_ROWS = 64
 """Rows of a slab from which tr(W H W^T) is estimated; the whole would cost as much as the rounding itself."""
@@ -47,6 +48,10 @@ class Gptq(Rounding):
         size = _quadratic_size(weight, factor)
         if factor.order is not None:
             decoded = decoded[:, factor.order.argsort()]
+        if self.settings.sweeps and encoder.width == 1:
+            assert factor.hessian is not None, "sweeps need the whole Hessian"
+            error = sweep(slab, decoded, encoder, factor.hessian, self.settings.sweeps)
+            decoded = codec.decode((slab.shape[0], slab.shape[1]), encoder.parts())
         return RoundedSlab(encoder.parts(), decoded, error, size)
 
     def _feed_forward(self, weight: Tensor, encoder: Encoder, factor: Factor) -> tuple[Tensor, float]:
