@@ -285,6 +285,7 @@ def record_of(job: Job, rounded: Sequence[RoundedLinear], prefix: str = "") -> d
             "bits_per_weight": linear.bits_per_weight
             - 8 * job.writer.saved_bytes(prefix + linear.name) / linear.decoded.numel(),
             "relative_error": linear.relative_loss,
+            **({} if linear.drift_share is None else {"drift_share": linear.drift_share}),
         }
         for linear in rounded
     ]

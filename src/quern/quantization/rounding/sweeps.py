@@ -6,7 +6,7 @@ codes nearest to
 
     q_k - r_k / H_kk
 
-lose least (coordinate descent; compare Chee et al. 2023 (QuIP), arXiv 2307.13304, section 3, and Kim et al. 2025 (LNQ), arXiv
+lose least (coordinate descent; compare Chee et al. 2023 (QuIP), arXiv 2307.13304, and Kim et al. 2025 (LNQ), arXiv
 2505.07004). Where columns q_g of a row share a scale, multiplying it by 1 + a changes the loss by
 2 a q_g . r_g + a^2 q_g H_gg q_g^T, which is least at a = -q_g . r_g / (q_g H_gg q_g^T).
 """
