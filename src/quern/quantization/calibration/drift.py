@@ -61,11 +61,11 @@ class Drift:
         self, inputs: Tensor, turned: Tensor, weights: Tensor | None, reference: Reference, workers: Workers
     ) -> None:
         """Add tokens: x' ``(tokens, columns)`` as it is, and as it is rounded for; their weights ``(tokens,)``."""
-        weight = self.weight.float()
 
         def missing(part: tuple[int, int]) -> Tensor:
             some = slice(*part)
-            found = (reference.inputs[some].float() - inputs[some].float()) @ weight.T
+            change = reference.inputs[some].float() - inputs[some].float()
+            found = (change.to(self.weight.dtype) @ self.weight.T).float()
             return found if reference.added is None else found + reference.added[some]
 
         mismatch = torch.cat(workers.map(missing, pieces(len(inputs), TOKENS)))
