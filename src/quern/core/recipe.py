@@ -61,6 +61,13 @@ class Rounding(_Strict):
     sweeps: Annotated[int, Field(ge=0, le=16)] = 0
     """How often ``gptq`` goes over all columns again, each rounded anew with all others as they are, and scales refitted."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Rounding:
+        asked = [key for key, usual in (("target", "own"), ("sweeps", 0)) if getattr(self, key) != usual]
+        if asked and not ROUNDINGS.get(self.method).needs_hessian:
+            raise ValueError(f"{' and '.join(asked)} go with a rounding that reads Hessians (gptq), not with {self.method}")
+        return self
+
     @model_serializer(mode="wrap")
     def _without_later_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Recipes are older than these keys: without them they stay what they were, in artifacts and fingerprints."""
