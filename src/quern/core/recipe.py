@@ -44,6 +44,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_LATER_KEYS: dict[str, Any] = {"target": "own", "sweeps": 0, "two_sided": False}
+"""Keys of ``Rounding`` that recipes had not from the beginning, with what they were without them."""
+
+
 class Rounding(_Strict):
     """Which stored value each weight becomes."""
 
@@ -60,20 +64,23 @@ class Rounding(_Strict):
     because everything before them is quantized."""
     sweeps: Annotated[int, Field(ge=0, le=16)] = 0
     """How often ``gptq`` goes over all columns again, each rounded anew with all others as they are, and scales refitted."""
+    two_sided: bool = False
+    """Whether ``gptq`` counts how errors of different rows go together in the loss; rows then make up for those before them."""
 
     @model_validator(mode="after")
     def _check(self) -> Rounding:
-        asked = [key for key, usual in (("target", "own"), ("sweeps", 0)) if getattr(self, key) != usual]
+        asked = [key for key, usual in _LATER_KEYS.items() if getattr(self, key) != usual]
         if asked and not ROUNDINGS.get(self.method).needs_hessian:
-            raise ValueError(f"{' and '.join(asked)} go with a rounding that reads Hessians (gptq), not with {self.method}")
+            raise ValueError(
+                f"{' and '.join(asked)} go with a rounding that reads Hessians (gptq), not with {self.method}"
+            )
         return self
 
     @model_serializer(mode="wrap")
     def _without_later_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Recipes are older than these keys: without them they stay what they were, in artifacts and fingerprints."""
         data: dict[str, Any] = dump(self)
-        usual = {"target": "own", "sweeps": 0}
-        return {key: value for key, value in data.items() if key not in usual or value != usual[key]}
+        return {key: value for key, value in data.items() if key not in _LATER_KEYS or value != _LATER_KEYS[key]}
 
 
 class Transform(_Strict):
@@ -231,6 +238,9 @@ class Recipe(_Strict):
             schemes[override.pattern] = (override.scheme or self.weights, override.activations or self.activations)
             if override.rotated and not self.rotated:
                 raise ValueError(f"{override.pattern} is to be rotated, but the recipe has no transform that rotates")
+        roundings = [self.rounding, *(o.rounding for o in self.overrides if o.rounding is not None)]
+        if any(rounding.two_sided for rounding in roundings) and self.calibration.token_weight != "fisher":
+            raise ValueError("two_sided rounding needs gradients: calibration: {token_weight: fisher}")
         if self.allocation is not None:
             self._check_allocation(self.allocation)
             named = {f"candidate {one.scheme.to_json()}": one.scheme for one in self.allocation.candidates}

@@ -63,7 +63,7 @@ def quantize_block(job: Job, index: int) -> None:
     started = time.perf_counter()
     work = _BlockWork(job, index)
     work.transform()
-    if job.follows_drift:
+    if job.follows_drift or job.two_sided:
         work.reference = ReferenceStream(job, work.block)
     release_freed()
     for stage in work.block.spec.stages:
@@ -78,7 +78,7 @@ def quantize_block(job: Job, index: int) -> None:
     if work.source is not None:
         work.source.path.unlink()  # the block is done: nobody needs its inputs any more
     if work.reference is not None:
-        work.reference.source.path.unlink()
+        work.reference.end()
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,9 @@ class _BlockWork:
         """Round the linears of one stage; their rounded weights replace the block's own."""
         alike = [part for group in stage for part in self._alike(group)]
         for part, statistics in zip(alike, self._statistics(alike), strict=True):
+            if self.reference is not None:
+                wanted = [name for name in part.linears if self.plans[name].rounding.two_sided]
+                statistics.outputs |= self.reference.output_hessians(wanted)
             weights = {name: self.block.linear(name).weight.data for name in part.linears}
             given = weights, self.plans, statistics, self.job.workers, part.wanted.signs, self.prefix
             for linear in round_linears(*given):

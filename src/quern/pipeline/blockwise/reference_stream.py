@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.calibration.block import Block, Tap
 from quern.quantization.calibration.drift import HELD_OUT, Reference
@@ -46,9 +47,18 @@ class ReferenceStream:
         """See ``Block.capture``; of sequences ``[start, stop)``."""
         return self.block.capture(linears, self.source.read(start, stop), self.job.workers, others)
 
+    def output_hessians(self, linears: Sequence[str]) -> dict[str, Tensor]:
+        """See ``sensitivity.output_hessians``."""
+        return sensitivity.output_hessians(self.job, self.block, linears) if linears else {}
+
+    def end(self) -> None:
+        """The block is done: nobody needs what led to it any more."""
+        self.source.path.unlink(missing_ok=True)
+        sensitivity.forget(self.job, self.index)
+
     def write_next(self) -> None:
         """What the block makes of its inputs, for the next one."""
-        if self.index + 1 == self.job.architecture.layers:
+        if not self.job.follows_drift or self.index + 1 == self.job.architecture.layers:
             return
         following = self.job.activations(STREAM, self.index + 1)
         following.write(lambda start, stop: self.block.run_each(self.source.read(start, stop), self.job.workers))

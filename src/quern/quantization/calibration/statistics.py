@@ -68,6 +68,8 @@ class GroupStatistics:
     by_linear: dict[str, Statistics] = field(default_factory=dict)
     histogram: InputHistogram | None = None
     drifts: dict[str, Drift] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """By linear: sum over tokens of gradient gradient^T at its outputs, float32 ``(rows, rows)``, upper triangle."""
 
 
 def collector(wanted: Wanted, columns: int, device: torch.device) -> GroupStatistics:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from quern.codecs.base import Codec, Parts
@@ -15,7 +17,8 @@ from quern.core.packed import QuantizedWeight
 from quern.core.recipe import Rounding as Settings
 from quern.core.registry import Registry
 from quern.core.stacking import NO_TRAITS, Traits
-from quern.quantization.rounding.factor import Factor
+from quern.quantization.rounding.factor import Factor, quadratic_size
+from quern.quantization.rounding.row_feedback import RowFeedback
 
 SLAB = 1024
 """Rows that one worker rounds at a time: a multiple of 32, because codecs pack down the rows; keeps a block in the cache."""
@@ -68,10 +71,22 @@ class Rounding(ABC):
         """Rows of a slab of a matrix of ``rows``."""
         return SLAB
 
-    def round(self, weight: Tensor, codec: Codec, factor: Factor | None, workers: Workers) -> Rounded:
-        """Round ``weight`` ``(rows, columns)``; rows are independent, so slabs of them go to the workers."""
-        where = pieces(weight.shape[0], self.slab_height(weight.shape[0], codec))
-        slabs = workers.map(lambda rows: self._slab(weight[rows[0] : rows[1]], weight, codec, factor), where)
+    def round(
+        self,
+        weight: Tensor,
+        codec: Codec,
+        factor: Factor | None,
+        workers: Workers,
+        feedback: RowFeedback | None = None,
+    ) -> Rounded:
+        """Round ``weight`` ``(rows, columns)``. Rows are independent, so slabs of them go to the workers; with ``feedback``
+        sets of them follow one another."""
+        if feedback is None:
+            where = pieces(weight.shape[0], self.slab_height(weight.shape[0], codec))
+            slabs = workers.map(lambda rows: self._slab(weight[rows[0] : rows[1]], weight, codec, factor), where)
+        else:
+            where = feedback.sets(weight.shape[0], codec.slab_rows)
+            slabs = self._in_turn(weight, codec, factor, where, feedback)
         decoded = weight.new_empty(weight.shape)
         for (start, stop), slab in zip(where, slabs, strict=True):
             decoded[start:stop] = slab.decoded
@@ -83,6 +98,26 @@ class Rounding(ABC):
         )
         loss, size = sum(slab.loss for slab in slabs), sum(slab.size for slab in slabs)
         return Rounded(packed, decoded, loss, loss / size if size else 0.0)
+
+    def _in_turn(
+        self,
+        weight: Tensor,
+        codec: Codec,
+        factor: Factor | None,
+        where: Sequence[tuple[int, int]],
+        feedback: RowFeedback,
+    ) -> list[RoundedSlab]:
+        """Sets of rows, each rounded towards what makes up for those before it; losses are by the weights themselves."""
+        assert factor is not None, "feedback among rows goes with feedback among columns"
+        error = torch.zeros(weight.shape, device=weight.device)
+        slabs = []
+        for start, stop in where:
+            rows = weight[start:stop].float()
+            slab = self.round_slab(rows + feedback.due(error[:start], start, stop), weight, codec, factor)
+            error[start:stop] = rows - slab.decoded
+            loss, size = quadratic_size(error[start:stop], factor), quadratic_size(rows, factor)
+            slabs.append(replace(slab, decoded=slab.decoded.to(weight.dtype), loss=loss, size=size))
+        return slabs
 
     def _slab(self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
         slab = self.round_slab(rows.float(), whole, codec, factor)
