@@ -224,6 +224,16 @@ class Codec(ABC):
         """Parts of a matrix from those of its slabs, in order."""
         return {name: torch.cat([slab[name] for slab in slabs]) for name in slabs[0]}
 
+    def row_sets(self, rows: int, most: int) -> list[tuple[Tensor, Codec]]:
+        """About ``most`` sets of the rows of a matrix that can be rounded one after the other, at most: int64 indices, and the
+        codec that rounds them as a slab of their own. ``join_sets`` puts their parts together."""
+        height = -(-rows // (most * self.slab_rows)) * self.slab_rows
+        return [(each, self) for each in torch.split(torch.arange(rows), height)]
+
+    def join_sets(self, rows: int, parts: list[Parts]) -> Parts:
+        """Parts of a matrix of ``rows`` from those of its ``row_sets``, of which there is one for each."""
+        return self.join(parts)
+
     @abstractmethod
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every part of a matrix of ``shape``; what a loader allocates and checks against."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Annotated, Literal
 
@@ -24,12 +24,15 @@ from torch import Tensor
 
 from quern import _native
 from quern.codecs.base import CODECS, Codec, Described, Encoder, KernelForm, Parts, ScaledParameters, least_scale
+from quern.codecs.trellis_lanes import LaneCodec, join_lanes, lane_sets
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import Traits
 
 TABLES = "trellis_tables.json"
 TILE, LANE_ROWS, BLOCK, LANES = 256, 16, 4, 64
+MANY_TILES = 16
+"""From so many on, sets of rows that are rounded one after the other are tiles; of fewer, lanes of tiles."""
 LARGEST_SUM = 2 * 127
 """Of the entries of two tables."""
 
@@ -197,6 +200,16 @@ class TrellisCodec(Codec):
 
     def join(self, slabs: list[Parts]) -> Parts:
         return super().join(slabs) | {"table": slabs[0]["table"]}
+
+    def row_sets(self, rows: int, most: int) -> list[tuple[Tensor, Codec]]:
+        if rows >= MANY_TILES * TILE:
+            return super().row_sets(rows, most)
+        return [(lanes.rows, LaneCodec(self, lanes)) for lanes in lane_sets(rows)]
+
+    def join_sets(self, rows: int, parts: list[Parts]) -> Parts:
+        if rows >= MANY_TILES * TILE:
+            return self.join(parts)
+        return join_lanes(rows, partial(stream_bytes, bits=self.params.bits), parts)
 
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, columns = shape

@@ -65,7 +65,7 @@ class Rounding(_Strict):
     sweeps: Annotated[int, Field(ge=0, le=16)] = 0
     """How often ``gptq`` goes over all columns again, each rounded anew with all others as they are, and scales refitted."""
     two_sided: bool = False
-    """Whether ``gptq`` counts how errors of different rows go together in the loss; rows then make up for those before them."""
+    """Whether ``gptq`` counts how errors of different rows go together; rows then make up for those before them."""
 
     @model_validator(mode="after")
     def _check(self) -> Rounding:

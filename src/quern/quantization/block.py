@@ -19,7 +19,6 @@ from quern.quantization import scale_dtypes
 from quern.quantization.calibration.statistics import GroupStatistics
 from quern.quantization.rounding.base import ROUNDINGS, SLAB
 from quern.quantization.rounding.factor import Factor, factorize
-from quern.quantization.rounding.row_feedback import RowFeedback
 from quern.rotation.rotation import rotate, rotate_back
 
 
@@ -92,10 +91,8 @@ def round_linears(
             assert factor is not None
             shift, share = statistics.drifts.pop(name).shift(factor, workers)
             weight = shift.add_(weight)
-        outputs = statistics.outputs.pop(name, None)
-        feedback = None if outputs is None else RowFeedback(outputs, workers)
         with about(prefix + name):
-            result = rounding.round(weight, codecs[name], factor, workers, feedback)
+            result = rounding.round(weight, codecs[name], factor, workers, statistics.outputs.pop(name, None))
         _turn(result.decoded, signs, rotate_back, workers)
         dtype = codecs[name].scale_dtype_name
         rounded.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from quern.core.recipe import Rounding as Settings
 from quern.core.registry import Registry
 from quern.core.stacking import NO_TRAITS, Traits
 from quern.quantization.rounding.factor import Factor, quadratic_size
-from quern.quantization.rounding.row_feedback import RowFeedback
+from quern.quantization.rounding.row_feedback import SETS, RowFeedback
 
 SLAB = 1024
 """Rows that one worker rounds at a time: a multiple of 32, because codecs pack down the rows; keeps a block in the cache."""
@@ -77,45 +78,47 @@ class Rounding(ABC):
         codec: Codec,
         factor: Factor | None,
         workers: Workers,
-        feedback: RowFeedback | None = None,
+        outputs: Tensor | None = None,
     ) -> Rounded:
-        """Round ``weight`` ``(rows, columns)``. Rows are independent, so slabs of them go to the workers; with ``feedback``
-        sets of them follow one another."""
-        if feedback is None:
-            where = pieces(weight.shape[0], self.slab_height(weight.shape[0], codec))
-            slabs = workers.map(lambda rows: self._slab(weight[rows[0] : rows[1]], weight, codec, factor), where)
-        else:
-            where = feedback.sets(weight.shape[0], codec.slab_rows)
-            slabs = self._in_turn(weight, codec, factor, where, feedback)
-        decoded = weight.new_empty(weight.shape)
-        for (start, stop), slab in zip(where, slabs, strict=True):
-            decoded[start:stop] = slab.decoded
+        """Round ``weight`` ``(rows, columns)``.
+
+        Rows are independent, so slabs of them go to the workers. With ``outputs``, the Hessian of the outputs float32
+        ``(rows, rows)`` (upper triangle), sets of rows follow one another and make up for those before them.
+        """
         rows, columns = weight.shape
-        packed = QuantizedWeight(
-            codec.scheme,
-            (rows, columns),
-            codec.join([{name: part.cpu() for name, part in slab.parts.items()} for slab in slabs]),
-        )
+        if outputs is None:
+            where = pieces(rows, self.slab_height(rows, codec))
+            slabs = workers.map(lambda part: self._slab(weight[slice(*part)], weight, codec, factor), where)
+            decoded = torch.cat([slab.decoded for slab in slabs])
+            join = codec.join
+        else:
+            sets = codec.row_sets(rows, SETS)
+            order = torch.cat([some for some, _ in sets])
+            slabs = self._in_turn(weight, sets, factor, RowFeedback(outputs, order, workers))
+            decoded = torch.empty_like(weight)
+            decoded[order] = torch.cat([slab.decoded for slab in slabs])
+            join = partial(codec.join_sets, rows)
+        parts = [{name: part.cpu() for name, part in slab.parts.items()} for slab in slabs]
+        packed = QuantizedWeight(codec.scheme, (rows, columns), join(parts))
         loss, size = sum(slab.loss for slab in slabs), sum(slab.size for slab in slabs)
         return Rounded(packed, decoded, loss, loss / size if size else 0.0)
 
     def _in_turn(
         self,
         weight: Tensor,
-        codec: Codec,
+        sets: Sequence[tuple[Tensor, Codec]],
         factor: Factor | None,
-        where: Sequence[tuple[int, int]],
         feedback: RowFeedback,
     ) -> list[RoundedSlab]:
         """Sets of rows, each rounded towards what makes up for those before it; losses are by the weights themselves."""
         assert factor is not None, "feedback among rows goes with feedback among columns"
-        error = torch.zeros(weight.shape, device=weight.device)
         slabs = []
-        for start, stop in where:
-            rows = weight[start:stop].float()
-            slab = self.round_slab(rows + feedback.due(error[:start], start, stop), weight, codec, factor)
-            error[start:stop] = rows - slab.decoded
-            loss, size = quadratic_size(error[start:stop], factor), quadratic_size(rows, factor)
+        for some, codec in sets:
+            rows = weight[some].float()
+            slab = self.round_slab(rows + feedback.due(*rows.shape), weight, codec, factor)
+            error = rows - slab.decoded
+            feedback.got_wrong(error)
+            loss, size = quadratic_size(error, factor), quadratic_size(rows, factor)
             slabs.append(replace(slab, decoded=slab.decoded.to(weight.dtype), loss=loss, size=size))
         return slabs
 

@@ -30,25 +30,28 @@ COLUMNS = 1024
 class RowFeedback:
     """Of one linear."""
 
-    def __init__(self, hessian: Tensor, workers: Workers) -> None:
-        """``hessian``: G float32 ``(rows, rows)``, of which only the upper triangle is read; it is overwritten."""
-        self._upper, self._workers = factorize(hessian, DAMPING, False, workers).upper, workers
+    def __init__(self, hessian: Tensor, order: Tensor, workers: Workers) -> None:
+        """``hessian``: G float32 ``(rows, rows)``, upper triangle. ``order``: all rows in the order in which they come."""
+        whole = hessian.triu() + hessian.triu(1).T
+        self._upper, self._workers = factorize(whole[order][:, order], DAMPING, False, workers).upper, workers
+        self._error: list[Tensor] = []
 
-    def sets(self, rows: int, multiple: int) -> list[tuple[int, int]]:
-        """The sets as ``(start, stop)``; all but the last have a multiple of ``multiple`` rows."""
-        return pieces(rows, -(-rows // (SETS * multiple)) * multiple)
+    def due(self, rows: int, columns: int) -> Tensor:
+        """What the next ``rows`` rows are to make up for, float32 ``(rows, columns)``."""
+        start = sum(map(len, self._error))
+        found = torch.zeros(rows, columns, device=self._upper.device)
+        if start:
+            inside = self._upper[start : start + rows, start : start + rows]
+            before = self._upper[:start, start : start + rows]
+            share = torch.linalg.solve_triangular(inside, before, upper=True, left=False, unitriangular=True)
+            error = torch.cat(self._error)
 
-    def due(self, error: Tensor, start: int, stop: int) -> Tensor:
-        """What rows ``[start, stop)`` are to make up for, float32 ``(stop - start, columns)``; ``error`` ``(start, columns)``
-        is what the rows before them got wrong, W - Q."""
-        inside = self._upper[start:stop, start:stop]
-        share = torch.linalg.solve_triangular(
-            inside, self._upper[:start, start:stop], upper=True, left=False, unitriangular=True
-        )
-        found = torch.empty(stop - start, error.shape[1], device=error.device)
+            def part(some: tuple[int, int]) -> None:
+                found[:, slice(*some)] = share.T @ error[:, slice(*some)]
 
-        def columns(part: tuple[int, int]) -> None:
-            torch.mm(share.T, error[:, slice(*part)], out=found[:, slice(*part)])
-
-        self._workers.map(columns, pieces(error.shape[1], COLUMNS))
+            self._workers.map(part, pieces(columns, COLUMNS))
         return found
+
+    def got_wrong(self, error: Tensor) -> None:
+        """Say what became of these rows: W - Q, float32 ``(rows, columns)``."""
+        self._error.append(error)
