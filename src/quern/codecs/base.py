@@ -225,7 +225,7 @@ class Codec(ABC):
         return {name: torch.cat([slab[name] for slab in slabs]) for name in slabs[0]}
 
     def row_sets(self, rows: int, most: int) -> list[tuple[Tensor, Codec]]:
-        """About ``most`` sets of the rows of a matrix that can be rounded one after the other, at most: int64 indices, and the
+        """About ``most`` sets of rows of a matrix that can be rounded one after the other, at most: int64 indices, and the
         codec that rounds them as a slab of their own. ``join_sets`` puts their parts together."""
         height = -(-rows // (most * self.slab_rows)) * self.slab_rows
         return [(each, self) for each in torch.split(torch.arange(rows), height)]
