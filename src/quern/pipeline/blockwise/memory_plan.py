@@ -50,16 +50,18 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
         further_hessians += 1
     hessians += further_hessians * 4 * widest**2
     if drift:
-        # A second block. Of each linear of a stage what would make up for drift, and the tokens that judge.
-        stage = max(_drifts(block) for block in _kinds(job))
-        hessians += stage
+        # Of each linear of a stage what would make up for drift, and the tokens that judge.
+        hessians += max(_drifts(block) for block in _kinds(job))
+    if drift or job.two_sided:
         weights *= 2
+    if job.two_sided:
+        hessians += max(_outputs(block) for block in _kinds(job))
     calibrated = job.sequences is not None
     # A rotated copy of the activations comes on top.
     wave = (WAVE_COPIES + job.recipe.rotated + 2 * drift) * 4 * WAVE_TOKENS * widest if calibrated else 0
     slabs = job.workers.threads * SLAB_COPIES * 4 * SLAB * widest
     # Codes of the linears done so far, and the rounded copy of the one in hand.
-    packed = weights // itemsize // (1 + drift) + largest * (itemsize + 1)
+    packed = weights // itemsize // (1 + (drift or job.two_sided)) + largest * (itemsize + 1)
     uses_hessian = calibrated and job.uses_hessians
     table = job.architecture.config.vocab_size * job.architecture.config.hidden_size
     # Of embedding or head: the weight, its rounded slabs and these joined; the codes, in slabs and joined.
@@ -106,6 +108,19 @@ def _drifts(block: BlockSpec) -> int:
             block.linear(name).shape for group in stage for name in group.linears if block.linear(name).expert is None
         ]
         found.append(sum(4 * rows * columns + 4 * MOST_JUDGES * (rows + columns) for rows, columns in shapes))
+    return max(found)
+
+
+def _outputs(block: BlockSpec) -> int:
+    """Bytes of the Hessians of the outputs of one group; of one of them the copies in which it is put in order and
+    factorized, and the errors of the rows that are done."""
+    found = []
+    for group in block.groups:
+        shapes = [block.linear(name).shape for name in group.linears]
+        found.append(
+            sum(4 * rows**2 for rows, _ in shapes)
+            + max(4 * (3 * rows**2 + 2 * rows * columns) for rows, columns in shapes)
+        )
     return max(found)
 
 
