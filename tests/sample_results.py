@@ -9,7 +9,8 @@ from typing import Any
 
 from quern.advisor.recommend import recommend
 from quern.advisor.scoring import WEIGHTS
-from quern.core.recipe import Recipe, Rounding
+from quern.core.recipe import Recipe
+from quern.core.recipe_parts import Rounding
 from quern.core.results import (
     METRICS_VERSION,
     Failure,

@@ -8,11 +8,10 @@ from torch import Tensor
 from quern.codecs.base import decode
 from quern.core.errors import UserError
 from quern.core.machine.parallel import Workers
-from quern.core.recipe import Rounding as Settings
+from quern.core.recipe_parts import Rounding as Settings
 from quern.quantization.calibration.hessian import add_to_hessian
 from quern.quantization.rounding.base import ROUNDINGS, SLAB
-from quern.quantization.rounding.factor import Factor, factorize
-from quern.quantization.rounding.gptq import SAMPLED_ROWS
+from quern.quantization.rounding.factor import SAMPLED_ROWS, Factor, factorize
 
 FOUR_BITS = {"codec": "integer", "bits": 4, "symmetric": False, "granularity": "group", "group_size": 32}
 SCHEMES = {

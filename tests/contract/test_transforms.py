@@ -8,7 +8,7 @@ from tiny_model import random_weights, tiny_config
 from quern.architectures.base import ARCHITECTURES, architecture_of
 from quern.core.errors import UserError
 from quern.core.machine.parallel import Workers
-from quern.core.recipe import Transform as Settings
+from quern.core.recipe_parts import Transform as Settings
 from quern.quantization.calibration.block import Block
 from quern.quantization.transforms.awq import STEPS, Awq
 from quern.quantization.transforms.base import (

@@ -17,7 +17,7 @@ from artifacts import INT8, hashes, make_artifact, small_recipe, stored_schemes,
 from tiny_model import tiny_config, write_model
 
 from quern.checkpoint.safetensors_file import DTYPES, read_header
-from quern.codecs import bits
+from quern.codecs.packing import bits
 from quern.core.errors import BadFileError, UserError
 from quern.core.recipe import parse_recipe
 from quern.engines.base import ENGINES

@@ -40,7 +40,7 @@ def artifacts(tiny_model, tiny_text, tmp_path_factory):
 def test_an_artifact_keeps_what_its_linears_read(name, artifacts, tiny_model, tiny_text):
     """Against hooks on the finished artifact, run on the very sequences that calibrated it."""
     from quern.checkpoint.tokenizer import load_tokenizer
-    from quern.core.recipe import Calibration
+    from quern.core.recipe_parts import Calibration
     from quern.pipeline.blockwise.calibration_text import CalibrationText
 
     kept = calibrated_inputs(open_checkpoint(artifacts[name]))
@@ -104,7 +104,7 @@ def shift_of(folder, windows):
 def test_other_text_is_told_from_text_like_calibrations(name, artifacts, tiny_model, tiny_text):
     """Other sequences of the calibration text say nothing; one token again and again leaves what calibration saw."""
     from quern.checkpoint.tokenizer import load_tokenizer
-    from quern.core.recipe import Calibration
+    from quern.core.recipe_parts import Calibration
     from quern.pipeline.blockwise.calibration_text import CalibrationText
 
     settings = Calibration(**{**CALIBRATION, "tokens": 1024})

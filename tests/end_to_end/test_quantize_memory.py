@@ -35,6 +35,11 @@ def probe(folder: Path, config: dict, slack: int | None, tokens: int = 4096, thr
 
 RECIPES = {
     "gptq": {"weights": FOUR_BITS, "rounding": {"method": "gptq"}, "embedding": INT8},
+    "everything": {
+        "weights": FOUR_BITS,
+        "rounding": {"method": "gptq", "target": "drift", "sweeps": 1, "two_sided": True},
+        "embedding": INT8,
+    },
     "awq": {"weights": FOUR_BITS, "transforms": [{"method": "awq"}]},
     "nearest": {"weights": FOUR_BITS, "embedding": {"bits": 4, "group_size": 64}},
 }

@@ -56,6 +56,8 @@ class LinearSpec:
     """Number of the expert that it belongs to; None where every token meets it."""
     fused_with: tuple[str, ...] = ()
     """The linears, itself included, that runtimes join into one matrix, so that they want one scheme; empty: none."""
+    added_to: str | None = None
+    """The module of the block (a norm) whose input its outputs are added to; None where they are not just added."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -36,15 +37,17 @@ class GatedDecoder(Architecture):
             self.linear(index, name, role, "attention input", ATTENTION)
             for name, role in zip(ATTENTION, ROLES, strict=True)
         ]
-        return (*inner, self.linear(index, OUTPUT, "output", "attention output"))
+        output = self.linear(index, OUTPUT, "output", "attention output")
+        return (*inner, replace(output, added_to="input_layernorm"))
 
     def gated_mlp(self, index: int, name: str, expert: int | None = None) -> tuple[LinearSpec, ...]:
         """gate, up and down of the module called ``name``, relative to the block."""
         gate, up = f"{name}.gate_proj", f"{name}.up_proj"
+        down = self.linear(index, f"{name}.down_proj", "down", f"{name} output", (), expert)
         return (
             self.linear(index, gate, "gate", f"{name} input", (gate, up), expert),
             self.linear(index, up, "up", f"{name} input", (gate, up), expert),
-            self.linear(index, f"{name}.down_proj", "down", f"{name} output", (), expert),
+            replace(down, added_to="post_attention_layernorm" if expert is None else None),
         )
 
     def linear(

@@ -92,14 +92,16 @@ class ScaledParameters(CodecParameters):
 class Encoder(ABC):
     """Rounds the columns of one slab of rows and remembers the codes.
 
-    Columns come in tuples of ``width``, of which the last may be shorter. Tuples may come in any order, each exactly once.
-    Values are float32.
+    Columns come in tuples of ``width``, of which the last may be shorter. Tuples may come in any order; one that comes again
+    is rounded anew. Values are float32.
     """
 
     width: int = 1
     """Columns that are coded jointly."""
     refit_width: int | None = None
     """Columns that ``refit`` fits together just before the first of them is rounded; None: all are fitted at the start."""
+    rescale_width: int | None = None
+    """Columns of a row whose scale ``rescale`` can change once they are rounded; None: scales stay as they are."""
 
     def weigh(self, importance: Tensor) -> None:  # noqa: B027 - only if parameters are fitted to whole rows
         """Say what squared errors in each column ``(columns,)`` will cost; before the first column is rounded, if at all."""
@@ -109,6 +111,11 @@ class Encoder(ABC):
 
         ``importance`` ``(columns,)``: what a squared error in each column costs.
         """
+
+    def rescale(self, first_column: int, factor: Tensor) -> Tensor:
+        """Multiply the scales of columns ``first_column ...`` by ``factor`` ``(rows,)``, as well as they can be stored; what
+        they were multiplied by, and with them all that these columns decode to. Only if ``rescale_width``."""
+        raise NotImplementedError
 
     @abstractmethod
     def round(self, first: int, values: Tensor) -> Tensor:
@@ -256,6 +263,16 @@ class Codec(ABC):
     def join(self, slabs: list[Parts]) -> Parts:
         """Parts of a matrix from those of its slabs, in order."""
         return {name: torch.cat([slab[name] for slab in slabs]) for name in slabs[0]}
+
+    def row_sets(self, rows: int, most: int) -> list[tuple[Tensor, Codec]]:
+        """About ``most`` sets of rows of a matrix that can be rounded one after the other, at most: int64 indices, and the
+        codec that rounds them as a slab of their own. ``join_sets`` puts their parts together."""
+        height = -(-rows // (most * self.slab_rows)) * self.slab_rows
+        return [(each, self) for each in torch.split(torch.arange(rows), height)]
+
+    def join_sets(self, rows: int, parts: list[Parts]) -> Parts:
+        """Parts of a matrix of ``rows`` from those of its ``row_sets``, of which there is one for each."""
+        return self.join(parts)
 
     @abstractmethod
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quern.codecs.base import CODECS, TINY, KernelForm, Parts, ScaledParameters
-from quern.codecs.exact import Exact
+from quern.codecs.fitting.exact import Exact
 from quern.codecs.levels import LevelGrid, LevelsCodec
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme

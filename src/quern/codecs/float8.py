@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters, nearest_scale
-from quern.codecs.exact import Exact, exact_floats
+from quern.codecs.fitting.exact import Exact, exact_floats
 from quern.codecs.grouped import Grid, GroupedCodec, Restored, stored_scale
 from quern.core.scheme import CodecScheme
 

@@ -25,7 +25,7 @@ from quern.codecs.base import (
     nearest_scale,
     scales_overflow,
 )
-from quern.codecs.exact import Exact
+from quern.codecs.fitting.exact import Exact
 from quern.codecs.trainable.base import Trainable
 from quern.codecs.trainable.grids import GridTrainable
 from quern.core.scheme import CodecScheme
@@ -116,6 +116,8 @@ class GroupedEncoder(Encoder):
             self.refit_width = self.group
         else:
             self._fit_all(weight)
+        own = codec.params.granularity in ("channel", "group")
+        self.rescale_width = self.group if own else None
 
     def _fit_all(self, weight: Tensor) -> None:
         for first in range(0, weight.shape[1], self.group):
@@ -139,6 +141,14 @@ class GroupedEncoder(Encoder):
 
     def refit(self, first_column: int, values: Tensor, importance: Tensor) -> None:
         self._fit(first_column // self.group, values.T.contiguous(), importance)
+
+    def rescale(self, first_column: int, factor: Tensor) -> Tensor:
+        scale = self.scale[first_column // self.group]
+        stored = self.grid.nearest_scale(scale * factor)
+        stored = torch.where((stored * self.grid.largest).isfinite(), stored, scale)
+        ratio = stored / scale
+        scale.copy_(stored)
+        return ratio
 
     def round(self, first: int, values: Tensor) -> Tensor:
         group = first // self.group

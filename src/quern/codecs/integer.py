@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quern.codecs import bits
 from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters, nearest_scale
-from quern.codecs.exact import Exact, exact_codes
+from quern.codecs.fitting.exact import Exact, exact_codes
 from quern.codecs.grouped import Grid, GroupedCodec, Restored, stored_scale
+from quern.codecs.packing import bits
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import NO_TRAITS, Traits
 

@@ -17,7 +17,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quern.codecs import planes
 from quern.codecs.base import (
     CODECS,
     Codec,
@@ -31,6 +30,7 @@ from quern.codecs.base import (
     scales_overflow,
 )
 from quern.codecs.fitting.lloyd import fit_tables
+from quern.codecs.packing import planes
 from quern.codecs.trainable.base import Trainable
 from quern.codecs.trainable.tables import TableTrainable
 from quern.core.scheme import CodecScheme
@@ -64,6 +64,15 @@ class KMeansEncoder(Encoder):
         self.fitted = [False] * groups
         if refit and codec.params.granularity == "group":
             self.refit_width = self.group
+        self.rescale_width = None if codec.has_one_scale else self.group
+
+    def rescale(self, first_column: int, factor: Tensor) -> Tensor:
+        scale, dtype = self.scale[first_column // self.group], self.codec.scale_dtype
+        stored = least_scale(scale * factor, dtype).to(dtype).float()
+        stored = torch.where((stored * LARGEST).isfinite(), stored, scale)
+        ratio = stored / scale
+        scale.copy_(stored)
+        return ratio
 
     def weigh(self, importance: Tensor) -> None:
         self.importance = importance

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quern.codecs import planes
 from quern.codecs.base import KernelForm, Parts, nearest_scale
 from quern.codecs.grouped import Grid, GroupedCodec, Restored, stored_scale
+from quern.codecs.packing import planes
 from quern.core.scheme import CodecScheme
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters
 from quern.codecs.levels import LevelsCodec
-from quern.codecs.planes import unpack
+from quern.codecs.packing.planes import unpack
 from quern.core.scheme import CodecScheme
 
 LOOKED_UP = (3, 4)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Annotated, Literal
 
@@ -37,12 +37,17 @@ from quern.codecs.base import (
 )
 from quern.codecs.trainable.base import Trainable
 from quern.codecs.trainable.trellis import TrellisTrainable
+from quern.codecs.trellis_lanes import LaneCodec, join_lanes, lane_sets
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import Traits
 
 TABLES = "trellis_tables.json"
 TILE, LANE_ROWS, BLOCK, LANES = 256, 16, 4, 64
+MANY_TILES = 16
+"""From so many on, sets of rows that are rounded one after the other are tiles; of fewer, lanes of tiles."""
+LARGEST_SUM = 2 * 127
+"""Of the entries of two tables."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +103,38 @@ def windows(streams: Tensor, steps: int, bits: int, window: int, lag: int = 0) -
 
 
 class TrellisEncoder(Encoder):
-    """Rounds columns by the native encoder (``csrc/trellis``)."""
+    """Rounds columns by the native encoder (``csrc/trellis``), which is given weights in units of their row's scale."""
 
     def __init__(self, codec: TrellisCodec, scale: Tensor, columns: int) -> None:
-        self.codec, self.scale = codec, scale
-        entries = codec.table.entries.numpy()
-        self._native = _native.TrellisEncoder(codec.params.bits, codec.lag, entries, self.scale.numpy(), columns)
+        self.codec = codec
+        self.rescale_width = columns
+        self._set_scale(scale)
+        entries, units = codec.table.entries.numpy(), torch.ones_like(scale).numpy()
+        self._native = _native.TrellisEncoder(codec.params.bits, codec.lag, entries, units, columns)
+
+    def _set_scale(self, scale: Tensor) -> None:
+        self.scale = scale
+        self._inverse = torch.where(scale > 0, 1 / scale, 0.0)
+
+    def rescale(self, first_column: int, factor: Tensor) -> Tensor:
+        """See ``Encoder.rescale``; codes are read with the new scales from there on."""
+        wanted = least_scale(self.scale * factor.cpu(), self.codec.scale_dtype).to(self.codec.scale_dtype).float()
+        usable = (self.scale > 0) & (wanted * LARGEST_SUM).isfinite()
+        ratio = torch.where(usable, wanted / self.scale, 1.0)
+        self._set_scale(torch.where(usable, wanted, self.scale))
+        return ratio.to(factor.device)
 
     def round(self, first: int, values: Tensor) -> Tensor:
         decoded = torch.empty(values.shape, dtype=torch.float32)
-        self._native.round(first, values[0].detach().cpu().contiguous().numpy(), decoded[0].numpy())
-        return decoded.to(values.device)
+        given = values[0].detach().cpu() * self._inverse
+        self._native.round(first, given.numpy(), decoded[0].numpy())
+        return decoded.mul_(self.scale).to(values.device)
 
     def round_all(self, weight: Tensor) -> Tensor:
         decoded = torch.empty(weight.shape, dtype=torch.float32)
-        self._native.round_all(weight.detach().cpu().contiguous().numpy(), decoded.numpy())
-        return decoded.to(weight.device)
+        given = weight.detach().cpu() * self._inverse[:, None]
+        self._native.round_all(given.numpy(), decoded.numpy())
+        return decoded.mul_(self.scale[:, None]).to(weight.device)
 
     def parts(self) -> Parts:
         return {
@@ -174,7 +195,7 @@ class TrellisCodec(Codec):
         scale = self.ideal_scales(weight)
         least = least_scale(scale, self.scale_dtype)
         stored = torch.where(scale > 0, least, 0.0).to(self.scale_dtype).float()
-        if not bool((stored * (2 * 127)).isfinite().all()):
+        if not bool((stored * LARGEST_SUM).isfinite().all()):
             raise scales_overflow(weight, self.params.scale_dtype)
         return stored
 
@@ -204,6 +225,16 @@ class TrellisCodec(Codec):
 
     def join(self, slabs: list[Parts]) -> Parts:
         return super().join(slabs) | {"table": slabs[0]["table"]}
+
+    def row_sets(self, rows: int, most: int) -> list[tuple[Tensor, Codec]]:
+        if rows >= MANY_TILES * TILE:
+            return super().row_sets(rows, most)
+        return [(lanes.rows, LaneCodec(self, lanes)) for lanes in lane_sets(rows)]
+
+    def join_sets(self, rows: int, parts: list[Parts]) -> Parts:
+        if rows >= MANY_TILES * TILE:
+            return self.join(parts)
+        return join_lanes(rows, partial(stream_bytes, bits=self.params.bits), parts)
 
     def part_shapes(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, columns = shape

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from quern.core.recipe import Activations, Recipe, Rounding, Transform
+from quern.core.recipe import Recipe
+from quern.core.recipe_parts import Activations, Rounding, Transform
 from quern.core.scheme import UNQUANTIZED, CodecScheme
 
 NEAREST = Rounding(method="nearest")

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -25,111 +24,16 @@ from pydantic import (
 from quern.core.allocation import Allocation, AllocationCandidate, Target
 from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
-from quern.core.registry import Registry
+from quern.core.recipe_parts import ROTATION, ROUNDINGS, Activations, Calibration, Rounding, Strict, Transform
 from quern.core.scheme import UNQUANTIZED, CodecScheme, parse_scheme, scheme_keys
 from quern.core.suggest import did_you_mean
 
 RECIPE_PACKAGE = "quern.recipes"
-ROUNDINGS: Registry[Any] = Registry("rounding", "quern.quantization.rounding")
-"""Classes that say what they need; ``quern.quantization.rounding.base`` says what else they are."""
-ROTATION = "hadamard"
-"""The transform that the model repeats on its inputs when it runs."""
-
-
 WILDCARDS = frozenset("*?[")
 """What makes a pattern mean more than one name."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Rounding(_Strict):
-    """Which stored value each weight becomes."""
-
-    method: str = "gptq"
-    """Name of a registered rounding: ``nearest``, ``gptq`` or ``stored``."""
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
-    activation_order: bool = False
-    """Round the columns of largest Hessian diagonal first; scales are then fitted before rounding starts."""
-    block_size: Annotated[int, Field(ge=1)] = 128
-    """Columns between two matrix products of the error feedback (speed only; the result is the same up to rounding)."""
-
-
-class Transform(_Strict):
-    """An exact rewriting of the weights before quantization."""
-
-    method: str
-    """Name of a registered transform: ``awq``, ``hadamard`` or ``smoothquant``."""
-    strength: Annotated[float, Field(ge=0, le=1)] | None = None
-    """SmoothQuant's alpha (default 0.5). The others take none."""
-    random_signs: bool | None = None
-    """Whether ``hadamard`` turns the signs of random columns first (default true). The others take none."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Transform:
-        if self.random_signs is not None and self.method != ROTATION:
-            raise ValueError(f"random_signs goes with transform {ROTATION}, not with {self.method}")
-        return self
-
-
-_USUAL_GRANULARITY = {"dynamic": "token", "static": "tensor"}
-
-
-class Activations(_Strict):
-    """What the inputs of the quantized linears become at run time."""
-
-    mode: Literal["none", "dynamic", "static"] = "none"
-    """``dynamic``: int8 with scales of each token's own; ``static``: int8 with a calibrated scale."""
-    observer: str = "min_max"
-    """Range of a static scale."""
-    granularity: Literal["tensor", "token", "group"] | None = None
-    """Who shares a scale; None: all tokens (``tensor``) where static, a ``token`` where dynamic, which also takes
-    ``group``. Saying the usual one is as saying nothing."""
-    group_size: Annotated[int, Field(ge=1)] | None = None
-    """Inputs of a token that share a scale under ``group``, and only with it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_what_is_usual(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            usual = _USUAL_GRANULARITY.get(str(values.get("mode")))
-            if usual is not None and values.get("granularity") == usual:
-                return {key: value for key, value in values.items() if key != "granularity"}
-        return values
-
-    @model_validator(mode="after")
-    def _check_granularity(self) -> Activations:
-        if self.granularity is not None and (self.mode, self.granularity) != ("dynamic", "group"):
-            raise ValueError(
-                "activations take granularity token or group with mode dynamic, and tensor with mode static; "
-                f"got {self.granularity} with {self.mode}"
-            )
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise ValueError("group_size of activations goes with granularity: group, which needs it")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        given: dict[str, Any] = serialize(self)
-        return {key: value for key, value in given.items() if value is not None}
-
-
-class Calibration(_Strict):
-    """Which text the statistics come from and how its tokens are weighted."""
-
-    tokens: Annotated[int, Field(ge=1)] = 16384
-    """Tokens of calibration text."""
-    sequence_length: Annotated[int, Field(ge=1)] = 512
-    """Tokens of one calibration sequence."""
-    token_weight: Literal["fisher", "norm", "none"] = "fisher"
-    """How much a token counts in the Hessian: its squared loss gradient, its inverse squared norm, or 1."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the calibration passes; ``auto``: float32 below 10^9 parameters, bfloat16 from there on."""
-
-
-class Override(_Strict):
+class Override(Strict):
     """Other choices for the linears whose name matches ``pattern`` (shell wildcards).
 
     Beside the keys below stand those of a weight scheme. They go together: where one is given, the others have their
@@ -171,7 +75,7 @@ class Override(_Strict):
         return fnmatch.fnmatchcase(linear, self.pattern)
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """The whole of what is done to a model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -212,6 +116,9 @@ class Recipe(_Strict):
             schemes[override.pattern] = (override.scheme or self.weights, override.activations or self.activations)
             if override.rotated and not self.rotated:
                 raise ValueError(f"{override.pattern} is to be rotated, but the recipe has no transform that rotates")
+        roundings = [self.rounding, *(o.rounding for o in self.overrides if o.rounding is not None)]
+        if any(rounding.two_sided for rounding in roundings) and self.calibration.token_weight != "fisher":
+            raise ValueError("two_sided rounding needs gradients: calibration: {token_weight: fisher}")
         if self.allocation is not None:
             self._check_allocation(self.allocation)
             named = {f"candidate {one.scheme.to_json()}": one.scheme for one in self.allocation.candidates}

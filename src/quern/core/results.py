@@ -75,6 +75,8 @@ class LayerError(_Strict):
     """tr(E H E^T) / tr(W H W^T): E the change, W the weight, H the (token-weighted) Hessian, or the identity without one."""
     predicted_loss: float | None = None
     """Share of the mean KL divergence, in nats a token, that planning predicted; null where the recipe has no allocation."""
+    drift_share: float | None = None
+    """How much of what would make up for the drift of its inputs its target has, from 0 to 1; null where it has its own."""
 
 
 class Tool(_Strict):

@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quern.codecs import bits
 from quern.codecs.base import ScaledParameters, codec_of
+from quern.codecs.packing import bits
 from quern.core.errors import UserError, option
 from quern.core.packed import ActivationMode, PackedLinear
 from quern.core.plan import LinearPlan, Plan
-from quern.core.recipe import Activations, Recipe
+from quern.core.recipe import Recipe
+from quern.core.recipe_parts import Activations
 from quern.core.results import Target
 from quern.core.scheme import CodecScheme
 from quern.formats.base import FORMATS, Format, Obstacle

@@ -27,7 +27,7 @@ from quern.comparison.worker_process import Launch, Worker
 from quern.core.errors import QuernError, UserError
 from quern.core.machine.parallel import thread_count
 from quern.core.progress import telling
-from quern.core.recipe import Calibration
+from quern.core.recipe_parts import Calibration
 from quern.core.results import Failure, Tool
 from quern.peers.base import PeerVariant
 from quern.peers.environment import Environment, Installed

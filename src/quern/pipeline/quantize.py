@@ -29,6 +29,7 @@ from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
+from quern.pipeline.blockwise.reference_stream import start_stream
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target, provenance_notes
 from quern.pipeline.planning.plan import PlanReport, cache_folder, candidates_of
 from quern.pipeline.request import calibration_sequences, checked_writer, chosen_recipe, device_named, fingerprint_of
@@ -127,6 +128,8 @@ def quantize(
             shared = None if cache is None else sensitivity.shared_folder(Path(cache), fingerprint, job)
             spared = sensitivity.run(job, shared)
         start_chain(job)
+        if job.follows_drift:
+            start_stream(job)
         quantize_blocks(job)
         notes = list(text.notes if text else ())
         layers = _write_metadata(job, fingerprint, notes)

@@ -15,7 +15,8 @@ from quern.codecs.base import CODECS, codec_of
 from quern.core.errors import UserError, option
 from quern.core.plan import Plan
 from quern.core.progress import Progress
-from quern.core.recipe import ROTATION, Recipe, load_recipe
+from quern.core.recipe import Recipe, load_recipe
+from quern.core.recipe_parts import ROTATION
 from quern.formats.base import FORMATS, ArtifactWriter
 from quern.observers.base import OBSERVERS
 from quern.pipeline.blockwise.calibration_text import CalibrationText

@@ -17,6 +17,7 @@ from quern.core.plan import LinearPlan
 from quern.observers.base import OBSERVERS
 from quern.quantization import scale_dtypes
 from quern.quantization.calibration.statistics import GroupStatistics
+from quern.quantization.drift_targets import shift_of
 from quern.quantization.rounding.base import ROUNDINGS, SLAB
 from quern.quantization.rounding.factor import Factor, factorize
 from quern.rotation.rotation import rotate, rotate_back
@@ -40,6 +41,8 @@ class RoundedLinear:
     """Of static activations."""
     input_signs: Tensor | None = None
     """Packed signs of the rotation of its inputs, uint8 ``(ceil(columns / 8),)``."""
+    drift_share: float | None = None
+    """How much of what would make up for drift its target has, from 0 to 1; None where that was not asked for."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,10 +84,16 @@ def round_linears(
         wanted = (plan.rounding.damping, plan.rounding.activation_order)
         if rounding.needs_hessian and name in statistics.by_linear:
             factors.pop(wanted, None)  # its memory goes first
-            factors[wanted] = factorize(statistics.by_linear[name].take_hessian(), *wanted, workers)
+            sweeps = any(plan.rounding.sweeps for plan in plans.values())
+            factors[wanted] = factorize(statistics.by_linear[name].take_hessian(), *wanted, workers, keep=sweeps)
         factor = factors[wanted] if rounding.needs_hessian else None
+        share = None
+        if name in statistics.drifts:
+            assert factor is not None
+            shift, share = shift_of(statistics.drifts.pop(name), factor, workers)
+            weight = shift.add_(weight)
         with about(prefix + name):
-            result = rounding.round(weight, codecs[name], factor, workers)
+            result = rounding.round(weight, codecs[name], factor, workers, statistics.outputs.pop(name, None))
         _turn(result.decoded, signs, rotate_back, workers)
         dtype = codecs[name].scale_dtype_name
         rounded.append(
@@ -92,11 +101,12 @@ def round_linears(
                 name,
                 plan if dtype is None else plan.with_scale_dtype(dtype),
                 result.weight,
-                result.decoded,
+                result.decoded.to(weights[name].dtype),
                 result.loss,
                 result.relative_loss,
                 static_scale(plan, statistics),
                 signs,
+                share,
             )
         )
     return rounded

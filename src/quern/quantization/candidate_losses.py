@@ -81,7 +81,8 @@ def candidate_losses(
     for plan in plans:
         kind = _kind(plan)
         if plan.quantized and ROUNDINGS.get(plan.rounding.method).needs_hessian and kind not in factors:
-            factors[kind] = factorize(hessians[kind[0]].clone(), *kind[1:], workers)
+            sweeps = any(plan.rounding.sweeps for plan in plans)
+            factors[kind] = factorize(hessians[kind[0]].clone(), *kind[1:], workers, keep=sweeps)
     sample, inputs = weight[rows].float(), judges.inputs.float()
     turned = {False: (sample, inputs)}
     if signs is not None and True in hessians:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quern.codecs.bits import pack, unpack, unpack_any, words_per_row
+from quern.codecs.packing.bits import pack, unpack, unpack_any, words_per_row
 
 WIDTHS = range(1, 9)
 SHAPES = [(1, 1), (2, 3), (1, 31), (3, 32), (3, 33), (17, 63), (16, 64), (5, 65), (2, 100), (33, 257)]

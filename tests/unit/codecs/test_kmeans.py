@@ -67,7 +67,7 @@ def test_columns_that_matter_get_the_values():
 
 def test_the_rounding_tells_the_codec_what_columns_cost(tiny_model, tiny_text):
     from quern.core.machine.parallel import deterministic_workers
-    from quern.core.recipe import Rounding
+    from quern.core.recipe_parts import Rounding
     from quern.quantization.rounding.base import ROUNDINGS
     from quern.quantization.rounding.factor import factorize
 

@@ -5,7 +5,7 @@ import packed_matrices
 import pytest
 import torch
 
-from quern.codecs import planes
+from quern.codecs.packing import planes
 
 COLUMNS = (1, 3, 4, 15, 16, 17, 31, 33, 100, 255, 256, 257, 300, 512, 700)
 

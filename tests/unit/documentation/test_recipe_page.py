@@ -13,16 +13,8 @@ from quern.codecs.base import CODECS, ScaledParameters
 from quern.core.allocation import Allocation, AllocationCandidate, Target
 from quern.core.errors import UserError
 from quern.core.plan import LinearPlan, candidates_for, plan_for
-from quern.core.recipe import (
-    Activations,
-    Calibration,
-    Override,
-    Recipe,
-    Rounding,
-    Transform,
-    parse_recipe,
-    profile_names,
-)
+from quern.core.recipe import Override, Recipe, parse_recipe, profile_names
+from quern.core.recipe_parts import Activations, Calibration, Rounding, Transform
 from quern.core.scheme import NO_CODEC, USUAL, parse_scheme
 from quern.observers.base import OBSERVERS
 

@@ -14,7 +14,7 @@ import torch
 from quern.checkpoint.checkpoint import open_checkpoint
 from quern.checkpoint.files import InputFile
 from quern.checkpoint.safetensors_file import DTYPES, TensorInfo
-from quern.codecs import bits as packing
+from quern.codecs.packing import bits as packing
 from quern.core.errors import BadFileError
 from quern.core.machine.parallel import Workers
 from quern.formats import _entropy, _symbols

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quern.core.errors import BadFileError, UserError
-from quern.core.recipe import Calibration
+from quern.core.recipe_parts import Calibration
 from quern.pipeline.blockwise import calibration_text
 from quern.pipeline.blockwise.calibration_text import CalibrationText, text_sha256
 from quern.texts.source import Text

@@ -10,7 +10,7 @@ from quern.architectures.routing import routed_to, routed_tokens
 from quern.codecs.base import Encoder, decode
 from quern.core.machine.parallel import Workers
 from quern.core.plan import plan_for
-from quern.core.recipe import Rounding
+from quern.core.recipe_parts import Rounding
 from quern.quantization.block import round_linears
 from quern.quantization.calibration.block import Tap
 from quern.quantization.calibration.statistics import Wanted, add_tap, collector

@@ -7,7 +7,7 @@ from torch.nn import functional
 from quern.codecs.base import codec_of
 from quern.core.machine.parallel import Workers
 from quern.core.plan import KEPT, LinearPlan
-from quern.core.recipe import Rounding, Transform
+from quern.core.recipe_parts import Rounding, Transform
 from quern.core.scheme import parse_scheme
 from quern.pipeline.planning.outer_losses import mean_divergence
 from quern.quantization.calibration.hessian import add_to_hessian

@@ -16,7 +16,7 @@ def fit_tables(values: Tensor, importance: Tensor | None, count: int) -> Tensor:
     ``importance`` ``(n,)``: what a squared error costs; None: all the same. Sums over sorted values make a step as cheap as
     finding where cells end. A value whose cell is empty goes to the end of the cell that loses most.
     """
-    ordered, order = values.double().sort(dim=1)
+    ordered, order = values.double().contiguous().sort(dim=1)
     weight = torch.ones_like(ordered) if importance is None else importance.double().clamp(min=0)[order]
     weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, 1.0)
     mass, first, second = (_running(weight * ordered**power) for power in range(3))

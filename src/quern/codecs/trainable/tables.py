@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quern.codecs import planes
+from quern.codecs.packing import planes
 from quern.codecs.trainable.base import Trainable, straight_through
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ block, the Hessians of one stage and one wave of tokens, however many layers and
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,13 @@ from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import Codec, codec_of
 from quern.core.machine.heap import release_freed
 from quern.core.plan import LinearPlan
-from quern.core.recipe import Transform
+from quern.core.recipe_parts import Transform
 from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job
+from quern.pipeline.blockwise.reference_stream import ReferenceStream, references
 from quern.quantization.block import RoundedLinear, round_linears
 from quern.quantization.calibration.activations import ActivationFile
-from quern.quantization.calibration.block import Block
+from quern.quantization.calibration.block import Block, Tap
 from quern.quantization.calibration.sketch import Sketches, kept_of
 from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, collector
 from quern.quantization.calibration.token_weights import normalized
@@ -62,16 +63,22 @@ def quantize_block(job: Job, index: int) -> None:
     started = time.perf_counter()
     work = _BlockWork(job, index)
     work.transform()
+    if job.follows_drift or job.two_sided:
+        work.reference = ReferenceStream(job, work.block)
     release_freed()
     for stage in work.block.spec.stages:
         work.quantize_stage(stage)
         release_freed()
     files = work.store()
     inputs = [] if work.source is None else work.run(work.source)
+    if work.reference is not None:
+        work.reference.write_next()
     record = {**record_of(job, work.rounded, work.prefix), "inputs": inputs, "seconds": time.perf_counter() - started}
     job.work.finish(f"block {index}", files, record)
     if work.source is not None:
         work.source.path.unlink()  # the block is done: nobody needs its inputs any more
+    if work.reference is not None:
+        work.reference.end()
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class _BlockWork:
         transforms = [TRANSFORMS.get(settings.method)(settings) for settings in job.recipe.transforms]
         self.scalings = [transform for transform in transforms if isinstance(transform, ChannelScaling)]
         self.rounded: list[RoundedLinear] = []
+        self.reference: ReferenceStream | None = None
 
     def transform(self) -> None:
         """Rewrite the block: every scaling of the recipe along every rescaling of the architecture, in order."""
@@ -135,6 +143,9 @@ class _BlockWork:
         """Round the linears of one stage; their rounded weights replace the block's own."""
         alike = [part for group in stage for part in self._alike(group)]
         for part, statistics in zip(alike, self._statistics(alike), strict=True):
+            if self.reference is not None:
+                wanted = [name for name in part.linears if self.plans[name].rounding.two_sided]
+                statistics.outputs |= self.reference.output_hessians(wanted)
             weights = {name: self.block.linear(name).weight.data for name in part.linears}
             given = weights, self.plans, statistics, self.job.workers, part.wanted.signs, self.prefix
             for linear in round_linears(*given):
@@ -176,7 +187,15 @@ class _BlockWork:
             weigh_by_norm=self.job.recipe.calibration.token_weight == "norm",
             histogram=any(plan.activations.mode == "static" for plan in plans.values()),
             signs=signs,
+            drifts=self._drifts(plans),
         )
+
+    def _drifts(self, plans: Mapping[str, LinearPlan]) -> dict[str, Tensor]:
+        """Unquantized weights of those that make up for drift. Which tokens meet an expert drifts too: experts do not."""
+        if self.reference is None or self.source is None:
+            return {}
+        wanted = [name for name, plan in plans.items() if plan.rounding.target == "drift"]
+        return {name: self.reference.weight(name) for name in wanted if self.block.spec.linear(name).expert is None}
 
     def _statistics(self, alike: Sequence[_Alike]) -> list[GroupStatistics]:
         """What is wanted of the inputs of each, from one pass over the calibration tokens."""
@@ -184,12 +203,19 @@ class _BlockWork:
         looked_at = [(part, statistics) for part, statistics in zip(alike, found, strict=True) if part.wanted]
         if self.source is None or not looked_at:
             return found
-        first = [part.linears[0] for part, _ in looked_at]
+        first = list(dict.fromkeys(part.linears[0] for part, _ in looked_at))
+        drifting = [name for part, _ in looked_at for name in part.wanted.drifts]
+        others = {place for name in drifting if (place := self.block.spec.linear(name).added_to) is not None}
         for start, stop in self.source.waves():
-            taps = self.block.capture(list(dict.fromkeys(first)), self.source.read(start, stop), self.job.workers)
+            taps = self.block.capture(first, self.source.read(start, stop), self.job.workers, sorted(others))
+            unquantized: dict[str, Tap] = {}
+            if drifting:
+                assert self.reference is not None
+                unquantized = self.reference.capture(first, sorted(others), start, stop)
             for part, statistics in looked_at:
                 tap = taps[part.linears[0]]
-                add_tap(statistics, part.wanted, start * self.source.shape[1], tap, self.job.workers)
+                beside = references(part.linears, self.block, taps, unquantized, start) if part.wanted.drifts else {}
+                add_tap(statistics, part.wanted, start * self.source.shape[1], tap, self.job.workers, beside)
         return found
 
     def _columns(self, part: _Alike) -> int:
@@ -262,6 +288,7 @@ def record_of(job: Job, rounded: Sequence[RoundedLinear], prefix: str = "") -> d
             "bits_per_weight": linear.bits_per_weight
             - 8 * job.writer.saved_bytes(prefix + linear.name) / linear.decoded.numel(),
             "relative_error": linear.relative_loss,
+            **({} if linear.drift_share is None else {"drift_share": linear.drift_share}),
         }
         for linear in rounded
     ]

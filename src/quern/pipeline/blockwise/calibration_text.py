@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quern.core.errors import UserError, option
-from quern.core.recipe import Calibration
+from quern.core.recipe_parts import Calibration
 from quern.core.seeds import generator
 from quern.evaluation.heldout import training_calibration_text
 from quern.texts.pieces import cut_pieces

@@ -67,6 +67,16 @@ class Job:
         """Whether a rounding of the plan reads Hessians."""
         return uses_hessians(self.plan)
 
+    @property
+    def follows_drift(self) -> bool:
+        """Whether a rounding of the plan makes up for drift."""
+        return any(linear.rounding.target == "drift" for linear in self.plan.quantized().values())
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether a rounding of the plan counts gradients at outputs."""
+        return any(linear.rounding.two_sided for linear in self.plan.quantized().values())
+
 
 def uses_hessians(plan: Plan) -> bool:
     """Whether the rounding of a matrix reads its Hessian."""

@@ -12,6 +12,7 @@ from quern.core.errors import OutOfMemoryCapError, option
 from quern.core.units import bytes_text, rounded_up
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.calibration.activations import WAVE_TOKENS
+from quern.quantization.calibration.drift import MOST_JUDGES
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
 from quern.quantization.rounding.base import SLAB
 
@@ -41,17 +42,26 @@ class MemoryPlan:
 
 def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     """Estimate the peak from the model's shapes and the recipe; with so many more Hessians of the widest linear."""
-    itemsize = job.compute_dtype.itemsize
+    itemsize, drift = job.compute_dtype.itemsize, job.follows_drift
     sizes = [_sizes(block, own_hessians=job.recipe.calibration.token_weight == "fisher") for block in _kinds(job)]
     weights, widest, largest, hessians = (max(values) for values in zip(*sizes, strict=True))
     weights *= itemsize
+    if any(linear.rounding.sweeps for linear in job.plan.quantized().values()):
+        further_hessians += 1
     hessians += further_hessians * 4 * widest**2
+    if drift:
+        # Of each linear of a stage what would make up for drift, and the tokens that judge.
+        hessians += max(_drifts(block) for block in _kinds(job))
+    if drift or job.two_sided:
+        weights *= 2
+    if job.two_sided:
+        hessians += max(_outputs(block) for block in _kinds(job))
     calibrated = job.sequences is not None
     # A rotated copy of the activations comes on top.
-    wave = (WAVE_COPIES + job.recipe.rotated) * 4 * WAVE_TOKENS * widest if calibrated else 0
+    wave = (WAVE_COPIES + job.recipe.rotated + 2 * drift) * 4 * WAVE_TOKENS * widest if calibrated else 0
     slabs = job.workers.threads * SLAB_COPIES * 4 * SLAB * widest
     # Codes of the linears done so far, and the rounded copy of the one in hand.
-    packed = weights // itemsize + largest * (itemsize + 1)
+    packed = weights // itemsize // (1 + (drift or job.two_sided)) + largest * (itemsize + 1)
     uses_hessian = calibrated and job.uses_hessians
     table = job.architecture.config.vocab_size * job.architecture.config.hidden_size
     # Of embedding or head: the weight, its rounded slabs and these joined; the codes, in slabs and joined.
@@ -88,6 +98,30 @@ def _sizes(block: BlockSpec, own_hessians: bool) -> tuple[int, int, int, int]:
     ]
     entries = [rows * columns for rows, columns in shapes]
     return sum(entries), max(columns for _, columns in shapes), max(entries), max(hessians)
+
+
+def _drifts(block: BlockSpec) -> int:
+    """Bytes of what is kept of drift in the greatest stage, for linears that every token meets."""
+    found = []
+    for stage in block.stages:
+        shapes = [
+            block.linear(name).shape for group in stage for name in group.linears if block.linear(name).expert is None
+        ]
+        found.append(sum(4 * rows * columns + 4 * MOST_JUDGES * (rows + columns) for rows, columns in shapes))
+    return max(found)
+
+
+def _outputs(block: BlockSpec) -> int:
+    """Bytes of the Hessians of the outputs of one group; of one of them the copies in which it is put in order and
+    factorized, and the errors of the rows that are done."""
+    found = []
+    for group in block.groups:
+        shapes = [block.linear(name).shape for name in group.linears]
+        found.append(
+            sum(4 * rows**2 for rows, _ in shapes)
+            + max(4 * (3 * rows**2 + 2 * rows * columns) for rows, columns in shapes)
+        )
+    return max(found)
 
 
 def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,13 @@ from quern.pipeline.blockwise.job import Job
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
-from quern.quantization.calibration.token_weights import block_gradients, output_gradient, sequence_seed
+from quern.quantization.calibration.hessian import add_to_hessian
+from quern.quantization.calibration.token_weights import (
+    block_gradients,
+    output_gradient,
+    output_gradients,
+    sequence_seed,
+)
 
 INPUTS, GRADIENTS, WEIGHTS, ROWS, SAMPLED = "inputs", "gradients", "weights", "rows", "sampled"
 _TIMING = "timing.json"
@@ -79,7 +85,9 @@ class Sample:
 def run(job: Job, shared: Path | None = None, *, sample: Sample | None = None) -> float:
     """The whole pass; continues where an earlier run was stopped.
 
-    With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. With ``sample``
+    With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. A recipe that rounds by
+    both sides needs more than that: for it the inputs of blocks and the gradients of their outputs stay, and ``forget``
+    removes them. With ``sample``
     gradients are kept: those of the embedding's outputs, and what ``sampled_gradients`` and ``row_squares`` read. Returns
     the seconds that were spared: those that the pass took when it was made. Raises ``BadFileError`` for a damaged
     ``shared``.
@@ -88,17 +96,39 @@ def run(job: Job, shared: Path | None = None, *, sample: Sample | None = None) -
     if all(job.work.done(f"weights {index}") is not None for index in range(layers)):
         return 0.0
     spared, whole, started = 0.0, job.work.done("inputs 0") is None, time.perf_counter()
-    if shared is not None and shared.is_dir():
+    if shared is not None and shared.is_dir() and not job.two_sided:
         spared = _take_over(job, shared)
     else:
         _compute(job, sample)
         if shared is not None and whole:
-            _put_into(shared, job, time.perf_counter() - started)
+            share(job, shared, time.perf_counter() - started)
     for index in range(layers + 1):
-        job.activations(INPUTS, index).path.unlink(missing_ok=True)
+        if not job.two_sided or index == layers:
+            job.activations(INPUTS, index).path.unlink(missing_ok=True)
     if sample is None:
         job.activations(GRADIENTS, 0).path.unlink(missing_ok=True)
     return spared
+
+
+def output_hessians(job: Job, block: Block, linears: Sequence[str]) -> dict[str, Tensor]:
+    """sum_t g_t g_t^T of the gradients g_t at the outputs of some linears of ``block``, as it was before anything of it was
+    rounded: float32 ``(rows, rows)``, upper triangles."""
+    index = block.spec.index
+    inputs, outer = job.activations(INPUTS, index), job.activations(GRADIENTS, index + 1)
+    found = {name: torch.zeros(2 * (block.linear(name).out_features,), device=job.device) for name in linears}
+    with block.recording(linears):
+        for start, stop in inputs.waves():
+            pairs = list(zip(inputs.read(start, stop), outer.read(start, stop), strict=True))
+            results = job.workers.map(lambda pair: output_gradients(block, *pair), pairs)
+            for name, parts in zip(linears, zip(*results, strict=True), strict=True):
+                add_to_hessian(found[name], torch.cat(parts), None, job.workers)
+    return found
+
+
+def forget(job: Job, index: int) -> None:
+    """Remove what ``output_hessians`` of block ``index`` reads."""
+    for kind, place in ((INPUTS, index), (GRADIENTS, index + 1)):
+        job.activations(kind, place).path.unlink(missing_ok=True)
 
 
 def share(job: Job, shared: Path, seconds: float) -> None:
@@ -148,7 +178,8 @@ def _compute(job: Job, sample: Sample | None = None) -> None:
             release_freed()
             task.advance()
         # Only now: a run that is stopped in block ``index`` needs these gradients again.
-        job.activations(GRADIENTS, index + 1).path.unlink(missing_ok=True)
+        if not job.two_sided:
+            job.activations(GRADIENTS, index + 1).path.unlink(missing_ok=True)
     task.done()
 
 

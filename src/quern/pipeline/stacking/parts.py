@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from quern.codecs.base import CODECS, codec_of
-from quern.core.recipe import ROTATION, Recipe
+from quern.core.recipe import Recipe
+from quern.core.recipe_parts import ROTATION
 from quern.core.scheme import USUAL, CodecScheme
 from quern.core.stacking import NO_TRAITS, Part, PartKind, Traits
 from quern.engines.cpu import CACHES, ORDINARY

@@ -19,7 +19,8 @@ from quern.core.artifact import PROVENANCE, quantization_of
 from quern.core.errors import BadFileError, UserError, option
 from quern.core.machine.parallel import Workers
 from quern.core.plan import Plan
-from quern.core.recipe import ROTATION, Recipe, parse_recipe
+from quern.core.recipe import Recipe, parse_recipe
+from quern.core.recipe_parts import ROTATION
 from quern.core.scheme import CodecScheme
 from quern.formats.base import ArtifactReader, StoredModule, reader_of
 from quern.formats.quern import INPUT_SCALE, INPUT_SIGNS

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quern.architectures.base import Architecture
 from quern.core.errors import UserError, option
-from quern.core.recipe import Calibration
+from quern.core.recipe_parts import Calibration
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.request import calibration_sequences
 from quern.texts.source import Text

@@ -61,7 +61,7 @@ class Block:
 
     def _place(self, architecture: Architecture, device: torch.device, dtype: torch.dtype, time: int) -> None:
         """What a run needs beside the module."""
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.time = dtype, device, time
         positions = torch.arange(time, device=self.device)[None]
         probe = torch.empty(1, dtype=dtype, device=self.device)
         self._rotary = architecture.build_rotary().to(self.device)(probe, positions)
@@ -114,12 +114,16 @@ class Block:
                 handle.remove()
         return torch.cat(outputs), list(seen)
 
-    def capture(self, linears: Sequence[str], hidden: Tensor, workers: Workers) -> dict[str, Tap]:
-        """What each of ``linears`` reads when the block reads ``hidden`` ``(sequences, time, width)``.
+    def capture(
+        self, linears: Sequence[str], hidden: Tensor, workers: Workers, others: Sequence[str] = ()
+    ) -> dict[str, Tap]:
+        """What each of ``linears`` reads when the block reads ``hidden`` ``(sequences, time, width)``; and what the modules
+        ``others`` do, which lie before them.
 
         None of them may read what another one makes. The run of a sequence ends at the last of them that all tokens meet.
         """
         modules: dict[nn.Module, str] = {self.linear(name): name for name in linears}
+        modules |= {self.module.get_submodule(name): name for name in others}
         certain = all(self.spec.linear(name).expert is None for name in linears)
 
         def inputs_of(sequence: Tensor) -> dict[str, Tap]:
@@ -127,14 +131,14 @@ class Block:
             self._recorded.taps = seen
             with suppress(_Captured):
                 self._no_grad(sequence[None])
-            assert not certain or len(seen) == len(linears), f"the block never reached {sorted(linears)}"
+            assert not certain or len(seen) == len(modules), f"the block never reached {sorted(linears)}"
             return seen
 
         def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             seen = self._recorded.taps
             rows = inputs[0].reshape(-1, inputs[0].shape[-1])
             seen[modules[module]] = Tap(rows, routed_tokens(), hidden.shape[1])
-            if certain and len(seen) == len(linears):
+            if certain and len(seen) == len(modules):
                 raise _Captured
 
         handles = [module.register_forward_pre_hook(keep) for module in modules]
@@ -143,7 +147,7 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: self._joined(name, runs, hidden.shape[1]) for name in linears}
+        return {name: self._joined(name, runs, hidden.shape[1]) for name in (*linears, *others)}
 
     def _joined(self, linear: str, runs: Sequence[dict[str, Tap]], time: int) -> Tap:
         """The taps of several sequences as one."""

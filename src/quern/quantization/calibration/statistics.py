@@ -10,12 +10,14 @@ from torch import Tensor
 
 from quern.core.machine.parallel import Workers
 from quern.quantization.calibration.block import Tap
+from quern.quantization.calibration.drift import Drift, Reference
 from quern.quantization.calibration.hessian import add_to_hessian, norm_weights
 from quern.quantization.calibration.histogram import InputHistogram
 from quern.rotation.rotation import rotate
 
 ROTATED_TOKENS = 512
 """Tokens that a worker rotates at a time."""
+NO_REFERENCES: Mapping[str, Reference] = {}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Wanted:
     """Whether the sizes of inputs are counted, for a static scale."""
     signs: Tensor | None = None
     """Packed signs of the rotation of the inputs; None: they are not rotated."""
+    drifts: Mapping[str, Tensor] = field(default_factory=dict)
+    """The linears that are to make up for drift, with their weights in the unquantized model."""
 
     def __bool__(self) -> bool:
         return bool(self.hessians) or self.histogram
@@ -63,6 +67,9 @@ class GroupStatistics:
 
     by_linear: dict[str, Statistics] = field(default_factory=dict)
     histogram: InputHistogram | None = None
+    drifts: dict[str, Drift] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """By linear: sum over tokens of gradient gradient^T at its outputs, float32 ``(rows, rows)``, upper triangle."""
 
 
 def collector(wanted: Wanted, columns: int, device: torch.device) -> GroupStatistics:
@@ -73,13 +80,22 @@ def collector(wanted: Wanted, columns: int, device: torch.device) -> GroupStatis
             for name in wanted.hessians
         },
         InputHistogram() if wanted.histogram else None,
+        {name: Drift(weight, torch.zeros(weight.shape, device=device)) for name, weight in wanted.drifts.items()},
     )
 
 
-def add_tap(found: GroupStatistics, wanted: Wanted, start: int, tap: Tap, workers: Workers) -> None:
+def add_tap(
+    found: GroupStatistics,
+    wanted: Wanted,
+    start: int,
+    tap: Tap,
+    workers: Workers,
+    references: Mapping[str, Reference] = NO_REFERENCES,
+) -> None:
     """Add what one run of the block handed out; ``start`` is the position of its first token among all calibration tokens.
 
-    Sums are added up run by run, so that they depend on how the calibration text is cut and on nothing else.
+    ``references``: of the linears whose drift is wanted. Sums are added up run by run, so that they depend on how the
+    calibration text is cut and on nothing else.
     """
     inputs = tap.inputs
     if wanted.signs is not None:
@@ -87,10 +103,14 @@ def add_tap(found: GroupStatistics, wanted: Wanted, start: int, tap: Tap, worker
         inputs = torch.cat(workers.map(lambda part: rotate(part, signs), torch.split(inputs, ROTATED_TOKENS)))
     if found.histogram is not None and len(inputs):
         found.histogram.add(inputs)
-    for name, statistics in found.by_linear.items():
+    for name in dict.fromkeys([*found.by_linear, *found.drifts]):
         weights = norm_weights(inputs) if wanted.weigh_by_norm else None
         if wanted.token_weights:
             weights = tap.of_tokens(wanted.token_weights[name][start : start + tap.length])
-        assert statistics.hessian is not None
-        add_to_hessian(statistics.hessian, inputs, weights, workers)
-        statistics.tokens += len(inputs)
+        if name in found.by_linear:
+            statistics = found.by_linear[name]
+            assert statistics.hessian is not None
+            add_to_hessian(statistics.hessian, inputs, weights, workers)
+            statistics.tokens += len(inputs)
+        if name in found.drifts:
+            found.drifts[name].add(tap.inputs, inputs, weights, references[name], workers)

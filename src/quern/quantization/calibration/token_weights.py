@@ -65,6 +65,19 @@ class BlockGradients:
     """dL/d(inputs of the block) ``(time, width)``."""
 
 
+def output_gradients(block: Block, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
+    """dL/dy_t of each linear that ``block`` records, float32 ``(tokens that met it, rows)``; arguments as below."""
+    inputs = hidden[None].to(block.device).detach().requires_grad_()
+    with torch.enable_grad():
+        result, recorded = block.run_recorded(inputs)
+        met = [entry[0] for entry in recorded if entry is not None]
+        found = iter(torch.autograd.grad(result, met, gradient[None].to(result)))
+    return [
+        hidden.new_zeros(0, module.out_features).float() if entry is None else next(found).flatten(0, -2).float()
+        for module, entry in zip(block.recorded_linears, recorded, strict=True)
+    ]
+
+
 def block_gradients(
     block: Block, hidden: Tensor, gradient: Tensor, sampled_rows: Sequence[Tensor] = ()
 ) -> BlockGradients:

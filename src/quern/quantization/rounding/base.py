@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from quern.codecs.base import Codec, Parts
-from quern.core import recipe as recipes
+from quern.core import recipe_parts
 from quern.core.machine.parallel import Workers, pieces
 from quern.core.packed import QuantizedWeight
-from quern.core.recipe import Rounding as Settings
+from quern.core.recipe_parts import Rounding as Settings
 from quern.core.registry import Registry
 from quern.core.stacking import NO_TRAITS, Traits
-from quern.quantization.rounding.factor import Factor
+from quern.quantization.rounding.factor import Factor, quadratic_size
+from quern.quantization.rounding.row_feedback import SETS, RowFeedback
 
 SLAB = 1024
 """Rows that one worker rounds at a time: a multiple of 32, because codecs pack down the rows; keeps a block in the cache."""
@@ -68,25 +72,59 @@ class Rounding(ABC):
         """Rows of a slab of a matrix of ``rows``."""
         return SLAB
 
-    def round(self, weight: Tensor, codec: Codec, factor: Factor | None, workers: Workers) -> Rounded:
-        """Round ``weight`` ``(rows, columns)``; rows are independent, so slabs of them go to the workers."""
-        where = pieces(weight.shape[0], self.slab_height(weight.shape[0], codec))
-        slabs = workers.map(lambda rows: self._slab(weight[rows[0] : rows[1]], weight, codec, factor), where)
-        decoded = weight.new_empty(weight.shape)
-        for (start, stop), slab in zip(where, slabs, strict=True):
-            decoded[start:stop] = slab.decoded
+    def round(
+        self,
+        weight: Tensor,
+        codec: Codec,
+        factor: Factor | None,
+        workers: Workers,
+        outputs: Tensor | None = None,
+    ) -> Rounded:
+        """Round ``weight`` ``(rows, columns)``.
+
+        Rows are independent, so slabs of them go to the workers. With ``outputs``, the Hessian of the outputs float32
+        ``(rows, rows)`` (upper triangle), sets of rows follow one another and make up for those before them.
+        """
         rows, columns = weight.shape
-        packed = QuantizedWeight(
-            codec.scheme,
-            (rows, columns),
-            codec.join([{name: part.cpu() for name, part in slab.parts.items()} for slab in slabs]),
-        )
+        if outputs is None:
+            where = pieces(rows, self.slab_height(rows, codec))
+            slabs = workers.map(lambda part: self._slab(weight[slice(*part)], weight, codec, factor), where)
+            decoded = torch.cat([slab.decoded for slab in slabs])
+            join = codec.join
+        else:
+            sets = codec.row_sets(rows, SETS)
+            order = torch.cat([some for some, _ in sets])
+            slabs = self._in_turn(weight, sets, factor, RowFeedback(outputs, order, workers))
+            decoded = torch.empty_like(weight)
+            decoded[order] = torch.cat([slab.decoded for slab in slabs])
+            join = partial(codec.join_sets, rows)
+        parts = [{name: part.cpu() for name, part in slab.parts.items()} for slab in slabs]
+        packed = QuantizedWeight(codec.scheme, (rows, columns), join(parts))
         loss, size = sum(slab.loss for slab in slabs), sum(slab.size for slab in slabs)
         return Rounded(packed, decoded, loss, loss / size if size else 0.0)
+
+    def _in_turn(
+        self,
+        weight: Tensor,
+        sets: Sequence[tuple[Tensor, Codec]],
+        factor: Factor | None,
+        feedback: RowFeedback,
+    ) -> list[RoundedSlab]:
+        """Sets of rows, each rounded towards what makes up for those before it; losses are by the weights themselves."""
+        assert factor is not None, "feedback among rows goes with feedback among columns"
+        slabs = []
+        for some, codec in sets:
+            rows = weight[some].float()
+            slab = self.round_slab(rows + feedback.due(*rows.shape), weight, codec, factor)
+            error = rows - slab.decoded
+            feedback.got_wrong(error)
+            loss, size = quadratic_size(error, factor), quadratic_size(rows, factor)
+            slabs.append(replace(slab, decoded=slab.decoded.to(weight.dtype), loss=loss, size=size))
+        return slabs
 
     def _slab(self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
         slab = self.round_slab(rows.float(), whole, codec, factor)
         return replace(slab, decoded=slab.decoded.to(rows.dtype))
 
 
-ROUNDINGS: Registry[type[Rounding]] = recipes.ROUNDINGS
+ROUNDINGS: Registry[type[Rounding]] = recipe_parts.ROUNDINGS

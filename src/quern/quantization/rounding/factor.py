@@ -17,6 +17,8 @@ from quern.core.machine.parallel import Workers, pieces
 
 PANEL = 256
 TILE = 1024
+SAMPLED_ROWS = 64
+"""Rows of a slab from which tr(W H W^T) is estimated; the whole would cost as much as the rounding itself."""
 SHIFTS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Tried in turn on the unit diagonal of a panel that rounding errors have made indefinite."""
 
@@ -31,19 +33,17 @@ class Factor:
     """D, float32 ``(columns,)``."""
     order: Tensor | None
     """Columns in the order in which they are rounded (int64), or None for their own order."""
+    hessian: Tensor | None = None
+    """The damped Hessian, float32 ``(columns, columns)``, all of it in the columns' own order, where it was to be kept."""
 
 
-def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: Workers) -> Factor:
+def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: Workers, keep: bool = False) -> Factor:
     """Factorize float32 ``hessian`` ``(columns, columns)``, of which only the upper triangle is read; it is overwritten.
 
     ``damping`` times the mean of the diagonal is added to the diagonal. Inputs that never fire keep the
-    damping alone, which makes them round to nearest. Raises ``UserError`` where the diagonal is not finite.
+    damping alone, which makes them round to nearest. With ``keep`` the factor holds the damped Hessian too. Raises
+    ``UserError`` where the diagonal is not finite.
     """
-    order = None
-    if activation_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        full = hessian.triu() + hessian.triu(1).T
-        hessian = full[order][:, order]
     diagonal = hessian.diagonal()
     # |x_i x_j| is never above the greater square: where anything overflows, the diagonal does.
     if not bool(diagonal.isfinite().all()):
@@ -53,6 +53,13 @@ def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: 
         )
     mean = float(diagonal.double().mean())
     diagonal.add_(damping * mean if mean > 0 else 1.0)
+    kept = hessian.triu().add_(hessian.triu(1).T) if keep else None
+    order = None
+    if activation_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        full = hessian.triu() + hessian.triu(1).T
+        hessian = full[order][:, order]
+        diagonal = hessian.diagonal()
     # A unit diagonal is the best conditioning that scaling can give (van der Sluis 1969).
     scale = diagonal.rsqrt()
     for start, stop in pieces(len(hessian), TILE):
@@ -61,7 +68,7 @@ def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: 
     root = hessian.diagonal().clone()
     for start, stop in pieces(len(hessian), TILE):
         hessian[:stop, start:stop] *= (scale / root)[None, start:stop] / scale[:stop, None]
-    return Factor(hessian, (root / scale).square_().contiguous(), order)
+    return Factor(hessian, (root / scale).square_().contiguous(), order, kept)
 
 
 def _cholesky_upper(matrix: Tensor, workers: Workers) -> None:
@@ -93,3 +100,22 @@ def _cholesky_corner(corner: Tensor) -> Tensor:
             upper: Tensor = lower.flip(0, 1).to(torch.float32)
             return upper
     raise ArithmeticError("the Hessian is not positive definite even after damping")
+
+
+def quadratic_size(weight: Tensor, factor: Factor) -> float:
+    """tr(W H W^T) = sum_k D_k |(W U)_k|^2 of float32 ``weight`` ``(rows, columns)``, estimated from evenly spaced rows."""
+    rows, columns = weight.shape
+    weight = weight if factor.order is None else weight[:, factor.order]
+    step = -(-rows // SAMPLED_ROWS)
+    sample = weight[::step]
+    total = 0.0
+    for start in range(0, columns, 1024):
+        stop = min(start + 1024, columns)
+        corner = factor.upper[start:stop, start:stop].triu(1)
+        product = (
+            sample[:, start:stop]
+            + sample[:, :start] @ factor.upper[:start, start:stop]
+            + sample[:, start:stop] @ corner
+        )
+        total += float(product.square().sum(0).double() @ factor.diagonal[start:stop].double())
+    return total * rows / len(sample)

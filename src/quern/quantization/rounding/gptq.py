@@ -20,10 +20,8 @@ from quern.codecs.base import Codec, Encoder
 from quern.core.errors import UserError
 from quern.core.stacking import Traits
 from quern.quantization.rounding.base import ROUNDINGS, RoundedSlab, Rounding
-from quern.quantization.rounding.factor import Factor
-
-SAMPLED_ROWS = 64
-"""Rows of a slab from which tr(W H W^T) is estimated; the whole would cost as much as the rounding itself."""
+from quern.quantization.rounding.factor import Factor, quadratic_size
+from quern.quantization.rounding.sweeps import sweep
 
 
 @ROUNDINGS.add("gptq")
@@ -44,9 +42,13 @@ class Gptq(Rounding):
         encoder.weigh(factor.diagonal if factor.order is None else factor.diagonal[factor.order.argsort()])
         weight = slab if factor.order is None else slab[:, factor.order]
         decoded, error = self._feed_forward(weight, encoder, factor)
-        size = _quadratic_size(weight, factor)
+        size = quadratic_size(slab, factor)
         if factor.order is not None:
             decoded = decoded[:, factor.order.argsort()]
+        if self.settings.sweeps and encoder.width == 1:
+            assert factor.hessian is not None, "sweeps need the whole Hessian"
+            error = sweep(slab, decoded, encoder, factor.hessian, self.settings.sweeps)
+            decoded = codec.decode((slab.shape[0], slab.shape[1]), encoder.parts())
         return RoundedSlab(encoder.parts(), decoded, error, size)
 
     def _feed_forward(self, weight: Tensor, encoder: Encoder, factor: Factor) -> tuple[Tensor, float]:
@@ -117,21 +119,3 @@ def _expected(values: Tensor, original: Tensor, inside: Tensor) -> Tensor:
     """
     moved: Tensor = torch.linalg.solve_triangular(inside, values - original, upper=False, unitriangular=True)
     return original + moved
-
-
-def _quadratic_size(weight: Tensor, factor: Factor) -> float:
-    """tr(W H W^T) = sum_k D_k |(W U)_k|^2, estimated from evenly spaced rows."""
-    rows, columns = weight.shape
-    step = -(-rows // SAMPLED_ROWS)
-    sample = weight[::step]
-    total = 0.0
-    for start in range(0, columns, 1024):
-        stop = min(start + 1024, columns)
-        corner = factor.upper[start:stop, start:stop].triu(1)
-        product = (
-            sample[:, start:stop]
-            + sample[:, :start] @ factor.upper[:start, start:stop]
-            + sample[:, start:stop] @ corner
-        )
-        total += float(product.square().sum(0).double() @ factor.diagonal[start:stop].double())
-    return total * rows / len(sample)

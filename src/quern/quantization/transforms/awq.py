@@ -10,7 +10,7 @@ from torch import Tensor
 from quern.codecs.base import Codec
 from quern.core.errors import UserError
 from quern.core.machine.parallel import Workers, pieces
-from quern.core.recipe import Transform as Settings
+from quern.core.recipe_parts import Transform as Settings
 from quern.core.stacking import Traits
 from quern.quantization.transforms.base import (
     FOLDED,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quern.architectures.base import Rescaling
 from quern.codecs.base import Codec
 from quern.core.machine.parallel import Workers
-from quern.core.recipe import Transform as Settings
+from quern.core.recipe_parts import Transform as Settings
 from quern.core.registry import Registry
 from quern.core.stacking import NO_TRAITS, Traits
 

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from quern.core.errors import UserError
-from quern.core.recipe import ROTATION
-from quern.core.recipe import Transform as Settings
+from quern.core.recipe_parts import ROTATION
+from quern.core.recipe_parts import Transform as Settings
 from quern.core.seeds import generator
 from quern.core.stacking import Traits
 from quern.quantization.transforms.base import TRANSFORMS, InputRotation

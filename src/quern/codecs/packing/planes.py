@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quern.codecs import bits as dense
+from quern.codecs.packing import bits as dense
 
 PLANE_COLUMNS = 256
 THREE = 3

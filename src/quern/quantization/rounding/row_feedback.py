@@ -1,0 +1,57 @@
+"""Feedback among rows: what rows already rounded got wrong, those behind them make up for.
+
+To second order the errors E of a linear cost sum_t (g_t . E x_t)^2 / 2 with g_t the gradient of the loss at its outputs.
+Taken apart as two Hessians, that of the inputs H and that of the outputs G = sum_t g_t g_t^T, this is tr(G E H E^T) (YAQA,
+Tseng et al. 2025, arXiv 2505.22988, section 3). With G = U D U^T, U unit upper triangular, rows are to be rounded towards
+
+    w'_i = w_i + sum_{j < i} U_ji (w_j - q_j)
+
+as columns are by ``gptq`` (there row by row, here a row with all its columns). Rows of a set are rounded together, each with
+feedback among its columns; for sets U is divided by what lies within them, so that what they are rounded towards counts all
+rows of the set at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quern.core.machine.parallel import Workers, pieces
+from quern.quantization.rounding.factor import factorize
+
+DAMPING = 0.1
+"""Added to the diagonal of G, as a fraction of its mean. Gradients are few, and what they do not show is not free."""
+SETS = 32
+"""Sets of rows of a matrix, about: of m sets all but 1 / m of what feedback can gain is gained."""
+COLUMNS = 1024
+"""Columns that a worker multiplies at a time."""
+
+
+class RowFeedback:
+    """Of one linear."""
+
+    def __init__(self, hessian: Tensor, order: Tensor, workers: Workers) -> None:
+        """``hessian``: G float32 ``(rows, rows)``, upper triangle. ``order``: all rows in the order in which they come."""
+        whole = hessian.triu() + hessian.triu(1).T
+        self._upper, self._workers = factorize(whole[order][:, order], DAMPING, False, workers).upper, workers
+        self._error: list[Tensor] = []
+
+    def due(self, rows: int, columns: int) -> Tensor:
+        """What the next ``rows`` rows are to make up for, float32 ``(rows, columns)``."""
+        start = sum(map(len, self._error))
+        found = torch.zeros(rows, columns, device=self._upper.device)
+        if start:
+            inside = self._upper[start : start + rows, start : start + rows]
+            before = self._upper[:start, start : start + rows]
+            share = torch.linalg.solve_triangular(inside, before, upper=True, left=False, unitriangular=True)
+            error = torch.cat(self._error)
+
+            def part(some: tuple[int, int]) -> None:
+                found[:, slice(*some)] = share.T @ error[:, slice(*some)]
+
+            self._workers.map(part, pieces(columns, COLUMNS))
+        return found
+
+    def got_wrong(self, error: Tensor) -> None:
+        """Say what became of these rows: W - Q, float32 ``(rows, columns)``."""
+        self._error.append(error)
