@@ -15,16 +15,16 @@ ROWS = (1, 20, 96, 130, 256, 300, 1100, 4200)
 """One tile of a trellis and parts of it, several, and so many that tiles themselves are the sets."""
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("scheme", ALL, ids=scheme_id)
-def test_they_are_all_rows_and_not_too_many(scheme, rows):
-    sets = make_codec(scheme).row_sets(rows, SETS)
-    assert torch.equal(torch.cat([some for some, _ in sets]).sort().values, torch.arange(rows))
-    assert all(len(some) for some, _ in sets)
-    assert len(sets) <= 2 * SETS
+def test_they_are_all_rows_and_not_too_many(scheme):
+    for rows in ROWS:
+        sets = make_codec(scheme).row_sets(rows, SETS)
+        assert torch.equal(torch.cat([some for some, _ in sets]).sort().values, torch.arange(rows)), rows
+        assert all(len(some) for some, _ in sets), rows
+        assert len(sets) <= 2 * SETS, rows
 
 
-@pytest.mark.parametrize("rows", [20, 96, 130, 320])
+@pytest.mark.parametrize("rows", [20, 320])
 @pytest.mark.parametrize("scheme", ALL, ids=scheme_id)
 def test_sets_joined_are_the_matrix_that_was_rounded_whole(scheme, rows):
     """Rows do not know each other, so that rounding them set by set changes nothing."""

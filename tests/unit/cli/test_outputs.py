@@ -18,6 +18,7 @@ from quern.pipeline.comparison_folder import ComparisonFolder
 COMMANDS = {
     "plan": ("plan", "model", "-o", "out/plan.yaml"),
     "quantize": ("quantize", "model", "-o", "out", "--recipe", "rtn4"),
+    "train": ("train", "model", "-o", "out", "--recipe", "rtn4"),
     "compare": ("compare", "model", "-o", "out", "--recipes", "rtn4", "--peers", "hqq"),
     "report": ("report", "results.json", "-o", "out/report.html"),
 }
@@ -25,6 +26,7 @@ COMMANDS = {
 STRANGERS = {
     "plan": ("plan.yaml",),
     "quantize": ("notes.txt", "config.json", "quern.json", "sub/file", ".quern-work/file"),
+    "train": ("notes.txt", "config.json", "quern.json", "sub/file", ".quern-work/file"),
     "compare": (
         *("results.json", "report.html", "artifacts", "artifacts/rtn4/file", "artifacts/rtn4.json", "artifacts/rtn4"),
         *("artifacts/hqq-int4-g64/file", "artifacts/hqq-int4-g64.json", "cache", "cache/windows.txt"),

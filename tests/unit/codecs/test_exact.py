@@ -7,7 +7,7 @@ import torch
 from schemes import gaussian, make_codec
 from torch import Tensor
 
-from quern.codecs import exact
+from quern.codecs.fitting import exact
 from quern.codecs.fitting.exact import exact_codes, exact_floats
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
