@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,6 @@ def row(options: argparse.Namespace, recipe: Recipe, texts: Mapping[str, str | N
     asked = json.dumps(given, sort_keys=True)
     record: dict[str, Any] = json.loads(known.read_text("utf-8")) if known.is_file() else {}
     if record.get("asked") != asked:
-        shutil.rmtree(artifact, ignore_errors=True)
         made = quantize_in_child(
             model=options.model,
             output=str(artifact),

@@ -51,15 +51,14 @@ def hessians(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs.T @ inputs, gradients.T @ gradients
 
 
-@pytest.mark.parametrize("sweeps", [0, 1])
 @pytest.mark.parametrize("scheme", [s for s in ALL if s["bits"] < 8], ids=scheme_id)
-def test_rows_make_up_for_those_before(scheme, sweeps):
+def test_rows_make_up_for_those_before(scheme):
     rows, columns = 200, 32
     (inputs, outputs), weight, codec = hessians(rows, columns), gaussian(rows, columns), make_codec(scheme)
     losses = []
     for given in (None, outputs.triu()):
         factor = factorize(inputs.clone(), 0.01, False, Workers(1), keep=True)
-        found = Gptq(Settings(sweeps=sweeps)).round(weight, codec, factor, Workers(1), given)
+        found = Gptq(Settings(sweeps=1)).round(weight, codec, factor, Workers(1), given)
         assert torch.equal(decode(found.weight), found.decoded)
         change = (found.decoded - weight).double()
         losses.append(float(((outputs.double() @ change @ inputs.double()) * change).sum()))
