@@ -1,7 +1,7 @@
 """Every technique on one model: what it costs and buys, and the page that says so.
 
     python benchmarks/techniques.py [MODEL] [-o FOLDER] [--page docs/techniques.md] [--no-speed]
-        [--calibration TEXT...] [--text TEXT...] [--from RESULTS] [--also RESULTS]
+        [--calibration TEXT...] [--text TEXT...] [--recipes NAME...] [--from RESULTS] [--also RESULTS]
 
 Runs ``quern compare`` over the recipes below (default model: the bundled one; an interrupted run continues in FOLDER) and
 writes the page, up to its first section, from results.json alone: ``--from RESULTS.json`` writes it again without measuring,
@@ -53,9 +53,11 @@ def main() -> None:
     parser.add_argument("--calibration", nargs="*", default=[])
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--recipes", nargs="*", help="Some of the techniques only, by their recipes.")
     options = parser.parse_args()
     if options.results is None:
-        recipes = [path if (path := MINE / f"{t.recipe}.yaml").is_file() else t.recipe for t in TECHNIQUES]
+        wanted = [one.recipe for one in TECHNIQUES if options.recipes is None or one.recipe in options.recipes]
+        recipes = [path if (path := MINE / f"{name}.yaml").is_file() else name for name in wanted]
         quern.compare(
             options.model,
             options.output,
