@@ -95,6 +95,7 @@ def row(options: argparse.Namespace, recipe: Recipe, texts: Mapping[str, str | N
             output=str(artifact),
             recipe=write_recipe(folder, recipe),
             calibration=options.calibration,
+            fresh=True,
         )
         record = {
             "asked": asked,
