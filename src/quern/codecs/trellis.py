@@ -37,13 +37,13 @@ from quern.codecs.base import (
 )
 from quern.codecs.trainable.base import Trainable
 from quern.codecs.trainable.trellis import TrellisTrainable
-from quern.codecs.trellis_lanes import LaneCodec, join_lanes, lane_sets
+from quern.codecs.trellis_lanes import BLOCK, LANE_ROWS, TILE, LaneCodec, join_lanes, lane_sets
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import Traits
 
 TABLES = "trellis_tables.json"
-TILE, LANE_ROWS, BLOCK, LANES = 256, 16, 4, 64
+LANES = 64
 MANY_TILES = 16
 """From so many on, sets of rows that are rounded one after the other are tiles; of fewer, lanes of tiles."""
 LARGEST_SUM = 2 * 127

@@ -44,8 +44,8 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     """Estimate the peak from the model's shapes and the recipe; with so many more Hessians of the widest linear."""
     itemsize, drift = job.compute_dtype.itemsize, job.follows_drift
     sizes = [_sizes(block, own_hessians=job.recipe.calibration.token_weight == "fisher") for block in _kinds(job)]
-    weights, widest, largest, hessians = (max(values) for values in zip(*sizes, strict=True))
-    weights *= itemsize
+    entries, widest, largest, hessians = (max(values) for values in zip(*sizes, strict=True))
+    weights = entries * itemsize
     if any(linear.rounding.sweeps for linear in job.plan.quantized().values()):
         further_hessians += 1
     hessians += further_hessians * 4 * widest**2
@@ -53,7 +53,7 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
         # Of each linear of a stage what would make up for drift, and the tokens that judge.
         hessians += max(_drifts(block) for block in _kinds(job))
     if drift or job.two_sided:
-        weights *= 2
+        weights *= 2  # the block as it was before anything of it was rounded
     if job.two_sided:
         hessians += max(_outputs(block) for block in _kinds(job))
     calibrated = job.sequences is not None
@@ -61,7 +61,7 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     wave = (WAVE_COPIES + job.recipe.rotated + 2 * drift) * 4 * WAVE_TOKENS * widest if calibrated else 0
     slabs = job.workers.threads * SLAB_COPIES * 4 * SLAB * widest
     # Codes of the linears done so far, and the rounded copy of the one in hand.
-    packed = weights // itemsize // (1 + (drift or job.two_sided)) + largest * (itemsize + 1)
+    packed = entries + largest * (itemsize + 1)
     uses_hessian = calibrated and job.uses_hessians
     table = job.architecture.config.vocab_size * job.architecture.config.hidden_size
     # Of embedding or head: the weight, its rounded slabs and these joined; the codes, in slabs and joined.
