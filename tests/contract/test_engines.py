@@ -30,6 +30,7 @@ RECIPES = {
     "trellis": {"weights": {"codec": "trellis", "bits": 3, "granularity": "channel", "window": 6, "tables": 1}},
     "nf4": {"weights": {"codec": "nf4", "group_size": 32}, "embedding": {"codec": "nf4"}},
     "log": {"weights": {"codec": "log", "bits": 4, "group_size": 32}, "embedding": {"codec": "log", "bits": 3}},
+    "ternary": {"weights": {"codec": "log", "bits": 2, "group_size": 32}},
     "float4": {"weights": {"codec": "nvfp4"}, "embedding": {"codec": "mxfp4"}},
     "k-means": {
         "weights": {"codec": "kmeans", "bits": 3, "granularity": "group", "group_size": 32},

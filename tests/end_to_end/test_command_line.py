@@ -34,6 +34,7 @@ PROFILES = {
     "nf4",
     "nvfp4",
     "rtn4",
+    "ternary",
 }
 
 

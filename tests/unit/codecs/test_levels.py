@@ -44,7 +44,7 @@ def test_whole_numbers_cost_nf4_nothing():
     assert float(ours / theirs) == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_log_values_are_signed_powers_of_two(bits):
     levels = powers(bits)
     half = 1 << (bits - 1)

@@ -182,6 +182,7 @@ CODES_WITH_TABLES = {
         "weights": {"codec": "nf4", "group_size": 40},
         "overrides": [
             {"pattern": "*.gate_proj", "codec": "log", "bits": 3},
+            {"pattern": "*.q_proj", "codec": "log", "bits": 2},
             {"pattern": "*.up_proj", "codec": "log", "bits": 4, "granularity": "tensor"},
             {"pattern": "*.o_proj", "codec": "log", "bits": 5, "granularity": "channel"},
             {"pattern": "*.down_proj", "codec": "mxfp4"},
