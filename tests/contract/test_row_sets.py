@@ -7,6 +7,7 @@ from schemes import ALL, gaussian, make_codec, scheme_id
 from quern.codecs.base import decode
 from quern.core.machine.parallel import Workers
 from quern.core.recipe_parts import Rounding as Settings
+from quern.quantization.calibration.outputs import OutputStatistics
 from quern.quantization.rounding.factor import factorize
 from quern.quantization.rounding.gptq import Gptq
 from quern.quantization.rounding.row_feedback import SETS
@@ -44,19 +45,26 @@ def test_sets_joined_are_the_matrix_that_was_rounded_whole(scheme, rows):
     assert torch.equal(whole.round_all(weight), expected)
 
 
-def hessians(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of inputs, and of gradients that move a few directions of the outputs most."""
+def seen(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Hessian of inputs, and gradients that move a few directions of the outputs most."""
     inputs = gaussian(4 * columns, columns, 1) @ (torch.eye(columns) + gaussian(columns, columns, 2) / columns**0.5)
     gradients = gaussian(200, 12, 3) @ gaussian(12, rows, 4) + 0.3 * gaussian(200, rows, 5)
-    return inputs.T @ inputs, gradients.T @ gradients
+    return inputs.T @ inputs, gradients
+
+
+def statistics(gradients: torch.Tensor) -> OutputStatistics:
+    """Every fifth token judges."""
+    judge = torch.arange(len(gradients)) % 5 == 4
+    return OutputStatistics((gradients[~judge].T @ gradients[~judge]).triu(), [gradients[judge]])
 
 
 @pytest.mark.parametrize("scheme", [s for s in ALL if s["bits"] < 8], ids=scheme_id)
 def test_rows_make_up_for_those_before(scheme):
     rows, columns = 200, 32
-    (inputs, outputs), weight, codec = hessians(rows, columns), gaussian(rows, columns), make_codec(scheme)
+    (inputs, gradients), weight, codec = seen(rows, columns), gaussian(rows, columns), make_codec(scheme)
+    outputs = gradients.T @ gradients
     losses = []
-    for given in (None, outputs.triu()):
+    for given in (None, statistics(gradients)):
         factor = factorize(inputs.clone(), 0.01, False, Workers(1), keep=True)
         found = Gptq(Settings(sweeps=1)).round(weight, codec, factor, Workers(1), given)
         assert torch.equal(decode(found.weight), found.decoded)
@@ -66,12 +74,12 @@ def test_rows_make_up_for_those_before(scheme):
 
 
 def test_threads_do_not_change_a_byte():
-    (inputs, outputs), weight, found = hessians(300, 48), gaussian(300, 48), []
+    (inputs, gradients), weight, found = seen(300, 48), gaussian(300, 48), []
     codec = make_codec({"bits": 3, "symmetric": False, "granularity": "group", "group_size": 16})
     for threads in (1, 2, 3):
         pool = Workers(threads)
         factor = factorize(inputs.clone(), 0.01, False, pool)
-        found.append(Gptq(Settings()).round(weight, codec, factor, pool, outputs.triu()).decoded)
+        found.append(Gptq(Settings()).round(weight, codec, factor, pool, statistics(gradients)).decoded)
         pool.close()
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])

@@ -1,8 +1,8 @@
 """Powers of two: a sign and an exponent, so that a shift multiplies (Miyashita et al. 2016, arXiv 1603.01025).
 
 A code of b bits has its sign above an exponent e of b - 1 bits, which stands for 2^-e times the scale; the greatest exponent
-stands for zero. Of five bits the values reach down to 2^-14. Of two bits they are -1, 0 and 1 times the scale: ternary weights
-(Li et al. 2016, arXiv 1605.04711), in which nothing is multiplied at all and of which an entropy coder leaves 1.58 bits or less.
+stands for zero. Of five bits the values reach down to 2^-14. Of two bits they are -1, 0 and 1 times the scale: ternary
+weights (Li et al. 2016, arXiv 1605.04711), which multiply nothing, and of which an entropy coder leaves 1.58 bits or less.
 """
 
 from __future__ import annotations

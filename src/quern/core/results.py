@@ -77,6 +77,9 @@ class LayerError(_Strict):
     """Share of the mean KL divergence, in nats a token, that planning predicted; null where the recipe has no allocation."""
     drift_share: float | None = None
     """How much of what would make up for the drift of its inputs its target has, from 0 to 1; null where it has its own."""
+    rows_left: float | None = None
+    """What feedback among rows leaves of the loss of gradients that took no part in it; 1: the matrix has none, because
+    these would lose by it. Null where rounding is not two-sided."""
 
 
 class Tool(_Strict):

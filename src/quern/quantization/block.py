@@ -43,6 +43,8 @@ class RoundedLinear:
     """Packed signs of the rotation of its inputs, uint8 ``(ceil(columns / 8),)``."""
     drift_share: float | None = None
     """How much of what would make up for drift its target has, from 0 to 1; None where that was not asked for."""
+    rows_left: float | None = None
+    """See ``Rounded.rows_left``."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -107,6 +109,7 @@ def round_linears(
                 static_scale(plan, statistics),
                 signs,
                 share,
+                result.rows_left,
             )
         )
     return rounded

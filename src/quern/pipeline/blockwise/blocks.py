@@ -144,8 +144,9 @@ class _BlockWork:
         alike = [part for group in stage for part in self._alike(group)]
         for part, statistics in zip(alike, self._statistics(alike), strict=True):
             if self.reference is not None:
-                wanted = [name for name in part.linears if self.plans[name].rounding.two_sided]
-                statistics.outputs |= self.reference.output_hessians(wanted)
+                wanted = [name for name, plan in self.plans.items() if plan.rounding.two_sided]
+                own = [name for name in part.linears if name in wanted]
+                statistics.outputs |= self.reference.output_statistics(own, wanted)
             weights = {name: self.block.linear(name).weight.data for name in part.linears}
             given = weights, self.plans, statistics, self.job.workers, part.wanted.signs, self.prefix
             for linear in round_linears(*given):
@@ -289,6 +290,7 @@ def record_of(job: Job, rounded: Sequence[RoundedLinear], prefix: str = "") -> d
             - 8 * job.writer.saved_bytes(prefix + linear.name) / linear.decoded.numel(),
             "relative_error": linear.relative_loss,
             **({} if linear.drift_share is None else {"drift_share": linear.drift_share}),
+            **({} if linear.rows_left is None else {"rows_left": linear.rows_left}),
         }
         for linear in rounded
     ]

@@ -11,8 +11,10 @@ from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.errors import OutOfMemoryCapError, option
 from quern.core.units import bytes_text, rounded_up
 from quern.pipeline.blockwise.job import Job
+from quern.pipeline.blockwise.reference_stream import OUTPUTS_AT_ONCE
 from quern.quantization.calibration.activations import WAVE_TOKENS
 from quern.quantization.calibration.drift import MOST_JUDGES
+from quern.quantization.calibration.outputs import MOST_JUDGES as OUTPUT_JUDGES
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
 from quern.quantization.rounding.base import SLAB
 
@@ -112,16 +114,17 @@ def _drifts(block: BlockSpec) -> int:
 
 
 def _outputs(block: BlockSpec) -> int:
-    """Bytes of the Hessians of the outputs of one group; of one of them the copies in which it is put in order and
-    factorized, and the errors of the rows that are done."""
+    """Bytes of what is known of the outputs of one group, or of all where they are small; of one of them the copies in which
+    it is put in order and factorized, and the errors of the rows that are done."""
     found = []
     for group in block.groups:
         shapes = [block.linear(name).shape for name in group.linears]
         found.append(
-            sum(4 * rows**2 for rows, _ in shapes)
+            sum(4 * rows * (rows + OUTPUT_JUDGES) for rows, _ in shapes)
             + max(4 * (3 * rows**2 + 2 * rows * columns) for rows, columns in shapes)
         )
-    return max(found)
+    every = sum(4 * linear.shape[0] * (linear.shape[0] + OUTPUT_JUDGES) for linear in block.linears)
+    return max(found) + min(every, 2 * OUTPUTS_AT_ONCE)
 
 
 def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:

@@ -15,8 +15,11 @@ from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.calibration.block import Block, Tap
 from quern.quantization.calibration.drift import HELD_OUT, Reference
+from quern.quantization.calibration.outputs import OutputStatistics
 
 STREAM = "unquantized"
+OUTPUTS_AT_ONCE = 1 << 28
+"""Bytes of Hessians of outputs up to which all of a block are gathered in one pass."""
 
 
 def start_stream(job: Job) -> None:
@@ -38,6 +41,7 @@ class ReferenceStream:
         self.source = job.activations(STREAM, self.index)
         self.block = copy.copy(block)
         self.block.module = copy.deepcopy(block.module)
+        self._outputs: dict[str, OutputStatistics] = {}
 
     def weight(self, linear: str) -> Tensor:
         """The weight of the linear called ``linear``, relative to the block."""
@@ -47,9 +51,14 @@ class ReferenceStream:
         """See ``Block.capture``; of sequences ``[start, stop)``."""
         return self.block.capture(linears, self.source.read(start, stop), self.job.workers, others)
 
-    def output_hessians(self, linears: Sequence[str]) -> dict[str, Tensor]:
-        """See ``sensitivity.output_hessians``."""
-        return sensitivity.output_hessians(self.job, self.block, linears) if linears else {}
+    def output_statistics(self, linears: Sequence[str], wanted: Sequence[str]) -> dict[str, OutputStatistics]:
+        """See ``sensitivity.output_statistics``; of ``linears``, and where they are small of all in the block that are
+        ``wanted``, in one pass."""
+        if not all(name in self._outputs for name in linears):
+            entries = sum(self.block.linear(name).out_features ** 2 for name in wanted)
+            some = wanted if 4 * entries <= OUTPUTS_AT_ONCE else linears
+            self._outputs |= sensitivity.output_statistics(self.job, self.block, some)
+        return {name: self._outputs.pop(name) for name in linears}
 
     def end(self) -> None:
         """The block is done: nobody needs what led to it any more."""

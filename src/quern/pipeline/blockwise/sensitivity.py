@@ -30,7 +30,8 @@ from quern.pipeline.blockwise.job import Job
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
-from quern.quantization.calibration.hessian import add_to_hessian
+from quern.quantization.calibration.drift import HELD_OUT
+from quern.quantization.calibration.outputs import OutputStatistics
 from quern.quantization.calibration.token_weights import (
     block_gradients,
     output_gradient,
@@ -110,23 +111,25 @@ def run(job: Job, shared: Path | None = None, *, sample: Sample | None = None) -
     return spared
 
 
-def output_hessians(job: Job, block: Block, linears: Sequence[str]) -> dict[str, Tensor]:
-    """sum_t g_t g_t^T of the gradients g_t at the outputs of some linears of ``block``, as it was before anything of it was
-    rounded: float32 ``(rows, rows)``, upper triangles."""
+def output_statistics(job: Job, block: Block, linears: Sequence[str]) -> dict[str, OutputStatistics]:
+    """Of the gradients at the outputs of some linears of ``block``, as it was before anything of it was rounded."""
     index = block.spec.index
     inputs, outer = job.activations(INPUTS, index), job.activations(GRADIENTS, index + 1)
-    found = {name: torch.zeros(2 * (block.linear(name).out_features,), device=job.device) for name in linears}
+    rows = {name: block.linear(name).out_features for name in linears}
+    found = {name: OutputStatistics(torch.zeros(count, count, device=job.device)) for name, count in rows.items()}
     with block.recording(linears):
         for start, stop in inputs.waves():
             pairs = list(zip(inputs.read(start, stop), outer.read(start, stop), strict=True))
             results = job.workers.map(lambda pair: output_gradients(block, *pair), pairs)
-            for name, parts in zip(linears, zip(*results, strict=True), strict=True):
-                add_to_hessian(found[name], torch.cat(parts), None, job.workers)
+            for place, gradients in enumerate(results, start=start):
+                judge = place % HELD_OUT == HELD_OUT - 1
+                for name, some in zip(linears, gradients, strict=True):
+                    found[name].add(some, judge, job.workers)
     return found
 
 
 def forget(job: Job, index: int) -> None:
-    """Remove what ``output_hessians`` of block ``index`` reads."""
+    """Remove what ``output_statistics`` of block ``index`` reads."""
     for kind, place in ((INPUTS, index), (GRADIENTS, index + 1)):
         job.activations(kind, place).path.unlink(missing_ok=True)
 

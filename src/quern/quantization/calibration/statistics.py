@@ -13,6 +13,7 @@ from quern.quantization.calibration.block import Tap
 from quern.quantization.calibration.drift import Drift, Reference
 from quern.quantization.calibration.hessian import add_to_hessian, norm_weights
 from quern.quantization.calibration.histogram import InputHistogram
+from quern.quantization.calibration.outputs import OutputStatistics
 from quern.rotation.rotation import rotate
 
 ROTATED_TOKENS = 512
@@ -68,8 +69,8 @@ class GroupStatistics:
     by_linear: dict[str, Statistics] = field(default_factory=dict)
     histogram: InputHistogram | None = None
     drifts: dict[str, Drift] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    """By linear: sum over tokens of gradient gradient^T at its outputs, float32 ``(rows, rows)``, upper triangle."""
+    outputs: dict[str, OutputStatistics] = field(default_factory=dict)
+    """By linear: of the gradients at its outputs."""
 
 
 def collector(wanted: Wanted, columns: int, device: torch.device) -> GroupStatistics:
