@@ -247,7 +247,7 @@ def test_what_calibration_needs_is_said(tiny_model, tiny_text, tmp_path):
         r"has \d+ tokens; the recipe wants 8 sequences of 64 = 512.*tokens and calibration.sequence_length to at most \d",
         text=short,
     )
-    attempt(r"the recipe wants .*set calibration.tokens to at most \d\d+", tokens=10_000_000)
+    attempt(r"the recipe wants .*or fewer calibration_tokens: at most \d\d+$", tokens=10_000_000)
     attempt("cannot be read: No such file", text=tmp_path / "missing.txt")
     (tmp_path / "latin.txt").write_bytes("Gr\xfc\xdfe".encode("latin-1"))
     attempt("is not UTF-8 text \\(byte 2\\). Convert it", text=tmp_path / "latin.txt")

@@ -52,6 +52,19 @@ def test_records_are_scored_by_the_same_rules(tiny_model, paragraphs, tmp_path):
     assert memory.taken == ()
 
 
+def test_more_tokens_may_be_asked_for_than_the_recipe_has(tiny_model, tiny_text, tmp_path):
+    made = {}
+    for name, (in_recipe, tokens) in {"recipe": (1024, None), "argument": (512, 1024)}.items():
+        recipe = small_recipe(**GPTQ, calibration={"tokens": in_recipe, "sequence_length": 64})
+        given = {"recipe": recipe, "calibration": [tiny_text], "threads": 1}
+        made[name] = quantize(tiny_model, tmp_path / name, calibration_tokens=tokens, **given)
+    assert hashes(made["recipe"].path) == hashes(made["argument"].path)
+    assert made["argument"].recipe.calibration.tokens == 1024
+    for wrong in (0, 2.5, True):
+        with pytest.raises(UserError, match=f"calibration_tokens is {wrong}; it must be a whole number from 1 on"):
+            quantize(tiny_model, tmp_path / "out", recipe=small_recipe(**GPTQ), calibration_tokens=wrong)
+
+
 def test_conversations_go_through_the_models_template(tiny_model, paragraphs, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     records = [{"messages": [{"role": "user", "content": text}]} for text in paragraphs]

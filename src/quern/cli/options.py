@@ -37,6 +37,10 @@ Calibration = Annotated[
         show_default=False,
     ),
 ]
+CalibrationTokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Tokens to calibrate on.", show_default="the recipe's, usually 16384"),
+]
 Texts = Annotated[
     list[Path] | None,
     typer.Option(

@@ -27,6 +27,8 @@ class ArtifactRequest:
     folder: Path
     """Of the comparison; artifacts go into ``artifacts/``."""
     calibration: Sequence[str | Path | Text]
+    calibration_tokens: int
+    """Of other tools; recipes say their own."""
     memory: int | None
     threads: int | None
     seed: int

@@ -26,7 +26,8 @@ from quern.core.errors import UserError, option
 from quern.core.machine.parallel import thread_count
 from quern.core.machine.temporary import temporary_folder
 from quern.core.progress import Progress, Silent
-from quern.core.recipe import Recipe, load_recipe
+from quern.core.recipe import Recipe
+from quern.core.recipe_parts import Calibration
 from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenario
 from quern.engines.base import AUTO, engine_for
 from quern.engines.cpu import ORDINARY, CachePrecision, cache_named
@@ -36,6 +37,7 @@ from quern.peers.base import PeerVariant, peer_variants
 from quern.pipeline.artifacts import ArtifactRequest, make_artifact
 from quern.pipeline.comparison_folder import ComparisonFolder
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
+from quern.pipeline.request import chosen_recipe
 from quern.pipeline.stacking.matrix import stacking_of
 from quern.report.html import render
 from quern.texts.source import Text
@@ -54,6 +56,7 @@ def compare(
     recipes: Sequence[str | Path | Recipe] = DEFAULT_RECIPES,
     peers: Sequence[str] = (),
     calibration: Sequence[str | Path | Text] = (),
+    calibration_tokens: int | None = None,
     texts: Sequence[str | Path | Text] = (),
     choices: Sequence[str | Path | ChoiceSet] = (),
     tokens: int = 4096,
@@ -78,7 +81,8 @@ def compare(
     ``peers`` names other tools (``hqq``: its default variants; ``hqq:int4-g64``: one; ``all``); each runs in an
     environment of its own below ``environments`` (default: the user's cache folder), which is made if it is missing. One
     that fails, takes longer than ``peer_time_limit`` seconds or more than ``memory`` becomes a failure in the results.
-    ``quick`` measures a quarter of ``tokens`` and one short timed round.
+    ``calibration_tokens`` hold for all recipes and tools (default: what each recipe says). ``quick`` measures a quarter of
+    ``tokens`` and one short timed round.
 
     Writes ``results.json``, ``report.html`` and ``artifacts/<row>`` into the folder ``output``. Artifacts that are there
     already are kept, an interrupted one continues, and what was measured of them under the same settings is not measured
@@ -90,7 +94,7 @@ def compare(
     progress = progress or Silent()
     if scenario == "mix":
         raise UserError(f"a mix needs weights: compare with another scenario, then {_WEIGH}")
-    chosen = [recipe if isinstance(recipe, Recipe) else load_recipe(recipe) for recipe in recipes]
+    chosen = [chosen_recipe(recipe, None, calibration_tokens) for recipe in recipes]
     others = peer_variants(peers)
     _check_distinct([*(recipe.name for recipe in chosen), *(other.row for other in others)])
     kept = _cache_precisions(caches)
@@ -114,7 +118,8 @@ def compare(
             progress.log(f"warning: {warning}")
         making = ArtifactRequest(
             checkpoint=checkpoint, model_sha256=checkpoint.sha256(progress), folder=folder.path, calibration=calibration,
-            memory=memory, threads=threads, seed=seed, fresh=fresh, progress=progress)  # fmt: skip
+            calibration_tokens=calibration_tokens or Calibration().tokens, memory=memory, threads=threads, seed=seed,
+            fresh=fresh, progress=progress)  # fmt: skip
         inputs.check_room(reference_key("reference", making.model_sha256, inputs, settings))
         measurement = _make_and_measure(making, chosen, others, tools, (engine, kept), inputs, settings, hardware)
         results = _results(making, measurement, inputs, hardware, scenario, _protocol(usual, settings, inputs))

@@ -190,12 +190,12 @@ def _replace(artifact: Path, unfinished: Path, record_path: Path, record: dict[s
 def _calibration(making: ArtifactRequest) -> tuple[Path, Path, str]:
     """The token ids and the text that every calibrated tool gets, as files, and the hash of the ids.
 
-    They are those that quern's own recipes calibrate on with their default settings.
+    They are those that quern's own recipes calibrate on where they ask for as many tokens, as they do by default.
     """
     folder = making.folder / "cache"
     config = architecture_of(making.checkpoint.config).config
     tokenizer = load_tokenizer(making.checkpoint.path)
-    calibration = CalibrationText(making.calibration, tokenizer, Calibration())
+    calibration = CalibrationText(making.calibration, tokenizer, Calibration(tokens=making.calibration_tokens))
     tokens = calibration.sequences(config.max_position_embeddings, config.vocab_size, making.seed).numpy()
     digest = hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
     sequences, text = folder / f"calibration-{digest[:16]}.npy", folder / f"calibration-{digest[:16]}.txt"

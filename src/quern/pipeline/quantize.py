@@ -65,6 +65,7 @@ def quantize(
     *,
     recipe: str | Path | Recipe = "balanced",
     calibration: Sequence[str | Path | Text] = (),
+    calibration_tokens: int | None = None,
     memory: int | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -78,15 +79,16 @@ def quantize(
 
     A recipe with an allocation is planned first (see ``planning/plan.py``), for the target that it names.
     ``calibration``: texts, or files of text or records (docs/texts.md; default: modules of the running Python's standard
-    library). ``memory``: cap of the resident set in bytes. ``cache``: a folder for what other recipes can use again for the
-    same model and calibration; the time that this spares counts in the report's ``seconds``. An interrupted run continues
-    where it stopped; the same arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests
-    that cannot be met and ``BadFileError`` for damaged input.
+    library), and how many tokens of them (default: as the recipe says). ``memory``: cap of the resident set in bytes.
+    ``cache``: a folder for what other recipes can use again for the same model and calibration; the time that this spares
+    counts in the report's ``seconds``. An interrupted run continues where it stopped; the same arguments give the same
+    bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met and ``BadFileError`` for damaged
+    input.
     """
     progress = progress or Silent()
     target = output_target(output, model, fresh)
     output = Path(os.path.expanduser(output))
-    checkpoint, chosen = open_original(model, progress=progress), chosen_recipe(recipe, format)
+    checkpoint, chosen = open_original(model, progress=progress), chosen_recipe(recipe, format, calibration_tokens)
     planned = None
     if chosen.allocation is not None:
         cache = cache_folder() if cache is None else Path(cache)

@@ -25,10 +25,18 @@ from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
 
 
-def chosen_recipe(recipe: str | Path | Recipe, format: str | None) -> Recipe:
-    """The recipe, loaded if it is named, for another ``format`` if there is one."""
+def chosen_recipe(recipe: str | Path | Recipe, format: str | None, calibration_tokens: int | None = None) -> Recipe:
+    """The recipe, loaded if it is named, with another ``format`` and so many ``calibration_tokens`` where they are given."""
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    return chosen if format is None else chosen.model_copy(update={"format": format})
+    if format is not None:
+        chosen = chosen.model_copy(update={"format": format})
+    if calibration_tokens is None:
+        return chosen
+    if type(calibration_tokens) is not int or calibration_tokens < 1:
+        named = option("calibration_tokens", "--calibration-tokens")
+        raise UserError(f"{named} is {calibration_tokens!r}; it must be a whole number from 1 on")
+    calibration = chosen.calibration.model_copy(update={"tokens": calibration_tokens})
+    return chosen.model_copy(update={"calibration": calibration})
 
 
 def checked_writer(recipe: Recipe, plan: Plan, architecture: Architecture) -> ArtifactWriter:

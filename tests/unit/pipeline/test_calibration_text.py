@@ -67,7 +67,8 @@ def test_sequences_are_no_longer_than_the_context():
 
 def test_text_that_is_too_short_says_how_much_there_is():
     with pytest.raises(
-        UserError, match=r"has 1023 tokens; the recipe wants 100 sequences of 16 = 1600.*tokens to at most 1008 in"
+        UserError,
+        match=r"has 1023 tokens; the recipe wants 100 sequences of 16 = 1600.*fewer calibration_tokens: at most 1008",
     ):
         sequences(tokens=1600)
     with pytest.raises(

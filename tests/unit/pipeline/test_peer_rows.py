@@ -233,8 +233,8 @@ def _gone(process_id):
 def making(tmp_path):
     """What a comparison in this folder hands to whoever makes an artifact, as far as it is used here."""
     return ArtifactRequest(
-        checkpoint=types.SimpleNamespace(path=tmp_path), model_sha256="m", folder=tmp_path, calibration=(), memory=None,
-        threads=1, seed=0, fresh=False, progress=Silent(),
+        checkpoint=types.SimpleNamespace(path=tmp_path), model_sha256="m", folder=tmp_path, calibration=(), calibration_tokens=512,
+        memory=None, threads=1, seed=0, fresh=False, progress=Silent(),
     )  # fmt: skip
 
 

@@ -116,7 +116,8 @@ class CalibrationText:
         more = f"Give more text with {option('calibration', '--calibration')}"
         if count >= time:
             return UserError(
-                f"{has}. {more}, or set calibration.tokens to at most {count // time * time} in the recipe"
+                f"{has}. {more}, or fewer {option('calibration_tokens', '--calibration-tokens')}: at most "
+                f"{count // time * time}"
             )
         if count < 2:
             return UserError(f"{has}. {more}")

@@ -92,6 +92,7 @@ def plan(
     recipe: str | Path | Recipe = "auto",
     target: Target | None = None,
     calibration: Sequence[str | Path | Text] = (),
+    calibration_tokens: int | None = None,
     memory: int | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -110,7 +111,7 @@ def plan(
     """
     path = None if output is None else output_file(output, is_plan)
     progress = progress or Silent()
-    chosen = chosen_recipe(recipe, format)
+    chosen = chosen_recipe(recipe, format, calibration_tokens)
     chosen = chosen if target is None else chosen.targeting(target)
     candidates = candidates_of(
         open_original(model, progress=progress),
