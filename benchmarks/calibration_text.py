@@ -1,0 +1,109 @@
+"""How the loss depends on which text calibration reads, and on how much of it, at the same bytes.
+
+    python benchmarks/calibration_text.py [MODEL] [--recipe NAME] [--source NAME=FILE,FILE...] [--text NAME=FILE...]
+        [--calibration-tokens 4096 16384 65536] [--tokens 8192] [-o FOLDER] [--page docs/accuracy.md]
+    python benchmarks/calibration_text.py --from RESULT.json --page docs/accuracy.md
+
+Quantizes MODEL (default: the bundled one) on so many tokens of every source, and measures the divergence on each text by
+itself. A source of several files is a mix of them; without files it is what calibration takes where nothing is said. What was
+measured is kept in FOLDER, so that the same command goes on after an interruption, and as results/calibration_text_*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from measured import quantize_in_child, write_result
+from pages import write_section
+from rounding import BUNDLED, HELD_OUT, MINE, divergence, mean, write_recipe
+
+from quern.core.recipe import load_recipe
+from quern.core.results import METRICS_VERSION
+from quern.core.units import significant
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=str(BUNDLED))
+    parser.add_argument("--recipe", default="gptq3-g64")
+    parser.add_argument("--source", nargs="*", default=["standard library="], metavar="NAME=FILES")
+    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
+    parser.add_argument("--calibration-tokens", nargs="*", type=int, default=[4096, 16384, 65536])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("-o", "--output", default="build/calibration-text")
+    parser.add_argument("--page", type=Path)
+    parser.add_argument("--from", dest="result", type=Path)
+    options = parser.parse_args()
+    if options.result is None:
+        options.result = measure(options)
+        print(options.result)
+    text = section(json.loads(options.result.read_text("utf-8")))
+    if options.page:
+        write_section(options.page, text)
+    print(text)
+
+
+def measure(options: argparse.Namespace) -> Path:
+    """Measure every row that is not known yet, and keep all; the file."""
+    sources = dict(given.split("=", 1) for given in options.source)
+    rows = [row(options, name, files, count) for count in options.calibration_tokens for name, files in sources.items()]
+    content = {"model": Path(options.model).name, "recipe": options.recipe, "tokens": options.tokens}
+    content["metrics_version"] = METRICS_VERSION
+    return write_result(f"calibration_text_{Path(options.model).name}", {**content, "rows": rows})
+
+
+def row(options: argparse.Namespace, source: str, files: str, count: int) -> dict[str, Any]:
+    """Cost and divergences of one source and number of tokens, or what is known of them."""
+    texts = dict(given.split("=", 1) for given in options.text) or {HELD_OUT: None}
+    recipe = load_recipe(path if (path := MINE / f"{options.recipe}.yaml").is_file() else options.recipe)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    known, artifact = folder / f"{source.replace(' ', '-')}-{count}.json", folder / "artifact"
+    calibration = [file for file in files.split(",") if file]
+    asked = json.dumps([recipe.to_json(), options.model, calibration, texts, options.tokens], sort_keys=True)
+    record: dict[str, Any] = json.loads(known.read_text("utf-8")) if known.is_file() else {}
+    if record.get("asked") != asked:
+        made = quantize_in_child(
+            model=options.model,
+            output=str(artifact),
+            recipe=write_recipe(folder, recipe),
+            calibration=calibration,
+            calibration_tokens=count,
+            fresh=True,
+        )
+        record = {"asked": asked, **{key: made[key] for key in ("bytes", "seconds", "peak_rss_bytes")}}
+        record["texts"] = {
+            name: divergence(options, artifact, [] if file is None else [file]) for name, file in texts.items()
+        }
+        known.write_text(json.dumps(record), "utf-8")
+    found = {key: value for key, value in record.items() if key != "asked"}
+    print(source, count, {name: one["kl"] for name, one in found["texts"].items()}, flush=True)
+    return found | {"source": source, "calibration_tokens": count}
+
+
+def section(result: Mapping[str, Any]) -> str:
+    """The section of the page."""
+    texts = list(result["rows"][0]["texts"])
+    lines = [
+        f"## {result['model']}: calibration text",
+        "",
+        f"{result['date']}, {result['hardware']['cpu_model']}, recipe `{result['recipe']}`, "
+        f"{result['rows'][0]['bytes']:,} bytes,",
+        f"{result['tokens']} tokens of each text; made by `python benchmarks/calibration_text.py`. KL in nats a token.",
+        "",
+        f"| calibration text | tokens | {' | '.join(texts)} |" + (" mean |" if len(texts) > 1 else ""),
+        "|---" * (2 + len(texts) + (len(texts) > 1)) + "|",
+    ]
+    for one in result["rows"]:
+        cells = [significant(one["texts"][text]["kl"], 3) for text in texts]
+        cells += [significant(mean(one), 3)] if len(texts) > 1 else []
+        lines.append(f"| {one['source']} | {one['calibration_tokens']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
