@@ -7,10 +7,9 @@ from schemes import ALL, gaussian, make_codec, scheme_id
 from quern.codecs.base import decode
 from quern.core.machine.parallel import Workers
 from quern.core.recipe_parts import Rounding as Settings
-from quern.quantization.calibration.outputs import OutputStatistics
 from quern.quantization.rounding.factor import factorize
 from quern.quantization.rounding.gptq import Gptq
-from quern.quantization.rounding.row_feedback import SETS
+from quern.quantization.rounding.row_feedback import SETS, OutputHessian
 
 ROWS = (1, 20, 96, 130, 256, 300, 1100, 4200)
 """One tile of a trellis and parts of it, several, and so many that tiles themselves are the sets."""
@@ -52,19 +51,13 @@ def seen(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs.T @ inputs, gradients
 
 
-def statistics(gradients: torch.Tensor) -> OutputStatistics:
-    """Every fifth token judges."""
-    judge = torch.arange(len(gradients)) % 5 == 4
-    return OutputStatistics((gradients[~judge].T @ gradients[~judge]).triu(), [gradients[judge]])
-
-
 @pytest.mark.parametrize("scheme", [s for s in ALL if s["bits"] < 8], ids=scheme_id)
 def test_rows_make_up_for_those_before(scheme):
     rows, columns = 200, 32
     (inputs, gradients), weight, codec = seen(rows, columns), gaussian(rows, columns), make_codec(scheme)
     outputs = gradients.T @ gradients
     losses = []
-    for given in (None, statistics(gradients)):
+    for given in (None, OutputHessian(outputs.triu(), 0.1)):
         factor = factorize(inputs.clone(), 0.01, False, Workers(1), keep=True)
         found = Gptq(Settings(sweeps=1)).round(weight, codec, factor, Workers(1), given)
         assert torch.equal(decode(found.weight), found.decoded)
@@ -79,7 +72,11 @@ def test_threads_do_not_change_a_byte():
     for threads in (1, 2, 3):
         pool = Workers(threads)
         factor = factorize(inputs.clone(), 0.01, False, pool)
-        found.append(Gptq(Settings()).round(weight, codec, factor, pool, statistics(gradients)).decoded)
+        found.append(
+            Gptq(Settings())
+            .round(weight, codec, factor, pool, OutputHessian((gradients.T @ gradients).triu(), 0.1))
+            .decoded
+        )
         pool.close()
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])

@@ -20,6 +20,7 @@ from quern.quantization.calibration.statistics import GroupStatistics
 from quern.quantization.drift_targets import shift_of
 from quern.quantization.rounding.base import ROUNDINGS, SLAB
 from quern.quantization.rounding.factor import Factor, factorize
+from quern.quantization.row_damping import damped
 from quern.rotation.rotation import rotate, rotate_back
 
 
@@ -44,7 +45,7 @@ class RoundedLinear:
     drift_share: float | None = None
     """How much of what would make up for drift its target has, from 0 to 1; None where that was not asked for."""
     rows_left: float | None = None
-    """See ``Rounded.rows_left``."""
+    """What feedback among rows leaves of the loss of gradients that took no part; 1: there is none. None: not asked for."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -94,8 +95,11 @@ def round_linears(
             assert factor is not None
             shift, share = shift_of(statistics.drifts.pop(name), factor, workers)
             weight = shift.add_(weight)
+        outputs, left = None, None
+        if name in statistics.outputs:
+            outputs, left = damped(statistics.outputs.pop(name), weight, codecs[name], workers)
         with about(prefix + name):
-            result = rounding.round(weight, codecs[name], factor, workers, statistics.outputs.pop(name, None))
+            result = rounding.round(weight, codecs[name], factor, workers, outputs)
         _turn(result.decoded, signs, rotate_back, workers)
         dtype = codecs[name].scale_dtype_name
         rounded.append(
@@ -109,7 +113,7 @@ def round_linears(
                 static_scale(plan, statistics),
                 signs,
                 share,
-                result.rows_left,
+                left,
             )
         )
     return rounded

@@ -97,6 +97,7 @@ def test_the_page_of_techniques_keeps_the_sections_of_others(module, monkeypatch
     copy = tmp_path / "techniques.md"
     copy.write_text(PAGE.read_text("utf-8"), "utf-8")
     (stored,) = (ROOT / "benchmarks" / "results").glob("techniques_python-7m_*.json")
-    monkeypatch.setattr("sys.argv", ["techniques.py", "--from", str(stored), "--page", str(copy)])
+    (also,) = (ROOT / "benchmarks" / "results").glob("techniques_smollm2_*.json")
+    monkeypatch.setattr("sys.argv", ["techniques.py", "--from", str(stored), "--also", str(also), "--page", str(copy)])
     techniques.main()
     assert copy.read_text("utf-8") == PAGE.read_text("utf-8")

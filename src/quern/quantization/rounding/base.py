@@ -18,9 +18,8 @@ from quern.core.packed import QuantizedWeight
 from quern.core.recipe_parts import Rounding as Settings
 from quern.core.registry import Registry
 from quern.core.stacking import NO_TRAITS, Traits
-from quern.quantization.calibration.outputs import OutputStatistics
 from quern.quantization.rounding.factor import Factor, quadratic_size
-from quern.quantization.rounding.row_feedback import SETS, RowFeedback, best_damping
+from quern.quantization.rounding.row_feedback import SETS, OutputHessian, RowFeedback
 
 SLAB = 1024
 """Rows that one worker rounds at a time: a multiple of 32, because codecs pack down the rows; keeps a block in the cache."""
@@ -50,8 +49,6 @@ class Rounded:
     """tr(E H E^T) of all rows."""
     relative_loss: float
     """That over tr(W H W^T); 0 where the weight is."""
-    rows_left: float | None = None
-    """What feedback among rows leaves of the loss of gradients that took no part; 1: there was none. None: not asked for."""
 
 
 class Rounding(ABC):
@@ -81,33 +78,30 @@ class Rounding(ABC):
         codec: Codec,
         factor: Factor | None,
         workers: Workers,
-        outputs: OutputStatistics | None = None,
+        outputs: OutputHessian | None = None,
     ) -> Rounded:
         """Round ``weight`` ``(rows, columns)``.
 
         Rows are independent, so slabs of them go to the workers. With ``outputs`` sets of rows follow one another and make
-        up for those before them, if that helps.
+        up for those before them.
         """
         rows, columns = weight.shape
-        sets, chosen = codec.row_sets(rows, SETS) if outputs else [], None
-        if outputs is not None:
-            order = torch.cat([some for some, _ in sets])
-            chosen = best_damping(outputs, weight, order, workers)
-        if outputs is None or chosen is None:
+        if outputs is None:
             where = pieces(rows, self.slab_height(rows, codec))
             slabs = workers.map(lambda part: self._slab(weight[slice(*part)], weight, codec, factor), where)
             decoded = torch.cat([slab.decoded for slab in slabs])
             join = codec.join
         else:
-            slabs = self._in_turn(weight, sets, factor, RowFeedback(outputs.hessian, order, chosen[0], workers))
+            sets = codec.row_sets(rows, SETS)
+            order = torch.cat([some for some, _ in sets])
+            slabs = self._in_turn(weight, sets, factor, RowFeedback(outputs, order, workers))
             decoded = torch.empty_like(weight)
             decoded[order] = torch.cat([slab.decoded for slab in slabs])
             join = partial(codec.join_sets, rows)
         parts = [{name: part.cpu() for name, part in slab.parts.items()} for slab in slabs]
         packed = QuantizedWeight(codec.scheme, (rows, columns), join(parts))
         loss, size = sum(slab.loss for slab in slabs), sum(slab.size for slab in slabs)
-        left = None if outputs is None else chosen[1] if chosen else 1.0
-        return Rounded(packed, decoded, loss, loss / size if size else 0.0, left)
+        return Rounded(packed, decoded, loss, loss / size if size else 0.0)
 
     def _in_turn(
         self,
