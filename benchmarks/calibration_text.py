@@ -5,7 +5,7 @@
     python benchmarks/calibration_text.py --from RESULT.json --page docs/accuracy.md
 
 Quantizes MODEL (default: the bundled one) on so many tokens of every source, and measures the divergence on each text by
-itself. A source of several files is a mix of them; without files it is what calibration takes where nothing is said. What was
+itself. A source of several files is a mix of them; without files it is what calibration takes if nothing is said. What was
 measured is kept in FOLDER, so that the same command goes on after an interruption, and as results/calibration_text_*.json.
 """
 
