@@ -5,7 +5,8 @@
     python benchmarks/calibration_text.py --from RESULT.json --page docs/accuracy.md
 
 Quantizes MODEL (default: the bundled one) on so many tokens of every source, and measures the divergence on each text by
-itself. A source of several files is a mix of them; without files it is what calibration takes if nothing is said. What was
+itself. A source of several files is a mix of them; without files it is what calibration takes if nothing is said, and a text
+without a file is the held-out part of that. What was
 measured is kept in FOLDER, so that the same command goes on after an interruption, and as results/calibration_text_*.json.
 """
 
@@ -58,7 +59,7 @@ def measure(options: argparse.Namespace) -> Path:
 
 def row(options: argparse.Namespace, source: str, files: str, count: int) -> dict[str, Any]:
     """Cost and divergences of one source and number of tokens, or what is known of them."""
-    texts = dict(given.split("=", 1) for given in options.text) or {HELD_OUT: None}
+    texts = dict(given.split("=", 1) for given in options.text) or {HELD_OUT: ""}
     recipe = load_recipe(path if (path := MINE / f"{options.recipe}.yaml").is_file() else options.recipe)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +77,7 @@ def row(options: argparse.Namespace, source: str, files: str, count: int) -> dic
             fresh=True,
         )
         record = {"asked": asked, **{key: made[key] for key in ("bytes", "seconds", "peak_rss_bytes")}}
-        record["texts"] = {
-            name: divergence(options, artifact, [] if file is None else [file]) for name, file in texts.items()
-        }
+        record["texts"] = {name: divergence(options, artifact, [file] if file else []) for name, file in texts.items()}
         known.write_text(json.dumps(record), "utf-8")
     found = {key: value for key, value in record.items() if key != "asked"}
     print(source, count, {name: one["kl"] for name, one in found["texts"].items()}, flush=True)
