@@ -60,6 +60,10 @@ def test_more_tokens_may_be_asked_for_than_the_recipe_has(tiny_model, tiny_text,
         made[name] = quantize(tiny_model, tmp_path / name, calibration_tokens=tokens, **given)
     assert hashes(made["recipe"].path) == hashes(made["argument"].path)
     assert made["argument"].recipe.calibration.tokens == 1024
+    nearest = quantize(
+        tiny_model, tmp_path / "nearest", recipe=small_recipe(**NEAREST), calibration_tokens=5, threads=1
+    )
+    assert nearest.recipe.calibration.tokens != 5, "what reads no text is the same with any"
     for wrong in (0, 2.5, True):
         with pytest.raises(UserError, match=f"calibration_tokens is {wrong}; it must be a whole number from 1 on"):
             quantize(tiny_model, tmp_path / "out", recipe=small_recipe(**GPTQ), calibration_tokens=wrong)

@@ -77,7 +77,7 @@ def test_none_of_them_adds_a_byte(divergences):
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"rounding": {"method": "nearest", "sweeps": 1}}, "sweeps go with a rounding that reads Hessians"),
+        ({"rounding": {"method": "nearest", "sweeps": 1}}, "sweeps goes with a rounding that reads Hessians"),
         ({"rounding": {"method": "stored", "target": "drift"}}, "not with stored"),
         ({"rounding": {"method": "gptq", "two_sided": True}, "calibration": {"token_weight": "none"}}, "token_weight: fisher"),
         ({"rounding": {"method": "gptq", "sweeps": -1}}, "sweeps"),

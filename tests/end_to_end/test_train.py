@@ -191,7 +191,11 @@ def test_a_cap_that_is_too_small_is_refused_with_the_least_that_does_and_another
 def test_another_models_artifact_and_what_is_no_artifact_are_refused(place, tmp_path):
     other = write_model(tmp_path / "other", tiny_config(num_hidden_layers=2), seed=1)
     quern.quantize(other, tmp_path / "strange", recipe=small_recipe(**GROUPED))
-    for artifact, said in ((tmp_path / "strange", "was not made from"), (place / "model", "no artifact that training")):
+    for artifact, said in (
+        (tmp_path / "strange", "was not made from"),
+        (place / "model", "no artifact that training"),
+        (place / "none", "artifact: .*none is no folder"),
+    ):
         with pytest.raises(UserError, match=said):
             train(place, str(Path(tmp_path) / "out"), artifact=artifact)
 

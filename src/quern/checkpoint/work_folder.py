@@ -29,7 +29,7 @@ from quern.checkpoint.lock import acquire
 from quern.checkpoint.output_place import OutputFolder
 from quern.checkpoint.publishing import is_moved, move_into, publishing_order, remove_entry, removing_order
 from quern.checkpoint.safetensors_file import METADATA, read_tensors, write_safetensors
-from quern.core.errors import UserError, option
+from quern.core.errors import BadFileError, UserError, option
 
 _FINGERPRINT = "fingerprint.json"
 _JOURNAL = "journal.jsonl"
@@ -79,7 +79,7 @@ class WorkFolder:
             self._take_back()
         if fresh or not known.is_file():
             (self.folder / _JOURNAL).unlink(missing_ok=True)
-        elif changed := differences(read_json(known), fingerprint):
+        elif changed := differences(_fingerprint(known), fingerprint):
             raise UserError(
                 f"the work folder {self.folder} belongs to another job. {changed}\nRepeat the earlier command to "
                 f"continue it, pass {option('fresh=True', '--fresh')} to start over, or choose another output"
@@ -332,3 +332,11 @@ def _sync_tree(folder: Path) -> None:
         for name in files:
             sync(Path(base, name))
         sync(Path(base))
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """What the file of a fingerprint holds. Nobody has another copy of it."""
+    try:
+        return read_json(path)
+    except BadFileError as error:
+        raise BadFileError(path, error.problem, f"Start over with {option('fresh=True', '--fresh')}") from error

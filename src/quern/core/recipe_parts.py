@@ -49,7 +49,8 @@ class Rounding(Strict):
         asked = [key for key, usual in _LATER_KEYS.items() if getattr(self, key) != usual]
         if asked and not ROUNDINGS.get(self.method).needs_hessian:
             raise ValueError(
-                f"{' and '.join(asked)} go with a rounding that reads Hessians (gptq), not with {self.method}"
+                f"{' and '.join(asked)} {'go' if len(asked) > 1 else 'goes'} with a rounding that reads Hessians (gptq), "
+                f"not with {self.method}"
             )
         return self
 

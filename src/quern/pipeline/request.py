@@ -26,7 +26,10 @@ from quern.quantization.transforms.base import TRANSFORMS
 
 
 def chosen_recipe(recipe: str | Path | Recipe, format: str | None, calibration_tokens: int | None = None) -> Recipe:
-    """The recipe, loaded if it is named, with another ``format`` and so many ``calibration_tokens`` where they are given."""
+    """The recipe, loaded if it is named, with another ``format`` and so many ``calibration_tokens`` where they are given.
+
+    A recipe that needs no calibration stays as it is.
+    """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if format is not None:
         chosen = chosen.model_copy(update={"format": format})
@@ -35,6 +38,8 @@ def chosen_recipe(recipe: str | Path | Recipe, format: str | None, calibration_t
     if type(calibration_tokens) is not int or calibration_tokens < 1:
         named = option("calibration_tokens", "--calibration-tokens")
         raise UserError(f"{named} is {calibration_tokens!r}; it must be a whole number from 1 on")
+    if not chosen.needs_calibration:
+        return chosen
     calibration = chosen.calibration.model_copy(update={"tokens": calibration_tokens})
     return chosen.model_copy(update={"calibration": calibration})
 

@@ -115,6 +115,10 @@ def train(
     output = Path(os.path.expanduser(output))
     original = open_original(model, progress=progress)
     text = TrainingText(texts, usable_tokenizer(original.path, True), tokens)
+    if artifact is not None and not Path(artifact).is_dir():
+        raise UserError(
+            f"{option('artifact', '--from')}: {artifact} is no folder. Give one that `quern quantize` wrote"
+        )
     given = None if artifact is None else _of_model(Start.open(Path(artifact)), original, progress)
     chosen = None if recipe is None else chosen_recipe(recipe, None)
     begins_with = chosen if given is None else given.recipe

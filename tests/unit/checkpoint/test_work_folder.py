@@ -17,7 +17,7 @@ from work_folder_job import FINGERPRINT, LAST, NEW, OLD, hashes, run_and_die, ru
 
 from quern.checkpoint.files import write_bytes
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
-from quern.core.errors import UserError
+from quern.core.errors import BadFileError, UserError
 
 KILLED = -signal.SIGKILL
 
@@ -278,6 +278,15 @@ def test_another_fingerprint_is_refused_with_the_differences(tmp_path):
     assert "pass fresh=True" in message
     assert "seed" not in message
     assert "abc" not in message
+
+
+def test_a_damaged_fingerprint_is_no_file_to_copy_again(tmp_path):
+    WorkFolder.open(tmp_path / "work", {"a": 1}).close()
+    (tmp_path / "work" / "fingerprint.json").write_bytes(b'{"a": \xff}')
+    with pytest.raises(BadFileError, match=r"fingerprint.json: .*not UTF-8.*Start over with fresh=True$"):
+        WorkFolder.open(tmp_path / "work", {"a": 1})
+    with WorkFolder.open(tmp_path / "work", {"a": 2}, fresh=True) as work:
+        assert work.done("x") is None
 
 
 def test_fresh_forgets_everything(tmp_path):
