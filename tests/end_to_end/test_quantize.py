@@ -56,7 +56,9 @@ def test_shards_say_whose_format_they_are(shipped):
 
 
 def test_artifacts_load_after_import_quern_alone(shipped):
-    folders = [str(report.path) for report in shipped.values()]
+    # transformers reads the files itself and cannot decode coded ones, which is refused and said.
+    folders = [str(report.path) for report in shipped.values() if report.recipe.storage == "plain"]
+    assert len(folders) >= len(shipped) - 1
     command = [sys.executable, "-W", "error::UserWarning", "-c", LOADS, str(IDS.tolist()), *folders]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -82,8 +82,7 @@ def quantize(
     library), and how many tokens of them (default: as the recipe says). ``memory``: cap of the resident set in bytes.
     ``cache``: a folder for what other recipes can use again for the same model and calibration; the time that this spares
     counts in the report's ``seconds``. An interrupted run continues where it stopped; the same arguments give the same
-    bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met and ``BadFileError`` for damaged
-    input.
+    bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met, ``BadFileError`` for damage.
     """
     progress = progress or Silent()
     target = output_target(output, model, fresh)
