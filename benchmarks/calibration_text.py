@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measured import quantize_in_child, write_result
+import rounding
+from measured import write_result
 from pages import write_section
-from rounding import BUNDLED, HELD_OUT, MINE, divergence, mean, write_recipe
+from rounding import BUNDLED, HELD_OUT, MINE, mean
 
 from quern.core.recipe import load_recipe
 from quern.core.results import METRICS_VERSION
@@ -58,29 +59,17 @@ def measure(options: argparse.Namespace) -> Path:
 
 
 def row(options: argparse.Namespace, source: str, files: str, count: int) -> dict[str, Any]:
-    """Cost and divergences of one source and number of tokens, or what is known of them."""
-    texts = dict(given.split("=", 1) for given in options.text) or {HELD_OUT: ""}
+    """Cost and divergences of one source and number of tokens."""
+    given = dict(text.split("=", 1) for text in options.text) or {HELD_OUT: ""}
     recipe = load_recipe(path if (path := MINE / f"{options.recipe}.yaml").is_file() else options.recipe)
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    known, artifact = folder / f"{source.replace(' ', '-')}-{count}.json", folder / "artifact"
-    calibration = [file for file in files.split(",") if file]
-    asked = json.dumps([recipe.to_json(), options.model, calibration, texts, options.tokens], sort_keys=True)
-    record: dict[str, Any] = json.loads(known.read_text("utf-8")) if known.is_file() else {}
-    if record.get("asked") != asked:
-        made = quantize_in_child(
-            model=options.model,
-            output=str(artifact),
-            recipe=write_recipe(folder, recipe),
-            calibration=calibration,
-            calibration_tokens=count,
-            fresh=True,
-        )
-        record = {"asked": asked, **{key: made[key] for key in ("bytes", "seconds", "peak_rss_bytes")}}
-        record["texts"] = {name: divergence(options, artifact, [file] if file else []) for name, file in texts.items()}
-        known.write_text(json.dumps(record), "utf-8")
-    found = {key: value for key, value in record.items() if key != "asked"}
-    print(source, count, {name: one["kl"] for name, one in found["texts"].items()}, flush=True)
+    calibration = recipe.calibration.model_copy(update={"tokens": count})
+    name = f"{source.replace(' ', '-')}-{count}"
+    found = rounding.row(
+        options,
+        recipe.model_copy(update={"name": name, "calibration": calibration}),
+        [file for file in files.split(",") if file],
+        {text: file or None for text, file in given.items()},
+    )
     return found | {"source": source, "calibration_tokens": count}
 
 

@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace) -> Path:
     """Measure every row that is not known yet, and keep all; the file."""
     texts = dict(given.split("=", 1) for given in options.text) or {HELD_OUT: None}
     rows = [
-        row(options, recipe_with(recipe, choice), texts) | {"recipe": recipe, "choice": choice}
+        row(options, recipe_with(recipe, choice), options.calibration, texts) | {"recipe": recipe, "choice": choice}
         for recipe in options.recipes
         for choice in options.choices
     ]
@@ -81,12 +81,14 @@ def recipe_with(name: str, choice: str) -> Recipe:
     return recipe.model_copy(update={"name": f"{recipe.name}-{choice}", "rounding": rounding})
 
 
-def row(options: argparse.Namespace, recipe: Recipe, texts: Mapping[str, str | None]) -> dict[str, Any]:
-    """Bytes, cost and divergences of one recipe, or what is known of them."""
+def row(
+    options: argparse.Namespace, recipe: Recipe, calibration: list[str], texts: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Bytes, cost and divergences of one recipe, or what is known of them in the folder ``options.output``."""
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     known, artifact = folder / f"{recipe.name}.json", folder / "artifact"
-    given = [recipe.to_json(), options.model, options.calibration, dict(texts), options.tokens]
+    given = [recipe.to_json(), options.model, calibration, dict(texts), options.tokens]
     asked = json.dumps(given, sort_keys=True)
     record: dict[str, Any] = json.loads(known.read_text("utf-8")) if known.is_file() else {}
     if record.get("asked") != asked:
@@ -94,7 +96,7 @@ def row(options: argparse.Namespace, recipe: Recipe, texts: Mapping[str, str | N
             model=options.model,
             output=str(artifact),
             recipe=write_recipe(folder, recipe),
-            calibration=options.calibration,
+            calibration=calibration,
             fresh=True,
         )
         record = {

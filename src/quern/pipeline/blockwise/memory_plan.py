@@ -14,7 +14,7 @@ from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.reference_stream import OUTPUTS_AT_ONCE
 from quern.quantization.calibration.activations import WAVE_TOKENS
 from quern.quantization.calibration.drift import MOST_JUDGES
-from quern.quantization.calibration.outputs import MOST_JUDGES as OUTPUT_JUDGES
+from quern.quantization.calibration.outputs import bytes_of
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
 from quern.quantization.rounding.base import SLAB
 
@@ -120,11 +120,11 @@ def _outputs(block: BlockSpec) -> int:
     for group in block.groups:
         shapes = [block.linear(name).shape for name in group.linears]
         found.append(
-            sum(4 * rows * (rows + OUTPUT_JUDGES) for rows, _ in shapes)
+            sum(bytes_of(rows) for rows, _ in shapes)
             + max(4 * (3 * rows**2 + 2 * rows * columns) for rows, columns in shapes)
         )
-    every = sum(4 * linear.shape[0] * (linear.shape[0] + OUTPUT_JUDGES) for linear in block.linears)
-    return max(found) + min(every, 2 * OUTPUTS_AT_ONCE)
+    every = sum(bytes_of(linear.shape[0]) for linear in block.linears)
+    return max(found) + min(every, OUTPUTS_AT_ONCE)
 
 
 def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:

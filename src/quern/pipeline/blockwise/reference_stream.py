@@ -15,11 +15,11 @@ from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.calibration.block import Block, Tap
 from quern.quantization.calibration.drift import HELD_OUT, Reference
-from quern.quantization.calibration.outputs import OutputStatistics
+from quern.quantization.calibration.outputs import OutputStatistics, bytes_of
 
 STREAM = "unquantized"
 OUTPUTS_AT_ONCE = 1 << 28
-"""Bytes of Hessians of outputs up to which all of a block are gathered in one pass."""
+"""Bytes of what is kept of outputs up to which all of a block are looked at in one pass."""
 
 
 def start_stream(job: Job) -> None:
@@ -55,8 +55,8 @@ class ReferenceStream:
         """See ``sensitivity.output_statistics``; of ``linears``, and where they are small of all in the block that are
         ``wanted``, in one pass."""
         if not all(name in self._outputs for name in linears):
-            entries = sum(self.block.linear(name).out_features ** 2 for name in wanted)
-            some = wanted if 4 * entries <= OUTPUTS_AT_ONCE else linears
+            size = sum(bytes_of(self.block.linear(name).out_features) for name in wanted)
+            some = wanted if size <= OUTPUTS_AT_ONCE else linears
             self._outputs |= sensitivity.output_statistics(self.job, self.block, some)
         return {name: self._outputs.pop(name) for name in linears}
 

@@ -13,6 +13,11 @@ MOST_JUDGES = 2048
 """Tokens that judge, at most."""
 
 
+def bytes_of(rows: int) -> int:
+    """What is kept of a linear of ``rows``, at most."""
+    return 4 * rows * (rows + MOST_JUDGES)
+
+
 @dataclass
 class OutputStatistics:
     """What has been seen of one linear."""
