@@ -33,6 +33,13 @@ Caches = Annotated[
     ),
 ]
 
+Quick = Annotated[
+    bool,
+    typer.Option(
+        "--quick", help="A quarter of the tokens and one short timed round: sooner, with wider intervals or none."
+    ),
+]
+
 
 @verb("quern compare models/python-7m --recipes compact,balanced -o comparison", resumes=True)
 def compare(
@@ -50,12 +57,7 @@ def compare(
         ),
     ] = RECIPES,
     peers: Peers = "",
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="A quarter of the tokens and one short timed round: sooner, with wider intervals or none."
-        ),
-    ] = False,
+    quick: Quick = False,
     no_speed: options.NoSpeed = False,
     peer_time_limit: Annotated[
         float,
@@ -65,6 +67,7 @@ def compare(
     ] = 3600.0,
     calibration: options.Calibration = None,
     calibration_tokens: options.CalibrationTokens = None,
+    calibration_time: options.CalibrationTime = None,
     text: options.Texts = None,
     choice: options.Choices = None,
     tokens: options.Tokens = 4096,
@@ -100,7 +103,8 @@ def compare(
             speed_rounds=0 if no_speed else MeasurementSettings.speed_rounds,
             peer_time_limit=peer_time_limit,
             calibration=calibration or (),
-            calibration_tokens=calibration_tokens,
+            calibration_tokens=options.calibration_tokens(calibration_tokens),
+            calibration_time=options.optional_seconds(calibration_time, "--calibration-time"),
             texts=text or (),
             choices=choice or (),
             tokens=tokens,

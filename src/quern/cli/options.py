@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import typer
 
 from quern.cli.streams import kept_pipes
 from quern.core.errors import UserError
 from quern.core.machine.parallel import MOST_THREADS
+from quern.core.recipe_parts import TEXT_AUTO
 from quern.core.results import FORMER_SCENARIOS, Scenario, Target
 from quern.core.suggest import did_you_mean
 
@@ -38,8 +39,20 @@ Calibration = Annotated[
     ),
 ]
 CalibrationTokens = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Tokens to calibrate on.", show_default="the recipe's, usually 16384"),
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens to calibrate on; auto: as many as still lower the expected loss on held-out text.",
+        show_default="the recipe's, usually 16384",
+    ),
+]
+CalibrationTime = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Such as 30min: find out in so much time how many tokens to calibrate on (as auto does).",
+        show_default=False,
+    ),
 ]
 Texts = Annotated[
     list[Path] | None,
@@ -197,3 +210,29 @@ def names(text: str | None) -> tuple[str, ...] | None:
 def optional_size(text: str | None, option: str) -> int | None:
     """``parse_size``, or None where the option was not given."""
     return None if text is None else parse_size(text, option)
+
+
+def calibration_tokens(text: str | None) -> int | Literal["auto"] | None:
+    """What ``CalibrationTokens`` says."""
+    if text is None or text == TEXT_AUTO:
+        return cast(Literal["auto"] | None, text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"--calibration-tokens is {text!r}; it must be a whole number from 1 on, or {TEXT_AUTO}")
+    return number
+
+
+_UNITS_OF_TIME = {"s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def optional_seconds(text: str | None, option: str) -> float | None:
+    """A duration such as ``90s``, ``30min`` or ``1.5h``; None where the option was not given."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(s|min|h)", text.strip())
+    if found is None or not float(found[1]) > 0:
+        raise UserError(f"{option} is {text!r}; it must be a number with s, min or h behind it, such as 30min")
+    return float(found[1]) * _UNITS_OF_TIME[found[2]]

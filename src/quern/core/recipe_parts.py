@@ -3,7 +3,7 @@ calibration."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -118,6 +118,10 @@ class Activations(Strict):
     def _without_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         given: dict[str, Any] = serialize(self)
         return {key: value for key, value in given.items() if value is not None}
+
+
+TEXT_AUTO: Final = "auto"
+"""In place of a number of calibration tokens: as many as are worth it."""
 
 
 class Calibration(Strict):

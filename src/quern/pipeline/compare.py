@@ -9,7 +9,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import quern
 from quern.advisor.hardware import probe
@@ -27,7 +27,7 @@ from quern.core.machine.parallel import thread_count
 from quern.core.machine.temporary import temporary_folder
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
-from quern.core.recipe_parts import Calibration
+from quern.core.recipe_parts import TEXT_AUTO, Calibration
 from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenario
 from quern.engines.base import AUTO, engine_for
 from quern.engines.cpu import ORDINARY, CachePrecision, cache_named
@@ -39,6 +39,7 @@ from quern.pipeline.comparison_folder import ComparisonFolder
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
 from quern.pipeline.request import chosen_recipe
 from quern.pipeline.stacking.matrix import stacking_of
+from quern.pipeline.text_budget import settled_recipe
 from quern.report.html import render
 from quern.texts.source import Text
 
@@ -56,7 +57,8 @@ def compare(
     recipes: Sequence[str | Path | Recipe] = DEFAULT_RECIPES,
     peers: Sequence[str] = (),
     calibration: Sequence[str | Path | Text] = (),
-    calibration_tokens: int | None = None,
+    calibration_tokens: int | Literal["auto"] | None = None,
+    calibration_time: float | None = None,
     texts: Sequence[str | Path | Text] = (),
     choices: Sequence[str | Path | ChoiceSet] = (),
     tokens: int = 4096,
@@ -81,8 +83,8 @@ def compare(
     ``peers`` names other tools (``hqq``: its default variants; ``hqq:int4-g64``: one; ``all``); each runs in an
     environment of its own below ``environments`` (default: the user's cache folder), which is made if it is missing. One
     that fails, takes longer than ``peer_time_limit`` seconds or more than ``memory`` becomes a failure in the results.
-    ``calibration_tokens`` hold for all recipes and tools (default: what each recipe says). ``quick`` measures a quarter of
-    ``tokens`` and one short timed round.
+    ``calibration_tokens`` hold for all recipes and tools (default: what each recipe says; ``auto``, ``calibration_time``:
+    see ``quantize``). ``quick`` measures a quarter of ``tokens`` and one short timed round.
 
     Writes ``results.json``, ``report.html`` and ``artifacts/<row>`` into the folder ``output``. Artifacts that are there
     already are kept, an interrupted one continues, and what was measured of them under the same settings is not measured
@@ -101,6 +103,8 @@ def compare(
     folder = ComparisonFolder(output, model)
     folder.check(model, [recipe.name for recipe in chosen], [other.row for other in others], fresh)
     checkpoint = open_original(model, progress=progress)
+    given: dict[str, Any] = {"seed": seed, "threads": threads, "progress": progress}
+    chosen, tokens_each = _settled(chosen, checkpoint, calibration, calibration_tokens, calibration_time, **given)
     if others and checkpoint.lasting_notes:
         raise UserError(f"{option('peers', '--peers')}: other tools start from unquantized checkpoints. Of "
                         f"{checkpoint.path}, {checkpoint.lasting_notes[0]}")  # fmt: skip
@@ -118,8 +122,7 @@ def compare(
             progress.log(f"warning: {warning}")
         making = ArtifactRequest(
             checkpoint=checkpoint, model_sha256=checkpoint.sha256(progress), folder=folder.path, calibration=calibration,
-            calibration_tokens=calibration_tokens or Calibration().tokens, memory=memory, threads=threads, seed=seed,
-            fresh=fresh, progress=progress)  # fmt: skip
+            calibration_tokens=tokens_each or Calibration().tokens, memory=memory, fresh=fresh, **given)  # fmt: skip
         inputs.check_room(reference_key("reference", making.model_sha256, inputs, settings))
         measurement = _make_and_measure(making, chosen, others, tools, (engine, kept), inputs, settings, hardware)
         results = _results(making, measurement, inputs, hardware, scenario, _protocol(usual, settings, inputs))
@@ -127,6 +130,23 @@ def compare(
         write_output(folder.results, (results.model_dump_json(indent=2) + "\n").encode())
         write_output(folder.report, render(results).encode())
     return results
+
+
+def _settled(
+    recipes: list[Recipe],
+    checkpoint: Checkpoint,
+    calibration: Sequence[str | Path | Text],
+    tokens: int | Literal["auto"] | None,
+    seconds: float | None,
+    **given: Any,
+) -> tuple[list[Recipe], int | None]:
+    """The recipes with a number of calibration tokens where one is to be found out, and that number or the given one."""
+    if tokens != TEXT_AUTO and seconds is None:
+        return recipes, tokens
+    first = next((recipe for recipe in recipes if recipe.needs_calibration), chosen_recipe("balanced", None))
+    found, _ = settled_recipe(first, checkpoint, calibration, tokens, seconds, device="cpu", cache=None, **given)
+    count = found.calibration.tokens
+    return [chosen_recipe(recipe, None, count) for recipe in recipes], count
 
 
 def _results(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
@@ -31,8 +31,16 @@ from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.blockwise.reference_stream import start_stream
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target, provenance_notes
-from quern.pipeline.planning.plan import PlanReport, cache_folder, candidates_of
-from quern.pipeline.request import calibration_sequences, checked_writer, chosen_recipe, device_named, fingerprint_of
+from quern.pipeline.planning.plan import PlanReport, candidates_of
+from quern.pipeline.request import (
+    cache_folder,
+    calibration_sequences,
+    checked_writer,
+    chosen_recipe,
+    device_named,
+    fingerprint_of,
+)
+from quern.pipeline.text_budget import settled_recipe
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.scale_dtypes import note as scale_note
 from quern.texts.source import Text
@@ -65,7 +73,8 @@ def quantize(
     *,
     recipe: str | Path | Recipe = "balanced",
     calibration: Sequence[str | Path | Text] = (),
-    calibration_tokens: int | None = None,
+    calibration_tokens: int | Literal["auto"] | None = None,
+    calibration_time: float | None = None,
     memory: int | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -79,22 +88,22 @@ def quantize(
 
     A recipe with an allocation is planned first (see ``planning/plan.py``), for the target that it names.
     ``calibration``: texts, or files of text or records (docs/texts.md; default: modules of the running Python's standard
-    library), and how many tokens of them (default: as the recipe says). ``memory``: cap of the resident set in bytes.
-    ``cache``: a folder for what other recipes can use again for the same model and calibration; the time that this spares
-    counts in the report's ``seconds``. An interrupted run continues where it stopped; the same arguments give the same
+    library), ``calibration_tokens`` of them (default: as the recipe says; ``auto``: as many as are worth it, found within
+    ``calibration_time`` seconds where that is given). ``memory``: cap of the resident set in bytes. ``cache``: a folder for
+    what other recipes can use again for the same model and calibration; the time that this spares counts in the report's
+    ``seconds``. An interrupted run continues where it stopped; the same arguments give the same
     bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met, ``BadFileError`` for damage.
     """
     progress = progress or Silent()
     target = output_target(output, model, fresh)
     output = Path(os.path.expanduser(output))
     checkpoint, chosen = open_original(model, progress=progress), chosen_recipe(recipe, format, calibration_tokens)
-    planned = None
-    if chosen.allocation is not None:
-        cache = cache_folder() if cache is None else Path(cache)
-        planned = _planned(
-            checkpoint, chosen, calibration=calibration, memory=memory, device=device, seed=seed, threads=threads,
-            cache=cache, progress=progress)  # fmt: skip
-        chosen = planned.recipe
+    given: dict[str, Any] = {"device": device, "seed": seed, "threads": threads, "progress": progress}
+    chosen, text_notes = settled_recipe(
+        chosen, checkpoint, calibration, calibration_tokens, calibration_time, cache=cache, **given)  # fmt: skip
+    cache = cache_folder() if cache is None and chosen.allocation is not None else cache
+    planned = _planned(checkpoint, chosen, calibration=calibration, memory=memory, cache=cache, **given)
+    chosen = chosen if planned is None else planned.recipe
     architecture = architecture_of(checkpoint.config)
     plan, where = plan_of(chosen, architecture), device_named(device)
     writer = checked_writer(chosen, plan, architecture)
@@ -132,8 +141,7 @@ def quantize(
         if job.follows_drift:
             start_stream(job)
         quantize_blocks(job)
-        notes = list(text.notes if text else ())
-        layers = _write_metadata(job, fingerprint, notes)
+        layers = _write_metadata(job, fingerprint, notes := [*text_notes, *(text.notes if text else ())])
         replaced = artifact_names(target.path) if fresh else ()
         work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
     before = planned.seconds if planned else 0.0
@@ -141,9 +149,10 @@ def quantize(
     return _report(output, chosen, checkpoint, seconds, layers, resumed, [*notes, *writer.notes()], planned)
 
 
-def _planned(checkpoint: Checkpoint, recipe: Recipe, threads: int | None, **given: Any) -> PlanReport:
-    """What the recipe's allocation decides for its target."""
-    assert recipe.allocation is not None
+def _planned(checkpoint: Checkpoint, recipe: Recipe, threads: int | None, **given: Any) -> PlanReport | None:
+    """What the recipe's allocation decides for its target; None without one."""
+    if recipe.allocation is None:
+        return None
     return candidates_of(checkpoint, recipe, threads=threads, **given).choose(recipe.allocation.target, threads)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from quern.core.errors import UserError, option
 from quern.core.plan import Plan
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe, load_recipe
-from quern.core.recipe_parts import ROTATION
+from quern.core.recipe_parts import ROTATION, TEXT_AUTO
 from quern.formats.base import FORMATS, ArtifactWriter
 from quern.observers.base import OBSERVERS
 from quern.pipeline.blockwise.calibration_text import CalibrationText
@@ -25,19 +26,22 @@ from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
 
 
-def chosen_recipe(recipe: str | Path | Recipe, format: str | None, calibration_tokens: int | None = None) -> Recipe:
+def chosen_recipe(
+    recipe: str | Path | Recipe, format: str | None, calibration_tokens: int | Literal["auto"] | None = None
+) -> Recipe:
     """The recipe, loaded if it is named, with another ``format`` and so many ``calibration_tokens`` where they are given.
 
-    A recipe that needs no calibration stays as it is.
+    A recipe that needs no calibration stays as it is, and how many tokens ``auto`` means is found out elsewhere
+    (``text_budget.py``).
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if format is not None:
         chosen = chosen.model_copy(update={"format": format})
-    if calibration_tokens is None:
+    if calibration_tokens is None or calibration_tokens == TEXT_AUTO:
         return chosen
     if type(calibration_tokens) is not int or calibration_tokens < 1:
         named = option("calibration_tokens", "--calibration-tokens")
-        raise UserError(f"{named} is {calibration_tokens!r}; it must be a whole number from 1 on")
+        raise UserError(f"{named} is {calibration_tokens!r}; it must be a whole number from 1 on, or {TEXT_AUTO}")
     if not chosen.needs_calibration:
         return chosen
     calibration = chosen.calibration.model_copy(update={"tokens": calibration_tokens})
@@ -118,7 +122,9 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
-def calibration_sequences(architecture: Architecture, text: CalibrationText | None, seed: int) -> Tensor | None:
+def calibration_sequences(
+    architecture: Architecture, text: CalibrationText | None, seed: int, or_fewer: bool = False
+) -> Tensor | None:
     """Calibration tokens int64 ``(sequences, time)``; None without ``text``."""
     if text is None:
         return None
@@ -126,4 +132,10 @@ def calibration_sequences(architecture: Architecture, text: CalibrationText | No
     context = config.max_position_embeddings
     windows = filter(None, (block.window for block in architecture.blocks))
     context = min([context, *windows])  # within one window attention is plainly causal
-    return text.sequences(context, config.vocab_size, seed)
+    return text.sequences(context, config.vocab_size, seed, or_fewer)
+
+
+def cache_folder() -> Path:
+    """``quern/planning`` in the user's cache folder (XDG base directory specification)."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "quern" / "planning"

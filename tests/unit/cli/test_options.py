@@ -2,7 +2,15 @@
 
 import pytest
 
-from quern.cli.options import names, optional_size, parse_size, parse_weights, repeat_options
+from quern.cli.options import (
+    calibration_tokens,
+    names,
+    optional_seconds,
+    optional_size,
+    parse_size,
+    parse_weights,
+    repeat_options,
+)
 from quern.core.errors import UserError
 
 
@@ -61,6 +69,26 @@ def test_names_between_commas():
     assert names(" MIT, Apache-2.0,") == ("MIT", "Apache-2.0")
     assert names("") == ()
     assert names(None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30min", 1800), ("1.5 h", 5400), (" 2min ", 120), (None, None)]
+)
+def test_durations(text, seconds):
+    assert optional_seconds(text, "--calibration-time") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "min", "-1min", "0s", "1d", "nan min", "1,5h", "1e3s"])
+def test_what_is_no_duration_is_refused_with_the_option_and_an_example(text):
+    with pytest.raises(UserError, match=r"--calibration-time is .*must be a number with s, min or h .*such as 30min"):
+        optional_seconds(text, "--calibration-time")
+
+
+def test_calibration_tokens():
+    assert [calibration_tokens(text) for text in (None, "auto", "512")] == [None, "auto", 512]
+    for text in ("0", "-1", "many", "1.5", "AUTO", ""):
+        with pytest.raises(UserError, match="--calibration-tokens is .*a whole number from 1 on, or auto"):
+            calibration_tokens(text)
 
 
 def test_several_files_after_one_option(tmp_path, monkeypatch):

@@ -58,17 +58,22 @@ class CalibrationText:
         """What was taken of files of records, and whether sequences were drawn from pieces or are short."""
         return tuple(self._notes)
 
-    def sequences(self, context: int, vocabulary: int, seed: int) -> Tensor:
+    def sequences(self, context: int, vocabulary: int, seed: int, or_fewer: bool = False) -> Tensor:
         """Token sequences int64 ``(sequences, time)``: windows of the joined documents, drawn without repetition.
 
         ``time`` is the recipe's sequence length or the model's ``context`` if that is less. Raises ``UserError`` when the
-        text is too short or tokens that were drawn are not in the ``vocabulary``.
+        text is too short, if it has not one sequence where there may be ``or_fewer``, or tokens that were drawn are not in
+        the ``vocabulary``.
         """
         time = min(self._settings.sequence_length, context)
         wanted = max(1, self._settings.tokens // time)
+        least = 1 if or_fewer else wanted
         windows = (
-            self._all_windows(time, wanted) if self._whole is not None else self._drawn_windows(time, wanted, seed)
+            self._all_windows(time, least)
+            if self._whole is not None
+            else self._drawn_windows(time, wanted, least, seed)
         )
+        wanted = min(wanted, len(windows))
         chosen = np.sort(generator(seed, "calibration windows").choice(len(windows), wanted, replace=False))
         found = windows[chosen]
         check_vocabulary([int(found.max())], self._tokenizer, vocabulary)
@@ -125,8 +130,9 @@ class CalibrationText:
             f"{has}. {more}, or set calibration.tokens and calibration.sequence_length to at most {count} in the recipe"
         )
 
-    def _drawn_windows(self, time: int, wanted: int, seed: int) -> Ids:
-        """Windows ``(windows, time)`` of pieces of the texts, in the order of the texts; ``wanted`` or more."""
+    def _drawn_windows(self, time: int, wanted: int, least: int, seed: int) -> Ids:
+        """Windows ``(windows, time)`` of pieces of the texts, in the order of the texts; ``wanted`` or more, or all that
+        there are if these are ``least``."""
         count = 2 * wanted + _SPARE
         while True:
             self._notes = []
@@ -137,7 +143,7 @@ class CalibrationText:
             if total >= wanted or len(pieces) == all_of:
                 break
             count *= 2
-        if total < wanted:
+        if total < least:
             raise self._too_short(sum(map(len, ids)), time, wanted)
         self._notes.append(
             f"the calibration text is long: sequences are from {len(pieces)} of its {all_of} pieces of about "

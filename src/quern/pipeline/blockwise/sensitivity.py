@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,12 +83,12 @@ class Sample:
     """Whether a sequence is one of them."""
 
 
-def run(job: Job, shared: Path | None = None, *, sample: Sample | None = None) -> float:
+def run(job: Job, shared: Path | None = None, *, sample: Sample | None = None, keep: Collection[int] = ()) -> float:
     """The whole pass; continues where an earlier run was stopped.
 
     With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. A recipe that rounds by
     both sides needs more than that: for it the inputs of blocks and the gradients of their outputs stay, and ``forget``
-    removes them. With ``sample``
+    removes them. The inputs of the blocks ``keep`` stay too. With ``sample``
     gradients are kept: those of the embedding's outputs, and what ``sampled_gradients`` and ``row_squares`` read. Returns
     the seconds that were spared: those that the pass took when it was made. Raises ``BadFileError`` for a damaged
     ``shared``.
@@ -104,7 +104,7 @@ def run(job: Job, shared: Path | None = None, *, sample: Sample | None = None) -
         if shared is not None and whole:
             share(job, shared, time.perf_counter() - started)
     for index in range(layers + 1):
-        if not job.two_sided or index == layers:
+        if index not in keep and (not job.two_sided or index == layers):
             job.activations(INPUTS, index).path.unlink(missing_ok=True)
     if sample is None:
         job.activations(GRADIENTS, 0).path.unlink(missing_ok=True)

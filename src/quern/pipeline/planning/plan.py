@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -33,7 +32,15 @@ from quern.pipeline.blockwise.job import Job, keeping, plan_of
 from quern.pipeline.planning.budget import USUAL_CONTEXT, Budget, Chooser, Chosen, decided
 from quern.pipeline.planning.losses import LossTable, loss_table, table_fingerprint, table_folder
 from quern.pipeline.planning.sizes import Sizes
-from quern.pipeline.request import calibration_sequences, checked_writer, chosen_recipe, device_named, fingerprint_of
+from quern.pipeline.request import (
+    cache_folder,
+    calibration_sequences,
+    checked_writer,
+    chosen_recipe,
+    device_named,
+    fingerprint_of,
+)
+from quern.pipeline.text_budget import settled_recipe
 from quern.quantization.allocation.candidate import Candidate, grouped
 from quern.texts.source import Text
 
@@ -92,7 +99,8 @@ def plan(
     recipe: str | Path | Recipe = "auto",
     target: Target | None = None,
     calibration: Sequence[str | Path | Text] = (),
-    calibration_tokens: int | None = None,
+    calibration_tokens: int | Literal["auto"] | None = None,
+    calibration_time: float | None = None,
     memory: int | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -113,8 +121,12 @@ def plan(
     progress = progress or Silent()
     chosen = chosen_recipe(recipe, format, calibration_tokens)
     chosen = chosen if target is None else chosen.targeting(target)
+    checkpoint = open_original(model, progress=progress)
+    chosen, text_notes = settled_recipe(
+        chosen, checkpoint, calibration, calibration_tokens, calibration_time,
+        device=device, seed=seed, threads=threads, cache=cache, progress=progress)  # fmt: skip
     candidates = candidates_of(
-        open_original(model, progress=progress),
+        checkpoint,
         chosen,
         calibration=calibration,
         memory=memory,
@@ -127,16 +139,9 @@ def plan(
     )
     assert candidates.recipe.allocation is not None
     report = candidates.choose(candidates.recipe.allocation.target, threads)
-    if path is None:
-        return report
-    write_output(path, plan_text(report).encode())
-    return PlanReport(**{**vars(report), "path": path})
-
-
-def cache_folder() -> Path:
-    """``quern/planning`` in the user's cache folder (XDG base directory specification)."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "quern" / "planning"
+    if path is not None:
+        write_output(path, plan_text(report).encode())
+    return replace(report, path=path, notes=[*text_notes, *report.notes])
 
 
 def is_plan(path: Path) -> bool:
