@@ -34,7 +34,7 @@ from quern.core.units import significant
 from quern.formats.base import ArtifactWriter
 from quern.formats.quern import METHOD
 from quern.loading.fitting import open_original
-from quern.pipeline.blockwise.job import LARGE, plan_of
+from quern.pipeline.blockwise.job import plan_of
 from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target, provenance_notes
 from quern.pipeline.quantize import quantize
 from quern.pipeline.request import checked_writer, chosen_recipe
@@ -50,6 +50,8 @@ from quern.quantization.training.model import Student
 from quern.texts.source import Text
 
 START = "start"
+LARGE = 10**8
+"""From so many parameters on, passes compute in bfloat16: several times as fast, and gradients have more noise than that."""
 TOKENS, PASSES = 65536, 1
 """Of text, and how often it is gone through, unless said otherwise."""
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quern import _native
 from quern.core.machine.parallel import pieces
 
 ROWS = 256
@@ -52,15 +53,29 @@ def hadamard(values: Tensor) -> Tensor:
 
 def rotate(values: Tensor, packed_signs: Tensor) -> Tensor:
     """``values`` ``(..., columns)`` rotated, float32: every column times its sign, then ``hadamard``."""
-    columns = values.shape[-1]
-    signs = unpack_signs(packed_signs.to(values.device), columns)
+    if _has_kernel(values):
+        return _by_kernel(values, packed_signs)
+    signs = unpack_signs(packed_signs.to(values.device), values.shape[-1])
     return _by_rows(values, lambda rows: hadamard(rows.float() * signs))
 
 
 def rotate_back(values: Tensor, packed_signs: Tensor) -> Tensor:
     """The inverse of ``rotate``, float32."""
     signs = unpack_signs(packed_signs.to(values.device), values.shape[-1])
+    if _has_kernel(values):
+        return _by_kernel(values, torch.zeros_like(packed_signs)).mul_(signs)
     return _by_rows(values, lambda rows: hadamard(rows.float().clone()).mul_(signs))
+
+
+def _has_kernel(values: Tensor) -> bool:
+    """Whether ``values`` lie where the kernel can read them, and no gradient is to go through."""
+    return values.device.type == "cpu" and not (values.requires_grad and torch.is_grad_enabled())
+
+
+def _by_kernel(values: Tensor, packed_signs: Tensor) -> Tensor:
+    """``rotate`` by the engine's kernel, which adds in the same order (a test compares) and passes over memory once."""
+    flat = values.detach().reshape(-1, values.shape[-1]).float().contiguous()
+    return torch.from_numpy(_native.rotate(flat.numpy(), packed_signs.numpy(), 1)).view(values.shape)
 
 
 def _by_rows(values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

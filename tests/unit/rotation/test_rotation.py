@@ -80,3 +80,16 @@ def test_overwriting_is_confined_to_the_inner_function():
     x = values(3, 8)
     assert hadamard(x.clone()).shape == (3, 8)
     assert torch.equal(x, values(3, 8))
+
+
+@pytest.mark.parametrize("columns", [*SIZES, 2, 32, 128, 512, 2048])
+def test_the_kernel_adds_in_the_same_order(columns):
+    """Gradients go through torch's additions, which are the same to the last bit."""
+    x, signs = values(33, columns), signs_of(columns)
+    for turn in (rotate, rotate_back):
+        slow = turn(x.clone().requires_grad_(), signs)
+        assert slow.requires_grad
+        assert torch.equal(turn(x, signs), slow.detach())
+        assert torch.equal(turn(x.T.contiguous().T, signs), slow.detach()), "whatever the strides"
+        assert torch.equal(turn(x.bfloat16(), signs), turn(x.bfloat16().float(), signs))
+    assert rotate(x[:0], signs).shape == (0, columns)
