@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +12,12 @@ from pathlib import Path
 import pytest
 from locked_versions import departures
 from tiny_model import calibration_text, write_model
+from warm_workers import Subprocess
 
+# Threads that spin while they wait take the processors from the other process of tests, and from what tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What is imported while tests are collected is never garbage, and need not be looked through again and again.
+gc.disable()
 UNLOCKED = departures()
 LONGEST = (
     "unit/pipeline/test_peer_rows.py",
@@ -38,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; all else stays as it was found."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """From here on, only what tests make may be garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header() -> str:
@@ -71,6 +85,21 @@ def quiet_machine() -> Iterator[None]:
         patch.setattr("quern.core.machine.foreign_load.ForeignLoad.processors", lambda _: 0.0)
         patch.setattr("quern.advisor.hardware.BUFFER_BYTES", 1 << 22)
         patch.setattr("quern.advisor.hardware.GEMM_SHAPE", (64, 64, 64))
+        yield
+
+
+@pytest.fixture(scope="session")
+def _forking() -> Iterator[Subprocess]:
+    """The server is started when somebody first needs it."""
+    with contextlib.closing(Subprocess()) as forking:
+        yield forking
+
+
+@pytest.fixture(scope="module")
+def warm_workers(_forking: Subprocess) -> Iterator[None]:
+    """Processes that measure are forks of one in which everything is imported (see ``tests/warm_workers.py``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quern.comparison.worker_process.subprocess", _forking)
         yield
 
 
