@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from locked_versions import departures
 from tiny_model import calibration_text, write_model
-from warm_workers import Subprocess
+from warm_workers import Forking
 
 # Threads that spin while they wait take the processors from the other process of tests, and from what tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,17 +20,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 gc.disable()
 UNLOCKED = departures()
 LONGEST = (
-    "unit/pipeline/test_peer_rows.py",
     "end_to_end/test_stacked_pairs.py",
-    "unit/documentation/test_readme.py",
-    "unit/comparison/test_measure.py",
-    "end_to_end/test_quantize.py",
     "end_to_end/test_quantize_memory.py",
-    "end_to_end/test_command_line.py",
+    "end_to_end/test_quantize.py",
+    "unit/pipeline/test_peer_rows.py",
+    "end_to_end/test_quantize_resume.py",
+    "end_to_end/test_rounding_choices.py",
     "end_to_end/test_scale_dtypes.py",
+    "end_to_end/test_command_line.py",
+    "unit/documentation/test_readme.py",
+    "bad_files/test_fuzz_artifacts.py",
+    "end_to_end/test_train.py",
+    "contract/test_readers.py",
     "drop_in/test_drop_in.py",
     "unit/documentation/test_contributing.py",
-    "contract/test_readers.py",
 )
 """Files that take longest, the first one first: several processes that share the tests then end at about the same time."""
 
@@ -89,17 +92,17 @@ def quiet_machine() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _forking() -> Iterator[Subprocess]:
-    """The server is started when somebody first needs it."""
-    with contextlib.closing(Subprocess()) as forking:
-        yield forking
+def forking() -> Iterator[Forking]:
+    """Starts Python in no time, from the folder it is told (see ``tests/warm_workers.py``)."""
+    with contextlib.closing(Forking()) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def warm_workers(_forking: Subprocess) -> Iterator[None]:
-    """Processes that measure are forks of one in which everything is imported (see ``tests/warm_workers.py``)."""
+def warm_workers(forking: Forking) -> Iterator[None]:
+    """Processes that measure are forks of one in which everything is imported."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quern.comparison.worker_process.subprocess", _forking)
+        patch.setattr("quern.comparison.worker_process.subprocess", forking)
         yield
 
 

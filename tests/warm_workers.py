@@ -78,7 +78,7 @@ def _pipe(write_here: bool) -> tuple[int, TextIO]:
     return theirs, os.fdopen(ours, "w" if write_here else "r", encoding="utf-8", errors="replace")
 
 
-class Subprocess:
+class Forking:
     """In the place of the module ``subprocess``: what this Python would run is forked, all else is started."""
 
     PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
@@ -94,9 +94,15 @@ class Subprocess:
             return subprocess.Popen(command, **given)
         return self._fork(command[1:], given)
 
-    def python(self, folder: Path, *words: str, seconds: float = 300) -> str:
-        """What ``python WORDS`` prints in ``folder``, which must succeed in that time."""
-        with tempfile.TemporaryFile() as errors:
+    def python(self, folder: Path, *words: str) -> str:
+        """What ``python WORDS`` prints in ``folder``, which must succeed."""
+        ended = self.ended(folder, *words)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    def ended(self, folder: Path, *words: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+        """``python WORDS`` in ``folder``, when it has ended; killed if it takes longer."""
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
             fork = self._fork(words, {"env": self._environment, "cwd": folder, "stderr": errors})
             late = threading.Timer(seconds, os.killpg, (fork.pid, signal.SIGKILL))
             late.start()
@@ -106,8 +112,7 @@ class Subprocess:
             code = fork.wait()
             late.cancel()
             errors.seek(0)
-            assert code == 0, said + errors.read().decode()
-        return said
+            return subprocess.CompletedProcess(words, code, said, errors.read())
 
     def _fork(self, words: Sequence[str], given: Mapping[str, Any]) -> Fork:
         if self._server is None:
@@ -174,6 +179,12 @@ def _be(request: dict[str, Any], streams: Sequence[int]) -> None:
     for target, descriptor in enumerate(streams):
         os.dup2(descriptor, target)
         os.close(descriptor)
+    # Whether they can seek, among other things, was looked up when they were opened.
+    sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(
+        2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
+    )
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import other_copy
 import pytest
 from tiny_model import calibration_text, tiny_config, write_model
-from warm_workers import Subprocess
+from warm_workers import Forking
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 MEASURE = "src/quern/evaluation/measures/entropy.py"
@@ -39,9 +39,9 @@ import json, sys
 from contextlib import closing
 from quern.cli.main import app
 from quern.comparison import worker_process
-from warm_workers import Subprocess
+from warm_workers import Forking
 
-worker_process.subprocess = Subprocess()
+worker_process.subprocess = Forking()
 with closing(worker_process.subprocess):
     for arguments in json.loads(sys.argv[1]):
         assert app(arguments, standalone_mode=False) in (None, 0)
@@ -79,7 +79,7 @@ def sources(folder: Path) -> dict[str, str]:
 def run(copy) -> Iterator[Callable[..., str]]:
     """What Python prints in the copy's folder, with the copy's package, which a process has imported already."""
     environment = {**os.environ, "PYTHONPATH": f"{copy / 'src'}:{ROOT / 'tests'}", "COLUMNS": "300"}
-    with contextlib.closing(Subprocess(environment)) as forking:
+    with contextlib.closing(Forking(environment)) as forking:
         yield functools.partial(forking.python, copy)
 
 

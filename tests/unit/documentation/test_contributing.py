@@ -18,7 +18,7 @@ import torch
 from artifacts import stored_tensors
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config, write_model
-from warm_workers import Subprocess
+from warm_workers import Forking
 
 from quern.architectures import base as architectures
 from quern.formats.base import ArtifactReader, ArtifactWriter, Format
@@ -31,6 +31,8 @@ FILES = dict(NAMED_BLOCK.findall(PAGE))
 CODEC, TEST, RECIPE = "src/quern/codecs/power_of_two.py", "tests/unit/codecs/test_power_of_two.py", "shifts.yaml"
 MEASURE = "src/quern/evaluation/measures/entropy.py"  # tests/drop_in/test_drop_in.py follows its steps
 FAMILY = "src/quern/architectures/joined.py"
+PYTEST = ("-m", "pytest", "--assert=plain")
+"""A plug-in of pytest is imported already where these run, and could not be rewritten."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def copy(tmp_path_factory) -> Path:
 def run(copy) -> Iterator[Callable[..., str]]:
     """What Python prints in the copy, with the copy's package, which a process has imported already."""
     environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "COLUMNS": "200"}
-    with contextlib.closing(Subprocess(environment)) as forking:
+    with contextlib.closing(Forking(environment)) as forking:
         yield functools.partial(forking.python, copy)
 
 
@@ -82,7 +84,7 @@ def test_step_3_the_commands(quern):
 
 
 def test_step_4_the_tests(run):
-    told = run("-m", "pytest", "-q", TEST)
+    told = run(*PYTEST, "-q", TEST)
     assert "2 passed" in told
 
 
@@ -91,7 +93,7 @@ def test_step_4_the_tests(run):
 )
 def test_step_4_the_contract(run):
     contracts = [str(path.relative_to(ROOT)) for path in (ROOT / "tests/contract").glob("test_*codec*.py")]
-    told = run("-m", "pytest", "-v", "-k", "power_of_two", *contracts)
+    told = run(*PYTEST, "-v", "-k", "power_of_two", *contracts)
     assert re.search(r"[1-9]\d* passed", told)
 
 
