@@ -1,9 +1,9 @@
 """A process that has torch and transformers imported and forks those which measure: they start in no time.
 
 A contender's process spends most of its life on imports, seconds each, and many tests start several. A fork has a process to
-itself as one that was started anew: its own memory, process group, environment, folder, standard streams and end. What
-forks cannot show is that the command of a worker starts at all; tests/unit/comparison/test_worker.py and
-tests/end_to_end/test_command_line.py start it.
+itself as one that was started anew: its own memory, process group, environment, folder, standard streams and end
+(``tests/unit/comparison/test_warm_workers.py`` holds both against each other). What forks cannot show is that the command of
+a worker starts at all; ``test_worker.py`` beside it and ``test_evaluate`` in ``end_to_end/test_command_line.py`` start it.
 
 As a script: the server. A request is one message on the socket that is its stdin: JSON (``words`` after ``python`` on a
 command line, ``environment``, ``folder``), with the descriptors of the fork's three standard streams and of a pipe. There the
