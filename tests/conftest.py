@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,6 @@ from warm_workers import Forking
 
 # Threads that spin while they wait take the processors from the other process of tests, and from what tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# What is imported while tests are collected is never garbage, and need not be looked through again and again.
-gc.disable()
 UNLOCKED = departures()
 LONGEST = (
     "end_to_end/test_stacked_pairs.py",
@@ -51,10 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
-def pytest_collection_finish() -> None:
-    """From here on, only what tests make may be garbage."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported meanwhile is never garbage, and need not be looked through again and again, then or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_report_header() -> str:
