@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from locked_versions import departures
 from tiny_model import calibration_text, write_model
+from warm_workers import Forking
 
+# Threads that spin while they wait take the processors from the other process of tests, and from what tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 UNLOCKED = departures()
 LONGEST = (
-    "unit/pipeline/test_peer_rows.py",
     "end_to_end/test_stacked_pairs.py",
-    "unit/documentation/test_readme.py",
-    "unit/comparison/test_measure.py",
-    "end_to_end/test_quantize.py",
     "end_to_end/test_quantize_memory.py",
-    "end_to_end/test_command_line.py",
+    "end_to_end/test_quantize.py",
+    "unit/pipeline/test_peer_rows.py",
+    "end_to_end/test_quantize_resume.py",
+    "end_to_end/test_rounding_choices.py",
     "end_to_end/test_scale_dtypes.py",
+    "end_to_end/test_command_line.py",
+    "unit/documentation/test_readme.py",
+    "bad_files/test_fuzz_artifacts.py",
+    "end_to_end/test_train.py",
+    "contract/test_readers.py",
     "drop_in/test_drop_in.py",
     "unit/documentation/test_contributing.py",
-    "contract/test_readers.py",
 )
 """Files that take longest, the first one first: several processes that share the tests then end at about the same time."""
 
@@ -38,6 +47,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; all else stays as it was found."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported meanwhile is never garbage, and need not be looked through again and again, then or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_report_header() -> str:
@@ -71,6 +91,21 @@ def quiet_machine() -> Iterator[None]:
         patch.setattr("quern.core.machine.foreign_load.ForeignLoad.processors", lambda _: 0.0)
         patch.setattr("quern.advisor.hardware.BUFFER_BYTES", 1 << 22)
         patch.setattr("quern.advisor.hardware.GEMM_SHAPE", (64, 64, 64))
+        yield
+
+
+@pytest.fixture(scope="session")
+def forking() -> Iterator[Forking]:
+    """Starts Python in no time, from the folder it is told (see ``tests/warm_workers.py``)."""
+    with contextlib.closing(Forking()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def warm_workers(forking: Forking) -> Iterator[None]:
+    """Processes that measure are forks of one in which everything is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quern.comparison.worker_process.subprocess", forking)
         yield
 
 

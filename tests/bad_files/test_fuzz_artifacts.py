@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,21 +38,25 @@ def artifact(tiny_model, tiny_text, tmp_path_factory) -> Path:
     return make_artifact(tiny_model, folder, tiny_text, **choices)
 
 
-def run(*command: object) -> tuple[int, dict[str, int], str]:
-    ended = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, check=False
-    )
-    return ended.returncode, json.loads(ended.stdout), ended.stderr
+@pytest.fixture
+def run(forking, tmp_path) -> Callable[..., tuple[int, dict[str, int], str]]:
+    """The exit code of Python, the tally that it prints, and what it writes to stderr."""
+
+    def run(*command: object) -> tuple[int, dict[str, int], str]:
+        ended = forking.ended(tmp_path, *map(str, command))
+        return ended.returncode, json.loads(ended.stdout), ended.stderr
+
+    return run
 
 
-def test_damaged_artifacts_run_or_are_refused(artifact):
+def test_damaged_artifacts_run_or_are_refused(run, artifact):
     code, tally, errors = run(TOOLS / "fuzz_artifacts.py", artifact, "--inputs", 250, "--seed", 7)
     assert code == 0, errors
     assert min(tally[key] for key in ("ran", "refused", "matrix multiplied", "matrix refused")) > 0, tally
     assert sum(tally[key] for key in ("ran", "refused", "matrix multiplied", "matrix refused")) == 250
 
 
-def test_damaged_coded_artifacts_run_or_are_refused(tiny_model, tiny_text, tmp_path):
+def test_damaged_coded_artifacts_run_or_are_refused(run, tiny_model, tiny_text, tmp_path):
     """Streams, tables of frames and what config.json says of them."""
     pytest.importorskip("zstandard", reason="zstandard is not installed")
     folder = make_artifact(tiny_model, tmp_path / "coded", tiny_text, weights={"codec": "none"}, storage="entropy")
@@ -61,7 +66,7 @@ def test_damaged_coded_artifacts_run_or_are_refused(tiny_model, tiny_text, tmp_p
     assert tally["ran"] > 0, tally
 
 
-def test_damaged_folders_and_ggufs_run_or_are_refused(tiny_model, tmp_path):
+def test_damaged_folders_and_ggufs_run_or_are_refused(run, tiny_model, tmp_path):
     """What loaders read besides artifacts: an unquantized folder with its tokenizer, and a GGUF in two parts."""
     parts = write_gguf(tiny_model, tmp_path / "m", parts=[5, tensor_count(tiny_model) - 5])
     code, tally, errors = run(
@@ -71,7 +76,7 @@ def test_damaged_folders_and_ggufs_run_or_are_refused(tiny_model, tmp_path):
     assert min(tally[key] for key in ("ran", "refused")) > 20, tally
 
 
-def test_faults_are_found_and_cost_no_other_input(artifact):
+def test_faults_are_found_and_cost_no_other_input(run, artifact):
     code, tally, errors = run("-c", FAULTY, TOOLS, artifact, "--inputs", 60, "--workers", 2)
     assert code == 1
     assert min(tally[key] for key in ("crashed", "hung", "other error", "ran")) > 0, tally

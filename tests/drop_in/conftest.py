@@ -1,17 +1,19 @@
 """A copy of the package with a family, a codec, a format and a measure more, and what its commands show with them."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import other_copy
 import pytest
 from tiny_model import calibration_text, tiny_config, write_model
+from warm_workers import Forking
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 MEASURE = "src/quern/evaluation/measures/entropy.py"
@@ -34,11 +36,16 @@ format: zipped
 """
 COMMANDS = """
 import json, sys
+from contextlib import closing
 from quern.cli.main import app
+from quern.comparison import worker_process
+from warm_workers import Forking
 
-for arguments in json.loads(sys.argv[1]):
-    assert app(arguments, standalone_mode=False) in (None, 0)
-    print("=====")
+worker_process.subprocess = Forking()
+with closing(worker_process.subprocess):
+    for arguments in json.loads(sys.argv[1]):
+        assert app(arguments, standalone_mode=False) in (None, 0)
+        print("=====")
 """
 TEXTS = ("one.txt", "two.txt", "three.txt")
 HOW_MUCH = (*(word for name in TEXTS for word in ("--text", name)), "--tokens", "100", "--no-speed", "--threads", "1")
@@ -68,14 +75,12 @@ def sources(folder: Path) -> dict[str, str]:
     }
 
 
-def run(folder: Path, *command: str) -> str:
-    """What Python prints there, with the copy's package."""
-    environment = {**os.environ, "PYTHONPATH": f"{folder / 'src'}:{ROOT / 'tests'}", "COLUMNS": "300"}
-    ended = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+@pytest.fixture(scope="session")
+def run(copy) -> Iterator[Callable[..., str]]:
+    """What Python prints in the copy's folder, with the copy's package, which a process has imported already."""
+    environment = {**os.environ, "PYTHONPATH": f"{copy / 'src'}:{ROOT / 'tests'}", "COLUMNS": "300"}
+    with contextlib.closing(Forking(environment)) as forking:
+        yield functools.partial(forking.python, copy)
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +104,7 @@ def copy(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shown(copy) -> dict[str, str]:
+def shown(run) -> dict[str, str]:
     """What the commands print, by name; all in one process, because each would import the same."""
     commands = {
         "quantize": ["model", "--recipe", "dropped.yaml", *CALIBRATED, "-o", "out"],
@@ -107,7 +112,7 @@ def shown(copy) -> dict[str, str]:
         "evaluate": ["out", "--reference", "model", *HOW_MUCH],
         "compare": ["model", "--recipes", "dropped.yaml", "-o", "compared", *CALIBRATED, *HOW_MUCH[:-2]],
     }
-    told = run(copy, "-c", COMMANDS, json.dumps([[name, *rest] for name, rest in commands.items()]))
+    told = run("-c", COMMANDS, json.dumps([[name, *rest] for name, rest in commands.items()]))
     return dict(zip(commands, told.split("=====\n"), strict=False))
 
 

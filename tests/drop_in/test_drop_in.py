@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from drop_in.conftest import ROOT, run
+from drop_in.conftest import ROOT
 from tiny_model import tiny_config
 
 from quern.core.results import load_results
@@ -63,9 +63,9 @@ print(float((ours - expected).abs().max() / expected.abs().max()))
 """
 
 
-def test_experts_as_linears_compute_what_the_stack_does(copy):
+def test_experts_as_linears_compute_what_the_stack_does(run):
     """The same products in another order: float32 rounding through two blocks."""
-    assert float(run(copy, "-c", CHECK).split()[-1]) == pytest.approx(0, abs=1e-5)
+    assert float(run("-c", CHECK).split()[-1]) == pytest.approx(0, abs=1e-5)
 
 
 # A measure
@@ -115,11 +115,11 @@ def test_the_report_has_a_column_of_it(copy, shown):
     )
 
 
-def test_the_page_of_results_gets_its_line(copy):
+def test_the_page_of_results_gets_its_line(copy, run):
     for name in ("tools/update_results_page.py", "docs/results.md"):
         (copy / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
-    run(copy, "tools/update_results_page.py")
+    run("tools/update_results_page.py")
     old, new = ((folder / "docs/results.md").read_text("utf-8").splitlines() for folder in (ROOT, copy))
     (line,) = [line for line in new if line not in old]
     assert line == (
@@ -144,8 +144,8 @@ print(VOCABULARY, sum(steps), [row[:2] for row in raw], measure.summarize(raw, 0
 """
 
 
-def test_a_uniform_model_has_the_entropy_of_its_vocabulary(copy):
-    told = run(copy, "-c", UNIFORM)
+def test_a_uniform_model_has_the_entropy_of_its_vocabulary(run):
+    told = run("-c", UNIFORM)
     vocabulary, steps, value = re.fullmatch(r"(\d+) (\d+) \[.*\] (\S+)\n", told).groups()
     assert "[(0, 3), (0, 4), (1, 5), (1, 6)]" in told
     assert steps == "22"

@@ -17,7 +17,7 @@ from quern.pipeline.compare import compare
 from quern.pipeline.evaluate import evaluate
 from quern.pipeline.inspect import inspect
 
-pytestmark = pytest.mark.usefixtures("quiet_machine")
+pytestmark = pytest.mark.usefixtures("quiet_machine", "warm_workers")
 TEXTS = [Text.of("text", [calibration_text()[:600], calibration_text()[600:1200]])]
 SHORT = {"tokens": 200, "window": 64, "threads": 1, "speed_rounds": 0}
 LAYERS, HEADS, HEAD_DIM = 3, 2, 16

@@ -131,6 +131,7 @@ def test_recipes(folder):
     assert "integer" in run(folder, "recipes")
 
 
+@pytest.mark.usefixtures("warm_workers")  # test_evaluate started them as users do
 def test_compare(folder):
     options = ("--text", "text.txt", "--choice", "choice.jsonl", "--tokens", "300", "--threads", "1")
     found = run_json(folder, "compare", "model", "--recipes", "quick.yaml", "-o", "comparison", *options)

@@ -20,7 +20,7 @@ from quern.pipeline.compare import compare
 from quern.pipeline.planning.plan import plan
 
 BITS = 4.5
-pytestmark = pytest.mark.usefixtures("quiet_machine")
+pytestmark = pytest.mark.usefixtures("quiet_machine", "warm_workers")
 
 
 def write_recipe(path: Path, bits: float) -> Path:

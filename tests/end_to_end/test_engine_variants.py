@@ -178,7 +178,7 @@ def test_a_chosen_cache_that_overflows_is_named_with_the_option(large_values):
     assert loss < 0.1, "int8 has scales of its own"
 
 
-@pytest.mark.usefixtures("quiet_machine")
+@pytest.mark.usefixtures("quiet_machine", "warm_workers")
 def test_an_evaluation_shows_the_note(large_values, tmp_path):
     from quern.evaluation.texts import Text
     from quern.pipeline.evaluate import evaluate

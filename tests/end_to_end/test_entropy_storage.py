@@ -182,6 +182,7 @@ def test_layers_say_what_they_take_on_the_disk(pair):
             assert layer["bits_per_weight"] == pytest.approx(8 * taken / torch.tensor(row.shape).prod().item())
 
 
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("pair", ["trellis"], indirect=True)
 def test_evaluate_runs_them_alike(pair, tiny_text):
     plain, coded = (evaluate(folder, texts=[tiny_text], tokens=256, speed_rounds=0) for folder in pair)

@@ -89,6 +89,7 @@ def test_calibrated_rounding_and_the_other_format_take_it_too(models, tiny_text,
         quantize(report.path, tmp_path / "again", recipe=small_recipe())  # quern's own is not
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_evaluating_says_that_model_and_reference_are_quantized(models):
     row = evaluate(models["awq"].folder, reference=models["gptq desc_act"].folder, **QUICK)
     assert row.kind == "unquantized"
@@ -98,6 +99,7 @@ def test_evaluating_says_that_model_and_reference_are_quantized(models):
     assert all(any(note.startswith(start) for note in row.notes) for start in starts)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_comparing_starts_from_the_decoded_values(models, tmp_path):
     """Of those that transformers runs: the reference is run by it, and what is quantized are the values."""
     name = "compressed-tensors int4"

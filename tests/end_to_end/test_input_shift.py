@@ -147,7 +147,7 @@ def test_a_larger_embedding_moves_the_reach_by_as_much(artifacts, tmp_path):
     assert two.clipped > 2 * max(one.clipped, 1e-4)
 
 
-def test_evaluate_tells_it_of_a_text(artifacts, quiet_machine):
+def test_evaluate_tells_it_of_a_text(artifacts, quiet_machine, warm_workers):
     """It starts a process, which takes seconds."""
     texts = [Text.of("odd", ["\x7f\x01\x02" * 400])]
     row = evaluate(artifacts["static"], texts=texts, tokens=512, window=64, speed_rounds=0)

@@ -16,7 +16,6 @@ from quern.engines.cpu import cache_named
 from quern.evaluation.heldout import held_out_text
 from quern.evaluation.texts import cut_windows
 from quern.formats.base import runtimes_of
-from quern.pipeline.quantize import quantize
 from quern.pipeline.stacking.answer import pairs, together
 from quern.pipeline.stacking.parts import PLAIN
 from quern.pipeline.stacking.trial import Trials, Use, tried
@@ -62,7 +61,7 @@ def test_a_pair_that_is_accepted_runs_and_loses_no_more_than_its_label_says(tria
 
 
 @pytest.mark.parametrize(("first", "second"), ordered(REFUSED), ids=str)
-def test_a_pair_that_is_refused_stops_before_work(trials, tmp_path, first, second) -> None:
+def test_a_pair_that_is_refused_stops_before_work(trials, first, second) -> None:
     pair = together(first, second)
     if first.kind == second.kind == "format":
         with pytest.raises(UserError):
@@ -72,12 +71,13 @@ def test_a_pair_that_is_refused_stops_before_work(trials, tmp_path, first, secon
         with pytest.raises(UserError):
             cache_named(f"{first.name},{second.name}", "cpu")
         return
+    made = set(trials.folder.iterdir())
     try:
-        recipe = parse_recipe(PLAIN | pair.keys[2], "stack")
-        quantize(trials.model, tmp_path / "artifact", recipe=recipe, threads=1)
+        recipe = parse_recipe(trials.plain | pair.keys[2], "stack")
+        trials.artifact(pair.keys[2])  # where a runtime refuses, the artifact is that of an accepted pair
     except UserError as error:
         assert pair.answer.reason.rpartition("; ")[2].partition(": ")[2] in str(error)
-        assert not list(tmp_path.iterdir())
+        assert set(trials.folder.iterdir()) == made
         return
     runtimes = {part.name for part in (first, second) if part.kind == "runtime"}
     if not runtimes & {"vllm", "llama.cpp"} <= set(runtimes_of(recipe)):

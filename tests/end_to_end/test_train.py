@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,19 +112,19 @@ def test_the_divergence_that_is_told_is_what_engines_have(place):
     assert float((teacher.exp() * (teacher - student)).sum(-1).mean()) == pytest.approx(report.kl_after, rel=1e-3)
 
 
-def child(place, output, threads, kill):
+def child(forking, place, output, threads, kill):
     asked = {
         "model": str(place / "model"), "output": str(place / output), "text": str(place / "text.txt"), "tokens": TOKENS,
         "recipe": small_recipe(**GROUPED).to_json(), "threads": threads, "kill": kill,
     }  # fmt: skip
-    return subprocess.run([sys.executable, "-c", CHILD, json.dumps(asked)], capture_output=True, text=True).returncode
+    return forking.ended(place, "-c", CHILD, json.dumps(asked)).returncode
 
 
-def test_a_killed_training_continues_with_the_same_bytes_at_any_number_of_threads(place):
-    """Each child imports torch, so there are few; killed after a step, and once before the first."""
+def test_a_killed_training_continues_with_the_same_bytes_at_any_number_of_threads(forking, place):
+    """Killed after a step, and once before the first."""
     train(place, "whole", small_recipe(**GROUPED), passes=1, learning_rate=None)
     for threads, kill in ((1, 0), (2, 3)):
-        assert child(place, "killed", threads, kill) == -signal.SIGKILL
+        assert child(forking, place, "killed", threads, kill) == -signal.SIGKILL
         assert not (place / "killed").exists()
     report = train(place, "killed", small_recipe(**GROUPED), passes=1, learning_rate=None, threads=3)
     assert report.resumed

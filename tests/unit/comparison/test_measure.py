@@ -26,7 +26,7 @@ from quern.evaluation.texts import load_windows
 from quern.pipeline.evaluate import evaluate
 from quern.texts.source import Text
 
-pytestmark = pytest.mark.usefixtures("quiet_machine")
+pytestmark = pytest.mark.usefixtures("quiet_machine", "warm_workers")
 FAKE = Launch(command=(sys.executable, fake_model.__file__))
 TEXTS = [Text.of("t", ["the quick brown fox jumps over", "the lazy dog and runs away", "0123456789 abc"])]
 CHOICES = [ChoiceSet("c", tuple(Item("q", (a + b, b + a), 0) for a in "abcdef" for b in "uvwxyz"), "hash")]

@@ -256,6 +256,7 @@ def test_children_end_with_it(tmp_path):
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch):
     code = "import os, json; input(); print(json.dumps({'ok': True, 'policy': os.environ['OMP_WAIT_POLICY']})); input()"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     with start(script(code)) as worker:
         assert worker.ask({"do": "x"})["policy"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")

@@ -1,5 +1,7 @@
 """CONTRIBUTING.md, followed word for word in a copy of the package; a tiny model has the bundled one's name there."""
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import other_copy
@@ -15,6 +18,7 @@ import torch
 from artifacts import stored_tensors
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config, write_model
+from warm_workers import Forking
 
 from quern.architectures import base as architectures
 from quern.formats.base import ArtifactReader, ArtifactWriter, Format
@@ -27,6 +31,8 @@ FILES = dict(NAMED_BLOCK.findall(PAGE))
 CODEC, TEST, RECIPE = "src/quern/codecs/power_of_two.py", "tests/unit/codecs/test_power_of_two.py", "shifts.yaml"
 MEASURE = "src/quern/evaluation/measures/entropy.py"  # tests/drop_in/test_drop_in.py follows its steps
 FAMILY = "src/quern/architectures/joined.py"
+PYTEST = ("-m", "pytest", "--assert=plain")
+"""A plug-in of pytest is imported already where these run, and could not be rewritten."""
 
 
 @pytest.fixture(scope="module")
@@ -48,49 +54,50 @@ def copy(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, *command: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "COLUMNS": "200"}
-    ended = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+@pytest.fixture(scope="module")
+def run(copy) -> Iterator[Callable[..., str]]:
+    """What Python prints in the copy, with the copy's package, which a process has imported already."""
+    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "COLUMNS": "200"}
+    with contextlib.closing(Forking(environment)) as forking:
+        yield functools.partial(forking.python, copy)
 
 
-def quern(folder: Path, *arguments: str) -> str:
-    return run(folder, "-c", "from quern.cli.main import run; run()", *arguments)
+@pytest.fixture(scope="module")
+def quern(run) -> Callable[..., str]:
+    """What the command prints."""
+    return functools.partial(run, "-c", "from quern.cli.main import run; run()")
 
 
 def test_the_page_names_its_files():
     assert set(FILES) == {CODEC, TEST, RECIPE, FAMILY, MEASURE}
 
 
-def test_step_2_the_codec_is_known(copy):
-    assert "power_of_two" in json.loads(quern(copy, "recipes", "--json"))["choices"]["codec"]
+def test_step_2_the_codec_is_known(quern):
+    assert "power_of_two" in json.loads(quern("recipes", "--json"))["choices"]["codec"]
 
 
-def test_step_3_the_commands(copy):
+def test_step_3_the_commands(quern):
     block = re.search(r"```sh\n(quern quantize.*?)```", PAGE, re.DOTALL)[1]
-    told = [quern(copy, *shlex.split(line)[1:]) for line in block.splitlines()]
+    told = [quern(*shlex.split(line)[1:]) for line in block.splitlines()]
     assert len(told) == 3
     assert "power_of_two" in told[1]
 
 
-def test_step_4_the_tests(copy):
-    told = run(copy, "-m", "pytest", "-q", TEST)
+def test_step_4_the_tests(run):
+    told = run(*PYTEST, "-q", TEST)
     assert "2 passed" in told
 
 
 @pytest.mark.skipif(
     not any((ROOT / "tests/contract").glob("test_*codec*.py")), reason="no contract tests of codecs yet"
 )
-def test_step_4_the_contract(copy):
+def test_step_4_the_contract(run):
     contracts = [str(path.relative_to(ROOT)) for path in (ROOT / "tests/contract").glob("test_*codec*.py")]
-    told = run(copy, "-m", "pytest", "-v", "-k", "power_of_two", *contracts)
+    told = run(*PYTEST, "-v", "-k", "power_of_two", *contracts)
     assert re.search(r"[1-9]\d* passed", told)
 
 
-def test_the_codecs_parameters_are_what_the_page_says(copy):
+def test_the_codecs_parameters_are_what_the_page_says(run):
     """Its narrower keys and its refusal of int8 activations, told by the recipe."""
     script = """
 import sys
@@ -104,7 +111,7 @@ for choices in ({"symmetric": False}, {"granularity": "tensor"}, {"group_size": 
     except UserError as error:
         print(str(error).splitlines()[1])
 """
-    told = run(copy, "-c", script).splitlines()
+    told = run("-c", script).splitlines()
     assert [line.split(":")[0].strip() for line in told] == [
         "weights.symmetric", "weights.granularity", "weights.group_size", "recipe",
     ]  # fmt: skip
@@ -124,14 +131,14 @@ def joined(model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_the_family_is_quantized_like_the_one_that_it_stores_otherwise(copy):
+def test_the_family_is_quantized_like_the_one_that_it_stores_otherwise(copy, run):
     model = write_model(copy / "models" / "llama", tiny_config("llama", num_hidden_layers=1))
     joined(model, copy / "models" / "joined")
     script = "from quern.pipeline.quantize import quantize\n"
     script += (
         "for name in ('llama', 'joined'):\n    quantize(f'models/{name}', f'out-{name}', recipe='rtn4', threads=1)"
     )
-    run(copy, "-c", script)
+    run("-c", script)
     found, wanted = stored_tensors(copy / "out-joined"), stored_tensors(copy / "out-llama")
     assert set(found) == set(wanted)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

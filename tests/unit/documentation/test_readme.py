@@ -63,15 +63,20 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("quern ")]
 
 
+CALIBRATION = ["--calibration-tokens", "2048"]
 QUICKER = {
+    "plan": CALIBRATION,
+    "quantize": CALIBRATION,
     "train": ["--tokens", "2048"],
     "evaluate": ["--no-speed", "--tokens", "256"],
-    "compare": ["--no-speed", "--tokens", "256", "--recipes", "rtn4", "--engine", "reference"],
+    "compare": ["--no-speed", "--tokens", "256", "--recipes", "rtn4", "--engine", "reference", *CALIBRATION],
 }
-"""What is added to a command, so that it takes seconds instead of minutes; the same for the function:"""
+"""What is added to a command, so that it takes seconds instead of minutes; the same for the functions:"""
+QUICKER_QUANTIZATION = functools.partial(quern.quantize, calibration_tokens=2048)
 QUICKER_EVALUATION = functools.partial(quern.evaluate, speed_rounds=0, tokens=256)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_top_to_bottom_in_one_folder(tmp_path, monkeypatch):
     """As a reader does: every command, then both pieces of Python, none of which may stand in another's way.
 
@@ -84,6 +89,7 @@ def test_top_to_bottom_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(hardware, "BUFFER_BYTES", 1 << 22)
     monkeypatch.setattr(hardware, "GEMM_SHAPE", (64, 64, 64))
+    monkeypatch.setattr(quern, "quantize", QUICKER_QUANTIZATION)
     monkeypatch.setattr(quern, "evaluate", QUICKER_EVALUATION)
     for words in commands():
         quick = QUICKER.get(words[0], [])

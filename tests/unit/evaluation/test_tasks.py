@@ -19,7 +19,7 @@ from quern.evaluation.lm_eval import Requests
 from quern.evaluation.tasks import NOT_INSTALLED, TaskList, check_tasks
 from quern.pipeline import evaluate as module
 
-pytestmark = pytest.mark.usefixtures("quiet_machine")
+pytestmark = pytest.mark.usefixtures("quiet_machine", "warm_workers")
 
 PACKAGE = {
     "__init__": """

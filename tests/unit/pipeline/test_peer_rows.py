@@ -30,7 +30,7 @@ from quern.pipeline import peers as module
 from quern.pipeline.artifacts import ArtifactRequest
 from quern.pipeline.compare import compare
 
-pytestmark = pytest.mark.usefixtures("quiet_machine")
+pytestmark = pytest.mark.usefixtures("quiet_machine", "warm_workers")
 
 TEXT = "Some text that a model can read, and a little more of it so that it suffices. " * 4
 INSTALLED = Installed(
@@ -157,7 +157,7 @@ def test_finished_rows_are_not_made_or_measured_again(tiny_model, tiny_text, com
 
 
 FAULTS = {
-    "hang": ("quantize", "has said nothing for 8 s"),
+    "hang": ("quantize", "has said nothing for 4 s"),
     "crash": ("quantize", r"SIGSEGV(.|\n)*the last words"),
     "garbage": ("quantize", "which is no answer"),
     "memory": ("quantize", r"used .* GB of memory; its cap is .* GB"),
@@ -173,7 +173,7 @@ def less_patient(quantized):
     """With a tool that hangs; the others may start as slowly as a busy machine lets them."""
 
     def patient(making, choice, installed, launch):
-        silence_s = 8.0 if choice.variant.name == "hang" else launch.silence_s
+        silence_s = 4.0 if choice.variant.name == "hang" else launch.silence_s
         return quantized(making, choice, installed, replace(launch, silence_s=silence_s))
 
     return patient
@@ -373,8 +373,8 @@ def test_a_tool_that_says_for_ever_that_it_goes_on(tmp_path, fake):
         "sequences": str(tmp_path / "sequences.npy"), "text": "",
     }  # fmt: skip
     advanced = []
-    launch = module.launch_of(Environment.of("fake", fake), tmp_path, None, 12.0)
-    with module.Worker("fake-endless", launch) as worker, pytest.raises(WorkerError, match=r"longer than the 12 s"):
+    launch = module.launch_of(Environment.of("fake", fake), tmp_path, None, 4.0)
+    with module.Worker("fake-endless", launch) as worker, pytest.raises(WorkerError, match=r"longer than the 4 s"):
         worker.ask(request, advanced.append)
     assert advanced
 
