@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from quern.core.recipe import Recipe
-from quern.core.recipe_parts import Activations, Rounding, Transform
+from quern.core.recipe_parts import NEAREST, Activations, Rounding, Transform
 from quern.core.scheme import UNQUANTIZED, CodecScheme
 
-NEAREST = Rounding(method="nearest")
-"""How matrices outside of the decoder blocks are rounded."""
 AS_THEY_ARE = Activations()
 """What the inputs of most matrices become."""
 
@@ -65,9 +63,9 @@ class Plan(Mapping[str, LinearPlan]):
 
 def make_plan(recipe: Recipe, linears: Iterable[str], embedding: str, head: str | None) -> Plan:
     """The plan of ``recipe`` for the decoder linears of these full names; ``head`` None: the embedding is the head."""
-    outer = {embedding: LinearPlan(recipe.embedding)}
+    outer = {embedding: LinearPlan(recipe.embedding, recipe.head_rounding if head is None else NEAREST)}
     if head is not None:
-        outer[head] = LinearPlan(recipe.head)
+        outer[head] = LinearPlan(recipe.head, recipe.head_rounding)
     return Plan(outer | {name: plan_for(recipe, name) for name in linears})
 
 

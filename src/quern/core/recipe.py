@@ -24,7 +24,7 @@ from pydantic import (
 from quern.core.allocation import Allocation, AllocationCandidate, Target
 from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
-from quern.core.recipe_parts import ROTATION, ROUNDINGS, Activations, Calibration, Rounding, Strict, Transform
+from quern.core.recipe_parts import NEAREST, ROTATION, ROUNDINGS, Activations, Calibration, Rounding, Strict, Transform
 from quern.core.scheme import UNQUANTIZED, CodecScheme, parse_scheme, scheme_keys
 from quern.core.suggest import did_you_mean
 
@@ -90,6 +90,8 @@ class Recipe(Strict):
     """Scheme of an output head with its own weights."""
     transforms: tuple[Transform, ...] = ()
     rounding: Rounding = Rounding()
+    head_rounding: Rounding = NEAREST
+    """Of the output head, or of the embedding that is one; other embeddings are rounded to nearest."""
     activations: Activations = Activations()
     calibration: Calibration = Calibration()
     format: str = "quern"
@@ -103,7 +105,7 @@ class Recipe(Strict):
     def _without_later_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Recipes are older than these keys: without them they stay what they were, in artifacts and fingerprints."""
         data: dict[str, Any] = dump(self)
-        usual = {"storage": "plain", "allocation": None}
+        usual = {"storage": "plain", "allocation": None, "head_rounding": NEAREST.model_dump(mode="json")}
         return {key: value for key, value in data.items() if key not in usual or value != usual[key]}
 
     @model_validator(mode="after")
@@ -117,6 +119,7 @@ class Recipe(Strict):
             if override.rotated and not self.rotated:
                 raise ValueError(f"{override.pattern} is to be rotated, but the recipe has no transform that rotates")
         roundings = [self.rounding, *(o.rounding for o in self.overrides if o.rounding is not None)]
+        self._check_head_rounding()
         if any(rounding.two_sided for rounding in roundings) and self.calibration.token_weight != "fisher":
             raise ValueError("two_sided rounding needs gradients: calibration: {token_weight: fisher}")
         if self.allocation is not None:
@@ -132,6 +135,15 @@ class Recipe(Strict):
             if size is not None and (obstacle := scheme.params.input_group_obstacle(size)):
                 raise ValueError(f"groups of {size} int8 activations need weights that fit them; {where} {obstacle}")
         return self
+
+    def _check_head_rounding(self) -> None:
+        if self.head_rounding.two_sided or self.head_rounding.target != "own":
+            raise ValueError("head_rounding knows neither two_sided nor target: drift")
+        if ROUNDINGS.get(self.head_rounding.method).needs_hessian and self.calibration.token_weight != "fisher":
+            raise ValueError(
+                f"head_rounding {self.head_rounding.method} counts tokens by their gradients: calibration: "
+                "{token_weight: fisher}"
+            )
 
     def _check_allocation(self, allocation: Allocation) -> None:
         scaling = [transform.method for transform in self.transforms if transform.method != ROTATION]
@@ -160,7 +172,7 @@ class Recipe(Strict):
         """Whether statistics of activations are used at all."""
         if self.allocation is not None or any(transform.method != ROTATION for transform in self.transforms):
             return True
-        roundings = [self.rounding, *(o.rounding for o in self.overrides if o.rounding is not None)]
+        roundings = [self.rounding, self.head_rounding, *(o.rounding for o in self.overrides if o.rounding is not None)]
         activations = [self.activations, *(o.activations for o in self.overrides if o.activations is not None)]
         return any(ROUNDINGS.get(r.method).needs_hessian for r in roundings) or any(
             a.mode == "static" for a in activations

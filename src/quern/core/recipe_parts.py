@@ -61,6 +61,10 @@ class Rounding(Strict):
         return {key: value for key, value in data.items() if key not in _LATER_KEYS or value != _LATER_KEYS[key]}
 
 
+NEAREST = Rounding(method="nearest")
+"""How matrices outside of the decoder blocks are rounded where nothing is said."""
+
+
 class Transform(Strict):
     """An exact rewriting of the weights before quantization."""
 

@@ -132,11 +132,11 @@ def quantize(
                 work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
             raise
         work.finish("started", [], {})
-        quantize_outer(job)
         spared = 0.0
         if sensitivity.needed(job):
             shared = None if cache is None else sensitivity.shared_folder(Path(cache), fingerprint, job)
             spared = sensitivity.run(job, shared)
+        quantize_outer(job)
         start_chain(job)
         if job.follows_drift:
             start_stream(job)

@@ -104,10 +104,10 @@ def test_streamed_weights_do_not_depend_on_threads(pass_result):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_pass_leaves_only_the_weights(pass_result, tmp_path_factory):
+def test_the_pass_leaves_only_the_weights_and_what_rounds_the_head(pass_result, tmp_path_factory):
     work = next(p for p in tmp_path_factory.getbasetemp().glob("fisher*/work1"))
     assert sorted(path.name for path in work.rglob("*.*") if path.is_file()) == [
-        "0000.safetensors", "0001.safetensors", "0002.safetensors", "fingerprint.json", "journal.jsonl",
+        "0000.safetensors", "0001.safetensors", "0002.safetensors", "fingerprint.json", "head.safetensors", "journal.jsonl",
     ]  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_long_sequences_are_cut_without_a_trace(monkeypatch):
     results = []
     for size in (256, 7, 600):
         monkeypatch.setattr(token_weights, "LOGIT_TOKENS", size)
-        results.append(output_gradient(hidden, nn.RMSNorm(32), head, seed=3))
+        results.append(output_gradient(hidden, nn.RMSNorm(32), head, seed=3).hidden)
     for other in results[1:]:
         assert float((other - results[0]).abs().max()) <= 1e-5 * float(results[0].abs().max())
 
@@ -130,15 +130,21 @@ def test_labels_follow_the_models_prediction():
     """
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     tokens = 20_000
-    gradient = output_gradient(probabilities.log().expand(tokens, 4).contiguous(), nn.Identity(), torch.eye(4), seed=11)
+    gradient = output_gradient(
+        probabilities.log().expand(tokens, 4).contiguous(), nn.Identity(), torch.eye(4), seed=11
+    ).hidden
     labels = (probabilities - gradient).round()
     assert torch.allclose(probabilities - gradient, labels, atol=1e-5)
     assert torch.equal(labels.sum(1), torch.ones(tokens))
     counts = labels.sum(0)
     deviation = (tokens * probabilities * (1 - probabilities)).sqrt()
     assert bool(((counts - tokens * probabilities).abs() <= 5 * deviation).all()), counts
-    again = output_gradient(probabilities.log().expand(tokens, 4).contiguous(), nn.Identity(), torch.eye(4), seed=11)
-    other = output_gradient(probabilities.log().expand(tokens, 4).contiguous(), nn.Identity(), torch.eye(4), seed=12)
+    again = output_gradient(
+        probabilities.log().expand(tokens, 4).contiguous(), nn.Identity(), torch.eye(4), seed=11
+    ).hidden
+    other = output_gradient(
+        probabilities.log().expand(tokens, 4).contiguous(), nn.Identity(), torch.eye(4), seed=12
+    ).hidden
     assert torch.equal(gradient, again)
     assert not torch.equal(gradient, other)
 

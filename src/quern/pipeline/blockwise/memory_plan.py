@@ -72,6 +72,7 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     if job.recipe.embedding.quantized or job.recipe.head.quantized:
         hidden = job.architecture.config.hidden_size
         outer = table * (3 * stored + 2) + job.workers.threads * SLAB_COPIES * 4 * SLAB * hidden
+        outer += 3 * 4 * hidden**2  # the head's Hessian: as it was kept, to be factorized, and for sweeps
     fisher = uses_hessian and job.recipe.calibration.token_weight == "fisher"
     logits = job.workers.threads * 5 * 4 * LOGIT_TOKENS * job.architecture.config.vocab_size
     return MemoryPlan(

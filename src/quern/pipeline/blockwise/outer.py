@@ -7,17 +7,19 @@ import time
 import torch
 
 from quern.codecs.base import codec_of
+from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.blocks import CHAIN, record_of
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.block import RoundedLinear, round_linears
 from quern.quantization.calibration.statistics import GroupStatistics
+from quern.quantization.rounding.base import ROUNDINGS
 
 EMBEDDING = "embedding"
 """The file that keeps the embedding as it was stored until the first block has its inputs."""
 
 
 def quantize_outer(job: Job) -> None:
-    """Embedding, final norm and head: each rounded to nearest or taken over."""
+    """Embedding, final norm and head: each rounded, to nearest but for what the recipe says of the head, or taken over."""
     architecture = job.architecture
     last = architecture.layers + 1
     stages = {0: [architecture.embedding], last: [architecture.final_norm, *architecture.outer[1:]]}
@@ -30,7 +32,7 @@ def quantize_outer(job: Job) -> None:
         for module in modules:
             weight = job.read(f"{module}.weight")
             if module in job.plan and job.plan[module].quantized:
-                rounded += round_linears({module: weight}, job.plan, GroupStatistics(), job.workers)
+                rounded += round_linears({module: weight}, job.plan, _statistics(job, module), job.workers)
                 job.writer.put(module, rounded[-1].packed)
                 kept = rounded[-1].weight.parts
             else:
@@ -40,6 +42,13 @@ def quantize_outer(job: Job) -> None:
                 job.work.finish(EMBEDDING, [job.work.write_tensors(EMBEDDING, kept)], {})
         files = job.writer.end()
         job.work.finish(f"outer {stage}", files, {**record_of(job, rounded), "seconds": time.perf_counter() - started})
+
+
+def _statistics(job: Job, module: str) -> GroupStatistics:
+    """What rounding ``module`` wants to know of its inputs."""
+    if not ROUNDINGS.get(job.plan[module].rounding.method).needs_hessian:
+        return GroupStatistics()
+    return GroupStatistics({module: sensitivity.head_statistics(job)})
 
 
 def start_chain(job: Job) -> None:

@@ -31,15 +31,18 @@ from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
 from quern.quantization.calibration.drift import HELD_OUT
+from quern.quantization.calibration.hessian import add_to_hessian
 from quern.quantization.calibration.outputs import OutputStatistics
+from quern.quantization.calibration.statistics import Statistics
 from quern.quantization.calibration.token_weights import (
     block_gradients,
+    normalized,
     output_gradient,
     output_gradients,
     sequence_seed,
 )
 
-INPUTS, GRADIENTS, WEIGHTS, ROWS, SAMPLED = "inputs", "gradients", "weights", "rows", "sampled"
+INPUTS, GRADIENTS, WEIGHTS, ROWS, SAMPLED, HEAD = "inputs", "gradients", "weights", "rows", "sampled", "head"
 _TIMING = "timing.json"
 
 
@@ -51,6 +54,13 @@ def needed(job: Job) -> bool:
 def token_weights(job: Job, index: int) -> dict[str, Tensor]:
     """Squared gradients float32 ``(tokens,)`` of block ``index`` by linear, once ``run`` has ended."""
     return job.work.read_tensors(f"{WEIGHTS}/{index:04d}")
+
+
+def head_statistics(job: Job) -> Statistics:
+    """Of what the head reads in the unquantized model, each token weighted by its squared gradient at the logits."""
+    kept = job.work.read_tensors(f"{WEIGHTS}/{HEAD}")
+    _, scale = normalized(kept["squares"])
+    return Statistics((kept["hessian"] / (scale or 1.0)).to(job.device), scale or 1.0, len(kept["squares"]))
 
 
 def row_squares(job: Job, index: int) -> dict[str, Tensor]:
@@ -69,7 +79,7 @@ def shared_folder(cache: Path, fingerprint: Mapping[str, Any], job: Job) -> Path
     depends = {key: fingerprint[key] for key in ("quern", "model_sha256", "seed", "device")} | arithmetic()
     depends["tokens"] = hashlib.sha256(job.sequences.numpy().tobytes()).hexdigest()
     depends["compute_dtype"] = str(job.compute_dtype)
-    depends["holds"] = "squared gradients"
+    depends["holds"] = "squared gradients, and the head's Hessian"
     return cache / f"token-weights-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
@@ -142,6 +152,14 @@ def share(job: Job, shared: Path, seconds: float) -> None:
 
 def _take_over(job: Job, shared: Path) -> float:
     assert job.sequences is not None
+    width = int(job.architecture.config.hidden_size)
+    head = read_tensors(shared / f"{HEAD}.safetensors")
+    if {name: tuple(t.shape) for name, t in head.items()} != {
+        "hessian": (width, width),
+        "squares": (job.sequences.numel(),),
+    }:
+        raise BadFileError(shared, "does not hold the Hessian of this model's head", f"Remove {shared}")
+    job.work.finish(HEAD, [job.work.write_tensors(f"{WEIGHTS}/{HEAD}", head)], {})
     for index in range(job.architecture.layers):
         linears = [linear.name for linear in job.architecture.block(index).linears]
         path = shared / f"{index:04d}.safetensors"
@@ -276,9 +294,18 @@ def _output_gradients(job: Job) -> None:
     head = job.read(f"{architecture.head_owner}.weight").to(job.compute_dtype)
     source, target = job.activations(INPUTS, architecture.layers), job.activations(GRADIENTS, architecture.layers)
 
+    width = architecture.config.hidden_size
+    hessian, counted = torch.zeros(width, width, device=job.device), []
+
     def wave(start: int, stop: int) -> Tensor:
         seeded = [(hidden, sequence_seed(job.seed, start + i)) for i, hidden in enumerate(source.read(start, stop))]
-        return torch.stack(job.workers.map(lambda item: output_gradient(item[0], norm, head, item[1]), seeded))
+        results = job.workers.map(lambda item: output_gradient(item[0], norm, head, item[1]), seeded)
+        for result in results:
+            add_to_hessian(hessian, result.inputs, result.squares, job.workers)
+            counted.append(result.squares)
+        return torch.stack([result.hidden for result in results])
 
     target.write(wave)
+    kept = {"hessian": hessian, "squares": torch.cat(counted)}
+    job.work.finish(HEAD, [job.work.write_tensors(f"{WEIGHTS}/{HEAD}", kept)], {})
     job.work.finish(f"gradients {architecture.layers}", [target.path], {})

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from quern.codecs.base import codec_of
 from quern.core.machine.parallel import Workers, pieces
-from quern.core.plan import NEAREST
+from quern.core.recipe_parts import NEAREST
 from quern.core.scheme import CodecScheme
 from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job

@@ -26,15 +26,27 @@ LOGIT_TOKENS = 256
 """Tokens whose logits are in memory at a time."""
 
 
-def output_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, seed: int) -> Tensor:
-    """dL/d(hidden), float32 ``(time, width)``, for one sequence of final hidden states ``(time, width)``.
+@dataclass(frozen=True)
+class OutputGradient:
+    """What one sequence gives behind the last block."""
+
+    hidden: Tensor
+    """dL/d(hidden states that leave the last block), float32 ``(time, width)``."""
+    inputs: Tensor
+    """What the head reads ``(time, width)``."""
+    squares: Tensor
+    """|dL/d(logits)|^2, float32 ``(time,)``."""
+
+
+def output_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, seed: int) -> OutputGradient:
+    """For one sequence of hidden states ``(time, width)`` that leave the last block.
 
     ``head`` is the output matrix ``(vocabulary, width)``. L sums over the tokens; the label of each is drawn from the
     model's prediction at that place, seeded by ``seed``.
     """
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(hidden.shape[0], 1, generator=generator).to(head.device)
-    gradients = []
+    gradients, inputs, squares = [], [], []
     for start, stop in pieces(hidden.shape[0], LOGIT_TOKENS):
         part = hidden[start:stop].to(head.device).detach().requires_grad_()
         with torch.enable_grad():
@@ -47,7 +59,9 @@ def output_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, seed: int) ->
         prediction.scatter_add_(1, labels, torch.full_like(cumulative[:, :1], -1.0))
         (gradient,) = torch.autograd.grad(final, part, prediction.to(head.dtype) @ head)
         gradients.append(gradient.float())
-    return torch.cat(gradients)
+        inputs.append(final.detach())
+        squares.append(prediction.square().sum(-1))
+    return OutputGradient(torch.cat(gradients), torch.cat(inputs), torch.cat(squares))
 
 
 @dataclass(frozen=True)
