@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from quern import _native
 from quern.codecs.trainable.base import Fixed, RowFactors, Trainable
 from quern.core import scheme as schemes
 from quern.core.errors import UserError
@@ -116,6 +117,11 @@ class Encoder(ABC):
         """Multiply the scales of columns ``first_column ...`` by ``factor`` ``(rows,)``, as well as they can be stored; what
         they were multiplied by, and with them all that these columns decode to. Only if ``rescale_width``."""
         raise NotImplementedError
+
+    def native_columns(self) -> _native.Columns | None:
+        """What rounds columns natively into this encoder's own codes, with its scales as they are whenever that is called;
+        None: only ``round`` does."""
+        return None
 
     @abstractmethod
     def round(self, first: int, values: Tensor) -> Tensor:

@@ -29,11 +29,11 @@ def test_each_set_is_rounded_towards_what_loses_least(sets, reverse):
     order = torch.arange(ROWS).flip(0) if reverse else torch.arange(ROWS)
     hessian, weight = output_hessian(), gaussian(ROWS, COLUMNS)[order]
     whole = whole_hessian(hessian)[order][:, order]
-    feedback = RowFeedback(OutputHessian(hessian.triu(), DAMPING), order, Workers(1))
+    feedback = RowFeedback(OutputHessian(hessian.triu(), DAMPING), order, COLUMNS, Workers(1))
     error, start = torch.zeros(ROWS, COLUMNS, dtype=torch.float64), 0
     for rows in sets:
         stop = start + rows
-        due = feedback.due(rows, COLUMNS)
+        due = feedback.due(rows)
         # All rows behind the set are still free, so they count by what they can make up for.
         left = whole[:stop, :stop]
         if stop < ROWS:
@@ -48,9 +48,9 @@ def test_each_set_is_rounded_towards_what_loses_least(sets, reverse):
 
 
 def test_rows_that_have_nothing_to_do_with_each_other_get_nothing():
-    feedback = RowFeedback(OutputHessian(torch.eye(ROWS), DAMPING), torch.arange(ROWS), Workers(1))
+    feedback = RowFeedback(OutputHessian(torch.eye(ROWS), DAMPING), torch.arange(ROWS), COLUMNS, Workers(1))
     feedback.got_wrong(gaussian(5, COLUMNS))
-    assert not feedback.due(7, COLUMNS).any()
+    assert not feedback.due(7).any()
 
 
 def statistics(gradients: torch.Tensor, judges: torch.Tensor) -> OutputStatistics:
@@ -71,10 +71,10 @@ def test_what_judges_say_is_left_is_what_feedback_leaves_of_their_loss():
     assert outputs is not None
     assert outputs.damping == DAMPINGS[0]
     own = torch.randn(ROWS, 20000, generator=torch.Generator().manual_seed(7)) * weight.square().mean(1).sqrt()[:, None]
-    feedback = RowFeedback(outputs, torch.arange(ROWS), Workers(1))
+    feedback = RowFeedback(outputs, torch.arange(ROWS), own.shape[1], Workers(1))
     error = torch.empty_like(own)
     for row in range(ROWS):  # rounded towards w + due, off by its own error: W - Q is that error less what was due
-        error[row] = own[row] - feedback.due(1, own.shape[1])[0]
+        error[row] = own[row] - feedback.due(1)[0]
         feedback.got_wrong(error[row][None])
     ratio = (judges @ error).square().sum() / (judges @ own).square().sum()
     assert float(ratio) == pytest.approx(left, rel=0.05)  # of 20,000 draws

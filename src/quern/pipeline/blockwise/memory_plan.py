@@ -11,7 +11,7 @@ from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.errors import OutOfMemoryCapError, option
 from quern.core.units import bytes_text, rounded_up
 from quern.pipeline.blockwise.job import Job
-from quern.pipeline.blockwise.reference_stream import OUTPUTS_AT_ONCE
+from quern.pipeline.blockwise.output_gradients import AT_ONCE
 from quern.quantization.calibration.activations import WAVE_TOKENS
 from quern.quantization.calibration.drift import MOST_JUDGES
 from quern.quantization.calibration.outputs import bytes_of
@@ -124,7 +124,7 @@ def _outputs(block: BlockSpec) -> int:
             + max(4 * (3 * rows**2 + 2 * rows * columns) for rows, columns in shapes)
         )
     every = sum(bytes_of(linear.shape[0]) for linear in block.linears)
-    return max(found) + min(every, OUTPUTS_AT_ONCE)
+    return max(found) + min(every, AT_ONCE)
 
 
 def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:

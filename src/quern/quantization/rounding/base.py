@@ -24,6 +24,9 @@ from quern.quantization.rounding.row_feedback import SETS, OutputHessian, RowFee
 SLAB = 1024
 """Rows that one worker rounds at a time: a multiple of 32, because codecs pack down the rows; keeps a block in the cache."""
 
+PIECE = 256
+"""About as many rows of a set, of those that are rounded one after the other, are rounded by one worker."""
+
 
 @dataclass(frozen=True)
 class RoundedSlab:
@@ -65,8 +68,13 @@ class Rounding(ABC):
         self.settings = settings
 
     @abstractmethod
-    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
-        """Round float32 ``slab`` ``(rows, columns)``, rows of ``whole``."""
+    def round_slab(
+        self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None, native: bool = False
+    ) -> RoundedSlab:
+        """Round float32 ``slab`` ``(rows, columns)``, rows of ``whole``.
+
+        ``native``: error feedback may go through native loops, whose sums have another order (``columns``).
+        """
 
     def slab_height(self, rows: int, codec: Codec) -> int:
         """Rows of a slab of a matrix of ``rows``."""
@@ -94,7 +102,7 @@ class Rounding(ABC):
         else:
             sets = codec.row_sets(rows, SETS)
             order = torch.cat([some for some, _ in sets])
-            slabs = self._in_turn(weight, sets, factor, RowFeedback(outputs, order, workers))
+            slabs = self._in_turn(weight, sets, factor, RowFeedback(outputs, order, columns, workers), workers)
             decoded = torch.empty_like(weight)
             decoded[order] = torch.cat([slab.decoded for slab in slabs])
             join = partial(codec.join_sets, rows)
@@ -109,17 +117,27 @@ class Rounding(ABC):
         sets: Sequence[tuple[Tensor, Codec]],
         factor: Factor | None,
         feedback: RowFeedback,
+        workers: Workers,
     ) -> list[RoundedSlab]:
         """Sets of rows, each rounded towards what makes up for those before it; losses are by the weights themselves."""
         assert factor is not None, "feedback among rows goes with feedback among columns"
         slabs = []
         for some, codec in sets:
             rows = weight[some].float()
-            slab = self.round_slab(rows + feedback.due(*rows.shape), weight, codec, factor)
-            error = rows - slab.decoded
+            target = rows + feedback.due(len(rows))
+            height = -(-PIECE // codec.slab_rows) * codec.slab_rows
+
+            def piece(part: tuple[int, int], codec: Codec = codec, target: Tensor = target) -> RoundedSlab:
+                return self.round_slab(target[slice(*part)], weight, codec, factor, native=True)
+
+            found = workers.map(piece, pieces(len(rows), height))
+            error = rows - torch.cat([slab.decoded for slab in found])
             feedback.got_wrong(error)
+            # Losses are estimated for the whole set; they are those of its first piece then.
             loss, size = quadratic_size(error, factor), quadratic_size(rows, factor)
-            slabs.append(replace(slab, decoded=slab.decoded.to(weight.dtype), loss=loss, size=size))
+            for position, slab in enumerate(found):
+                own = {"loss": 0.0 if position else loss, "size": 0.0 if position else size}
+                slabs.append(replace(slab, decoded=slab.decoded.to(weight.dtype), **own))
         return slabs
 
     def _slab(self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:

@@ -35,29 +35,37 @@ class OutputHessian:
     """Float32 ``(rows, rows)``, upper triangle."""
     damping: float
 
-    def factor(self, order: Tensor, workers: Workers) -> Tensor:
-        """U float32 of the rows ``order``, in this order; of others it knows nothing."""
-        whole = self.hessian.triu() + self.hessian.triu(1).T
-        return factorize(whole[order][:, order], self.damping, False, workers).upper
+    def factor(self, order: Tensor, workers: Workers, used_up: bool = False) -> Tensor:
+        """U float32 of the rows ``order``, in this order; of others it knows nothing. G may be ``used_up`` by it, which
+        spares the copy of large ones."""
+        own = torch.arange(len(self.hessian), device=order.device)
+        if used_up and torch.equal(order, own):
+            return factorize(self.hessian, self.damping, False, workers).upper
+        some = self.hessian[order][:, order]
+        if bool(
+            (order.diff() < 0).any()
+        ):  # of two rows of which the later comes first G lies in the lower triangle of this
+            some = torch.where(order[:, None] <= order, some, some.T)
+        return factorize(some, self.damping, False, workers).upper
 
 
 class RowFeedback:
     """Of one linear."""
 
-    def __init__(self, outputs: OutputHessian, order: Tensor, workers: Workers) -> None:
-        """``order``: all rows in the order in which they come."""
-        self._upper, self._workers = outputs.factor(order, workers), workers
-        self._error: list[Tensor] = []
+    def __init__(self, outputs: OutputHessian, order: Tensor, columns: int, workers: Workers) -> None:
+        """``order``: all rows, of ``columns``, in the order in which they come. G is used up."""
+        self._upper, self._workers = outputs.factor(order, workers, used_up=True), workers
+        self._error, self._known = self._upper.new_empty(len(order), columns), 0
 
-    def due(self, rows: int, columns: int) -> Tensor:
+    def due(self, rows: int) -> Tensor:
         """What the next ``rows`` rows are to make up for, float32 ``(rows, columns)``."""
-        start = sum(map(len, self._error))
-        found = torch.zeros(rows, columns, device=self._upper.device)
+        start, columns = self._known, self._error.shape[1]
+        found = self._error.new_zeros(rows, columns)
         if start:
             inside = self._upper[start : start + rows, start : start + rows]
             before = self._upper[:start, start : start + rows]
             share = torch.linalg.solve_triangular(inside, before, upper=True, left=False, unitriangular=True)
-            error = torch.cat(self._error)
+            error = self._error[:start]
 
             def part(some: tuple[int, int]) -> None:
                 found[:, slice(*some)] = share.T @ error[:, slice(*some)]
@@ -67,4 +75,5 @@ class RowFeedback:
 
     def got_wrong(self, error: Tensor) -> None:
         """Say what became of these rows: W - Q, float32 ``(rows, columns)``."""
-        self._error.append(error)
+        self._error[self._known : self._known + len(error)] = error
+        self._known += len(error)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from quern.codecs.base import Encoder
+from quern.core.machine.parallel import pieces
+from quern.quantization.rounding.columns import loop_of
 
 BLOCK = 128
 """Columns between two matrix products."""
@@ -55,18 +57,17 @@ def _blocks(columns: int, encoder: Encoder) -> list[tuple[int, int]]:
 def _sweep_block(rounded: Tensor, residual: Tensor, encoder: Encoder, hessian: Tensor, first: int) -> None:
     """The columns of a block, of which all arguments are the part; ``first`` is its first column."""
     columns, width = len(rounded), encoder.rescale_width
-    for k in range(columns):
-        if width is not None and width <= columns and k % width == 0:
-            group = slice(k, min(k + width, columns))
+    loop = loop_of(encoder, range(first, first + columns), native=True)
+    own = width is not None and width <= columns
+    for k, last in pieces(columns, width if width is not None and own else columns):
+        if own:
+            group = slice(k, last)
             ratio = _scaling(rounded[group], residual[group], hessian[group, group])
             ratio = encoder.rescale(first + k, ratio)
             moved = (ratio - 1) * rounded[group]
             rounded[group] += moved
             residual.addmm_(hessian[:, group], moved)
-        wanted = rounded[k] - residual[k] / hessian[k, k]
-        found = encoder.round(first + k, wanted[None])[0]
-        residual.addr_(hessian[:, k], found - rounded[k])
-        rounded[k] = found
+        loop.sweep(k, last, hessian, rounded, residual)
 
 
 def _rescale(rounded: Tensor, residual: Tensor, encoder: Encoder, hessian: Tensor, first: int) -> None:
