@@ -21,6 +21,7 @@ from quern.codecs.base import (
     Described,
     Encoder,
     KernelForm,
+    NativeColumns,
     Parts,
     ScaledParameters,
     least_scale,
@@ -169,13 +170,20 @@ class GroupedEncoder(Encoder):
         scale.copy_(stored)
         return ratio
 
-    def native_columns(self) -> _native.Columns | None:
+    def native_columns(self) -> NativeColumns | None:
         numbers = self.grid.numbers()
         if numbers is None or self.codes.device.type != "cpu":
             return None
-        listed = (part.numpy() for part in (numbers.limits, numbers.numbers, numbers.codes))
-        own = (part.numpy() for part in (self.codes, self.scale, self.zero))
-        return _native.Columns(*own, self.group, numbers.count, *listed)
+        return _native.Columns(
+            self.codes.numpy(),
+            self.scale.numpy(),
+            self.zero.numpy(),
+            self.group,
+            numbers.count,
+            numbers.limits.numpy(),
+            numbers.numbers.numpy(),
+            numbers.codes.numpy(),
+        )
 
     def round(self, first: int, values: Tensor) -> Tensor:
         group = first // self.group

@@ -23,6 +23,8 @@ SLAB_COPIES = 8
 """Float32 copies of a slab that rounding one keeps: the slab, its changes, its codes, the observer's candidates."""
 WAVE_COPIES = 4
 """Float32 copies of a wave's widest activations."""
+ORDERED = 4096
+"""Rows of the largest Hessian of outputs that is copied: those of more are factorized where they are."""
 LIBRARIES = 64 * MIB
 """What torch's libraries take when they first compute and what the allocator keeps: 20 to 50 MiB were measured."""
 
@@ -115,13 +117,13 @@ def _drifts(block: BlockSpec) -> int:
 
 def _outputs(block: BlockSpec) -> int:
     """Bytes of what is known of the outputs of one group, or of all where they are small; of one of them the copies in which
-    it is put in order and factorized, and the errors of the rows that are done."""
+    some are put in order and factorized, the errors of the rows that are done and what they decode to."""
     found = []
     for group in block.groups:
         shapes = [block.linear(name).shape for name in group.linears]
         found.append(
             sum(bytes_of(rows) for rows, _ in shapes)
-            + max(4 * (3 * rows**2 + 2 * rows * columns) for rows, columns in shapes)
+            + max(4 * (3 * min(rows, ORDERED) ** 2 + 2 * rows * columns) for rows, columns in shapes)
         )
     every = sum(bytes_of(linear.shape[0]) for linear in block.linears)
     return max(found) + min(every, AT_ONCE)

@@ -56,9 +56,7 @@ class Sums:
 
     def __init__(self, linears: Mapping[str, int], device: torch.device) -> None:
         """``linears``: their rows by name."""
-        self.by_linear = {
-            name: OutputStatistics(torch.zeros(rows, rows, device=device)) for name, rows in linears.items()
-        }
+        self.by_linear = {name: OutputStatistics.of(rows, device) for name, rows in linears.items()}
 
     def add(self, job: Job, sequence: int, gradients: Sequence[Tensor]) -> None:
         """Of a calibration sequence: ``(tokens, rows)`` of each linear."""
@@ -70,9 +68,10 @@ class Sums:
         """Of block ``index``, for ``read``."""
         tensors: dict[str, Tensor] = {}
         for name, found in self.by_linear.items():
-            rows = len(found.hessian)
+            (hessian,) = found.hessians  # of more than one part nothing is kept
+            rows = len(hessian)
             upper = torch.triu_indices(rows, rows)
-            tensors[f"{name}.hessian"] = found.hessian[upper[0], upper[1]].cpu()
+            tensors[f"{name}.hessian"] = hessian[upper[0], upper[1]].cpu()
             judges = found.judges or [torch.empty(0, rows)]
             tensors[f"{name}.judges"] = torch.cat(judges).cpu()
         return job.work.write_tensors(_name(index), tensors)
@@ -87,7 +86,7 @@ def read(job: Job, index: int, linears: Mapping[str, int]) -> dict[str, OutputSt
         hessian = torch.zeros(rows, rows)
         hessian[upper[0], upper[1]] = stored[f"{name}.hessian"]
         judges = stored[f"{name}.judges"]
-        found[name] = OutputStatistics(hessian.to(job.device), [judges.to(job.device)] if len(judges) else [])
+        found[name] = OutputStatistics([hessian.to(job.device)], [judges.to(job.device)] if len(judges) else [])
     return found
 
 

@@ -117,7 +117,7 @@ def output_statistics(job: Job, block: Block, linears: Sequence[str]) -> dict[st
     index = block.spec.index
     inputs, outer = job.activations(INPUTS, index), job.activations(GRADIENTS, index + 1)
     rows = {name: block.linear(name).out_features for name in linears}
-    found = {name: OutputStatistics(torch.zeros(count, count, device=job.device)) for name, count in rows.items()}
+    found = {name: OutputStatistics.of(count, job.device) for name, count in rows.items()}
     with block.recording(linears):
         for start, stop in inputs.waves():
             pairs = list(zip(inputs.read(start, stop), outer.read(start, stop), strict=True))

@@ -102,9 +102,9 @@ class Rounding(ABC):
         else:
             sets = codec.row_sets(rows, SETS)
             order = torch.cat([some for some, _ in sets])
-            slabs = self._in_turn(weight, sets, factor, RowFeedback(outputs, order, columns, workers), workers)
             decoded = torch.empty_like(weight)
-            decoded[order] = torch.cat([slab.decoded for slab in slabs])
+            feedback = RowFeedback(outputs, order, columns, workers)
+            slabs = self._in_turn(weight, sets, factor, feedback, workers, decoded)
             join = partial(codec.join_sets, rows)
         parts = [{name: part.cpu() for name, part in slab.parts.items()} for slab in slabs]
         packed = QuantizedWeight(codec.scheme, (rows, columns), join(parts))
@@ -118,8 +118,12 @@ class Rounding(ABC):
         factor: Factor | None,
         feedback: RowFeedback,
         workers: Workers,
+        decoded: Tensor,
     ) -> list[RoundedSlab]:
-        """Sets of rows, each rounded towards what makes up for those before it; losses are by the weights themselves."""
+        """Sets of rows, each rounded towards what makes up for those before it; losses are by the weights themselves.
+
+        What they decode to is written into ``decoded`` ``(rows, columns)``, and none of the slabs has it.
+        """
         assert factor is not None, "feedback among rows goes with feedback among columns"
         slabs = []
         for some, codec in sets:
@@ -131,13 +135,18 @@ class Rounding(ABC):
                 return self.round_slab(target[slice(*part)], weight, codec, factor, native=True)
 
             found = workers.map(piece, pieces(len(rows), height))
-            error = rows - torch.cat([slab.decoded for slab in found])
+            stored = torch.cat([slab.decoded for slab in found])
+            decoded[some] = stored.to(decoded.dtype)
+            error = rows - stored
             feedback.got_wrong(error)
             # Losses are estimated for the whole set; they are those of its first piece then.
             loss, size = quadratic_size(error, factor), quadratic_size(rows, factor)
             for position, slab in enumerate(found):
-                own = {"loss": 0.0 if position else loss, "size": 0.0 if position else size}
-                slabs.append(replace(slab, decoded=slab.decoded.to(weight.dtype), **own))
+                first = position == 0
+                slab = replace(
+                    slab, decoded=stored.new_empty(0), loss=loss if first else 0.0, size=size if first else 0.0
+                )
+                slabs.append(slab)
         return slabs
 
     def _slab(self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:

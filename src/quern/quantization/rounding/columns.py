@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quern import _native
-from quern.codecs.base import Encoder
+from quern.codecs.base import Encoder, NativeColumns
 
 
 class BlockLoop(ABC):
@@ -65,18 +64,20 @@ class PlainLoop(BlockLoop):
 class NativeLoop(BlockLoop):
     """All columns in one call."""
 
-    def __init__(self, columns: _native.Columns, places: Sequence[int]) -> None:
+    def __init__(self, columns: NativeColumns, places: Sequence[int]) -> None:
         self.columns, self.places = columns, torch.tensor(places, dtype=torch.int32).numpy()
 
     def feed_forward(
         self, first: int, last: int, inside: Tensor, original: Tensor, target: Tensor, done: Tensor, rounded: Tensor
     ) -> None:
-        given = (part.numpy() for part in (inside, original, target, done, rounded))
-        self.columns.feed_forward(self.places, first, last, *given)
+        weights, before = inside.numpy(), original.numpy()
+        self.columns.feed_forward(
+            self.places, first, last, weights, before, target.numpy(), done.numpy(), rounded.numpy()
+        )
 
     def sweep(self, first: int, last: int, hessian: Tensor, rounded: Tensor, residual: Tensor) -> None:
-        given = (part.numpy() for part in (hessian.contiguous(), rounded, residual))
-        self.columns.sweep(self.places, first, last, *given)
+        weights = hessian.contiguous().numpy()
+        self.columns.sweep(self.places, first, last, weights, rounded.numpy(), residual.numpy())
 
 
 def loop_of(encoder: Encoder, places: Sequence[int], native: bool) -> BlockLoop:

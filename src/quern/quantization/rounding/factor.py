@@ -53,7 +53,7 @@ def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: 
         )
     mean = float(diagonal.double().mean())
     diagonal.add_(damping * mean if mean > 0 else 1.0)
-    kept = hessian.triu().add_(hessian.triu(1).T) if keep else None
+    kept = _whole(hessian) if keep else None
     order = None
     if activation_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
@@ -69,6 +69,16 @@ def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: 
     for start, stop in pieces(len(hessian), TILE):
         hessian[:stop, start:stop] *= (scale / root)[None, start:stop] / scale[:stop, None]
     return Factor(hessian, (root / scale).square_().contiguous(), order, kept)
+
+
+def _whole(upper: Tensor) -> Tensor:
+    """The symmetric matrix of which ``upper`` holds the upper triangle, without a third of its size on the way."""
+    found = upper.clone()
+    for start, stop in pieces(len(upper), TILE):
+        found[stop:, start:stop] = upper[start:stop, stop:].T
+        corner = upper[start:stop, start:stop]
+        found[start:stop, start:stop] = corner.triu() + corner.triu(1).T
+    return found
 
 
 def _cholesky_upper(matrix: Tensor, workers: Workers) -> None:
