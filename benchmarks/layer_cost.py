@@ -6,8 +6,8 @@
 Random bf16 weights with biases on queries, keys and values (by default those of a layer of Qwen2-72B), sequences of 512
 tokens, bfloat16 arithmetic as for large models. Each choice runs in a process of its own; ``planned_bytes`` is what `quern
 quantize` would have said it needs. ``rows_left`` and ``drift_share`` say of each linear what became of the choice there.
-What was measured is kept in WORK_FOLDER, so that the same command goes on after an interruption. Target: all together at most
-2.5 times plain and 16 GB. Needs about 8 GB of disk at the default shape.
+What was measured is kept in WORK_FOLDER, so that the same command goes on after an interruption. Target: all together at
+most 2.5 times plain and 16 GB. Needs about 8 GB of disk at the default shape.
 """
 
 from __future__ import annotations

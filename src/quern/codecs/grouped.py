@@ -174,6 +174,7 @@ class GroupedEncoder(Encoder):
         numbers = self.grid.numbers()
         if numbers is None or self.codes.device.type != "cpu":
             return None
+        self.codes = self.codes.contiguous()  # those of ``round_all`` are not
         return _native.Columns(
             self.codes.numpy(),
             self.scale.numpy(),
