@@ -6,6 +6,7 @@
 namespace nb = nanobind;
 
 void bind_kernels(nb::module_& module);
+void bind_rounding(nb::module_& module);
 void bind_trellis(nb::module_& module);
 void bind_engine(nb::module_& module);
 
@@ -17,8 +18,9 @@ NB_MODULE(_native, module) {
       PyErr_SetString(nb::module_::import_("quern.core.errors").attr("UserError").ptr(), error.what());
     }
   });
-  module.doc() = "Kernels, trellis encoder and CPU engine of quern";
+  module.doc() = "Kernels, loops of rounding, trellis encoder and CPU engine of quern";
   bind_kernels(module);
+  bind_rounding(module);
   bind_trellis(module);
   bind_engine(module);
 }

@@ -216,3 +216,46 @@ class TrellisEncoder:
     def round(self, column: int, values: NDArray[np.float32], decoded: NDArray[np.float32]) -> None: ...
     def round_all(self, weight: NDArray[np.float32], decoded: NDArray[np.float32]) -> None: ...
     def codes(self) -> NDArray[np.uint8]: ...
+
+# Loops over columns (csrc/bind/bind_rounding.cc)
+
+class Columns:
+    """Rounds the columns of a block one after the other onto a grid; csrc/rounding/columns.h says what is computed.
+
+    ``codes`` ``(columns, rows)`` are written, ``scale`` and ``zero`` ``(groups, rows)`` read at each call; ``group``:
+    columns that share them. ``count`` even steps less a zero point, or listed ``numbers``, with ``limits`` between them and
+    a code each in ``ranked``. Raises ``ValueError`` for arrays of another shape.
+    """
+
+    def __init__(
+        self,
+        codes: NDArray[np.uint8],
+        scale: NDArray[np.float32],
+        zero: NDArray[np.float32],
+        group: int,
+        count: int,
+        limits: NDArray[np.float32],
+        numbers: NDArray[np.float32],
+        ranked: NDArray[np.uint8],
+        isa: str = "",
+    ) -> None: ...
+    def feed_forward(
+        self,
+        places: NDArray[np.int32],
+        first: int,
+        last: int,
+        inside: NDArray[np.float32],
+        original: NDArray[np.float32],
+        target: NDArray[np.float32],
+        done: NDArray[np.float32],
+        rounded: NDArray[np.float32],
+    ) -> None: ...
+    def sweep(
+        self,
+        places: NDArray[np.int32],
+        first: int,
+        last: int,
+        hessian: NDArray[np.float32],
+        rounded: NDArray[np.float32],
+        residual: NDArray[np.float32],
+    ) -> None: ...

@@ -215,3 +215,18 @@ def test_adaptive_loses_no_more_than_any_other(grid, weighted):
     least = torch.stack(list(others.values())).amin(0)
     assert torch.allclose(found, least, rtol=1e-6)
     assert bool((found < others["min_max"]).any())
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_few_values_are_observed_as_many_are(counted, monkeypatch):
+    """All candidates at once, or one after the other: the same ends to the last bit."""
+    few = values(48, 64) * torch.logspace(-3, 2, 48)[:, None]
+    few[3] = 0
+    counts = values(1, 64, 2)[0].abs().clamp(min=0.1) if counted else None
+    for grid in GRIDS.values():
+        found = []
+        for most in (0, 1 << 14):
+            monkeypatch.setattr("quern.observers.mean_squared_error.FEW", most)
+            found.append(OBSERVERS.get("mean_squared_error")().observe(few, grid.reconstruct, counts))
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)

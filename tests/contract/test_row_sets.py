@@ -57,7 +57,7 @@ def test_rows_make_up_for_those_before(scheme):
     (inputs, gradients), weight, codec = seen(rows, columns), gaussian(rows, columns), make_codec(scheme)
     outputs = gradients.T @ gradients
     losses = []
-    for given in (None, OutputHessian(outputs.triu(), 0.1)):
+    for given in (None, OutputHessian([outputs.triu()], 0.1)):
         factor = factorize(inputs.clone(), 0.01, False, Workers(1), keep=True)
         found = Gptq(Settings(sweeps=1)).round(weight, codec, factor, Workers(1), given)
         assert torch.equal(decode(found.weight), found.decoded)
@@ -74,7 +74,7 @@ def test_threads_do_not_change_a_byte():
         factor = factorize(inputs.clone(), 0.01, False, pool)
         found.append(
             Gptq(Settings())
-            .round(weight, codec, factor, pool, OutputHessian((gradients.T @ gradients).triu(), 0.1))
+            .round(weight, codec, factor, pool, OutputHessian([(gradients.T @ gradients).triu()], 0.1))
             .decoded
         )
         pool.close()

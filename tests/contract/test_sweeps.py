@@ -7,7 +7,7 @@ from schemes import ALL, gaussian, make_codec, scheme_id
 from quern.codecs.base import decode
 from quern.core.machine.parallel import Workers
 from quern.core.recipe_parts import Rounding as Settings
-from quern.quantization.rounding.factor import Factor, factorize
+from quern.quantization.rounding.factor import Factor, KeptHessian, factorize
 from quern.quantization.rounding.gptq import Gptq
 from quern.quantization.rounding.sweeps import sweep
 
@@ -76,7 +76,7 @@ def test_one_sweep_is_coordinate_descent():
             tries[:, column] = grid
             change = tries - weight[row].double()
             expected[row, column] = grid[((change @ whole) * change).sum(1).argmin()]
-    sweep(weight, start, encoder, whole.float(), 1)
+    sweep(weight, start, encoder, KeptHessian(whole.float()), 1)
     found = codec.decode((5, 12), encoder.parts())
     assert torch.allclose(found.double(), expected, atol=1e-6)
 
@@ -89,7 +89,7 @@ def test_a_refitted_scale_is_the_best_that_can_be_stored():
         gaussian(1, 16),
     )
     encoder = codec.encoder(weight, weight, refit=False)
-    sweep(weight, encoder.round_all(weight), encoder, damped(plain), 1)
+    sweep(weight, encoder.round_all(weight), encoder, KeptHessian(damped(plain)), 1)
     decoded = codec.decode((1, 16), encoder.parts())
     least = loss_of(decoded - weight, plain)
     for factor in (0.999, 1.001):

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from artifacts import INT8, hashes, small_recipe
+from safetensors.torch import save_file
 from tiny_model import tiny_config, write_model
 
 from quern.architectures.base import ARCHITECTURES
-from quern.core.errors import UserError
+from quern.core.errors import BadFileError, UserError
 from quern.engines.reference import load
+from quern.pipeline.blockwise import output_gradients, sensitivity
 from quern.pipeline.quantize import quantize
 
 IDS = torch.randint(0, 296, (4, 48), generator=torch.Generator().manual_seed(4))
@@ -72,6 +74,45 @@ def test_they_lower_the_divergence(divergences):
 
 def test_none_of_them_adds_a_byte(divergences):
     assert len({size for _, size in divergences.values()}) == 1
+
+
+@pytest.fixture(scope="module")
+def two_sided(tmp_path_factory, tiny_text):
+    """A model, what quantizes it by both sides, and the hashes of the artifact."""
+    folder = tmp_path_factory.mktemp("two-sided")
+    model = write_model(folder / "model", tiny_config(tie_word_embeddings=False, initializer_range=0.1))
+    recipe = small_recipe(
+        weights={"bits": 3, "symmetric": False, "group_size": 32},
+        rounding=EVERYTHING,
+        calibration={"token_weight": "fisher", "tokens": 1024},
+    )
+
+    def run(output, **choices):
+        report = quantize(model, output, recipe=recipe, calibration=[tiny_text], threads=1, **choices)
+        assert any(layer.rows_left not in (None, 1.0) for layer in report.layers), "some linears are to be rounded so"
+        return hashes(output)
+
+    return run, run(folder / "artifact")
+
+
+def test_gradients_that_were_kept_are_those_computed_again(two_sided, tmp_path, monkeypatch):
+    run, expected = two_sided
+    monkeypatch.setattr(output_gradients, "AT_ONCE", 0)
+    assert run(tmp_path / "again") == expected
+
+
+def test_gradients_are_shared_through_the_cache(two_sided, tmp_path, monkeypatch):
+    """Whoever finds them there computes none, and makes the same bytes; damage is refused by name."""
+    (run, expected), cache = two_sided, tmp_path / "cache"
+    assert run(tmp_path / "first", cache=cache) == expected
+    (shared,) = cache.glob("output-gradients-*")
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivity, "block_gradients", None)
+        assert run(tmp_path / "second", cache=cache) == expected
+    damaged = shared / "0000.safetensors"
+    save_file({"self_attn.q_proj.hessian": torch.zeros(3)}, damaged)
+    with pytest.raises(BadFileError, match="does not hold the gradients of this model"):
+        run(tmp_path / "third", cache=cache)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -89,6 +90,34 @@ class ScaledParameters(CodecParameters):
         return self
 
 
+class NativeColumns(Protocol):
+    """Loops over columns; ``quern._native.Columns`` says what is given."""
+
+    def feed_forward(
+        self,
+        places: NDArray[Any],
+        first: int,
+        last: int,
+        inside: NDArray[Any],
+        original: NDArray[Any],
+        target: NDArray[Any],
+        done: NDArray[Any],
+        rounded: NDArray[Any],
+    ) -> None:
+        """Round each with what those of the block before it got wrong."""
+
+    def sweep(
+        self,
+        places: NDArray[Any],
+        first: int,
+        last: int,
+        hessian: NDArray[Any],
+        rounded: NDArray[Any],
+        residual: NDArray[Any],
+    ) -> None:
+        """Round each anew, with all others as they are."""
+
+
 class Encoder(ABC):
     """Rounds the columns of one slab of rows and remembers the codes.
 
@@ -116,6 +145,11 @@ class Encoder(ABC):
         """Multiply the scales of columns ``first_column ...`` by ``factor`` ``(rows,)``, as well as they can be stored; what
         they were multiplied by, and with them all that these columns decode to. Only if ``rescale_width``."""
         raise NotImplementedError
+
+    def native_columns(self) -> NativeColumns | None:
+        """What rounds columns natively into this encoder's own codes, with its scales as they are whenever that is called;
+        None: only ``round`` does."""
+        return None
 
     @abstractmethod
     def round(self, first: int, values: Tensor) -> Tensor:

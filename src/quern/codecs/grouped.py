@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from quern import _native
 from quern.codecs.base import (
     Codec,
     Described,
     Encoder,
     KernelForm,
+    NativeColumns,
     Parts,
     ScaledParameters,
     least_scale,
@@ -33,6 +36,19 @@ from quern.observers.base import OBSERVERS
 
 if TYPE_CHECKING:
     from quern.observers.base import Observer
+
+
+@dataclass(frozen=True)
+class GridNumbers:
+    """Values that codes stand for at scale 1, as native loops take them: ``count`` even steps less a zero, or listed."""
+
+    count: int
+    limits: Tensor = field(default_factory=partial(torch.empty, 0, device="cpu"))
+    """Float32 ``(count - 1,)``: between each two of the numbers; what lies on one goes to the smaller."""
+    numbers: Tensor = field(default_factory=partial(torch.empty, 0, device="cpu"))
+    """Float32 ``(count,)``, ascending."""
+    codes: Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.uint8, device="cpu"))
+    """Uint8 ``(count,)``: of each of them."""
 
 
 class Grid(ABC):
@@ -60,6 +76,10 @@ class Grid(ABC):
     def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value at scale 1, for each of the zero points."""
         return torch.full_like(zero, -self.largest), torch.full_like(zero, self.largest)
+
+    def numbers(self) -> GridNumbers | None:
+        """What native loops need to ``encode`` and ``decode`` to the last bit; None for grids that they do not know."""
+        return None
 
     def reconstruct(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """``values`` as the grid of ``[low, high]`` gives them back."""
@@ -149,6 +169,22 @@ class GroupedEncoder(Encoder):
         ratio = stored / scale
         scale.copy_(stored)
         return ratio
+
+    def native_columns(self) -> NativeColumns | None:
+        numbers = self.grid.numbers()
+        if numbers is None or self.codes.device.type != "cpu":
+            return None
+        self.codes = self.codes.contiguous()  # those of ``round_all`` are not
+        return _native.Columns(
+            self.codes.numpy(),
+            self.scale.numpy(),
+            self.zero.numpy(),
+            self.group,
+            numbers.count,
+            numbers.limits.numpy(),
+            numbers.numbers.numpy(),
+            numbers.codes.numpy(),
+        )
 
     def round(self, first: int, values: Tensor) -> Tensor:
         group = first // self.group

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters, nearest_scale
 from quern.codecs.fitting.exact import Exact, exact_codes
-from quern.codecs.grouped import Grid, GroupedCodec, Restored, stored_scale
+from quern.codecs.grouped import Grid, GridNumbers, GroupedCodec, Restored, stored_scale
 from quern.codecs.packing import bits
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import NO_TRAITS, Traits
@@ -87,6 +87,9 @@ class IntegerGrid(Grid):
 
     def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         return -zero, self.levels - zero
+
+    def numbers(self) -> GridNumbers:
+        return GridNumbers(self.levels + 1)
 
     def exact(self, values: Tensor) -> Exact | None:
         return exact_codes(values, self.bits, self.symmetric, self.scale_dtype)

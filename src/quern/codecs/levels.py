@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quern.codecs.base import KernelForm, Parts, nearest_scale
-from quern.codecs.grouped import Grid, GroupedCodec, Restored, stored_scale
+from quern.codecs.grouped import Grid, GridNumbers, GroupedCodec, Restored, stored_scale
 from quern.codecs.packing import planes
 from quern.core.scheme import CodecScheme
 
@@ -40,6 +40,10 @@ class LevelGrid(Grid):
 
     def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         return torch.full_like(zero, float(self.values.min())), torch.full_like(zero, float(self.values.max()))
+
+    def numbers(self) -> GridNumbers:
+        codes = self.codes.to(torch.uint8)
+        return GridNumbers(len(codes), self.limits, self.values[codes.long()], codes)
 
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes nearest to ``values``; half-way it is the smaller value's."""

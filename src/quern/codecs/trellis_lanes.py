@@ -68,6 +68,7 @@ class LaneCodec(Codec):
     def __init__(self, codec: TrellisCodec, lanes: LaneSet) -> None:
         super().__init__(codec.scheme)
         self.codec, self.lanes = codec, lanes
+        self.slab_rows = lanes.encoded_rows  # a set is never cut
 
     def describe(self) -> Described:
         return self.codec.describe()

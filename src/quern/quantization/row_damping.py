@@ -8,6 +8,8 @@ is not used where they lose by it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,14 +44,24 @@ def damped(
         return None, 1.0
     found = []
     for damping in DAMPINGS:
-        upper = OutputHessian(outputs.hessian, damping).factor(some, workers)
+        upper = _whole(OutputHessian(outputs.hessians, damping).factors(some, workers))
 
         def loss(part: Tensor, upper: Tensor = upper) -> float:
             return _loss(torch.linalg.solve_triangular(upper, part, upper=True, unitriangular=True), sizes)
 
         found.append((sum(workers.map(loss, judges)) / alone, damping))
     left, damping = min(found)
-    return (OutputHessian(outputs.hessian, damping), left) if left < WORTH else (None, 1.0)
+    return (OutputHessian(outputs.hessians, damping), left) if left < WORTH else (None, 1.0)
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    """U of parts that know nothing of each other."""
+    found = parts[0].new_zeros(sum(map(len, parts)), sum(map(len, parts)))
+    start = 0
+    for part in parts:
+        found[start : start + len(part), start : start + len(part)] = part
+        start += len(part)
+    return found
 
 
 def _loss(gradients: Tensor, sizes: Tensor) -> float:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import psutil
 
-from quern.architectures.base import BlockSpec
+from quern.architectures.base import BlockSpec, LinearGroup, LinearSpec
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.errors import OutOfMemoryCapError, option
 from quern.core.units import bytes_text, rounded_up
 from quern.pipeline.blockwise.job import Job
-from quern.pipeline.blockwise.reference_stream import OUTPUTS_AT_ONCE
+from quern.pipeline.blockwise.output_gradients import AT_ONCE, recomputes
 from quern.quantization.calibration.activations import WAVE_TOKENS
 from quern.quantization.calibration.drift import MOST_JUDGES
 from quern.quantization.calibration.outputs import bytes_of
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
 from quern.quantization.rounding.base import SLAB
+from quern.quantization.rounding.factor import TILE
 
 MIB = 1 << 20
 SLAB_COPIES = 8
 """Float32 copies of a slab that rounding one keeps: the slab, its changes, its codes, the observer's candidates."""
 WAVE_COPIES = 4
 """Float32 copies of a wave's widest activations."""
+ORDERED = 4096
+"""Rows of the largest Hessian of outputs that is copied: those of more are factorized where they are."""
 LIBRARIES = 64 * MIB
 """What torch's libraries take when they first compute and what the allocator keeps: 20 to 50 MiB were measured."""
 
@@ -45,19 +49,14 @@ class MemoryPlan:
 def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     """Estimate the peak from the model's shapes and the recipe; with so many more Hessians of the widest linear."""
     itemsize, drift = job.compute_dtype.itemsize, job.follows_drift
-    sizes = [_sizes(block, own_hessians=job.recipe.calibration.token_weight == "fisher") for block in _kinds(job)]
-    entries, widest, largest, hessians = (max(values) for values in zip(*sizes, strict=True))
+    shapes = [linear.shape for block in _kinds(job) for linear in block.linears]
+    widest, largest = max(columns for _, columns in shapes), max(rows * columns for rows, columns in shapes)
+    entries = max(sum(rows * columns for rows, columns in _shapes(block.linears)) for block in _kinds(job))
     weights = entries * itemsize
-    if any(linear.rounding.sweeps for linear in job.plan.quantized().values()):
-        further_hessians += 1
-    hessians += further_hessians * 4 * widest**2
-    if drift:
-        # Of each linear of a stage what would make up for drift, and the tokens that judge.
-        hessians += max(_drifts(block) for block in _kinds(job))
     if drift or job.two_sided:
         weights *= 2  # the block as it was before anything of it was rounded
-    if job.two_sided:
-        hessians += max(_outputs(block) for block in _kinds(job))
+    known = max(_known(job, block, stage) for block in _kinds(job) for stage in block.stages)
+    hessians = known + further_hessians * 4 * widest**2
     calibrated = job.sequences is not None
     # A rotated copy of the activations comes on top.
     wave = (WAVE_COPIES + job.recipe.rotated + 2 * drift) * 4 * WAVE_TOKENS * widest if calibrated else 0
@@ -73,13 +72,15 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
         hidden = job.architecture.config.hidden_size
         outer = table * (3 * stored + 2) + job.workers.threads * SLAB_COPIES * 4 * SLAB * hidden
         outer += 3 * 4 * hidden**2  # the head's Hessian: as it was kept, to be factorized, and for sweeps
+    # Gradients at outputs that the pass backwards adds up, and their copy on the way to the disk.
+    kept = 2 * AT_ONCE if job.two_sided and not recomputes(job) else 0
     fisher = uses_hessian and job.recipe.calibration.token_weight == "fisher"
     logits = job.workers.threads * 5 * 4 * LOGIT_TOKENS * job.architecture.config.vocab_size
     return MemoryPlan(
         process=psutil.Process().memory_info().rss + LIBRARIES,
         block=weights + packed + max((hessians if uses_hessian else 0) + slabs, wave) + (wave if uses_hessian else 0),
         outer=outer,
-        sensitivity=max(table * (4 + itemsize) + logits, weights + 3 * wave) if fisher else 0,
+        sensitivity=max(table * (4 + itemsize) + logits, weights + 3 * wave + kept) if fisher else 0,
     )
 
 
@@ -89,43 +90,36 @@ def _kinds(job: Job) -> list[BlockSpec]:
     return list({architecture.kind_of(block.index): block for block in reversed(architecture.blocks)}.values())
 
 
-def _sizes(block: BlockSpec, own_hessians: bool) -> tuple[int, int, int, int]:
-    """Entries of all matrices, inputs of the widest, entries of the largest, bytes of the Hessians of the greatest stage."""
-    shapes = [linear.shape for linear in block.linears]
-    hessians = [
-        sum(
-            (len(group.linears) if own_hessians else 1) * 4 * block.linear(group.linears[0]).shape[1] ** 2
-            for group in stage
-        )
-        for stage in block.stages
-    ]
-    entries = [rows * columns for rows, columns in shapes]
-    return sum(entries), max(columns for _, columns in shapes), max(entries), max(hessians)
+def _shapes(linears: Iterable[LinearSpec]) -> list[tuple[int, int]]:
+    return [linear.shape for linear in linears]
 
 
-def _drifts(block: BlockSpec) -> int:
-    """Bytes of what is kept of drift in the greatest stage, for linears that every token meets."""
-    found = []
-    for stage in block.stages:
-        shapes = [
-            block.linear(name).shape for group in stage for name in group.linears if block.linear(name).expert is None
-        ]
-        found.append(sum(4 * rows * columns + 4 * MOST_JUDGES * (rows + columns) for rows, columns in shapes))
-    return max(found)
+def _known(job: Job, block: BlockSpec, stage: Sequence[LinearGroup]) -> int:
+    """Bytes of what is known of the linears of one stage while they are rounded."""
+    groups = [[block.linear(name) for name in group.linears] for group in stage]
+    own = job.recipe.calibration.token_weight == "fisher"
+    found = sum((len(group) if own else 1) * 4 * group[0].shape[1] ** 2 for group in groups)
+    if any(linear.rounding.sweeps for linear in job.plan.quantized().values()):
+        # The whole of one lies where its factor is, but for the tiles of its diagonal; in another order it is a copy.
+        widest = max(group[0].shape[1] for group in groups)
+        ordered = any(linear.rounding.activation_order for linear in job.plan.quantized().values())
+        found += 4 * widest * (widest if ordered else min(widest, TILE))
+    if job.follows_drift:
+        # Of what would make up for drift, and the tokens that judge, for linears that every token meets.
+        met = _shapes(linear for group in groups for linear in group if linear.expert is None)
+        found += sum(4 * rows * columns + 4 * MOST_JUDGES * (rows + columns) for rows, columns in met)
+    if job.two_sided:
+        every = sum(bytes_of(rows) for rows, _ in _shapes(block.linears))
+        found += max(_outputs(_shapes(group)) for group in groups) + (every if every <= AT_ONCE else 0)
+    return found
 
 
-def _outputs(block: BlockSpec) -> int:
-    """Bytes of what is known of the outputs of one group, or of all where they are small; of one of them the copies in which
-    it is put in order and factorized, and the errors of the rows that are done."""
-    found = []
-    for group in block.groups:
-        shapes = [block.linear(name).shape for name in group.linears]
-        found.append(
-            sum(bytes_of(rows) for rows, _ in shapes)
-            + max(4 * (3 * rows**2 + 2 * rows * columns) for rows, columns in shapes)
-        )
-    every = sum(bytes_of(linear.shape[0]) for linear in block.linears)
-    return max(found) + min(every, OUTPUTS_AT_ONCE)
+def _outputs(shapes: Sequence[tuple[int, int]]) -> int:
+    """Bytes of what is known of the outputs of one group; of one of them the copies in which some are put in order and
+    factorized, the errors of the rows that are done and what they decode to."""
+    return sum(bytes_of(rows) for rows, _ in shapes) + max(
+        4 * (3 * min(rows, ORDERED) ** 2 + 2 * rows * columns) for rows, columns in shapes
+    )
 
 
 def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:

@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from quern.pipeline.blockwise import sensitivity
+from quern.pipeline.blockwise import output_gradients, sensitivity
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.calibration.block import Block, Tap
 from quern.quantization.calibration.drift import HELD_OUT, Reference
 from quern.quantization.calibration.outputs import OutputStatistics, bytes_of
 
 STREAM = "unquantized"
-OUTPUTS_AT_ONCE = 1 << 28
-"""Bytes of what is kept of outputs up to which all of a block are looked at in one pass."""
 
 
 def start_stream(job: Job) -> None:
@@ -53,10 +51,14 @@ class ReferenceStream:
 
     def output_statistics(self, linears: Sequence[str], wanted: Sequence[str]) -> dict[str, OutputStatistics]:
         """See ``sensitivity.output_statistics``; of ``linears``, and where they are small of all in the block that are
-        ``wanted``, in one pass."""
+        ``wanted``, in one pass, if not from the one that made the token weights."""
+        if (known := output_gradients.kept(self.job, self.index)) and not self._outputs and linears:
+            self._outputs = output_gradients.read(
+                self.job, self.index, {name: self.block.linear(name).out_features for name in known}
+            )
         if not all(name in self._outputs for name in linears):
             size = sum(bytes_of(self.block.linear(name).out_features) for name in wanted)
-            some = wanted if size <= OUTPUTS_AT_ONCE else linears
+            some = wanted if size <= output_gradients.AT_ONCE else linears
             self._outputs |= sensitivity.output_statistics(self.job, self.block, some)
         return {name: self._outputs.pop(name) for name in linears}
 

@@ -26,8 +26,10 @@ from quern.checkpoint.safetensors_file import read_tensors
 from quern.core.errors import BadFileError
 from quern.core.machine.heap import release_freed
 from quern.core.progress import Task
+from quern.pipeline.blockwise import output_gradients
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.arithmetic import arithmetic
+from quern.quantization.calibration import token_weights as passes
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block
 from quern.quantization.calibration.drift import HELD_OUT
@@ -38,7 +40,6 @@ from quern.quantization.calibration.token_weights import (
     block_gradients,
     normalized,
     output_gradient,
-    output_gradients,
     sequence_seed,
 )
 
@@ -96,25 +97,26 @@ class Sample:
 def run(job: Job, shared: Path | None = None, *, sample: Sample | None = None, keep: Collection[int] = ()) -> float:
     """The whole pass; continues where an earlier run was stopped.
 
-    With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. A recipe that rounds by
-    both sides needs more than that: for it the inputs of blocks and the gradients of their outputs stay, and ``forget``
-    removes them. The inputs of the blocks ``keep`` stay too. With ``sample``
-    gradients are kept: those of the embedding's outputs, and what ``sampled_gradients`` and ``row_squares`` read. Returns
-    the seconds that were spared: those that the pass took when it was made. Raises ``BadFileError`` for a damaged
-    ``shared``.
+    With ``shared`` (a ``shared_folder``) what lies there is taken over, or the result is put there. What a recipe that
+    rounds by both sides needs besides, ``output_gradients`` says; where it ``recomputes``, the inputs of blocks and the
+    gradients of their outputs stay until ``forget`` removes them, and nothing is taken over. The inputs of the blocks
+    ``keep`` stay too. With ``sample`` gradients are kept: those of the embedding's outputs, and what ``sampled_gradients``
+    and ``row_squares`` read. Returns the seconds that were spared: those that the pass took when it was made. Raises
+    ``BadFileError`` for a damaged ``shared``.
     """
     layers = job.architecture.layers
     if all(job.work.done(f"weights {index}") is not None for index in range(layers)):
         return 0.0
     spared, whole, started = 0.0, job.work.done("inputs 0") is None, time.perf_counter()
-    if shared is not None and shared.is_dir() and not job.two_sided:
+    again = output_gradients.recomputes(job)
+    if shared is not None and all(folder.is_dir() for folder in _shared(job, shared).values()) and not again:
         spared = _take_over(job, shared)
     else:
         _compute(job, sample)
         if shared is not None and whole:
             share(job, shared, time.perf_counter() - started)
     for index in range(layers + 1):
-        if index not in keep and (not job.two_sided or index == layers):
+        if index not in keep and (not again or index == layers):
             job.activations(INPUTS, index).path.unlink(missing_ok=True)
     if sample is None:
         job.activations(GRADIENTS, 0).path.unlink(missing_ok=True)
@@ -126,11 +128,11 @@ def output_statistics(job: Job, block: Block, linears: Sequence[str]) -> dict[st
     index = block.spec.index
     inputs, outer = job.activations(INPUTS, index), job.activations(GRADIENTS, index + 1)
     rows = {name: block.linear(name).out_features for name in linears}
-    found = {name: OutputStatistics(torch.zeros(count, count, device=job.device)) for name, count in rows.items()}
+    found = {name: OutputStatistics.of(count, job.device) for name, count in rows.items()}
     with block.recording(linears):
         for start, stop in inputs.waves():
             pairs = list(zip(inputs.read(start, stop), outer.read(start, stop), strict=True))
-            results = job.workers.map(lambda pair: output_gradients(block, *pair), pairs)
+            results = job.workers.map(lambda pair: passes.output_gradients(block, *pair), pairs)
             for place, gradients in enumerate(results, start=start):
                 judge = place % HELD_OUT == HELD_OUT - 1
                 for name, some in zip(linears, gradients, strict=True):
@@ -142,12 +144,21 @@ def forget(job: Job, index: int) -> None:
     """Remove what ``output_statistics`` of block ``index`` reads."""
     for kind, place in ((INPUTS, index), (GRADIENTS, index + 1)):
         job.activations(kind, place).path.unlink(missing_ok=True)
+    output_gradients.forget(job, index)
 
 
 def share(job: Job, shared: Path, seconds: float) -> None:
     """Leave the weights that ``run`` made, in ``seconds``, in the ``shared_folder`` for other jobs."""
-    if not shared.is_dir():
-        _put_into(shared, job, seconds)
+    for kind, folder in _shared(job, shared).items():
+        if not folder.is_dir():
+            _put_into(folder, job, kind, seconds)
+
+
+def _shared(job: Job, shared: Path) -> dict[str, Path]:
+    """The folders of what is shared, by what it is called in the work folder."""
+    if job.two_sided and not output_gradients.recomputes(job):
+        return {WEIGHTS: shared, output_gradients.OUTPUTS: output_gradients.shared_folder(shared, job)}
+    return {WEIGHTS: shared}
 
 
 def _take_over(job: Job, shared: Path) -> float:
@@ -160,6 +171,8 @@ def _take_over(job: Job, shared: Path) -> float:
     }:
         raise BadFileError(shared, "does not hold the Hessian of this model's head", f"Remove {shared}")
     job.work.finish(HEAD, [job.work.write_tensors(f"{WEIGHTS}/{HEAD}", head)], {})
+    if (gradients := _shared(job, shared).get(output_gradients.OUTPUTS)) is not None:
+        output_gradients.take_over(job, gradients)
     for index in range(job.architecture.layers):
         linears = [linear.name for linear in job.architecture.block(index).linears]
         path = shared / f"{index:04d}.safetensors"
@@ -172,11 +185,11 @@ def _take_over(job: Job, shared: Path) -> float:
     return float(read_json(shared / _TIMING)["seconds"])
 
 
-def _put_into(shared: Path, job: Job, seconds: float) -> None:
+def _put_into(shared: Path, job: Job, kind: str, seconds: float) -> None:
     """Whole or not at all; what another process put there meanwhile stays."""
     unfinished = shared.with_name(f".{shared.name}.{os.getpid()}")
     with explain_write_errors(shared, 0):
-        shutil.copytree(job.work.path(WEIGHTS), unfinished, dirs_exist_ok=True)
+        shutil.copytree(job.work.path(kind), unfinished, dirs_exist_ok=True)
         write_json(unfinished / _TIMING, {"seconds": seconds})
         try:
             os.rename(unfinished, shared)
@@ -187,7 +200,7 @@ def _put_into(shared: Path, job: Job, seconds: float) -> None:
 
 
 def _compute(job: Job, sample: Sample | None = None) -> None:
-    layers = job.architecture.layers
+    layers, again = job.architecture.layers, output_gradients.recomputes(job)
     task = job.progress.task("token weights", 2 * layers + 1, _behind(job))
     _forward(job, task)
     if not _has_output_gradients(job):
@@ -199,7 +212,7 @@ def _compute(job: Job, sample: Sample | None = None) -> None:
             release_freed()
             task.advance()
         # Only now: a run that is stopped in block ``index`` needs these gradients again.
-        if not job.two_sided:
+        if not again:
             job.activations(GRADIENTS, index + 1).path.unlink(missing_ok=True)
     task.done()
 
@@ -244,13 +257,19 @@ def _backward(job: Job, index: int, sample: Sample | None) -> None:
     collected: list[Tensor] = []
     sums = {linear.name: torch.zeros(linear.shape[0], device=job.device) for linear in block.spec.linears}
     kept: dict[str, list[Tensor]] = {name: [] for name in linears}
+    whole = output_gradients.kept(job, index)
+    gradients, asked = (
+        output_gradients.Sums({n: len(sums[n]) for n in whole}, job.device),
+        [linears.index(n) for n in whole],
+    )
     rows = [] if sample is None else [sample.rows(block.spec.prefix + n, len(total)) for n, total in sums.items()]
 
     def wave(start: int, stop: int) -> Tensor:
         taken = [rows if sample is not None and sample.takes(place) else [] for place in range(start, stop)]
         triples = list(zip(inputs.read(start, stop), outer.read(start, stop), taken, strict=True))
-        results = job.workers.map(lambda triple: block_gradients(block, *triple), triples)
-        for result in results:
+        results = job.workers.map(lambda triple: block_gradients(block, *triple, asked), triples)
+        for place, result in enumerate(results, start=start):
+            gradients.add(job, place, result.outputs)
             collected.append(result.squares)
             for name, total in zip(linears, result.rows, strict=True):
                 sums[name] += total
@@ -262,6 +281,8 @@ def _backward(job: Job, index: int, sample: Sample | None) -> None:
         inner.write(wave)
     squares = torch.cat(collected, dim=1)
     path = job.work.write_tensors(f"{WEIGHTS}/{index:04d}", dict(zip(linears, squares, strict=True)))
+    if whole:
+        job.work.finish(f"{output_gradients.OUTPUTS} {index}", [gradients.write(job, index)], {})
     job.work.finish(f"gradients {index}", [inner.path], {})
     if sample is not None:
         written = [

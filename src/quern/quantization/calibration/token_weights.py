@@ -11,7 +11,7 @@ for each token and linear.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,8 @@ class BlockGradients:
     did not meet it."""
     inputs: Tensor
     """dL/d(inputs of the block) ``(time, width)``."""
+    outputs: list[Tensor]
+    """dL/dy_t of the linears of which it was asked for, float32 ``(tokens that met it, rows)``."""
 
 
 def output_gradients(block: Block, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
@@ -93,12 +95,16 @@ def output_gradients(block: Block, hidden: Tensor, gradient: Tensor) -> list[Ten
 
 
 def block_gradients(
-    block: Block, hidden: Tensor, gradient: Tensor, sampled_rows: Sequence[Tensor] = ()
+    block: Block,
+    hidden: Tensor,
+    gradient: Tensor,
+    sampled_rows: Sequence[Tensor] = (),
+    whole: Collection[int] = (),
 ) -> BlockGradients:
     """One sequence backwards through a block that is ``recording``, recomputed from its inputs.
 
     ``hidden`` and ``gradient`` ``(time, width)`` are the block's inputs and dL/d(outputs). ``sampled_rows``: int64, for each
-    recorded linear; empty: none.
+    recorded linear; empty: none. ``whole``: positions among the recorded linears of those whose gradients are given back.
     """
     inputs = hidden[None].to(block.device).detach().requires_grad_()
     with torch.enable_grad():
@@ -106,19 +112,21 @@ def block_gradients(
         met = [entry for entry in recorded if entry is not None]
         gradients = torch.autograd.grad(result, [inputs, *(output for output, _ in met)], gradient[None].to(result))
     of_outputs = iter(gradients[1:])
-    squares, rows, sampled = [], [], []
+    squares, rows, sampled, outputs = [], [], [], []
     for position, (module, entry) in enumerate(zip(block.recorded_linears, recorded, strict=True)):
         tokens = None if entry is None else entry[1]
         found = hidden.new_zeros(0, module.out_features) if entry is None else next(of_outputs)
         found = found.reshape(-1, module.out_features).float()
         if entry is None:
             tokens = torch.zeros(0, dtype=torch.int64, device=found.device)
+        if position in whole:
+            outputs.append(found)
         each = found.square()
         squares.append(_by_token(each.sum(-1), tokens, len(hidden)))
         rows.append(each.sum(0))
         if sampled_rows:
             sampled.append(_by_token(found[:, sampled_rows[position]], tokens, len(hidden)))
-    return BlockGradients(torch.stack(squares), rows, sampled, gradients[0][0])
+    return BlockGradients(torch.stack(squares), rows, sampled, gradients[0][0], outputs)
 
 
 def _by_token(found: Tensor, tokens: Tensor | None, time: int) -> Tensor:

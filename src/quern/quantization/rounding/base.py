@@ -24,6 +24,9 @@ from quern.quantization.rounding.row_feedback import SETS, OutputHessian, RowFee
 SLAB = 1024
 """Rows that one worker rounds at a time: a multiple of 32, because codecs pack down the rows; keeps a block in the cache."""
 
+PIECE = 256
+"""About as many rows of a set, of those that are rounded one after the other, are rounded by one worker."""
+
 
 @dataclass(frozen=True)
 class RoundedSlab:
@@ -65,8 +68,13 @@ class Rounding(ABC):
         self.settings = settings
 
     @abstractmethod
-    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
-        """Round float32 ``slab`` ``(rows, columns)``, rows of ``whole``."""
+    def round_slab(
+        self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None, native: bool = False
+    ) -> RoundedSlab:
+        """Round float32 ``slab`` ``(rows, columns)``, rows of ``whole``.
+
+        ``native``: error feedback may go through native loops, whose sums have another order (``columns``).
+        """
 
     def slab_height(self, rows: int, codec: Codec) -> int:
         """Rows of a slab of a matrix of ``rows``."""
@@ -94,9 +102,9 @@ class Rounding(ABC):
         else:
             sets = codec.row_sets(rows, SETS)
             order = torch.cat([some for some, _ in sets])
-            slabs = self._in_turn(weight, sets, factor, RowFeedback(outputs, order, workers))
             decoded = torch.empty_like(weight)
-            decoded[order] = torch.cat([slab.decoded for slab in slabs])
+            feedback = RowFeedback(outputs, order, columns, workers)
+            slabs = self._in_turn(weight, sets, factor, feedback, workers, decoded)
             join = partial(codec.join_sets, rows)
         parts = [{name: part.cpu() for name, part in slab.parts.items()} for slab in slabs]
         packed = QuantizedWeight(codec.scheme, (rows, columns), join(parts))
@@ -109,17 +117,36 @@ class Rounding(ABC):
         sets: Sequence[tuple[Tensor, Codec]],
         factor: Factor | None,
         feedback: RowFeedback,
+        workers: Workers,
+        decoded: Tensor,
     ) -> list[RoundedSlab]:
-        """Sets of rows, each rounded towards what makes up for those before it; losses are by the weights themselves."""
+        """Sets of rows, each rounded towards what makes up for those before it; losses are by the weights themselves.
+
+        What they decode to is written into ``decoded`` ``(rows, columns)``, and none of the slabs has it.
+        """
         assert factor is not None, "feedback among rows goes with feedback among columns"
         slabs = []
         for some, codec in sets:
             rows = weight[some].float()
-            slab = self.round_slab(rows + feedback.due(*rows.shape), weight, codec, factor)
-            error = rows - slab.decoded
+            target = rows + feedback.due(len(rows))
+            height = -(-PIECE // codec.slab_rows) * codec.slab_rows
+
+            def piece(part: tuple[int, int], codec: Codec = codec, target: Tensor = target) -> RoundedSlab:
+                return self.round_slab(target[slice(*part)], weight, codec, factor, native=True)
+
+            found = workers.map(piece, pieces(len(rows), height))
+            stored = torch.cat([slab.decoded for slab in found])
+            decoded[some] = stored.to(decoded.dtype)
+            error = rows - stored
             feedback.got_wrong(error)
+            # Losses are estimated for the whole set; they are those of its first piece then.
             loss, size = quadratic_size(error, factor), quadratic_size(rows, factor)
-            slabs.append(replace(slab, decoded=slab.decoded.to(weight.dtype), loss=loss, size=size))
+            for position, slab in enumerate(found):
+                first = position == 0
+                slab = replace(
+                    slab, decoded=stored.new_empty(0), loss=loss if first else 0.0, size=size if first else 0.0
+                )
+                slabs.append(slab)
         return slabs
 
     def _slab(self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:

@@ -23,6 +23,56 @@ SHIFTS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Tried in turn on the unit diagonal of a panel that rounding errors have made indefinite."""
 
 
+class KeptHessian:
+    """A symmetric matrix of which the upper triangle will be overwritten by its factorization.
+
+    The rest of it has room for what must stay: tiles below those of the diagonal where they lie, these as copies.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        """Of float32 ``matrix`` ``(columns, columns)`` the upper triangle is read, and all below it written."""
+        self._matrix, self._corners = matrix, []
+        for start, stop in pieces(len(matrix), TILE):
+            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+            corner = matrix[start:stop, start:stop]
+            self._corners.append(corner.triu() + corner.triu(1).T)
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Rows and columns ``[start, stop)`` of it."""
+        found = self._matrix.new_empty(stop - start, stop - start)
+        for first, last, tile in self._cut(start, stop):
+            for left, right, other in self._cut(start, stop):
+                at = slice(first - start, last - start), slice(left - start, right - start)
+                if tile == other:
+                    corner = self._corners[tile // TILE]
+                    found[at] = corner[first - tile : last - tile, left - tile : right - tile]
+                elif tile > other:
+                    found[at] = self._matrix[first:last, left:right]
+                else:
+                    found[at] = self._matrix[left:right, first:last].T
+        return found
+
+    def add_product(self, to: Tensor, start: int, stop: int, right: Tensor) -> None:
+        """Add its columns ``[start, stop)`` times ``right`` ``(stop - start, rows)`` to ``to`` ``(columns, rows)``."""
+        for first, last, tile in self._cut(start, stop):
+            part, end = right[first - start : last - start], min(tile + TILE, len(self._matrix))
+            to[:tile].addmm_(self._matrix[first:last, :tile].T, part)
+            to[tile:end].addmm_(self._corners[tile // TILE][:, first - tile : last - tile], part)
+            to[end:].addmm_(self._matrix[end:, first:last], part)
+
+    def product(self, right: Tensor) -> Tensor:
+        """It times ``right`` ``(columns, rows)``."""
+        found = torch.zeros_like(right)
+        for start, stop in pieces(len(right), TILE):
+            self.add_product(found, start, stop, right[start:stop])
+        return found
+
+    def _cut(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """``[start, stop)`` cut where tiles end, with the first column of each tile."""
+        tiles = range(start // TILE * TILE, stop, TILE)
+        return [(max(start, tile), min(stop, tile + TILE), tile) for tile in tiles]
+
+
 @dataclass(frozen=True)
 class Factor:
     """The factorization of a damped, perhaps reordered Hessian."""
@@ -33,8 +83,8 @@ class Factor:
     """D, float32 ``(columns,)``."""
     order: Tensor | None
     """Columns in the order in which they are rounded (int64), or None for their own order."""
-    hessian: Tensor | None = None
-    """The damped Hessian, float32 ``(columns, columns)``, all of it in the columns' own order, where it was to be kept."""
+    hessian: KeptHessian | None = None
+    """The damped Hessian, in the columns' own order, where it was to be kept."""
 
 
 def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: Workers, keep: bool = False) -> Factor:
@@ -53,7 +103,7 @@ def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: 
         )
     mean = float(diagonal.double().mean())
     diagonal.add_(damping * mean if mean > 0 else 1.0)
-    kept = hessian.triu().add_(hessian.triu(1).T) if keep else None
+    kept = KeptHessian(hessian) if keep else None
     order = None
     if activation_order:
         order = torch.argsort(diagonal, descending=True, stable=True)

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from quern.codecs.base import Codec, Encoder
 from quern.core.errors import UserError
+from quern.core.machine.parallel import pieces
 from quern.core.stacking import Traits
 from quern.quantization.rounding.base import ROUNDINGS, RoundedSlab, Rounding
+from quern.quantization.rounding.columns import loop_of
 from quern.quantization.rounding.factor import Factor, quadratic_size
 from quern.quantization.rounding.sweeps import sweep
 
@@ -31,7 +33,9 @@ class Gptq(Rounding):
     needs_hessian = True
     traits = Traits(acts="takes the Hessian of the inputs as the model that runs will have them")
 
-    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
+    def round_slab(
+        self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None, native: bool = False
+    ) -> RoundedSlab:
         assert factor is not None
         encoder = codec.encoder(slab, whole, refit=factor.order is None)
         if factor.order is not None and encoder.width > 1:
@@ -41,7 +45,7 @@ class Gptq(Rounding):
             )
         encoder.weigh(factor.diagonal if factor.order is None else factor.diagonal[factor.order.argsort()])
         weight = slab if factor.order is None else slab[:, factor.order]
-        decoded, error = self._feed_forward(weight, encoder, factor)
+        decoded, error = self._feed_forward(weight, encoder, factor, native)
         size = quadratic_size(slab, factor)
         if factor.order is not None:
             decoded = decoded[:, factor.order.argsort()]
@@ -51,7 +55,7 @@ class Gptq(Rounding):
             decoded = codec.decode((slab.shape[0], slab.shape[1]), encoder.parts())
         return RoundedSlab(encoder.parts(), decoded, error, size)
 
-    def _feed_forward(self, weight: Tensor, encoder: Encoder, factor: Factor) -> tuple[Tensor, float]:
+    def _feed_forward(self, weight: Tensor, encoder: Encoder, factor: Factor, native: bool) -> tuple[Tensor, float]:
         """Q ``(rows, columns)`` and the quadratic loss; ``weight`` and Q have their columns in rounding order."""
         rows, columns = weight.shape
         group, width, block = encoder.refit_width, encoder.width, self.settings.block_size
@@ -68,7 +72,9 @@ class Gptq(Rounding):
             rounded = weight.new_empty(stop - start, rows)
             original = weight[:, start:stop].T.contiguous()
             inside = factor.upper[start:stop, start:stop].T.contiguous()
-            for k in range(0, stop - start, width):
+            places = list(range(start, stop)) if factor.order is None else factor.order[start:stop].tolist()
+            loop = loop_of(encoder, places, native)
+            for k, end in pieces(stop - start, width if width > 1 else group or stop - start):
                 column = start + k
                 if group and column % group == 0:
                     last = min(k + group, stop - start)
@@ -76,14 +82,9 @@ class Gptq(Rounding):
                     values = _expected(values, original[k:last], inside[k:last, k:last])
                     encoder.refit(column, values, factor.diagonal[column : start + last])
                 if width > 1:
-                    at = slice(k, min(k + width, stop - start))
-                    _round_jointly(encoder, column, at, target, original, inside, done, rounded)
-                    continue
-                value = torch.addmv(target[k], done[:k].T, inside[k, :k])
-                stored = encoder.round(column if factor.order is None else int(factor.order[column]), value[None])[0]
-                torch.sub(original[k], stored, out=done[k])
-                rounded[k] = stored
-                target[k] = value.sub_(stored)
+                    _round_jointly(encoder, column, slice(k, end), target, original, inside, done, rounded)
+                else:
+                    loop.feed_forward(k, end, inside, original, target, done, rounded)
             error += float(target.square_().sum(1).double() @ factor.diagonal[start:stop].double())
             change[:, start:stop] = done.T
             decoded[:, start:stop] = rounded.T

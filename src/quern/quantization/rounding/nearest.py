@@ -15,7 +15,9 @@ class Nearest(Rounding):
 
     needs_hessian = False
 
-    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
+    def round_slab(
+        self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None, native: bool = False
+    ) -> RoundedSlab:
         encoder = codec.encoder(slab, whole, refit=False)
         decoded = encoder.round_all(slab)
         error = float((slab - decoded).double().square_().sum())

@@ -13,6 +13,7 @@ rows of the set at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,40 +32,59 @@ COLUMNS = 1024
 class OutputHessian:
     """G, and how much of the mean of its diagonal is added to that."""
 
-    hessian: Tensor
-    """Float32 ``(rows, rows)``, upper triangle."""
+    hessians: Sequence[Tensor]
+    """Float32 ``(rows, rows)``, upper triangle: of each part of the rows, which parts know nothing of each other."""
     damping: float
 
-    def factor(self, order: Tensor, workers: Workers) -> Tensor:
-        """U float32 of the rows ``order``, in this order; of others it knows nothing."""
-        whole = self.hessian.triu() + self.hessian.triu(1).T
-        return factorize(whole[order][:, order], self.damping, False, workers).upper
+    def factors(self, order: Tensor, workers: Workers, used_up: bool = False) -> list[Tensor]:
+        """U float32 of the rows ``order``, part by part, in this order, which goes through one part after the other; of
+        other rows it knows nothing. G may be ``used_up`` by it, which spares the copy of large ones."""
+        found, start = [], 0
+        for hessian in self.hessians:
+            own = order[(order >= start) & (order < start + len(hessian))] - start
+            start += len(hessian)
+            if not (used_up and torch.equal(own, torch.arange(len(hessian), device=own.device))):
+                some = hessian[own][:, own]
+                # Of two rows of which the later comes first G lies in the lower triangle of this.
+                backwards = bool((own.diff() < 0).any())
+                hessian = torch.where(own[:, None] <= own, some, some.T) if backwards else some
+            found.append(factorize(hessian, self.damping, False, workers).upper)
+        return found
 
 
 class RowFeedback:
     """Of one linear."""
 
-    def __init__(self, outputs: OutputHessian, order: Tensor, workers: Workers) -> None:
-        """``order``: all rows in the order in which they come."""
-        self._upper, self._workers = outputs.factor(order, workers), workers
-        self._error: list[Tensor] = []
+    def __init__(self, outputs: OutputHessian, order: Tensor, columns: int, workers: Workers) -> None:
+        """``order``: all rows, of ``columns``, in the order in which they come. G is used up."""
+        self._uppers, self._workers = outputs.factors(order, workers, used_up=True), workers
+        self._error, self._known = self._uppers[0].new_empty(len(order), columns), 0
 
-    def due(self, rows: int, columns: int) -> Tensor:
+    def due(self, rows: int) -> Tensor:
         """What the next ``rows`` rows are to make up for, float32 ``(rows, columns)``."""
-        start = sum(map(len, self._error))
-        found = torch.zeros(rows, columns, device=self._upper.device)
-        if start:
-            inside = self._upper[start : start + rows, start : start + rows]
-            before = self._upper[:start, start : start + rows]
-            share = torch.linalg.solve_triangular(inside, before, upper=True, left=False, unitriangular=True)
-            error = torch.cat(self._error)
-
-            def part(some: tuple[int, int]) -> None:
-                found[:, slice(*some)] = share.T @ error[:, slice(*some)]
-
-            self._workers.map(part, pieces(columns, COLUMNS))
+        found, origin = self._error.new_zeros(rows, self._error.shape[1]), 0
+        for upper in self._uppers:
+            first = max(self._known, origin) - origin
+            last = min(self._known + rows, origin + len(upper)) - origin
+            if 0 < first < last:
+                at = origin + first - self._known
+                self._add_due(
+                    upper[:last, first:last], self._error[origin : origin + first], found[at : at + last - first]
+                )
+            origin += len(upper)
         return found
+
+    def _add_due(self, upper: Tensor, error: Tensor, found: Tensor) -> None:
+        """What rows of one part are to make up for, by their columns of U and the ``error`` of those before them."""
+        before, inside = upper[: len(error)], upper[len(error) :]
+        share = torch.linalg.solve_triangular(inside, before, upper=True, left=False, unitriangular=True)
+
+        def part(some: tuple[int, int]) -> None:
+            found[:, slice(*some)] = share.T @ error[:, slice(*some)]
+
+        self._workers.map(part, pieces(found.shape[1], COLUMNS))
 
     def got_wrong(self, error: Tensor) -> None:
         """Say what became of these rows: W - Q, float32 ``(rows, columns)``."""
-        self._error.append(error)
+        self._error[self._known : self._known + len(error)] = error
+        self._known += len(error)

@@ -28,7 +28,9 @@ class Stored(Rounding):
     def slab_height(self, rows: int, codec: Codec) -> int:
         return rows if codec.has_one_scale else SLAB
 
-    def round_slab(self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
+    def round_slab(
+        self, slab: Tensor, whole: Tensor, codec: Codec, factor: Factor | None, native: bool = False
+    ) -> RoundedSlab:
         parts = codec.exact_parts(slab)
         if parts is None:
             raise UserError(_refusal(codec, codec.exact_scheme(slab[:LOOKED_AT])))

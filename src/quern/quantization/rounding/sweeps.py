@@ -17,32 +17,35 @@ import torch
 from torch import Tensor
 
 from quern.codecs.base import Encoder
+from quern.core.machine.parallel import pieces
+from quern.quantization.rounding.columns import loop_of
+from quern.quantization.rounding.factor import KeptHessian
 
 BLOCK = 128
 """Columns between two matrix products."""
 
 
-def sweep(target: Tensor, decoded: Tensor, encoder: Encoder, hessian: Tensor, times: int) -> float:
+def sweep(target: Tensor, decoded: Tensor, encoder: Encoder, hessian: KeptHessian, times: int) -> float:
     """Go over the columns of a slab ``times`` times.
 
     ``target`` and ``decoded`` float32 ``(rows, columns)``: what was rounded, and what became of it; ``encoder`` holds its
-    codes and is left with the new ones. ``hessian``: the whole of it, damped, ``(columns, columns)``. Returns tr(E H E^T).
+    codes and is left with the new ones. ``hessian``: damped. Returns tr(E H E^T).
     """
     # Transposed, so that one column of the weight is one contiguous row.
     rounded = decoded.T.contiguous()
-    residual = hessian @ (rounded - target.T)
+    residual = hessian.product(rounded - target.T)
     for _ in range(times):
         for start, stop in _blocks(len(rounded), encoder):
             before = rounded[start:stop].clone()
-            _sweep_block(rounded[start:stop], residual[start:stop], encoder, hessian[start:stop, start:stop], start)
+            _sweep_block(rounded[start:stop], residual[start:stop], encoder, hessian.block(start, stop), start)
             moved = rounded[start:stop] - before
             inside = residual[start:stop].clone()
-            residual.addmm_(hessian[:, start:stop], moved)
+            hessian.add_product(residual, start, stop, moved)
             residual[start:stop] = inside
         if encoder.rescale_width is not None and encoder.rescale_width >= len(rounded):
             _rescale(rounded, residual, encoder, hessian, 0)
-    error = rounded - target.T
-    return float((error * (hessian @ error)).sum(dtype=torch.float64))
+    # R has gone along with every move: E H once more would cost as much as half of the sweep.
+    return float(((rounded - target.T) * residual).sum(dtype=torch.float64))
 
 
 def _blocks(columns: int, encoder: Encoder) -> list[tuple[int, int]]:
@@ -55,23 +58,22 @@ def _blocks(columns: int, encoder: Encoder) -> list[tuple[int, int]]:
 def _sweep_block(rounded: Tensor, residual: Tensor, encoder: Encoder, hessian: Tensor, first: int) -> None:
     """The columns of a block, of which all arguments are the part; ``first`` is its first column."""
     columns, width = len(rounded), encoder.rescale_width
-    for k in range(columns):
-        if width is not None and width <= columns and k % width == 0:
-            group = slice(k, min(k + width, columns))
+    loop = loop_of(encoder, range(first, first + columns), native=True)
+    own = width is not None and width <= columns
+    for k, last in pieces(columns, width if width is not None and own else columns):
+        if own:
+            group = slice(k, last)
             ratio = _scaling(rounded[group], residual[group], hessian[group, group])
             ratio = encoder.rescale(first + k, ratio)
             moved = (ratio - 1) * rounded[group]
             rounded[group] += moved
             residual.addmm_(hessian[:, group], moved)
-        wanted = rounded[k] - residual[k] / hessian[k, k]
-        found = encoder.round(first + k, wanted[None])[0]
-        residual.addr_(hessian[:, k], found - rounded[k])
-        rounded[k] = found
+        loop.sweep(k, last, hessian, rounded, residual)
 
 
-def _rescale(rounded: Tensor, residual: Tensor, encoder: Encoder, hessian: Tensor, first: int) -> None:
+def _rescale(rounded: Tensor, residual: Tensor, encoder: Encoder, hessian: KeptHessian, first: int) -> None:
     """One factor for each whole row."""
-    product = hessian @ rounded
+    product = hessian.product(rounded)
     ratio = encoder.rescale(first, _least(rounded, residual, product))
     residual += (ratio - 1) * product
     rounded *= ratio
