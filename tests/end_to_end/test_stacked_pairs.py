@@ -15,7 +15,7 @@ from quern.core.stacking import Part
 from quern.engines.cpu import cache_named
 from quern.evaluation.heldout import held_out_text
 from quern.evaluation.texts import cut_windows
-from quern.formats.base import runtimes_of
+from quern.formats.base import FORMATS, runtimes_of
 from quern.pipeline.quantize import quantize
 from quern.pipeline.stacking.answer import pairs, together
 from quern.pipeline.stacking.parts import PLAIN
@@ -74,7 +74,8 @@ def test_a_pair_that_is_refused_stops_before_work(trials, tmp_path, first, secon
         return
     try:
         recipe = parse_recipe(PLAIN | pair.keys[2], "stack")
-        quantize(trials.model, tmp_path / "artifact", recipe=recipe, threads=1)
+        name = f"artifact{FORMATS.get(recipe.format).suffix or ''}"
+        quantize(trials.model, tmp_path / name, recipe=recipe, threads=1)
     except UserError as error:
         assert pair.answer.reason.rpartition("; ")[2].partition(": ")[2] in str(error)
         assert not list(tmp_path.iterdir())

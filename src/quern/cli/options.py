@@ -63,6 +63,15 @@ Choices = Annotated[
         show_default=False,
     ),
 ]
+FormatOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format-option",
+        metavar="KEY=VALUE",
+        help="A choice that the format has besides; several.",
+        show_default=False,
+    ),
+]
 Memory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Cap on resident memory, such as 16GiB.", show_default="none"),
@@ -197,3 +206,16 @@ def names(text: str | None) -> tuple[str, ...] | None:
 def optional_size(text: str | None, option: str) -> int | None:
     """``parse_size``, or None where the option was not given."""
     return None if text is None else parse_size(text, option)
+
+
+def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
+    """What ``KEY=VALUE`` texts say. Raises ``UserError`` for one without ``=``, and for a key that comes twice."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UserError(f"{option} {text!r} is no KEY=VALUE")
+        if key in found:
+            raise UserError(f"{option} names {key!r} twice")
+        found[key] = value
+    return found

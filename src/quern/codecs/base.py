@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from quern.codecs.packing.ggml import GgmlBlocks, GgmlForm
 from quern.codecs.trainable.base import Fixed, RowFactors, Trainable
 from quern.core import scheme as schemes
 from quern.core.errors import UserError
@@ -234,6 +235,14 @@ class Codec(ABC):
     def kernel(self, shape: tuple[int, int]) -> KernelForm | str:
         """How native kernels read a matrix of ``shape``, or a clause that says why they cannot."""
         return f"it has no kernel for the codec {self.scheme.codec}"
+
+    def ggml(self, shape: tuple[int, int]) -> GgmlForm | str:
+        """How a matrix of ``shape`` lies in a GGUF file, or a clause that says why it cannot."""
+        return f"no type of ggml has the values of codec {self.scheme.codec}"
+
+    def ggml_blocks(self, shape: tuple[int, int], parts: Parts) -> GgmlBlocks:
+        """The matrix in the blocks of the type that ``ggml`` names. Raises ``UserError`` for scales beyond float16."""
+        raise NotImplementedError(self.scheme.codec)
 
     def integers(self, shape: tuple[int, int], parts: Parts) -> Tensor:
         """The stored numbers before scales multiply them, int8 ``(rows, columns)``; for a ``KernelForm`` that wants them."""

@@ -37,7 +37,7 @@ from quern.peers.base import PeerVariant, peer_variants
 from quern.pipeline.artifacts import ArtifactRequest, make_artifact
 from quern.pipeline.comparison_folder import ComparisonFolder
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
-from quern.pipeline.request import chosen_recipe
+from quern.pipeline.request import chosen_recipe, refuse_files
 from quern.pipeline.stacking.matrix import stacking_of
 from quern.report.html import render
 from quern.texts.source import Text
@@ -95,6 +95,8 @@ def compare(
     if scenario == "mix":
         raise UserError(f"a mix needs weights: compare with another scenario, then {_WEIGH}")
     chosen = [chosen_recipe(recipe, None, calibration_tokens) for recipe in recipes]
+    for recipe in chosen:
+        refuse_files(recipe, "a comparison")
     others = peer_variants(peers)
     _check_distinct([*(recipe.name for recipe in chosen), *(other.row for other in others)])
     kept = _cache_precisions(caches)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.files import write_json
-from quern.checkpoint.tokenizer import copy_tokenizer, usable_tokenizer
+from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.comparison.artifact_size import source_notes
-from quern.core.artifact import PROVENANCE, CalibratedInputs
+from quern.core.artifact import CalibratedInputs
 from quern.core.errors import OutOfMemoryCapError, UserError
 from quern.core.machine.memory import forget_peak, peak_rss
 from quern.core.machine.parallel import deterministic_workers
@@ -30,7 +29,7 @@ from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.blockwise.reference_stream import start_stream
-from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target, provenance_notes
+from quern.pipeline.output import artifact_size, finished_layers, output_target, provenance_notes, publish
 from quern.pipeline.planning.plan import PlanReport, cache_folder, candidates_of
 from quern.pipeline.request import calibration_sequences, checked_writer, chosen_recipe, device_named, fingerprint_of
 from quern.quantization.arithmetic import arithmetic
@@ -72,22 +71,25 @@ def quantize(
     fresh: bool = False,
     threads: int | None = None,
     format: str | None = None,
+    format_options: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``.
+    """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``, or the file of a format
+    that is one.
 
     A recipe with an allocation is planned first (see ``planning/plan.py``), for the target that it names.
     ``calibration``: texts, or files of text or records (docs/texts.md; default: modules of the running Python's standard
     library), and how many tokens of them (default: as the recipe says). ``memory``: cap of the resident set in bytes.
-    ``cache``: a folder for what other recipes can use again for the same model and calibration; the time that this spares
-    counts in the report's ``seconds``. An interrupted run continues where it stopped; the same arguments give the same
-    bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met, ``BadFileError`` for damage.
+    ``format_options``: choices that the format has besides (docs/gguf.md). ``cache``: a folder for what other recipes can
+    use again for the same model and calibration; the time that this spares counts in the report's ``seconds``. An
+    interrupted run continues where it stopped; the same arguments give the same bytes at any number of ``threads``. Raises
+    ``UserError`` for requests that cannot be met, ``BadFileError`` for damage.
     """
     progress = progress or Silent()
-    target = output_target(output, model, fresh)
-    output = Path(os.path.expanduser(output))
-    checkpoint, chosen = open_original(model, progress=progress), chosen_recipe(recipe, format, calibration_tokens)
+    chosen = chosen_recipe(recipe, format, calibration_tokens)
+    target, output = output_target(output, model, fresh, chosen.format), Path(os.path.expanduser(output))
+    checkpoint = open_original(model, progress=progress)
     planned = None
     if chosen.allocation is not None:
         cache = cache_folder() if cache is None else Path(cache)
@@ -97,12 +99,13 @@ def quantize(
         chosen = planned.recipe
     architecture = architecture_of(checkpoint.config)
     plan, where = plan_of(chosen, architecture), device_named(device)
-    writer = checked_writer(chosen, plan, architecture)
+    writer, extra = checked_writer(chosen, plan, architecture), dict(format_options or {})
     tokenizer = usable_tokenizer(checkpoint.path, chosen.needs_calibration)
     named_ends(checkpoint)  # the artifact takes the file over and could not generate with a bad one
     check_kept(checkpoint, architecture, plan)
+    writer.prepare(checkpoint, extra)
     text = CalibrationText(calibration, tokenizer, chosen.calibration) if chosen.needs_calibration else None
-    fingerprint = fingerprint_of(checkpoint, chosen, text, seed, device, progress)
+    fingerprint = fingerprint_of(checkpoint, chosen, text, seed, device, progress, extra)
     if (layers := finished_layers(target, fingerprint, fresh)) is not None:
         finish_removal(target.work, target.path)
         return _finished(output, chosen, checkpoint, layers, planned)
@@ -123,22 +126,27 @@ def quantize(
                 work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
             raise
         work.finish("started", [], {})
-        quantize_outer(job)
-        spared = 0.0
-        if sensitivity.needed(job):
-            shared = None if cache is None else sensitivity.shared_folder(Path(cache), fingerprint, job)
-            spared = sensitivity.run(job, shared)
-        start_chain(job)
-        if job.follows_drift:
-            start_stream(job)
-        quantize_blocks(job)
+        spared = _carry_out(job, cache, fingerprint)
         notes = list(text.notes if text else ())
         layers = _write_metadata(job, fingerprint, notes)
-        replaced = artifact_names(target.path) if fresh else ()
-        work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
+        publish(work, target, fresh)
     before = planned.seconds if planned else 0.0
     seconds = time.perf_counter() - started + (before or spared)  # planning computes the token weights too
     return _report(output, chosen, checkpoint, seconds, layers, resumed, [*notes, *writer.notes()], planned)
+
+
+def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) -> float:
+    """All steps, from the embedding to the last block; the seconds that ``cache`` spared."""
+    quantize_outer(job)
+    spared = 0.0
+    if sensitivity.needed(job):
+        shared = None if cache is None else sensitivity.shared_folder(Path(cache), fingerprint, job)
+        spared = sensitivity.run(job, shared)
+    start_chain(job)
+    if job.follows_drift:
+        start_stream(job)
+    quantize_blocks(job)
+    return spared
 
 
 def _planned(checkpoint: Checkpoint, recipe: Recipe, threads: int | None, **given: Any) -> PlanReport:
@@ -164,15 +172,13 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
     stored_otherwise = [*kept_note(job.plan), *scale_note(dtypes)]
     notes += stored_otherwise
-    files = sorted(path.name for path in job.work.path("artifact").iterdir())
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
-    provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": files}
+    provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": []}
     if inputs and job.sequences is not None:
         tokens, sequences = job.sequences.numel(), len(job.sequences)
         seen = {"tokens": tokens, "sequences": sequences, "groups": inputs}
         provenance["inputs"] = CalibratedInputs.model_validate(seen).model_dump(mode="json")
-    write_json(job.work.path("artifact", PROVENANCE), provenance)
-    copy_tokenizer(job.checkpoint.path, job.work.path("artifact"))
+    job.writer.accompany(job.work, provenance, job.checkpoint)
     return errors
 
 
@@ -196,7 +202,7 @@ def _report(
 ) -> QuantizeReport:
     predicted = {matrix.name: matrix.loss for matrix in planned.matrices} if planned else {}
     artifact = open_model(output.resolve())
-    size = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
+    size = artifact_size(output)
     data = sum(artifact.info(name).stored_bytes for name in artifact.names())
     return QuantizeReport(
         path=output,
