@@ -204,6 +204,11 @@ class Codec(ABC):
         """Whether a whole matrix has one scale."""
         return False
 
+    def fitting(self, shape: tuple[int, int]) -> CodecScheme:
+        """The scheme under which a matrix of ``shape`` is stored: this one, or what stands in for it where its rows do not
+        fit."""
+        return self.scheme
+
     @abstractmethod
     def encoder(self, weight: Tensor, whole: Tensor, refit: bool) -> Encoder:
         """An encoder for the slab ``weight`` float32 ``(rows, columns)``; see ``slab_rows``.

@@ -33,8 +33,6 @@ TABLED = 2
 """Bits of symmetric codes that a kernel looks up in a table of the integers."""
 USUAL_GROUPS = (1024, 512, 256, 128, 96, 64, 48, 32, 16)
 """Sizes of groups that tools use."""
-GGML_BITS = (4, 5, 8)
-"""Bits of the types of ggml that are integers times a float16 scale."""
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 FINE = 8
 """Weights of so many bits get inputs as two int8 numbers each. Rounding the inputs to one would cost about ten times what
@@ -187,43 +185,17 @@ class IntegerCodec(GroupedCodec):
         return self.kernel_form("integer8", shape, options, decoded=not self._bytes, fine=params.bits >= FINE)
 
     def ggml(self, shape: tuple[int, int]) -> GgmlForm | str:
-        params = self.params
-        if obstacle := layout.block_obstacle(shape[1]):
-            return obstacle
-        if (width := self.group_width(shape[1])) % layout.BLOCK:
-            return f"has scales for {width} inputs each, and ggml's blocks one for {layout.BLOCK}"
-        if not params.symmetric and params.bits > GGML_BITS[1]:
-            return f"has {params.bits} bits with zero points, and ggml's blocks have zero points of 4 and 5 bits"
-        notes = [] if params.scale_dtype == "float16" else [f"scales in {params.scale_dtype} become float16"]
-        if not params.symmetric:
-            notes.append("zero points times scales become float16 minimums")
-        return GgmlForm(f"Q{self._ggml_bits}_{0 if params.symmetric else 1}", tuple(notes))
-
-    @property
-    def _ggml_bits(self) -> int:
-        """The least bits of a type of ggml that holds the codes."""
-        return next(width for width in GGML_BITS if width >= self.params.bits)
+        return layout.integer_form(shape[1], self.group_width(shape[1]), self.params)
 
     def ggml_blocks(self, shape: tuple[int, int], parts: Parts) -> GgmlBlocks:
-        stored, width = self.restored(shape, parts), self._ggml_bits
-        repeats = self.group_width(shape[1]) // layout.BLOCK
+        stored, repeats = self.restored(shape, parts), self.group_width(shape[1]) // layout.BLOCK
 
         def by_block(values: Tensor) -> Tensor:
             wide = self.scales_of(values, shape[0]).expand(shape[0], -1)
             return wide.repeat_interleave(repeats, dim=1)[:, : shape[1] // layout.BLOCK]
 
-        scale = by_block(stored.scale)
-        if self.params.symmetric:
-            codes = stored.codes + ((1 << width - 1) - self.grid.middle)
-            return GgmlBlocks(
-                layout.symmetric_blocks(codes, scale, width), layout.rounded_by_half(scale), scale.numel()
-            )
-        minimum = by_block(-stored.zero * stored.scale)
-        return GgmlBlocks(
-            layout.affine_blocks(stored.codes, scale, minimum, width),
-            layout.rounded_by_half(scale, minimum),
-            2 * scale.numel(),
-        )
+        scale, zero = by_block(stored.scale), by_block(stored.zero)
+        return layout.integer_blocks(stored.codes, scale, zero, self.params)
 
     def _differences(self, codes: Tensor, zero: Tensor | None, columns: int) -> Tensor:
         """code - zero point, float32 ``(rows, columns)``, of the stored ``codes`` of some rows."""

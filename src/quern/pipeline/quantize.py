@@ -26,7 +26,7 @@ from quern.loading.fitting import open_model, open_original
 from quern.pipeline.blockwise import memory_plan, sensitivity
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
-from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of
+from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of, stand_in_note
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.blockwise.reference_stream import start_stream
 from quern.pipeline.output import artifact_size, finished_layers, output_target, provenance_notes, publish
@@ -170,7 +170,8 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
         dtypes |= record.get("scale_dtypes", {})
         inputs += record.get("inputs", [])
     job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
-    stored_otherwise = [*kept_note(job.plan), *scale_note(dtypes)]
+    instead = stand_in_note(job.recipe, job.plan, job.architecture)
+    stored_otherwise = [*kept_note(job.plan), *instead, *scale_note(dtypes)]
     notes += stored_otherwise
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
     provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": []}

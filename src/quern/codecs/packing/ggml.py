@@ -7,6 +7,7 @@ codes as one little-endian word, and the codes. Nibbles of a byte are codes j (l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,29 @@ from quern.core.errors import UserError
 BLOCK = 32
 """Weights of a block."""
 HALF = BLOCK // 2
+BITS = (4, 5, 8)
+"""Bits of the types that are integers times a scale."""
+WITH_MINIMUM = 5
+"""Most bits of those of them that have a minimum."""
+
+
+class Integers(Protocol):
+    """What has to be known of a scheme of integers."""
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        ...
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero point is the middle."""
+        ...
+
+    @property
+    def scale_dtype(self) -> str:
+        """How scales are stored."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,3 +122,33 @@ def affine_blocks(codes: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> T
     """Q4_1 or Q5_1: value = code x scale + minimum. ``scale`` and ``minimum`` ``(rows, blocks)``, ``bits`` 4 or 5."""
     blocks, d, m = in_blocks(codes), half_bytes(scale), half_bytes(minimum)
     return joined(d, m, nibbles(blocks)) if bits == 4 else joined(d, m, fifth_bits(blocks), nibbles(blocks))
+
+
+def integer_form(columns: int, group: int, params: Integers) -> GgmlForm | str:
+    """How integers in groups of ``group`` lie in blocks, or a clause that says why they cannot."""
+    if obstacle := block_obstacle(columns):
+        return obstacle
+    if group % BLOCK:
+        return f"has scales for {group} inputs each, and ggml's blocks one for {BLOCK}"
+    if not params.symmetric and params.bits > WITH_MINIMUM:
+        return f"has {params.bits} bits with zero points, and ggml's blocks have zero points of 4 and 5 bits"
+    notes = [] if params.scale_dtype == "float16" else [f"scales in {params.scale_dtype} become float16"]
+    if not params.symmetric:
+        notes.append("zero points times scales become float16 minimums")
+    return GgmlForm(f"Q{_block_bits(params.bits)}_{0 if params.symmetric else 1}", tuple(notes))
+
+
+def _block_bits(bits: int) -> int:
+    return next(width for width in BITS if width >= bits)
+
+
+def integer_blocks(codes: Tensor, scale: Tensor, zero: Tensor, params: Integers) -> GgmlBlocks:
+    """Integers of ``params`` in the blocks of ``integer_form``. ``codes`` uint8 ``(rows, columns)``; ``scale`` and ``zero``
+    float32 ``(rows, blocks)``."""
+    bits = _block_bits(params.bits)
+    if params.symmetric:
+        codes = codes + ((1 << bits - 1) - (1 << params.bits - 1))
+        return GgmlBlocks(symmetric_blocks(codes, scale, bits), rounded_by_half(scale), scale.numel())
+    minimum = -zero * scale
+    data = affine_blocks(codes, scale, minimum, bits)
+    return GgmlBlocks(data, rounded_by_half(scale, minimum), 2 * scale.numel())
