@@ -17,6 +17,7 @@ from quern.checkpoint.gguf.header import read_gguf_header
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.cli.main import app
 from quern.core.errors import UserError
+from quern.core.recipe import load_recipe
 from quern.engines.base import ENGINES
 from quern.formats import gguf as gguf_format
 from quern.pipeline.export import export
@@ -181,6 +182,29 @@ def test_names_and_formats_go_together(tiny_model, tmp_path):
     with pytest.raises(UserError, match="a comparison makes folders, and format gguf"):
         quern.compare(tiny_model, tmp_path / "x", recipes=[recipe.model_copy(update={"format": "gguf"})])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.gguf"]
+
+
+def test_types_are_allocated_by_what_they_lose(tiny_text, tmp_path):
+    """Within the bits that were asked for, and not the same for all."""
+    model = write_model(tmp_path / "model", tiny_config("llama", hidden_size=256, intermediate_size=256, head_dim=64))
+    recipe = load_recipe("auto-gguf")
+    calibration = recipe.calibration.model_copy(update={"tokens": 256, "sequence_length": 64, "token_weight": "none"})
+    candidates = [c for c in recipe.allocation.candidates if c.scheme.params.type in ("q2_k", "q4_k", "q6_k")]
+    allocation = recipe.allocation.model_copy(update={"candidates": tuple(candidates)})
+    recipe = recipe.model_copy(update={"calibration": calibration, "allocation": allocation})
+    report = quantize(
+        model,
+        tmp_path / "x.gguf",
+        recipe=recipe,
+        format="gguf",
+        calibration=[tiny_text],
+        cache=tmp_path / "cache",
+        threads=1,
+    )
+    assert report.recipe.format == "gguf"
+    assert report.bits_per_weight < 5.2  # norms and biases are float32 in the file, and the model is small
+    kinds = {kind for name, (kind, _) in tensors(tmp_path / "x.gguf").items() if ".ffn_" in name or ".attn_" in name}
+    assert len(kinds & {"Q2_K", "Q4_K", "Q6_K"}) >= 2
 
 
 def test_activations_are_left_to_llama_cpp_with_a_note(tiny_model, tiny_text, tmp_path):

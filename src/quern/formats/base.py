@@ -193,6 +193,8 @@ class Format(ABC):
     """``quant_method`` in ``quantization_config`` of config.json."""
     suffix: ClassVar[str | None] = None
     """Ending of the one file that an artifact is; None: it is a folder."""
+    sized_like: ClassVar[str | None] = None
+    """A format whose tensors take the same bytes, by which plans are made for this one; None: its own sizes are known."""
     extra: ClassVar[str | None] = None
     """The optional dependency that loading this format needs, if any."""
     runtimes: ClassVar[tuple[Target, ...]] = ("quern",)

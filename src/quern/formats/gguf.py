@@ -246,6 +246,7 @@ class Gguf(Format):
 
     method = METHOD
     suffix = SUFFIX
+    sized_like = "quern"
     runtimes: ClassVar[tuple[Target, ...]] = ("llama.cpp", "quern")
     writer = GgufWriter
     reader = GgufReader

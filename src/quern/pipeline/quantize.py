@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from quern.core.machine.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
 from quern.core.results import LayerError
+from quern.formats.base import FORMATS
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_model, open_original
 from quern.pipeline.blockwise import memory_plan, sensitivity
@@ -152,7 +153,10 @@ def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) 
 def _planned(checkpoint: Checkpoint, recipe: Recipe, threads: int | None, **given: Any) -> PlanReport:
     """What the recipe's allocation decides for its target."""
     assert recipe.allocation is not None
-    return candidates_of(checkpoint, recipe, threads=threads, **given).choose(recipe.allocation.target, threads)
+    sized = FORMATS.get(recipe.format).sized_like or recipe.format
+    candidates = candidates_of(checkpoint, recipe.model_copy(update={"format": sized}), threads=threads, **given)
+    found = candidates.choose(recipe.allocation.target, threads)
+    return replace(found, recipe=found.recipe.model_copy(update={"format": recipe.format}))
 
 
 def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
