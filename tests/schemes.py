@@ -92,6 +92,9 @@ def round_by_column(encoder: Encoder, weight: Tensor) -> Tensor:
         if encoder.refit_width and column % encoder.refit_width == 0:
             group = slice(column, min(column + encoder.refit_width, weight.shape[1]))
             encoder.refit(column, weight[:, group].T, torch.ones(group.stop - group.start))
+        if encoder.refine_width and column % encoder.refine_width == 0:
+            group = slice(column, min(column + encoder.refine_width, weight.shape[1]))
+            encoder.refine(column, weight[:, group].T, torch.ones(group.stop - group.start))
         columns = slice(column, column + encoder.width)
         rounded[:, columns] = encoder.round(column, weight[:, columns].T.clone()).T
     return rounded

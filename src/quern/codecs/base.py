@@ -101,6 +101,9 @@ class Encoder(ABC):
     """Columns that are coded jointly."""
     refit_width: int | None = None
     """Columns that ``refit`` fits together just before the first of them is rounded; None: all are fitted at the start."""
+    refine_width: int | None = None
+    """Columns of those that ``refit`` has fitted whose parameters ``refine`` fits once more just before the first of them is
+    rounded, as far as the others leave room; None: they stay."""
     rescale_width: int | None = None
     """Columns of a row whose scale ``rescale`` can change once they are rounded; None: scales stay as they are."""
 
@@ -112,6 +115,9 @@ class Encoder(ABC):
 
         ``importance`` ``(columns,)``: what a squared error in each column costs.
         """
+
+    def refine(self, first_column: int, values: Tensor, importance: Tensor) -> None:  # noqa: B027 - only if refine_width
+        """Fit what columns ``first_column ...`` have of their own, as ``refit`` fits all. Only if ``refine_width``."""
 
     def rescale(self, first_column: int, factor: Tensor) -> Tensor:
         """Multiply the scales of columns ``first_column ...`` by ``factor`` ``(rows,)``, as well as they can be stored; what

@@ -121,6 +121,19 @@ def test_error_feedback_loses_much_less_than_rounding_to_nearest(name):
     assert float((change @ hessian * change).sum()) < most * float((plain @ hessian * plain).sum())
 
 
+@pytest.mark.parametrize("name", ["q2_k", "q4_k", "q6_k", "iq4_xs"])
+def test_sub_blocks_fitted_once_more_lose_less(name, monkeypatch):
+    """Under error feedback their columns are no longer what they were when the super-block was fitted."""
+    weight, inputs = unit(32, 512), unit(1024, 512, 3) @ (torch.eye(512) + unit(512, 512, 2) / 12)
+    losses = []
+    for once in (False, True):
+        if once:
+            monkeypatch.setattr(supers.SuperEncoder, "refine", lambda *arguments: None)
+        factor = factorize(inputs.T @ inputs, 0.01, False, Workers(1), keep=True)
+        losses.append(Gptq(Settings()).round(weight, codec_of_type(name), factor, Workers(1)).loss)
+    assert losses[0] < 0.97 * losses[1]
+
+
 def test_refitting_a_super_block_never_loses_more():
     """Each step keeps what it found only where the weighted error falls; by the plain sum over sub-blocks."""
     values, importance = unit(16, 256).view(16, 8, 32), torch.rand(8, 32, generator=torch.Generator().manual_seed(5))

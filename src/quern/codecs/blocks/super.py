@@ -2,7 +2,8 @@
 
 The scale of 16 or 32 weights is a whole number of few bits times a float16 number of the super-block, and so is their
 minimum. All of them are fitted to a super-block's columns just before the first of these is rounded, as error feedback has
-left them, weighted by what errors in each column cost; then they stay, and columns are rounded one by one:
+left them, weighted by what errors in each column cost; the whole numbers of a sub-block once more just before its own first
+column. Then they stay, and columns are rounded one by one:
 
 1. each sub-block by itself, with scales of any size;
 2. the super-block's numbers from the greatest of these, and whole numbers next to the rest;
@@ -113,7 +114,7 @@ class SuperEncoder(GroupedEncoder):
         super().__init__(codec, weight, whole, refit)
         self.rescale_width = None
         if self.refit_width is not None:
-            self.refit_width = layout.BLOCK
+            self.refit_width, self.refine_width = layout.BLOCK, self.group
 
     def _fit_all(self, weight: Tensor) -> None:
         for first in range(0, weight.shape[1], layout.BLOCK):
@@ -139,6 +140,29 @@ class SuperEncoder(GroupedEncoder):
         elif isinstance(self.grid, SymmetricGrid):
             self.zero[groups] = float(self.grid.middle)
 
+    def refine(self, first_column: int, values: Tensor, importance: Tensor) -> None:
+        """The whole numbers of one sub-block, for the super-block's numbers as they are."""
+        assert isinstance(self.grid, BlockGrid)
+        group, place = first_column // self.group, first_column // layout.BLOCK
+        block, weights = values.T.contiguous()[:, None], importance.to(values.dtype)[None]
+        d, d_min = self.d[place][:, None], self.d_min[place][:, None]
+        scale, zero = self.grid.fit(block[:, 0], weights[0], stored=False)
+        most = (1 << self.type.scale_bits) - 1 - self.type.bias
+        low = -self.type.bias or 1
+        lows = torch.zeros_like(d) if self.type.bias else (-zero / d_min).round_().clamp_(0, most)
+        fresh = _Numbers(_whole(scale / d, low, most), d, lows, d_min)
+        former = _Numbers(self.whole[group][:, None], d, self.lows[group][:, None], d_min)
+        _step(self.grid, self.type, fresh, block, weights)
+        losses = [_losses(self.grid, each.scale, each.minimum, block, weights) for each in (fresh, former)]
+        better = losses[0] < losses[1]
+        found = _Numbers(
+            torch.where(better, fresh.whole, former.whole), d, torch.where(better, fresh.lows, former.lows), d_min
+        )
+        self.whole[group], self.lows[group] = found.whole[:, 0], found.lows[:, 0]
+        self.scale[group] = found.scale[:, 0]
+        if isinstance(self.grid, AffineGrid):
+            self.zero[group] = found.minimum[:, 0]
+
     def parts(self) -> Parts:
         bits, bias = self.type.scale_bits, self.type.bias
         parts = {
@@ -162,7 +186,7 @@ def _fitted(grid: BlockGrid, kind: SuperType, values: Tensor, importance: Tensor
         d = half(greatest / -kind.bias)
         found = _Numbers(_whole(scale / d, -kind.bias, kind.bias - 1), d, torch.zeros_like(scale), torch.zeros_like(d))
     else:
-        d, d_min = half(scale.amax(1, keepdim=True) / most), half(-zero.amin(1, keepdim=True) / most)
+        d, d_min = (half(part.amax(1, keepdim=True) / most) for part in (scale, -zero))
         found = _Numbers(_whole(scale / d, 1, most), d, (-zero / d_min).round_().clamp_(0, most), d_min)
     for _ in range(ROUNDS):
         _refit_super(grid, found, values, importance)

@@ -70,11 +70,12 @@ class Gptq(Rounding):
             inside = factor.upper[start:stop, start:stop].T.contiguous()
             for k in range(0, stop - start, width):
                 column = start + k
-                if group and column % group == 0:
-                    last = min(k + group, stop - start)
-                    values = torch.addmm(target[k:last], inside[k:last, :k], done[:k])
-                    values = _expected(values, original[k:last], inside[k:last, k:last])
-                    encoder.refit(column, values, factor.diagonal[column : start + last])
+                for size, fit in ((group, encoder.refit), (encoder.refine_width, encoder.refine)):
+                    if size and column % size == 0:
+                        last = min(k + size, stop - start)
+                        values = torch.addmm(target[k:last], inside[k:last, :k], done[:k])
+                        values = _expected(values, original[k:last], inside[k:last, k:last])
+                        fit(column, values, factor.diagonal[column : start + last])
                 if width > 1:
                     at = slice(k, min(k + width, stop - start))
                     _round_jointly(encoder, column, at, target, original, inside, done, rounded)
