@@ -20,6 +20,8 @@ GRANULARITIES: dict[str, dict[str, Any]] = {
 
 
 def scheme_id(scheme: dict[str, Any]) -> str:
+    if "type" in scheme:
+        return f"{scheme['codec']}-{scheme['type']}"
     sign = "symmetric" if scheme["symmetric"] else "asymmetric"
     variant = "".join(f"-{scheme[key]}" for key in ("window", "tables", "variant") if key in scheme)
     return f"{scheme['codec']}-{scheme['bits']}-{sign}-{scheme['granularity']}{scheme.get('group_size') or ''}{variant}"
@@ -51,6 +53,10 @@ EVERY += [
     {"codec": "integer", "bits": 8, "symmetric": True, "granularity": "block", "group_size": 64},
     {"codec": "float8", "bits": 8, "symmetric": True, "granularity": "channel", "variant": "e5m2"},
     {"codec": "float8", "bits": 8, "symmetric": True, "granularity": "block", "group_size": 32},
+    *(
+        {"codec": "ggml", "type": name}
+        for name in ("q4_0", "q4_1", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs")
+    ),
 ]
 ALL = [scheme for scheme in EVERY if storable(scheme)]
 """Every codec with every width, sign and granularity that it stores."""
@@ -66,8 +72,9 @@ def promised(scheme: dict[str, Any]) -> bool | None:
 
 
 def make_codec(scheme: dict[str, Any], **changes: Any) -> Codec:
-    """The codec of a scheme that it stores."""
-    return codec_of(parse_scheme({**scheme, **changes}))
+    """The codec of a scheme that it stores; of ``changes`` those that it knows."""
+    known = CODECS.get(scheme["codec"]).Parameters.model_fields
+    return codec_of(parse_scheme({**scheme, **{key: value for key, value in changes.items() if key in known}}))
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -85,6 +92,9 @@ def round_by_column(encoder: Encoder, weight: Tensor) -> Tensor:
         if encoder.refit_width and column % encoder.refit_width == 0:
             group = slice(column, min(column + encoder.refit_width, weight.shape[1]))
             encoder.refit(column, weight[:, group].T, torch.ones(group.stop - group.start))
+        if encoder.refine_width and column % encoder.refine_width == 0:
+            group = slice(column, min(column + encoder.refine_width, weight.shape[1]))
+            encoder.refine(column, weight[:, group].T, torch.ones(group.stop - group.start))
         columns = slice(column, column + encoder.width)
         rounded[:, columns] = encoder.round(column, weight[:, columns].T.clone()).T
     return rounded

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quern.generation.generate import generate
     from quern.pipeline.compare import compare
     from quern.pipeline.evaluate import evaluate
+    from quern.pipeline.export import export
     from quern.pipeline.inspect import inspect
     from quern.pipeline.planning.plan import plan
     from quern.pipeline.quantize import quantize
@@ -34,6 +35,7 @@ __all__ = [
     "check",
     "compare",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "load_recipe",
@@ -52,6 +54,7 @@ _HOMES = {
     "check": "quern.pipeline.stacking.check",
     "compare": "quern.pipeline.compare",
     "evaluate": "quern.pipeline.evaluate",
+    "export": "quern.pipeline.export",
     "generate": "quern.generation.generate",
     "inspect": "quern.pipeline.inspect",
     "load_recipe": "quern.core.recipe",

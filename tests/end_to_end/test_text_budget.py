@@ -7,8 +7,8 @@ import pytest
 from artifacts import hashes, small_recipe
 
 from quern.core.errors import UserError
-from quern.pipeline import text_budget
 from quern.pipeline.compare import compare
+from quern.pipeline.planning import text_budget
 from quern.pipeline.planning.plan import plan
 from quern.pipeline.quantize import quantize
 

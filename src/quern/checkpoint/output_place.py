@@ -72,6 +72,23 @@ class OutputFolder:
             return self
 
 
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to write: its absolute ``path`` without links, and where the ``work`` for it is kept."""
+
+    path: Path
+    work: Path
+
+    @classmethod
+    def of(cls, given: str | Path, model: str | Path, is_ours: Callable[[Path], bool]) -> OutputFile:
+        """Where the file ``given`` is, tried out by ``output_file``. Raises ``UserError``, for the ``model`` itself too."""
+        path = resolved(given)
+        if path == resolved(model):
+            raise UserError(f"the output file {path} is the model itself. Choose another output")
+        path = output_file(given, is_ours)
+        return cls(path, path.with_name(f"{path.name}{BESIDE}"))
+
+
 def output_folder(given: str | Path, model: str | Path | None = None) -> OutputFolder:
     """Where the folder ``given`` is, and where the work for it goes. Nothing is written; ``tried`` tries it.
 

@@ -194,6 +194,20 @@ class WorkFolder:
                 sync(destination.parent)
         self.remove()
 
+    def publish_file(self, file: Path, destination: Path, replaces: bool) -> None:
+        """Move the finished ``file`` (inside the work folder) to ``destination`` by one rename and remove the work folder.
+
+        Raises ``UserError`` where a file is in the way and ``replaces`` does not allow it to be replaced; the work is kept.
+        """
+        if os.path.lexists(destination) and not replaces:
+            raise UserError(f"{destination} already exists. Remove it or choose another output; the work is kept")
+        sync(file)
+        self.finish(_PUBLISH, [], {"artifact": file.relative_to(self.folder).as_posix(), "to": str(destination)})
+        with explain_write_errors(destination, 0):
+            os.replace(file, destination)
+            sync(destination.parent)
+        self.remove()
+
     def finish_publishing(self) -> Path | None:
         """Where ``publish`` put the artifact, if it was killed before the work folder was gone; else None.
 
@@ -206,7 +220,7 @@ class WorkFolder:
         if "order" in record.data:
             move_into(artifact, destination, record.data["order"], record.data["replaces"])
             return destination
-        return destination if destination.is_dir() and not artifact.exists() else None
+        return destination if destination.exists() and not artifact.exists() else None
 
     def _take_back(self) -> None:
         """Remove what a publication that was stopped among its files has moved; a complete one stays."""

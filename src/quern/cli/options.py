@@ -76,6 +76,15 @@ Choices = Annotated[
         show_default=False,
     ),
 ]
+FormatOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format-option",
+        metavar="KEY=VALUE",
+        help="A choice that the format has besides; several.",
+        show_default=False,
+    ),
+]
 Memory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Cap on resident memory, such as 16GiB.", show_default="none"),
@@ -236,3 +245,16 @@ def optional_seconds(text: str | None, option: str) -> float | None:
     if found is None or not float(found[1]) > 0:
         raise UserError(f"{option} is {text!r}; it must be a number with s, min or h behind it, such as 30min")
     return float(found[1]) * _UNITS_OF_TIME[found[2]]
+
+
+def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
+    """What ``KEY=VALUE`` texts say. Raises ``UserError`` for one without ``=``, and for a key that comes twice."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UserError(f"{option} {text!r} is no KEY=VALUE")
+        if key in found:
+            raise UserError(f"{option} names {key!r} twice")
+        found[key] = value
+    return found

@@ -14,7 +14,12 @@ from quern.cli.outcome import show, verb, working
 @verb("quern quantize models/python-7m -o quantized --recipe compact", resumes=True)
 def quantize(
     model: options.Model,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="Folder to write; of format gguf the file.", show_default=False
+        ),
+    ],
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -42,10 +47,11 @@ def quantize(
         str | None,
         typer.Option(metavar="F", help="Format to write (see quern recipes).", show_default="the recipe's"),
     ] = None,
+    format_option: options.FormatOption = None,
     cache: targets.Cache = None,
     json: options.Json = False,
 ) -> None:
-    """Quantize MODEL into the folder OUT. The same command continues after an interruption.
+    """Quantize MODEL into OUT. The same command continues after an interruption.
 
     With a target (--bits, --fit, --max-loss, --min-speed) the bits of each linear are planned first, as quern plan does.
     """
@@ -68,6 +74,7 @@ def quantize(
             fresh=fresh,
             threads=threads,
             format=format,
+            format_options=options.pairs(format_option, "--format-option"),
             cache=cache,
             progress=progress,
         )

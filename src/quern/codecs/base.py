@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from quern.codecs.packing.ggml import GgmlBlocks, GgmlForm
 from quern.codecs.trainable.base import Fixed, RowFactors, Trainable
 from quern.core import scheme as schemes
 from quern.core.errors import UserError
@@ -129,6 +130,9 @@ class Encoder(ABC):
     """Columns that are coded jointly."""
     refit_width: int | None = None
     """Columns that ``refit`` fits together just before the first of them is rounded; None: all are fitted at the start."""
+    refine_width: int | None = None
+    """Columns of those that ``refit`` has fitted whose parameters ``refine`` fits once more just before the first of them is
+    rounded, as far as the others leave room; None: they stay."""
     rescale_width: int | None = None
     """Columns of a row whose scale ``rescale`` can change once they are rounded; None: scales stay as they are."""
 
@@ -140,6 +144,9 @@ class Encoder(ABC):
 
         ``importance`` ``(columns,)``: what a squared error in each column costs.
         """
+
+    def refine(self, first_column: int, values: Tensor, importance: Tensor) -> None:  # noqa: B027 - only if refine_width
+        """Fit what columns ``first_column ...`` have of their own, as ``refit`` fits all. Only if ``refine_width``."""
 
     def rescale(self, first_column: int, factor: Tensor) -> Tensor:
         """Multiply the scales of columns ``first_column ...`` by ``factor`` ``(rows,)``, as well as they can be stored; what
@@ -237,6 +244,11 @@ class Codec(ABC):
         """Whether a whole matrix has one scale."""
         return False
 
+    def fitting(self, shape: tuple[int, int]) -> CodecScheme:
+        """The scheme under which a matrix of ``shape`` is stored: this one, or what stands in for it where its rows do not
+        fit."""
+        return self.scheme
+
     @abstractmethod
     def encoder(self, weight: Tensor, whole: Tensor, refit: bool) -> Encoder:
         """An encoder for the slab ``weight`` float32 ``(rows, columns)``; see ``slab_rows``.
@@ -268,6 +280,14 @@ class Codec(ABC):
     def kernel(self, shape: tuple[int, int]) -> KernelForm | str:
         """How native kernels read a matrix of ``shape``, or a clause that says why they cannot."""
         return f"it has no kernel for the codec {self.scheme.codec}"
+
+    def ggml(self, shape: tuple[int, int]) -> GgmlForm | str:
+        """How a matrix of ``shape`` lies in a GGUF file, or a clause that says why it cannot."""
+        return f"no type of ggml has the values of codec {self.scheme.codec}"
+
+    def ggml_blocks(self, shape: tuple[int, int], parts: Parts) -> GgmlBlocks:
+        """The matrix in the blocks of the type that ``ggml`` names. Raises ``UserError`` for scales beyond float16."""
+        raise NotImplementedError(self.scheme.codec)
 
     def integers(self, shape: tuple[int, int], parts: Parts) -> Tensor:
         """The stored numbers before scales multiply them, int8 ``(rows, columns)``; for a ``KernelForm`` that wants them."""

@@ -17,6 +17,9 @@ from torch import Tensor
 from quern.codecs.base import CODECS, TINY, KernelForm, Parts, ScaledParameters
 from quern.codecs.fitting.exact import Exact
 from quern.codecs.levels import LevelGrid, LevelsCodec
+from quern.codecs.packing import ggml as layout
+from quern.codecs.packing import planes
+from quern.codecs.packing.ggml import GgmlBlocks, GgmlForm
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import Traits
@@ -129,6 +132,13 @@ class Mxfp4Codec(Float4Codec):
         exponents = parts["scale"].int()
         scale = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents - BIAS)
         return torch.where(exponents == 255, torch.nan, scale)
+
+    def ggml(self, shape: tuple[int, int]) -> GgmlForm | str:
+        return layout.block_obstacle(shape[1]) or GgmlForm("MXFP4")
+
+    def ggml_blocks(self, shape: tuple[int, int], parts: Parts) -> GgmlBlocks:
+        codes = layout.in_blocks(planes.unpack(parts["codes"], self.params.bits, shape[1]))
+        return GgmlBlocks(layout.joined(parts["scale"][:, :, None], layout.nibbles(codes)))
 
     @property
     def scale_type(self) -> str:

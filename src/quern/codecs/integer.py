@@ -22,6 +22,8 @@ from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters, neare
 from quern.codecs.fitting.exact import Exact, exact_codes
 from quern.codecs.grouped import Grid, GridNumbers, GroupedCodec, Restored, stored_scale
 from quern.codecs.packing import bits
+from quern.codecs.packing import ggml as layout
+from quern.codecs.packing.ggml import GgmlBlocks, GgmlForm
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import NO_TRAITS, Traits
 
@@ -184,6 +186,19 @@ class IntegerCodec(GroupedCodec):
             options["table"] = (torch.arange(1 << params.bits) - self.grid.middle).to(torch.int8).numpy()
             return self.kernel_form(f"codebook{params.bits}", shape, options)
         return self.kernel_form("integer8", shape, options, decoded=not self._bytes, fine=params.bits >= FINE)
+
+    def ggml(self, shape: tuple[int, int]) -> GgmlForm | str:
+        return layout.integer_form(shape[1], self.group_width(shape[1]), self.params)
+
+    def ggml_blocks(self, shape: tuple[int, int], parts: Parts) -> GgmlBlocks:
+        stored, repeats = self.restored(shape, parts), self.group_width(shape[1]) // layout.BLOCK
+
+        def by_block(values: Tensor) -> Tensor:
+            wide = self.scales_of(values, shape[0]).expand(shape[0], -1)
+            return wide.repeat_interleave(repeats, dim=1)[:, : shape[1] // layout.BLOCK]
+
+        scale, zero = by_block(stored.scale), by_block(stored.zero)
+        return layout.integer_blocks(stored.codes, scale, zero, self.params)
 
     def _differences(self, codes: Tensor, zero: Tensor | None, columns: int) -> Tensor:
         """code - zero point, float32 ``(rows, columns)``, of the stored ``codes`` of some rows."""

@@ -35,9 +35,9 @@ from quern.codecs.base import (
     nearest_scale,
     scales_overflow,
 )
+from quern.codecs.packing.trellis_lanes import BLOCK, LANE_ROWS, TILE, LaneCodec, join_lanes, lane_sets
 from quern.codecs.trainable.base import Trainable
 from quern.codecs.trainable.trellis import TrellisTrainable
-from quern.codecs.trellis_lanes import BLOCK, LANE_ROWS, TILE, LaneCodec, join_lanes, lane_sets
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import Traits

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from quern.checkpoint.files import write_json
+from quern.checkpoint.tokenizer import copy_tokenizer
+from quern.core.artifact import PROVENANCE
 from quern.core.errors import UserError
 from quern.core.packed import ActivationMode, PackedLinear
 from quern.core.plan import Plan
@@ -114,6 +117,21 @@ class ArtifactWriter(ABC):
         """Write what makes the stages one artifact. ``config`` is the checkpoint's config.json; ``plan`` is what was
         carried out."""
 
+    def prepare(self, checkpoint: Checkpoint, options: Mapping[str, str]) -> None:
+        """Look at what goes along with the weights of ``checkpoint``, before any work is done, and at the format's own
+        ``options``. Raises ``UserError`` for what it cannot say, and for options that it has not."""
+        if options:
+            raise UserError(
+                f"format {self.recipe.format} has no options, and {next(iter(options))!r} is one. Leave it out"
+            )
+
+    def accompany(self, work: WorkFolder, provenance: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        """Write what goes along with the tensors: what was done, and the tokenizer. It comes last, after ``finish``."""
+        folder = work.path("artifact")
+        files = sorted(path.name for path in folder.iterdir())
+        write_json(folder / PROVENANCE, {**provenance, "files": files})
+        copy_tokenizer(checkpoint.path, folder)
+
     def saved_bytes(self, module: str) -> int:
         """How many bytes fewer than its parts have the stage that ended needs for ``module``."""
         return 0
@@ -173,6 +191,10 @@ class Format(ABC):
 
     method: ClassVar[str]
     """``quant_method`` in ``quantization_config`` of config.json."""
+    suffix: ClassVar[str | None] = None
+    """Ending of the one file that an artifact is; None: it is a folder."""
+    sized_like: ClassVar[str | None] = None
+    """A format whose tensors take the same bytes, by which plans are made for this one; None: its own sizes are known."""
     extra: ClassVar[str | None] = None
     """The optional dependency that loading this format needs, if any."""
     runtimes: ClassVar[tuple[Target, ...]] = ("quern",)
@@ -186,6 +208,11 @@ class Format(ABC):
     def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
         """What keeps runtimes from running what ``recipe`` makes."""
         return iter(())
+
+    @classmethod
+    def provenance(cls, path: Path) -> dict[str, Any] | None:
+        """What the file of an artifact says of what was done; None for a file that quern did not write."""
+        return None
 
     @classmethod
     def open_container(cls, folder: Path, config: dict[str, Any]) -> Any:
@@ -205,6 +232,13 @@ def reader_of(quantization: Mapping[str, Any] | None, architecture: Architecture
     """The reader of an artifact by its ``quantization_config``; None for an unquantized model or another tool's."""
     found = None if quantization is None else format_of(quantization.get("quant_method"))
     return None if found is None or quantization is None else found.reader(quantization, architecture)
+
+
+def file_provenance(path: Path) -> dict[str, Any] | None:
+    """What a file that is an artifact says of what was done; None for any other file."""
+    chosen = (FORMATS.get(name) for name in FORMATS)
+    suffixes = (one for one in chosen if one.suffix is not None and path.name.lower().endswith(one.suffix))
+    return next((said for one in suffixes if (said := one.provenance(path)) is not None), None)
 
 
 def open_container(folder: Path, config: dict[str, Any]) -> Any:

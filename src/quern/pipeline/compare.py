@@ -37,9 +37,9 @@ from quern.peers.base import PeerVariant, peer_variants
 from quern.pipeline.artifacts import ArtifactRequest, make_artifact
 from quern.pipeline.comparison_folder import ComparisonFolder
 from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
-from quern.pipeline.request import chosen_recipe
+from quern.pipeline.planning.text_budget import settled_recipe
+from quern.pipeline.request import chosen_recipe, refuse_files
 from quern.pipeline.stacking.matrix import stacking_of
-from quern.pipeline.text_budget import settled_recipe
 from quern.report.html import render
 from quern.texts.source import Text
 
@@ -96,7 +96,7 @@ def compare(
     progress = progress or Silent()
     if scenario == "mix":
         raise UserError(f"a mix needs weights: compare with another scenario, then {_WEIGH}")
-    chosen = [chosen_recipe(recipe, None, calibration_tokens) for recipe in recipes]
+    chosen = _chosen(recipes, calibration_tokens)
     others = peer_variants(peers)
     _check_distinct([*(recipe.name for recipe in chosen), *(other.row for other in others)])
     kept = _cache_precisions(caches)
@@ -130,6 +130,14 @@ def compare(
         write_output(folder.results, (results.model_dump_json(indent=2) + "\n").encode())
         write_output(folder.report, render(results).encode())
     return results
+
+
+def _chosen(recipes: Sequence[str | Path | Recipe], tokens: int | Literal["auto"] | None) -> list[Recipe]:
+    """The recipes, none of which may write a file."""
+    chosen = [chosen_recipe(recipe, None, tokens) for recipe in recipes]
+    for recipe in chosen:
+        refuse_files(recipe, "a comparison")
+    return chosen
 
 
 def _settled(

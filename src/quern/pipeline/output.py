@@ -1,4 +1,4 @@
-"""The output folder of the main job: whether it is free, holds the same job's result, or must not be touched."""
+"""The output of the main job, a folder or one file: is it free, or the same job's result, or to be left alone?"""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from quern.checkpoint.files import read_json
-from quern.checkpoint.output_place import OutputFolder, output_folder
+from quern.checkpoint.output_place import OutputFile, OutputFolder, output_folder
 from quern.checkpoint.tokenizer import COPIED
-from quern.checkpoint.work_folder import check_work_folder, differences, publication
+from quern.checkpoint.work_folder import WorkFolder, check_work_folder, differences, publication
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError, UserError, option
+from quern.formats.base import FORMATS, file_provenance
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 COMPLETE_WITH = (INDEX, CONFIG, PROVENANCE)
@@ -20,8 +21,22 @@ _TEMPLATES = "additional_chat_templates"
 """Folder that transformers writes for the tokenizer of some GGUF files."""
 
 
-def output_target(output: str | Path, model: str | Path, fresh: bool) -> OutputFolder:
-    """Where the artifact goes, tried out. Raises ``UserError`` where it cannot, or must not, be written."""
+Target = OutputFolder | OutputFile
+"""Where an artifact goes."""
+
+
+def output_target(output: str | Path, model: str | Path, fresh: bool, format: str = "quern") -> Target:
+    """Where the artifact of a ``format`` goes, tried out. Raises ``UserError`` where it cannot, or must not, be written."""
+    suffix = FORMATS.get(format).suffix
+    if suffix is not None:
+        if not str(output).lower().endswith(suffix):
+            raise UserError(
+                f"format {format} writes one file, whose name ends in {suffix}; the output is {str(output)!r}"
+            )
+        file = OutputFile.of(output, model, lambda path: file_provenance(path) is not None)
+        check_work_folder(file.work)
+        return file
+    _refuse_file_names(output, format)
     target = output_folder(output, model)
     holds_artifact = _provenance(target.path) is not None
     if target.entries() and not holds_artifact and publication(target.work) is None:
@@ -33,7 +48,39 @@ def output_target(output: str | Path, model: str | Path, fresh: bool) -> OutputF
     return target.tried()
 
 
-def finished_layers(target: OutputFolder, fingerprint: dict[str, Any], fresh: bool) -> list[dict[str, Any]] | None:
+def _refuse_file_names(output: str | Path, format: str) -> None:
+    """Raise ``UserError`` for a folder that is to be called like the file of another format."""
+    for name in FORMATS:
+        suffix = FORMATS.get(name).suffix
+        if suffix is not None and str(output).lower().endswith(suffix) and not Path(output).is_dir():
+            raise UserError(
+                f"{str(output)!r} is the name of a file of format {name}, and format {format} writes a folder. Add "
+                f"{option(f'format={name!r}', f'--format {name}')}, or choose another output"
+            )
+
+
+def publish(work: WorkFolder, target: Target, fresh: bool) -> None:
+    """Put the finished artifact where it was asked for, and remove the work folder."""
+    artifact = work.path("artifact")
+    if isinstance(target, OutputFile):
+        (file,) = artifact.iterdir()
+        work.publish_file(file, target.path, replaces=fresh or _is_empty(target.path))
+        return
+    replaced = artifact_names(target.path) if fresh else ()
+    work.publish(artifact, target.path, last=COMPLETE_WITH, replaces=replaced)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
+def artifact_size(artifact: Path) -> int:
+    """Bytes of an artifact's files."""
+    files = [artifact] if artifact.is_file() else [path for path in artifact.iterdir() if path.is_file()]
+    return sum(path.stat().st_size for path in files)
+
+
+def finished_layers(target: Target, fingerprint: dict[str, Any], fresh: bool) -> list[dict[str, Any]] | None:
     """Errors of all layers of the artifact that an earlier run of the same job finished, or None.
 
     Raises ``UserError`` for the result of another job.
@@ -49,10 +96,10 @@ def finished_layers(target: OutputFolder, fingerprint: dict[str, Any], fresh: bo
     return layers
 
 
-def provenance_notes(folder: Path) -> list[str]:
+def provenance_notes(artifact: Path) -> list[str]:
     """What should be known of how an artifact's weights are stored, as it was noted when they were made."""
     try:
-        return [str(note) for note in read_json(folder / PROVENANCE)["notes"]]
+        return [str(note) for note in _said(artifact)["notes"]]
     except (BadFileError, KeyError, TypeError):  # of an older version
         return []
 
@@ -77,10 +124,19 @@ def _own_names(target: OutputFolder) -> set[str]:
     return artifact_names(target.path) | (set() if moving is None else {*moving["order"], *moving["replaces"]})
 
 
-def _provenance(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
-    """Fingerprint and layers of what ``quern.json`` describes; None where there is none or it is none of quern's."""
+def _said(artifact: Path) -> dict[str, Any]:
+    """What an artifact says of what was done. Raises ``BadFileError`` for a folder without, ``KeyError`` for a file."""
+    if artifact.is_file():
+        if (found := file_provenance(artifact)) is None:
+            raise KeyError(artifact.name)
+        return found
+    return read_json(artifact / PROVENANCE)
+
+
+def _provenance(artifact: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Fingerprint and layers of what an artifact describes; None where there is none or it is none of quern's."""
     try:
-        found = read_json(folder / PROVENANCE)
+        found = _said(artifact)
         return dict(found["fingerprint"]), list(found["layers"])
     except (BadFileError, KeyError, TypeError, ValueError):
         return None

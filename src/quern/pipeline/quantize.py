@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.files import write_json
-from quern.checkpoint.tokenizer import copy_tokenizer, usable_tokenizer
+from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.comparison.artifact_size import source_notes
-from quern.core.artifact import PROVENANCE, CalibratedInputs
+from quern.core.artifact import CalibratedInputs
 from quern.core.errors import OutOfMemoryCapError, UserError
 from quern.core.machine.memory import forget_peak, peak_rss
 from quern.core.machine.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
 from quern.core.results import LayerError
+from quern.formats.base import FORMATS
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_model, open_original
 from quern.pipeline.blockwise import memory_plan, sensitivity
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
-from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of
+from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of, stand_in_note
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.blockwise.reference_stream import start_stream
-from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target, provenance_notes
+from quern.pipeline.output import artifact_size, finished_layers, output_target, provenance_notes, publish
 from quern.pipeline.planning.plan import PlanReport, candidates_of
+from quern.pipeline.planning.text_budget import settled_recipe
 from quern.pipeline.request import (
     cache_folder,
     calibration_sequences,
@@ -40,7 +41,6 @@ from quern.pipeline.request import (
     device_named,
     fingerprint_of,
 )
-from quern.pipeline.text_budget import settled_recipe
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.scale_dtypes import note as scale_note
 from quern.texts.source import Text
@@ -81,23 +81,26 @@ def quantize(
     fresh: bool = False,
     threads: int | None = None,
     format: str | None = None,
+    format_options: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``.
+    """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``, or the file of a format
+    that is one.
 
     A recipe with an allocation is planned first (see ``planning/plan.py``), for the target that it names.
     ``calibration``: texts, or files of text or records (docs/texts.md; default: modules of the running Python's standard
     library), ``calibration_tokens`` of them (default: as the recipe says; ``auto``: as many as are worth it, found within
-    ``calibration_time`` seconds where that is given). ``memory``: cap of the resident set in bytes. ``cache``: a folder for
-    what other recipes can use again for the same model and calibration; the time that this spares counts in the report's
-    ``seconds``. An interrupted run continues where it stopped; the same arguments give the same
-    bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met, ``BadFileError`` for damage.
+    ``calibration_time`` seconds where that is given). ``memory``: cap of the resident set in bytes. ``format_options``:
+    choices that the format has besides (docs/gguf.md). ``cache``: a folder for what other recipes can use again for the same
+    model and calibration; the time that this spares counts in the report's ``seconds``. An interrupted run continues where
+    it stopped; the same arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests that
+    cannot be met, ``BadFileError`` for damage.
     """
     progress = progress or Silent()
-    target = output_target(output, model, fresh)
-    output = Path(os.path.expanduser(output))
-    checkpoint, chosen = open_original(model, progress=progress), chosen_recipe(recipe, format, calibration_tokens)
+    chosen = chosen_recipe(recipe, format, calibration_tokens)
+    target, output = output_target(output, model, fresh, chosen.format), Path(os.path.expanduser(output))
+    checkpoint = open_original(model, progress=progress)
     given: dict[str, Any] = {"device": device, "seed": seed, "threads": threads, "progress": progress}
     chosen, text_notes = settled_recipe(
         chosen, checkpoint, calibration, calibration_tokens, calibration_time, cache=cache, **given)  # fmt: skip
@@ -106,12 +109,13 @@ def quantize(
     chosen = chosen if planned is None else planned.recipe
     architecture = architecture_of(checkpoint.config)
     plan, where = plan_of(chosen, architecture), device_named(device)
-    writer = checked_writer(chosen, plan, architecture)
+    writer, extra = checked_writer(chosen, plan, architecture), dict(format_options or {})
     tokenizer = usable_tokenizer(checkpoint.path, chosen.needs_calibration)
     named_ends(checkpoint)  # the artifact takes the file over and could not generate with a bad one
     check_kept(checkpoint, architecture, plan)
+    writer.prepare(checkpoint, extra)
     text = CalibrationText(calibration, tokenizer, chosen.calibration) if chosen.needs_calibration else None
-    fingerprint = fingerprint_of(checkpoint, chosen, text, seed, device, progress)
+    fingerprint = fingerprint_of(checkpoint, chosen, text, seed, device, progress, extra)
     if (layers := finished_layers(target, fingerprint, fresh)) is not None:
         finish_removal(target.work, target.path)
         return _finished(output, chosen, checkpoint, layers, planned)
@@ -132,28 +136,36 @@ def quantize(
                 work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
             raise
         work.finish("started", [], {})
-        spared = 0.0
-        if sensitivity.needed(job):
-            shared = None if cache is None else sensitivity.shared_folder(Path(cache), fingerprint, job)
-            spared = sensitivity.run(job, shared)
-        quantize_outer(job)
-        start_chain(job)
-        if job.follows_drift:
-            start_stream(job)
-        quantize_blocks(job)
+        spared = _carry_out(job, cache, fingerprint)
         layers = _write_metadata(job, fingerprint, notes := [*text_notes, *(text.notes if text else ())])
-        replaced = artifact_names(target.path) if fresh else ()
-        work.publish(work.path("artifact"), target.path, last=COMPLETE_WITH, replaces=replaced)
+        publish(work, target, fresh)
     before = planned.seconds if planned else 0.0
     seconds = time.perf_counter() - started + (before or spared)  # planning computes the token weights too
     return _report(output, chosen, checkpoint, seconds, layers, resumed, [*notes, *writer.notes()], planned)
+
+
+def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) -> float:
+    """All steps, from the token weights to the last block; the seconds that ``cache`` spared."""
+    spared = 0.0
+    if sensitivity.needed(job):
+        shared = None if cache is None else sensitivity.shared_folder(Path(cache), fingerprint, job)
+        spared = sensitivity.run(job, shared)
+    quantize_outer(job)
+    start_chain(job)
+    if job.follows_drift:
+        start_stream(job)
+    quantize_blocks(job)
+    return spared
 
 
 def _planned(checkpoint: Checkpoint, recipe: Recipe, threads: int | None, **given: Any) -> PlanReport | None:
     """What the recipe's allocation decides for its target; None without one."""
     if recipe.allocation is None:
         return None
-    return candidates_of(checkpoint, recipe, threads=threads, **given).choose(recipe.allocation.target, threads)
+    sized = FORMATS.get(recipe.format).sized_like or recipe.format
+    candidates = candidates_of(checkpoint, recipe.model_copy(update={"format": sized}), threads=threads, **given)
+    found = candidates.choose(recipe.allocation.target, threads)
+    return replace(found, recipe=found.recipe.model_copy(update={"format": recipe.format}))
 
 
 def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
@@ -171,17 +183,16 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
         dtypes |= record.get("scale_dtypes", {})
         inputs += record.get("inputs", [])
     job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
-    stored_otherwise = [*kept_note(job.plan), *scale_note(dtypes)]
+    instead = stand_in_note(job.recipe, job.plan, job.architecture)
+    stored_otherwise = [*kept_note(job.plan), *instead, *scale_note(dtypes)]
     notes += stored_otherwise
-    files = sorted(path.name for path in job.work.path("artifact").iterdir())
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
-    provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": files}
+    provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": []}
     if inputs and job.sequences is not None:
         tokens, sequences = job.sequences.numel(), len(job.sequences)
         seen = {"tokens": tokens, "sequences": sequences, "groups": inputs}
         provenance["inputs"] = CalibratedInputs.model_validate(seen).model_dump(mode="json")
-    write_json(job.work.path("artifact", PROVENANCE), provenance)
-    copy_tokenizer(job.checkpoint.path, job.work.path("artifact"))
+    job.writer.accompany(job.work, provenance, job.checkpoint)
     return errors
 
 
@@ -205,7 +216,7 @@ def _report(
 ) -> QuantizeReport:
     predicted = {matrix.name: matrix.loss for matrix in planned.matrices} if planned else {}
     artifact = open_model(output.resolve())
-    size = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
+    size = artifact_size(output)
     data = sum(artifact.info(name).stored_bytes for name in artifact.names())
     return QuantizeReport(
         path=output,

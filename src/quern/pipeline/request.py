@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -46,6 +48,15 @@ def chosen_recipe(
         return chosen
     calibration = chosen.calibration.model_copy(update={"tokens": calibration_tokens})
     return chosen.model_copy(update={"calibration": calibration})
+
+
+def refuse_files(recipe: Recipe, who: str) -> None:
+    """Raise ``UserError`` for a recipe whose format is one file, where ``who`` makes folders."""
+    if FORMATS.get(recipe.format).suffix is not None:
+        raise UserError(
+            f"{who} makes folders, and format {recipe.format} of recipe {recipe.name!r} is one file. Leave format out; "
+            "quern export writes the file, with the same values"
+        )
 
 
 def checked_writer(recipe: Recipe, plan: Plan, architecture: Architecture) -> ArtifactWriter:
@@ -95,7 +106,13 @@ def _check_kept(recipe: Recipe, plan: Plan) -> None:
 
 
 def fingerprint_of(
-    checkpoint: Checkpoint, recipe: Recipe, text: CalibrationText | None, seed: int, device: str, progress: Progress
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    text: CalibrationText | None,
+    seed: int,
+    device: str,
+    progress: Progress,
+    format_options: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What was asked for: everything that the bytes of the artifact depend on, the arithmetic apart.
 
@@ -109,6 +126,7 @@ def fingerprint_of(
         "calibration_sha256": None if text is None else text.sha256,
         "seed": seed,
         "device": device,
+        **({"format_options": dict(format_options)} if format_options else {}),
     }
 
 

@@ -18,7 +18,6 @@ import quern
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
-from quern.checkpoint.output_place import OutputFolder
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.core.artifact import PROVENANCE
@@ -35,9 +34,9 @@ from quern.formats.base import ArtifactWriter
 from quern.formats.quern import METHOD
 from quern.loading.fitting import open_original
 from quern.pipeline.blockwise.job import plan_of
-from quern.pipeline.output import COMPLETE_WITH, artifact_names, finished_layers, output_target, provenance_notes
+from quern.pipeline.output import Target, finished_layers, output_target, provenance_notes, publish
 from quern.pipeline.quantize import quantize
-from quern.pipeline.request import checked_writer, chosen_recipe
+from quern.pipeline.request import checked_writer, chosen_recipe, refuse_files
 from quern.pipeline.training import memory as memory_plan
 from quern.pipeline.training.artifact import Start, check_trainable, linear_schemes, make_student
 from quern.pipeline.training.result import write_artifact, write_metadata
@@ -123,6 +122,8 @@ def train(
         )
     given = None if artifact is None else _of_model(Start.open(Path(artifact)), original, progress)
     chosen = None if recipe is None else chosen_recipe(recipe, None)
+    if chosen is not None:
+        refuse_files(chosen, "training")
     begins_with = chosen if given is None else given.recipe
     assert begins_with is not None
     asked = {
@@ -182,7 +183,7 @@ class _Request:
     recipe: Recipe | None
     given: Start | None
     asked: dict[str, Any]
-    target: OutputFolder
+    target: Target
     memory: int | None
     threads: int | None
     progress: Progress
@@ -213,8 +214,7 @@ class _Request:
             training = {**self.settings.to_json(), "text_sha256": self.text.sha256, "tokens": sequences.numel(),
                         "heldout_tokens": heldout * sequences.shape[1], **described(history)}  # fmt: skip
             write_metadata(work, writer, start, self.original, self.asked, training, notes)
-            replaced = artifact_names(self.target.path) if fresh else ()
-            work.publish(work.path("artifact"), self.target.path, last=COMPLETE_WITH, replaces=replaced)
+            publish(work, self.target, fresh)
         return resumed, [*start.provenance["notes"], *notes, *writer.notes()]
 
     def _check(self, plan: Plan, recipe: Recipe, architecture: Architecture, sequences: Tensor) -> ArtifactWriter:

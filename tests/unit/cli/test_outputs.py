@@ -20,6 +20,7 @@ COMMANDS = {
     "quantize": ("quantize", "model", "-o", "out", "--recipe", "rtn4"),
     "train": ("train", "model", "-o", "out", "--recipe", "rtn4"),
     "compare": ("compare", "model", "-o", "out", "--recipes", "rtn4", "--peers", "hqq"),
+    "export": ("export", "artifact", "-o", "out/model.gguf"),
     "report": ("report", "results.json", "-o", "out/report.html"),
 }
 """Every verb that takes an output, and how it is asked to write below ``out``."""
@@ -31,6 +32,7 @@ STRANGERS = {
         *("results.json", "report.html", "artifacts", "artifacts/rtn4/file", "artifacts/rtn4.json", "artifacts/rtn4"),
         *("artifacts/hqq-int4-g64/file", "artifacts/hqq-int4-g64.json", "cache", "cache/windows.txt"),
     ),
+    "export": ("model.gguf",),
     "report": ("report.html",),
 }
 REFUSALS = ("not written by quern", "not an artifact of quern", "not a quern work folder", "is no folder")

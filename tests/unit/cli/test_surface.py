@@ -42,13 +42,14 @@ SURFACE = {
             "--device",
             "--seed",
         ),
-        *("--fresh", "--threads", "--format", "--json"),
+        *("--fresh", "--threads", "--format", "--format-option", "--json"),
         *TARGET,
     },
     "train": {
         *("MODEL", "--output", "-o", "--recipe", "--from", "--text", "--train", "--tokens", "--passes"),
         *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json"),
     },
+    "export": {"PATH", "--output", "-o", "--format", "--format-option", "--fresh", "--json"},
     "evaluate": {
         *("MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--engine", "--seed", "--json"),
         *("--no-speed", "--tasks", "--tasks-path", "--limit", "--cache"),

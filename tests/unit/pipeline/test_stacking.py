@@ -116,7 +116,9 @@ def test_a_runtime_that_does_not_read_the_format_is_refused_with_what_it_reads()
     assert report.label == "refuses"
     assert report.problems == ["vllm does not read the format quern: it reads compressed-tensors"]
     assert "set codec: integer" in " ".join(report.notes)
-    assert "no format that quern writes is for it" in quern.check("nf4", runtime="llama.cpp").problems[0]
+    assert quern.check("nf4", runtime="llama.cpp").problems == [
+        "llama.cpp does not read the format quern: it reads gguf"
+    ]
 
 
 def test_a_recipe_is_checked_for_a_model(tmp_path) -> None:

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quern.checkpoint.gguf.header import GgufArray, GgufHeader
+from quern.checkpoint.gguf.names import FAMILIES, OTHER, ROPE_FREQUENCIES
 from quern.core.errors import BadFileError, UserError
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""``general.architecture`` to the class that transformers has for it. Mistral's files call themselves llama."""
-ROPE_FREQUENCIES = "rope_freqs.weight"
-OTHER = "Give another file of a whole model"
+READ = tuple(name for name, family in FAMILIES.items() if family.architecture == name)
+"""What ``general.architecture`` may be. Mistral's files call themselves llama."""
 WINDOWED_LAYERS = ".attention.sliding_window_pattern"
 """End of the key under which a file says which layers have a window; an array of truth values."""
 
@@ -45,9 +44,9 @@ def config_of(path: Path, header: GgufHeader, factors: NDArray[np.float64] | Non
     """
     metadata, tensors = header.metadata, header.tensors
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
+    if not isinstance(architecture, str) or architecture not in READ:
         raise UserError(
-            f"{path} holds a {str(architecture)[:40]!r} model; GGUF models that are read: {', '.join(FAMILIES)}"
+            f"{path} holds a {str(architecture)[:40]!r} model; GGUF models that are read: {', '.join(READ)}"
         )
     if "token_embd.weight" not in tensors:
         raise BadFileError(path, "holds no token_embd.weight", OTHER)
@@ -57,7 +56,7 @@ def config_of(path: Path, header: GgufHeader, factors: NDArray[np.float64] | Non
     vocabulary = tensors["token_embd.weight"].shape[0]
     config = {
         "model_type": architecture,
-        "architectures": [FAMILIES[architecture]],
+        "architectures": [FAMILIES[architecture].class_name],
         "hidden_size": field("embedding_length", int),
         "intermediate_size": field("feed_forward_length", int),
         "num_hidden_layers": field("block_count", int),
@@ -244,7 +243,7 @@ def _factors_scaling(path: Path, factors: NDArray[np.float64], config: Mapping[s
     if not (np.isfinite(factors) & (factors > 0)).all():
         raise BadFileError(path, f"{ROPE_FREQUENCIES} holds factors that are not above 0", OTHER)
     factor = float(f"{factors.max():.6g}")  # float32 holds no more digits
-    if factor >= 1 and np.allclose(factors, _llama3_factors(config, factor), rtol=1e-5):
+    if factor >= 1 and np.allclose(factors, llama3_factors(config, {"factor": factor, **_LLAMA3}), rtol=1e-5):
         return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
     listed = [float(str(np.float32(value))) for value in factors]
     return {
@@ -257,9 +256,10 @@ def _factors_scaling(path: Path, factors: NDArray[np.float64], config: Mapping[s
     }
 
 
-def _llama3_factors(config: Mapping[str, Any], factor: float) -> NDArray[np.float64]:
+def llama3_factors(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> NDArray[np.float64]:
+    """What Llama 3's ``scaling`` divides the frequencies of a head by, ``(head_dim / 2,)``."""
     half = config["head_dim"] // 2
     wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(half) / half)
-    low, high, context = _LLAMA3.values()
+    low, high, context = (scaling[key] for key in _LLAMA3)
     smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
-    return np.asarray(1 / ((1 - smooth) / factor + smooth))
+    return np.asarray(1 / ((1 - smooth) / scaling["factor"] + smooth))

@@ -7,7 +7,6 @@ dequantized one tensor at a time, a few rows at a time, to float32 (float16 and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,16 @@ import torch
 from numpy.typing import NDArray
 
 from quern.checkpoint.files import InputFile
-from quern.checkpoint.gguf.config import FAMILIES, OTHER, ROPE_FREQUENCIES, WINDOWED_LAYERS, config_of
+from quern.checkpoint.gguf.config import WINDOWED_LAYERS, config_of
 from quern.checkpoint.gguf.header import GgufTensor
+from quern.checkpoint.gguf.names import (
+    FAMILIES,
+    OTHER,
+    ROPE_FREQUENCIES,
+    reordered_heads,
+    restore_row_order,
+    transformers_name,
+)
 from quern.checkpoint.gguf.split import GgufParts, read_parts
 from quern.checkpoint.safetensors_file import DTYPES, TensorInfo, allocate_bytes
 from quern.core.errors import BadFileError, UserError
@@ -31,28 +38,7 @@ GGML_DTYPES = {F32: "F32", 1: "F16", 30: "BF16"}
 """Types of ggml that are dtypes of torch: read as they are stored."""
 MOST_FREQUENCIES = 1 << 16
 
-_OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_INSIDE = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)")
-
-
-_KEPT = frozenset(family + WINDOWED_LAYERS for family in FAMILIES)
+_KEPT = frozenset(family.architecture + WINDOWED_LAYERS for family in FAMILIES.values())
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], GgufSource]:
     parts = read_parts(path, _KEPT)
     first, header = parts.paths[0], parts.header
     config = config_of(first, header, _rotary_factors(parts))
-    names = {_name(first, stored): stored for stored in header.tensors if stored != ROPE_FREQUENCIES}
+    names = {transformers_name(first, stored): stored for stored in header.tensors if stored != ROPE_FREQUENCIES}
     stored = {name: header.tensors[gguf_name] for name, gguf_name in names.items()}
     places = {name: parts.places[gguf_name] for name, gguf_name in names.items()}
     infos = {
@@ -127,39 +113,16 @@ def rounding_note(source: GgufSource) -> str | None:
     )
 
 
-def _name(path: Path, stored: str) -> str:
-    """transformers' name of a tensor."""
-    if stored in _OUTSIDE:
-        return _OUTSIDE[stored]
-    match = _BLOCK.fullmatch(stored)
-    if match is None or match[2] not in _INSIDE:
-        raise BadFileError(path, f"holds tensor {stored!r}, which these model families do not have", OTHER)
-    return f"model.layers.{int(match[1])}.{_INSIDE[match[2]]}.{match[3]}"
-
-
 def _reordered(path: Path, config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """The q and k tensors of a Llama or Mistral with their number of heads."""
-    if config["model_type"] not in ("llama", "mistral"):
-        return {}
+    """The tensors whose rows are in another order, with their number of heads."""
     result: dict[str, int] = {}
     for name, info in infos.items():
-        for part, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if f".{part}." in name:
-                if info.shape[0] % (2 * config[key]):
-                    raise BadFileError(
-                        path, f"{name} has {info.shape[0]} rows, not pairs for {config[key]} heads", OTHER
-                    )
-                result[name] = config[key]
+        if (heads := reordered_heads(config, name)) is None:
+            continue
+        if info.shape[0] % (2 * heads):
+            raise BadFileError(path, f"{name} has {info.shape[0]} rows, not pairs for {heads} heads", OTHER)
+        result[name] = heads
     return result
-
-
-def restore_row_order(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's order of the rows of q and k.
-
-    transformers rotates row i of a head with row i + size/2; llama.cpp rotates neighbours, so its converter interleaves
-    the halves. ``tensor``: ``(heads * size, ...)``.
-    """
-    return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 def _read_dtype(path: Path, name: str, kind: int) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from quern.checkpoint.gguf.header import read_gguf_header
+from quern.checkpoint.gguf.pre_tokenizers import RULES, Rule, rule_named
 from quern.checkpoint.panics import panics_as_errors
 from quern.core.errors import BadFileError, UserError
 
@@ -20,65 +21,15 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-_PREFIX = "tokenizer.ggml."
-_ARRAYS = frozenset(_PREFIX + name for name in ("tokens", "scores", "token_type", "merges"))
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
-_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+PREFIX = "tokenizer.ggml."
+ARRAYS = frozenset(PREFIX + name for name in ("tokens", "scores", "token_type", "merges"))
+"""Keys of the arrays that make up a tokenizer."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Kinds of tokens."""
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _ENDS = ("eot", "eom")
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _INSTEAD = "Give the model's folder, which holds its tokenizer.json"
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = r"[^\r\n\p{L}\p{N}]?{0}*{1}+{2}|[^\r\n\p{L}\p{N}]?{0}+{1}*{2}"
-
-
-def _cased(ending: str) -> str:
-    """Words in which small letters follow capitals, with ``ending`` after them."""
-    return _CASED.replace("{0}", _UPPER).replace("{1}", _LOWER).replace("{2}", ending)
-
-
-class _Rule(NamedTuple):
-    """How text is cut into words, and what goes with it."""
-
-    cuts: tuple[str, ...]
-    """Regular expressions, one after another; what they match is set apart."""
-    whole_words: bool = False
-    """Whether a word that is a token is taken as it is, without merging."""
-    begins: bool = False
-    """Whether a text begins with the BOS token where the file does not say."""
-    composed: bool = False
-    """Whether text is brought into Unicode's composed form first."""
-
-
-_RULES = {
-    ("gpt-2", "default", "phi-2", "mpt", "olmo", "jais", "gigachat", "a.x-4.0", "mellum", "exaone4"): _Rule((_GPT2,)),
-    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"): _Rule((r"\p{N}", _GPT2)),
-    ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "lfm2"): _Rule(
-        (_WORDS + r"|\p{N}{1,3}" + _REST,), whole_words=True, begins=True
-    ),
-    ("dbrx", "smaug-bpe"): _Rule((_WORDS + r"|\p{N}{1,3}" + _REST,)),
-    ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"): _Rule((_WORDS + r"|\p{N}" + _REST,), composed=True),
-    ("stablelm2", "hunyuan", "solar-open"): _Rule((_WORDS + r"|\p{N}" + _REST,)),
-    ("qwen35",): _Rule(
-        (
-            _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-            r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
-        composed=True,
-    ),
-    ("tekken",): _Rule(
-        (_cased("") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",), whole_words=True, begins=True
-    ),
-    ("gpt-4o", "llama4", "kanana2"): _Rule(
-        (_cased(_CONTRACTIONS + "?") + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
-    ),
-    ("deepseek-coder",): _Rule(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
-}
-"""By the names that llama.cpp gives them (``tokenizer.ggml.pre``)."""
 
 
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -86,15 +37,19 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
     Raises ``UserError`` for a kind of tokenizer that is not read, ``BadFileError`` where the file contradicts itself.
     """
-    metadata = read_gguf_header(path, _ARRAYS).metadata
-    model = metadata.get(_PREFIX + "model")
+    return tokenizer_of(path, read_gguf_header(path, ARRAYS).metadata)
+
+
+def tokenizer_of(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer that the ``metadata`` of ``path`` describe, of whose arrays ``ARRAYS`` are kept. Raises as above."""
+    model = metadata.get(PREFIX + "model")
     if model not in ("gpt2", "llama"):
         raise UserError(
             f"{path} has {'no tokenizer' if model is None else f'a tokenizer {str(model)[:40]!r}'}; those that are read "
             f"from a GGUF are gpt2 (byte-level BPE) and llama (SentencePiece). {_INSTEAD}"
         )
     tokens, kinds = _vocabulary(path, metadata)
-    rule = _rule(path, metadata) if model == "gpt2" else _Rule((), begins=True)
+    rule = _rule(path, metadata) if model == "gpt2" else Rule((), begins=True)
     try:
         with panics_as_errors():
             tokenizer = (
@@ -111,16 +66,16 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _array(path: Path, metadata: Mapping[str, Any], name: str, kind: type) -> tuple[Any, ...]:
-    found = metadata.get(_PREFIX + name, ())
+    found = metadata.get(PREFIX + name, ())
     if not isinstance(found, tuple) or not all(type(value) is kind for value in found):
-        raise BadFileError(path, f"metadata {_PREFIX + name!r} must be an array of {kind.__name__}", _INSTEAD)
+        raise BadFileError(path, f"metadata {PREFIX + name!r} must be an array of {kind.__name__}", _INSTEAD)
     return found
 
 
 def _vocabulary(path: Path, metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Texts and kinds of all tokens."""
     tokens = _array(path, metadata, "tokens", str)
-    kinds = _array(path, metadata, "token_type", int) or (1,) * len(tokens)
+    kinds = _array(path, metadata, "token_type", int) or (NORMAL,) * len(tokens)
     if not tokens:
         raise BadFileError(path, "its tokenizer has no tokens", _INSTEAD)
     if len(kinds) != len(tokens):
@@ -128,12 +83,11 @@ def _vocabulary(path: Path, metadata: Mapping[str, Any]) -> tuple[tuple[str, ...
     return tokens, kinds
 
 
-def _rule(path: Path, metadata: Mapping[str, Any]) -> _Rule:
-    name = metadata.get(_PREFIX + "pre", "default")
-    for names, rule in _RULES.items():
-        if name in names:
-            return rule
-    known = ", ".join(sorted(name for names in _RULES for name in names))
+def _rule(path: Path, metadata: Mapping[str, Any]) -> Rule:
+    name = metadata.get(PREFIX + "pre", "default")
+    if isinstance(name, str) and (rule := rule_named(name)) is not None:
+        return rule
+    known = ", ".join(sorted(name for names in RULES for name in names))
     raise UserError(
         f"{path} cuts text into words by the rule {str(name)[:40]!r} (tokenizer.ggml.pre), which is not known; known: "
         f"{known}. {_INSTEAD}"
@@ -142,11 +96,11 @@ def _rule(path: Path, metadata: Mapping[str, Any]) -> _Rule:
 
 def _ids(tokens: tuple[str, ...], kinds: tuple[int, ...]) -> dict[str, int]:
     """Number of every token that text can become; ``UNUSED`` ones only fill the embedding's rows."""
-    return {token: index for index, token in enumerate(tokens) if kinds[index] != _UNUSED}
+    return {token: index for index, token in enumerate(tokens) if kinds[index] != UNUSED}
 
 
 def _byte_level(
-    path: Path, metadata: Mapping[str, Any], tokens: tuple[str, ...], kinds: tuple[int, ...], rule: _Rule
+    path: Path, metadata: Mapping[str, Any], tokens: tuple[str, ...], kinds: tuple[int, ...], rule: Rule
 ) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -178,30 +132,32 @@ def _sentence_piece(
     if len(scores) != len(tokens):
         raise BadFileError(path, f"its tokenizer has {len(tokens)} tokens and scores of {len(scores)}", _INSTEAD)
     vocabulary = _ids(tokens, kinds)
-    unknown = metadata.get(_PREFIX + "unknown_token_id", kinds.index(_UNKNOWN) if _UNKNOWN in kinds else None)
+    unknown = metadata.get(PREFIX + "unknown_token_id", kinds.index(UNKNOWN) if UNKNOWN in kinds else None)
     model = models.BPE(
         vocab=vocabulary,
-        merges=_merges(vocabulary, scores, kinds),
+        merges=merges_of_scores(vocabulary, scores, kinds),
         unk_token=tokens[unknown] if type(unknown) is int and 0 <= unknown < len(tokens) else None,
         fuse_unk=True,
         byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
-    spaced = metadata.get(_PREFIX + "add_space_prefix", True) is not False
-    first = [normalizers.Prepend(_SPACE)] if spaced else []
-    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
+    spaced = metadata.get(PREFIX + "add_space_prefix", True) is not False
+    first = [normalizers.Prepend(SPACE)] if spaced else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
     last = [decoders.Strip(" ", 1, 0)] if spaced else []
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *last]
     )
     return tokenizer
 
 
-def _merges(vocabulary: dict[str, int], scores: tuple[float, ...], kinds: tuple[int, ...]) -> list[tuple[str, str]]:
+def merges_of_scores(
+    vocabulary: dict[str, int], scores: tuple[float, ...], kinds: tuple[int, ...]
+) -> list[tuple[str, str]]:
     """SentencePiece merges whichever pair gives the piece of the highest score; the first piece wins a tie."""
     ranked = []
     for piece, index in vocabulary.items():
-        if kinds[index] in (1, _USER_DEFINED):
+        if kinds[index] in (NORMAL, USER_DEFINED):
             halves = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
             pairs = [(left, right) for left, right in halves if left in vocabulary and right in vocabulary]
             ranked += [(-scores[index], index, vocabulary[left], left, right) for left, right in pairs]
@@ -216,22 +172,22 @@ def _finished(
     from transformers import PreTrainedTokenizerFast
 
     def special(name: str) -> str | None:
-        index = metadata.get(f"{_PREFIX}{name}_token_id")
+        index = metadata.get(f"{PREFIX}{name}_token_id")
         return tokens[index] if type(index) is int and 0 <= index < len(tokens) else None
 
-    named = {key: token for key, name in _SPECIAL.items() if (token := special(name)) is not None}
+    named = {key: token for key, name in SPECIAL.items() if (token := special(name)) is not None}
     ends = {token for name in _ENDS if (token := special(name)) is not None}
-    control = {token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL}
+    control = {token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL}
     wanted = control | ends | set(named.values())
     # Numbers must stay what they are, so tokens are added in their order; each has its place in the vocabulary already.
     numbers = _ids(tokens, kinds)
     for token in sorted(numbers, key=numbers.__getitem__):
-        if token and (token in wanted or kinds[numbers[token]] == _USER_DEFINED):
+        if token and (token in wanted or kinds[numbers[token]] == USER_DEFINED):
             added = AddedToken(token, normalized=False, special=token in wanted)
             tokenizer.add_special_tokens([added]) if token in wanted else tokenizer.add_tokens([added])
     bos, eos = named.get("bos_token"), named.get("eos_token")
-    before = bos if metadata.get(_PREFIX + "add_bos_token", begins) is True else None
-    behind = eos if metadata.get(_PREFIX + "add_eos_token", False) is True else None
+    before = bos if metadata.get(PREFIX + "add_bos_token", begins) is True else None
+    behind = eos if metadata.get(PREFIX + "add_eos_token", False) is True else None
     if before is not None or behind is not None:
         around = [*([before] if before else []), "$A", *([behind] if behind else [])]
         again = [piece.replace("$A", "$B:1") for piece in around]

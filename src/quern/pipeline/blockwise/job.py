@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from quern.architectures.base import Architecture, parameter_reader
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.work_folder import WorkFolder
 from quern.codecs.base import codec_of
+from quern.codecs.scheme_text import scheme_text
 from quern.core.machine.parallel import Workers
 from quern.core.plan import Plan, make_plan
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe
+from quern.core.scheme import CodecScheme
 from quern.formats.base import ArtifactWriter
 from quern.quantization.block import about
 from quern.quantization.calibration.activations import ActivationFile
@@ -115,5 +118,30 @@ def kept_note(plan: Plan) -> list[str]:
 
 def plan_of(recipe: Recipe, architecture: Architecture) -> Plan:
     """What ``recipe`` makes of every matrix of a model."""
+    asked, shapes = _asked(recipe, architecture), architecture.module_shapes()
+    known: dict[tuple[CodecScheme, tuple[int, ...]], CodecScheme] = {}
+    plans = {}
+    for name, plan in asked.items():
+        rows, columns = shapes[f"{name}.weight"]
+        if (key := (plan.scheme, (rows, columns))) not in known:
+            known[key] = codec_of(plan.scheme).fitting((rows, columns)) if plan.quantized else plan.scheme
+        plans[name] = plan if known[key] == plan.scheme else replace(plan, scheme=known[key])
+    return Plan(plans)
+
+
+def _asked(recipe: Recipe, architecture: Architecture) -> Plan:
     head = None if architecture.tied else architecture.head
     return make_plan(recipe, architecture.linears, architecture.embedding, head)
+
+
+def stand_in_note(recipe: Recipe, plan: Plan, architecture: Architecture) -> list[str]:
+    """What whoever uses the artifact should know of matrices whose rows do not fit the scheme that was asked for."""
+    counts: Counter[tuple[str, str, int]] = Counter()
+    for name, asked in _asked(recipe, architecture).items():
+        if (found := plan[name].scheme) != asked.scheme:
+            columns = architecture.module_shapes()[f"{name}.weight"][1]
+            counts[scheme_text(asked.scheme), scheme_text(found), columns] += 1
+    return [
+        f"{count} matrices with rows of {columns} weights are stored as {instead}, because these do not fit {wanted}"
+        for (wanted, instead, columns), count in counts.items()
+    ]

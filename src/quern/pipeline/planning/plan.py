@@ -32,6 +32,7 @@ from quern.pipeline.blockwise.job import Job, keeping, plan_of
 from quern.pipeline.planning.budget import USUAL_CONTEXT, Budget, Chooser, Chosen, decided
 from quern.pipeline.planning.losses import LossTable, loss_table, table_fingerprint, table_folder
 from quern.pipeline.planning.sizes import Sizes
+from quern.pipeline.planning.text_budget import settled_recipe
 from quern.pipeline.request import (
     cache_folder,
     calibration_sequences,
@@ -40,7 +41,6 @@ from quern.pipeline.request import (
     device_named,
     fingerprint_of,
 )
-from quern.pipeline.text_budget import settled_recipe
 from quern.quantization.allocation.candidate import Candidate, grouped
 from quern.texts.source import Text
 

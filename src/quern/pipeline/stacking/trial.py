@@ -25,6 +25,7 @@ from quern.engines.base import ENGINES
 from quern.engines.cpu import CpuEngine, cache_named
 from quern.evaluation.accuracy import DocumentScore, reference_logits, score_windows
 from quern.evaluation.texts import Window
+from quern.formats.base import FORMATS
 from quern.pipeline.quantize import quantize
 from quern.pipeline.stacking.answer import Together, runtime_obstacle
 from quern.pipeline.stacking.parts import NEUTRAL, PLAIN, REMEDIES, Keys
@@ -117,7 +118,7 @@ class Trials:
         recipe = parse_recipe({**self.plain, **keys}, "stack")
         key = json.dumps(recipe.to_json(), sort_keys=True)
         if key not in self._artifacts:
-            path = self.folder / f"{len(self._artifacts):04d}"
+            path = self.folder / f"{len(self._artifacts):04d}{FORMATS.get(recipe.format).suffix or ''}"
             quantize(self.model, path, recipe=recipe, seed=self.seed, threads=1)
             self._artifacts[key] = path
         return self._artifacts[key]

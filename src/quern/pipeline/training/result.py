@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.files import write_json
-from quern.checkpoint.tokenizer import copy_tokenizer
 from quern.checkpoint.work_folder import WorkFolder
-from quern.core.artifact import PROVENANCE
 from quern.core.packed import PackedLinear, QuantizedWeight
 from quern.formats.base import ArtifactWriter
 from quern.pipeline.training.artifact import Start
@@ -75,13 +72,11 @@ def write_metadata(
     """The format's own files, provenance and tokenizer."""
     writer.finish(work, original.config, start.plan)
     before = start.provenance
-    files = sorted(path.name for path in work.path("artifact").iterdir())
     provenance = {
         **before,
         "fingerprint": fingerprint,
         "notes": [*before["notes"], *notes],
-        "files": files,
+        "files": [],
         "training": training,
     }
-    write_json(work.path("artifact", PROVENANCE), provenance)
-    copy_tokenizer(original.path, work.path("artifact"))
+    writer.accompany(work, provenance, original)

@@ -76,11 +76,12 @@ class Gptq(Rounding):
             loop = loop_of(encoder, places, native)
             for k, end in pieces(stop - start, width if width > 1 else group or stop - start):
                 column = start + k
-                if group and column % group == 0:
-                    last = min(k + group, stop - start)
-                    values = torch.addmm(target[k:last], inside[k:last, :k], done[:k])
-                    values = _expected(values, original[k:last], inside[k:last, k:last])
-                    encoder.refit(column, values, factor.diagonal[column : start + last])
+                for size, fit in ((group, encoder.refit), (encoder.refine_width, encoder.refine)):
+                    if size and column % size == 0:
+                        last = min(k + size, stop - start)
+                        values = torch.addmm(target[k:last], inside[k:last, :k], done[:k])
+                        values = _expected(values, original[k:last], inside[k:last, k:last])
+                        fit(column, values, factor.diagonal[column : start + last])
                 if width > 1:
                     _round_jointly(encoder, column, slice(k, end), target, original, inside, done, rounded)
                 else:

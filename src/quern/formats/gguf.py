@@ -1,0 +1,266 @@
+"""GGUF: one file that llama.cpp loads, and whatever is built on it (docs/gguf.md).
+
+Every matrix lies in blocks of a ggml type that its codec names (``Codec.ggml``), norms and biases are float32, and what
+stayed as it was keeps its dtype. Stages are kept beside each other until all are done; then the file is written from front
+to back. Its metadata also hold what ``quern.json`` says of other artifacts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import quern
+from quern.architectures.base import Architecture
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.files import read_json
+from quern.checkpoint.gguf.header import read_gguf_header
+from quern.checkpoint.gguf.names import ROPE_FREQUENCIES, gguf_name, interleave_rows, reordered_heads
+from quern.checkpoint.gguf.writing.container import TensorPlan, write_gguf
+from quern.checkpoint.gguf.writing.metadata import ModelMetadata, model_metadata
+from quern.checkpoint.gguf.writing.vocabulary import Vocabulary, vocabulary
+from quern.checkpoint.work_folder import WorkFolder
+from quern.codecs.base import codec_of
+from quern.codecs.packing.ggml import GgmlForm
+from quern.core.errors import BadFileError, UserError
+from quern.core.packed import PackedLinear
+from quern.core.plan import LinearPlan, Plan
+from quern.core.recipe import Recipe
+from quern.core.results import Target
+from quern.formats.base import FORMATS, ArtifactReader, ArtifactWriter, Format, Obstacle, StoredModule, StoredWeight
+
+METHOD = "gguf"
+SUFFIX = ".gguf"
+FILE = "model.gguf"
+"""Name of the file before it gets the one that was asked for."""
+PRE_TOKENIZER = "pre-tokenizer"
+"""The option that names the rule by which text is cut."""
+PROVENANCE = "quern.provenance"
+"""Key of the metadata under which lies, as JSON, what was done."""
+RECIPE = "quern.recipe"
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SHOWN = 6
+
+
+class GgufWriter(ArtifactWriter):
+    """Stages as safetensors files of ggml's blocks, under llama.cpp's names; then one file."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, architecture: Architecture) -> None:
+        super().__init__(recipe, plan, architecture)
+        self._said: ModelMetadata | None = None
+        self._vocabulary = Vocabulary({})
+        self._config: dict[str, Any] = architecture.config.to_dict()
+        self._written = plan
+        self._saved: dict[str, int] = {}
+
+    def check(self) -> None:
+        super().check()
+        problems: dict[str, list[str]] = {}
+        for module, plan in self.plan.quantized().items():
+            for problem in self._problems(module, plan):
+                problems.setdefault(problem, []).append(module)
+        if problems:
+            lines = (
+                f"  {problem} ({modules[0]}{f' and {len(modules) - 1} more' if modules[1:] else ''})"
+                for problem, modules in problems.items()
+            )
+            raise UserError(
+                f"format gguf cannot store recipe {self.recipe.name!r}:\n"
+                + "\n".join(lines)
+                + "\nChange the recipe, or use format quern"
+            )
+
+    def _problems(self, module: str, plan: LinearPlan) -> Iterator[str]:
+        if plan.rotation is not None:
+            yield "llama.cpp rotates no inputs; leave transform hadamard out"
+        form = self._form(module, plan)
+        if isinstance(form, str):
+            yield form
+
+    def _form(self, module: str, plan: LinearPlan) -> GgmlForm | str:
+        return codec_of(plan.scheme).ggml(self._shape(module))
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        rows, columns = self.architecture.module_shapes()[f"{module}.weight"]
+        return rows, columns
+
+    def prepare(self, checkpoint: Checkpoint, options: Mapping[str, str]) -> None:
+        if unknown := sorted(set(options) - {PRE_TOKENIZER}):
+            raise UserError(f"format gguf has no option {unknown[0]!r}; it has: {PRE_TOKENIZER}")
+        windows = [block.window for block in self.architecture.blocks]
+        self._said = model_metadata(self._config, windows, checkpoint.path.stem or checkpoint.path.name)
+        ends = _ends(checkpoint)
+        self._vocabulary = vocabulary(checkpoint.path, self._config["vocab_size"], ends, options.get(PRE_TOKENIZER))
+
+    def begin(self, work: WorkFolder, stage: int) -> None:
+        self._work, self._stage, self._tensors = work, stage, dict[str, Tensor]()
+
+    def put(self, module: str, linear: PackedLinear) -> None:
+        assert linear.input_signs is None  # check() refuses rotations
+        weight = linear.weight
+        blocks = codec_of(weight.scheme).ggml_blocks(weight.shape, weight.parts)
+        self._saved[module] = weight.stored_bytes - blocks.data.nbytes
+        self._keep(f"{module}.weight", blocks.data)
+
+    def saved_bytes(self, module: str) -> int:
+        return self._saved[module]
+
+    def put_plain(self, name: str, tensor: Tensor) -> None:
+        plain = tensor if tensor.dim() > 1 and tensor.dtype in _DTYPES else tensor.float()
+        self._keep(name, plain.cpu())
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        heads = reordered_heads(self._config, name)
+        stored = tensor if heads is None else interleave_rows(tensor, heads)
+        self._tensors[gguf_name(name)] = stored.contiguous()
+
+    def end(self) -> list[Path]:
+        tensors, self._tensors = self._tensors, {}
+        return [self._work.write_tensors(_stage_name(self._stage), tensors)]
+
+    def finish(self, work: WorkFolder, config: Mapping[str, Any], plan: Plan) -> None:
+        self._written = plan  # the file comes last, because it begins with what is said of all
+
+    def accompany(self, work: WorkFolder, provenance: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        self.write(work.path("artifact", FILE), _Stages(work, self.architecture.layers + 2), provenance)
+
+    def write(self, path: Path, stages: _Stages, provenance: Mapping[str, Any]) -> None:
+        """The file, of stages that are complete. ``prepare`` comes before."""
+        assert self._said is not None
+        kinds = self._kinds()
+        tensors = [] if self._said.factors is None else [TensorPlan(ROPE_FREQUENCIES, self._said.factors.shape, "F32")]
+        for name, tensor in stages.tensors():
+            shape = tuple(tensor.shape)
+            kind = _DTYPES.get(tensor.dtype) or kinds[name][0]
+            tensors.append(TensorPlan(name, shape if tensor.dtype in _DTYPES else kinds[name][1], kind))
+        metadata = {
+            **self._said.values,
+            "general.file_type": _file_type([tensor for tensor in tensors if len(tensor.shape) > 1]),
+            "general.quantized_by": f"quern {quern.__version__}",
+            **self._vocabulary.values,
+            RECIPE: json.dumps(self.recipe.to_json(), sort_keys=True),
+            PROVENANCE: json.dumps(provenance, sort_keys=True),
+        }
+
+        def data() -> Iterator[Tensor]:
+            if self._said is not None and self._said.factors is not None:
+                yield self._said.factors
+            for _, tensor in stages.tensors():
+                yield tensor
+
+        write_gguf(path, metadata, tensors, data())
+
+    def _kinds(self) -> dict[str, tuple[str, tuple[int, int]]]:
+        """The type and shape of every matrix that is stored in blocks, by llama.cpp's name."""
+        found = {}
+        for module, plan in self._written.quantized().items():
+            form = self._form(module, plan)
+            assert isinstance(form, GgmlForm)
+            found[gguf_name(f"{module}.weight")] = form.kind, self._shape(module)
+        return found
+
+    def notes(self) -> list[str]:
+        found = [*([] if self._said is None else self._said.notes), *self._vocabulary.notes]
+        said: dict[str, int] = {}
+        for module, plan in self.plan.quantized().items():
+            form = self._form(module, plan)
+            for note in () if isinstance(form, str) else form.notes:
+                said[note] = said.get(note, 0) + 1
+        found += [f"{note}, rounded where that does not hold them ({count} matrices)" for note, count in said.items()]
+        if any(plan.activations.mode != "none" for plan in self.plan.quantized().values()):
+            found.append(
+                "llama.cpp quantizes activations in its own way; what the recipe says of them is not in the file"
+            )
+        return found
+
+
+class _Stages:
+    """The tensors of all stages, read one stage at a time."""
+
+    def __init__(self, work: WorkFolder, count: int) -> None:
+        self._work, self._count = work, count
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors in the order of the file."""
+        for stage in range(self._count):
+            yield from self._work.read_tensors(_stage_name(stage)).items()
+
+
+def _stage_name(stage: int) -> str:
+    return f"stages/{stage:05d}"
+
+
+def _ends(checkpoint: Checkpoint) -> list[int]:
+    """Token numbers that end an answer, as the model's configuration and its defaults of generation say."""
+    said: list[Any] = []
+    sources = [checkpoint.config]
+    if (file := checkpoint.path / "generation_config.json").is_file():
+        sources.append(read_json(file))
+    for source in sources:
+        value = source.get("eos_token_id")
+        said += value if isinstance(value, list) else [value]
+    return [number for number in dict.fromkeys(said) if type(number) is int]
+
+
+def _file_type(matrices: list[TensorPlan]) -> int:
+    """``general.file_type``: the number that llama.cpp gives to the type of most weights."""
+    from gguf import LlamaFileType
+
+    weights: Counter[str] = Counter()
+    for matrix in matrices:
+        weights[matrix.kind] += matrix.stored_bytes
+    kind = weights.most_common(1)[0][0]
+    if kind == "F32":
+        return int(LlamaFileType.ALL_F32)
+    found = [
+        known for known in LlamaFileType if known.name in (f"MOSTLY_{kind}", f"MOSTLY_{kind}_S", f"MOSTLY_{kind}_MOE")
+    ]
+    return int(found[0] if found else LlamaFileType.GUESSED)
+
+
+class GgufReader(ArtifactReader):
+    """There is nothing for it to read: a GGUF is opened as a checkpoint, and says no ``quantization_config``."""
+
+    def __init__(self, quantization: Mapping[str, Any], architecture: Architecture) -> None:
+        raise UserError("config.json names quant_method 'gguf', which is no folder's. Give the .gguf file itself")
+
+    def plan(self) -> dict[str, StoredModule]:
+        raise NotImplementedError
+
+    def problems(self, checkpoint: Checkpoint) -> list[str]:
+        raise NotImplementedError
+
+    def describe(self, checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
+        raise NotImplementedError
+
+
+@FORMATS.add("gguf")
+class Gguf(Format):
+    """llama.cpp's. Quern opens it as what its blocks decode to."""
+
+    method = METHOD
+    suffix = SUFFIX
+    sized_like = "quern"
+    runtimes: ClassVar[tuple[Target, ...]] = ("llama.cpp", "quern")
+    writer = GgufWriter
+    reader = GgufReader
+
+    @classmethod
+    def provenance(cls, path: Path) -> dict[str, Any] | None:
+        try:
+            said = read_gguf_header(path).metadata.get(PROVENANCE)
+            found = json.loads(said) if isinstance(said, str) else None
+        except (BadFileError, ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    @classmethod
+    def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
+        if recipe.activations.mode != "none":
+            yield Obstacle("quern", "runs a GGUF with activations as they are")
