@@ -12,9 +12,11 @@ from torch import Tensor
 
 from quern.codecs.base import CODECS, Codec, Described, Encoder, KernelForm, Parts
 from quern.codecs.blocks.types import INSTEAD, TYPES, TypeName
+from quern.codecs.integer import FINE
 from quern.codecs.packing.ggml import GgmlBlocks, GgmlForm
 from quern.codecs.packing.ggml_super import BLOCK
 from quern.core.scheme import CodecParameters, CodecScheme
+from quern.core.stacking import NO_TRAITS, Traits
 
 
 class GgmlParameters(CodecParameters):
@@ -36,6 +38,12 @@ class GgmlCodec(Codec):
         self.type = scheme.params.type
         self.inner = TYPES[self.type]()
         self.slab_rows = self.inner.slab_rows
+
+    @property
+    def traits(self) -> Traits:
+        if self.inner.params.bits >= FINE:
+            return NO_TRAITS
+        return Traits(wants={"even columns": "all columns of a block are rounded under one scale"})
 
     def describe(self) -> Described:
         return Described(f"group {self.inner.params.group_size}", self.inner.params.bits)
