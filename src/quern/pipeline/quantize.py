@@ -11,7 +11,7 @@ from typing import Any
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.files import write_json
+from quern.checkpoint.files import read_json, write_json
 from quern.checkpoint.tokenizer import copy_tokenizer, usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.comparison.artifact_size import source_notes
@@ -21,10 +21,10 @@ from quern.core.machine.memory import forget_peak, peak_rss
 from quern.core.machine.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
-from quern.core.results import LayerError
+from quern.core.results import LayerError, TunedBlock
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_model, open_original
-from quern.pipeline.blockwise import memory_plan, sensitivity
+from quern.pipeline.blockwise import memory_plan, sensitivity, tuning
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of
@@ -55,6 +55,8 @@ class QuantizeReport:
     peak_rss_bytes: int
     """Of this process while it quantized, with all that it held before."""
     layers: list[LayerError]
+    tuning: list[TunedBlock]
+    """Of each block, where the recipe has a ``tuning``."""
     resumed: bool
     notes: list[str]
 
@@ -109,6 +111,7 @@ def quantize(
     started = time.perf_counter()
     forget_peak()
     sequences = calibration_sequences(architecture, text, seed)
+    tuning.check_sequences(chosen, sequences)
     wanted = {**fingerprint, **arithmetic(), **writer.coder()}
     with WorkFolder.open(target.work, wanted, fresh) as work, deterministic_workers(threads) as workers:
         if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:
@@ -129,7 +132,7 @@ def quantize(
             shared = None if cache is None else sensitivity.shared_folder(Path(cache), fingerprint, job)
             spared = sensitivity.run(job, shared)
         start_chain(job)
-        if job.follows_drift:
+        if job.follows_stream:
             start_stream(job)
         quantize_blocks(job)
         notes = list(text.notes if text else ())
@@ -153,6 +156,7 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     layers = job.architecture.layers
     errors: list[dict[str, Any]] = []
     inputs: list[dict[str, Any]] = []
+    tuned: list[dict[str, Any]] = []
     dtypes: dict[str, str] = {}
     for step in ("outer 0", *(f"block {index}" for index in range(layers)), f"outer {layers + 1}"):
         record = job.work.done(step)
@@ -161,8 +165,10 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
         errors += record["layers"]
         dtypes |= record.get("scale_dtypes", {})
         inputs += record.get("inputs", [])
+        tuned += [record["tuning"]] if "tuning" in record else []
     job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
-    stored_otherwise = [*kept_note(job.plan), *scale_note(dtypes)]
+    stopped = tuning.notes([TunedBlock.model_validate(block) for block in tuned])
+    stored_otherwise = [*kept_note(job.plan), *scale_note(dtypes), *stopped]
     notes += stored_otherwise
     files = sorted(path.name for path in job.work.path("artifact").iterdir())
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
@@ -171,6 +177,8 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
         tokens, sequences = job.sequences.numel(), len(job.sequences)
         seen = {"tokens": tokens, "sequences": sequences, "groups": inputs}
         provenance["inputs"] = CalibratedInputs.model_validate(seen).model_dump(mode="json")
+    if tuned:
+        provenance["tuning"] = tuned
     write_json(job.work.path("artifact", PROVENANCE), provenance)
     copy_tokenizer(job.checkpoint.path, job.work.path("artifact"))
     return errors
@@ -210,6 +218,7 @@ def _report(
             LayerError.model_validate({**layer, "predicted_loss": predicted.get(layer.get("linear", ""))})
             for layer in layers
         ],
+        tuning=[TunedBlock.model_validate(block) for block in read_json(output / PROVENANCE).get("tuning", [])],
         resumed=resumed,
         notes=list(dict.fromkeys([*checkpoint.notes, *source_notes(checkpoint, size), *notes])),
     )

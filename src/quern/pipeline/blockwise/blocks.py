@@ -21,9 +21,11 @@ from quern.codecs.base import Codec, codec_of
 from quern.core.machine.heap import release_freed
 from quern.core.plan import LinearPlan
 from quern.core.recipe_parts import Transform
+from quern.core.results import TunedBlock
 from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.reference_stream import ReferenceStream, references
+from quern.pipeline.blockwise.tuning import BlockTuning
 from quern.quantization.block import RoundedLinear, round_linears
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block, Tap
@@ -63,17 +65,20 @@ def quantize_block(job: Job, index: int) -> None:
     started = time.perf_counter()
     work = _BlockWork(job, index)
     work.transform()
-    if job.follows_drift or job.two_sided:
+    if job.follows_stream or job.two_sided:
         work.reference = ReferenceStream(job, work.block)
+        work.reference.write_next()
     release_freed()
     for stage in work.block.spec.stages:
         work.quantize_stage(stage)
         release_freed()
+    tuned = work.tune()
+    release_freed()
     files = work.store()
     inputs = [] if work.source is None else work.run(work.source)
-    if work.reference is not None:
-        work.reference.write_next()
     record = {**record_of(job, work.rounded, work.prefix), "inputs": inputs, "seconds": time.perf_counter() - started}
+    if tuned is not None:
+        record["tuning"] = tuned.model_dump(mode="json")
     job.work.finish(f"block {index}", files, record)
     if work.source is not None:
         work.source.path.unlink()  # the block is done: nobody needs its inputs any more
@@ -218,6 +223,15 @@ class _BlockWork:
                 beside = references(part.linears, self.block, taps, unquantized, start) if part.wanted.drifts else {}
                 add_tap(statistics, part.wanted, start * self.source.shape[1], tap, self.job.workers, beside)
         return found
+
+    def tune(self) -> TunedBlock | None:
+        """Train what was rounded towards the unquantized block, where the recipe says so."""
+        tuning = self.job.recipe.tuning
+        if tuning is None or self.reference is None or self.source is None:
+            return None
+        own = BlockTuning(self.job, tuning, self.block, self.reference, self.source, self._stored_dtype)
+        self.rounded, tuned = own.run(self.rounded, self.token_weights)
+        return tuned
 
     def _columns(self, part: _Alike) -> int:
         return self.block.linear(part.linears[0]).in_features

@@ -10,6 +10,7 @@ from quern.architectures.base import BlockSpec
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.errors import OutOfMemoryCapError, option
 from quern.core.units import bytes_text, rounded_up
+from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.reference_stream import OUTPUTS_AT_ONCE
 from quern.quantization.calibration.activations import WAVE_TOKENS
@@ -21,6 +22,12 @@ from quern.quantization.rounding.base import SLAB
 MIB = 1 << 20
 SLAB_COPIES = 8
 """Float32 copies of a slab that rounding one keeps: the slab, its changes, its codes, the observer's candidates."""
+STATE_COPIES = 3
+"""Float32 numbers for each latent weight in tuning: itself and both moments of Adam."""
+GRAPH_COPIES = 14
+"""Float32 copies of a matrix while its gradient is handed on to its latent weights, scales and codes."""
+ACTIVATION_COPIES = 24
+"""Copies of a sequence's widest activations that a block keeps for its backward pass."""
 WAVE_COPIES = 4
 """Float32 copies of a wave's widest activations."""
 LIBRARIES = 64 * MIB
@@ -54,7 +61,7 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     if drift:
         # Of each linear of a stage what would make up for drift, and the tokens that judge.
         hessians += max(_drifts(block) for block in _kinds(job))
-    if drift or job.two_sided:
+    if job.follows_stream or job.two_sided:
         weights *= 2  # the block as it was before anything of it was rounded
     if job.two_sided:
         hessians += max(_outputs(block) for block in _kinds(job))
@@ -72,11 +79,14 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     if job.recipe.embedding.quantized or job.recipe.head.quantized:
         hidden = job.architecture.config.hidden_size
         outer = table * (3 * stored + 2) + job.workers.threads * SLAB_COPIES * 4 * SLAB * hidden
-    fisher = uses_hessian and job.recipe.calibration.token_weight == "fisher"
+    block = weights + packed + max((hessians if uses_hessian else 0) + slabs, wave) + (wave if uses_hessian else 0)
+    if job.recipe.tuning is not None:
+        block = max(block, *(_tuning(job, kind) + entries * (itemsize + 1) for kind in _kinds(job)))
+    fisher = sensitivity.needed(job) and calibrated
     logits = job.workers.threads * 5 * 4 * LOGIT_TOKENS * job.architecture.config.vocab_size
     return MemoryPlan(
         process=psutil.Process().memory_info().rss + LIBRARIES,
-        block=weights + packed + max((hessians if uses_hessian else 0) + slabs, wave) + (wave if uses_hessian else 0),
+        block=block,
         outer=outer,
         sensitivity=max(table * (4 + itemsize) + logits, weights + 3 * wave) if fisher else 0,
     )
@@ -127,6 +137,26 @@ def _outputs(block: BlockSpec) -> int:
     return max(found) + min(every, OUTPUTS_AT_ONCE)
 
 
+def _tuning(job: Job, block: BlockSpec) -> int:
+    """Bytes of what tuning a block needs beside its weights and codes.
+
+    Either sequences run, each with gradients of all weights in the arithmetic of the pass, or sums of these are handed on,
+    matrix by matrix.
+    """
+    assert job.recipe.tuning is not None
+    assert job.sequences is not None
+    itemsize, threads = job.compute_dtype.itemsize, job.workers.threads
+    shapes = [linear.shape for linear in block.linears if job.plan[block.prefix + linear.name].quantized]
+    entries = [rows * columns for rows, columns in shapes] or [0]
+    widest = max(max(linear.shape) for linear in block.linears)
+    states = STATE_COPIES if job.recipe.tuning.train == "codes" else 0
+    runs = (1 + threads) * itemsize * sum(entries) + threads * ACTIVATION_COPIES * itemsize * job.sequences.shape[
+        1
+    ] * widest
+    graphs = 4 * GRAPH_COPIES * sum(sorted(entries)[-threads:])
+    return 4 * (states + 1) * sum(entries) + max(runs, graphs)
+
+
 def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:
     """The plan, if it fits ``cap`` bytes. Raises ``OutOfMemoryCapError`` with the least that would do."""
     needed = plan(job, further_hessians)
@@ -136,6 +166,8 @@ def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:
         less = f"fewer {option('threads', '--threads')}"
         if job.uses_hessians:
             less += ", or a recipe with rounding: nearest"
+        if job.recipe.tuning is not None:
+            less += ", or one without tuning" if job.recipe.tuning.train == "scales" else ", or tuning: {train: scales}"
         raise OutOfMemoryCapError(
             f"a memory cap of {bytes_text(cap)} is too small: one decoder block of this model with recipe "
             f"{job.recipe.name!r} needs {least}. Give at least {enough}, or {less}",
