@@ -91,7 +91,7 @@ def test_it_adds_no_byte_and_is_told_of(name, place):
     assert rounded.tuning == []
     assert [block.block for block in tuned.tuning] == [0, 1]
     assert all(0 <= block.after <= block.before for block in tuned.tuning)
-    assert tuned.tuning[0].after < tuned.tuning[0].before
+    assert any(block.after < block.before for block in tuned.tuning)
     provenance = json.loads((tuned.path / "quern.json").read_text())
     assert provenance["tuning"] == [block.model_dump() for block in tuned.tuning]
     assert "tuning" not in json.loads((rounded.path / "quern.json").read_text())
@@ -209,7 +209,7 @@ def test_what_cannot_be_tuned_is_refused_before_any_work(place, tmp_path, monkey
 def test_planned_recipes_are_tuned_within_their_bytes(place, tmp_path):
     """Losses are those of rounding, so that one table serves both; the tuned artifact fits the bytes that were planned."""
     candidates = [{"bits": 2, "group_size": 32}, {"bits": 4, "group_size": 32}]
-    choices = {"allocation": {"candidates": candidates, "target": {"bits": 5.0}}, "rounding": {"method": "gptq"}}
+    choices = {"allocation": {"candidates": candidates, "target": {"bits": 7.0}}, "rounding": {"method": "gptq"}}
     given = {"calibration": [place / "text.txt"], "cache": tmp_path / "cache"}
     for name, tuning in (("rounded", {}), ("tuned", {"tuning": {"passes": 1}})):
         recipe = recipe_of({**choices, **tuning})

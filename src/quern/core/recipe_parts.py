@@ -140,7 +140,9 @@ class Tuning(Strict):
     """Towards the outputs that the block has in the unquantized model."""
     train: Literal["scales", "codes"] = "codes"
     """``scales`` moves no code; ``codes`` trains latent weights and the scales of the grid too."""
-    passes: Annotated[int, Field(ge=1, le=256)] = 4
+    passes: Annotated[int, Field(ge=1, le=256)] = 3
     """How often the calibration tokens are gone through."""
+    between: Annotated[int, Field(ge=0, le=256)] = 1
+    """The same after each stage of linears but the last, when what is not rounded yet is trained to make up for it."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of numbers without a unit; None: the usual one."""

@@ -149,12 +149,14 @@ def _tuning(job: Job, block: BlockSpec) -> int:
     shapes = [linear.shape for linear in block.linears if job.plan[block.prefix + linear.name].quantized]
     entries = [rows * columns for rows, columns in shapes] or [0]
     widest = max(max(linear.shape) for linear in block.linears)
-    states = STATE_COPIES if job.recipe.tuning.train == "codes" else 0
+    tuning = job.recipe.tuning
+    states = STATE_COPIES if tuning.train == "codes" or tuning.between else 0
+    before = itemsize * sum(entries) if tuning.train == "codes" and tuning.between else 0
     runs = (1 + threads) * itemsize * sum(entries) + threads * ACTIVATION_COPIES * itemsize * job.sequences.shape[
         1
     ] * widest
     graphs = 4 * GRAPH_COPIES * sum(sorted(entries)[-threads:])
-    return 4 * (states + 1) * sum(entries) + max(runs, graphs)
+    return before + 4 * (states + 1) * sum(entries) + max(runs, graphs)
 
 
 def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:

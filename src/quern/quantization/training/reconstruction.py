@@ -25,8 +25,11 @@ from quern.codecs.trainable.base import LATENT
 from quern.core.machine.parallel import Workers, pieces
 from quern.core.seeds import generator
 from quern.quantization.training.adam import Adam
-from quern.quantization.training.loop import BATCH, ENCODE_STEPS, EVALUATIONS, GROWN, LATENT_RATE, PATIENCE, rate_at
+from quern.quantization.training.loop import ENCODE_STEPS, EVALUATIONS, GROWN, LATENT_RATE, PATIENCE, rate_at
 from quern.quantization.training.student import StudentBlock
+
+BATCH = 2
+"""Sequences of a step. Of few sequences many small steps come further than few large ones (docs/accuracy.md)."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Reconstruction:
     def _heldout(self) -> float:
         """The loss of the sequences that judge."""
         error, energy = 0.0, 0.0
-        for start, stop in pieces(len(self.streams.held), BATCH):
+        for start, stop in pieces(len(self.streams.held), self.workers.threads):
             places = self.streams.held[start:stop]
             found = self.block.outputs([self.streams.inputs(place) for place in places], self.workers)
             for place, outputs in zip(places, found, strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quern.architectures.base import Architecture
+from quern.codecs.base import Parts
 from quern.codecs.trainable.base import Trainable, straight_through
 from quern.core.machine.parallel import Workers, pieces
 from quern.quantization.calibration.block import Block
@@ -41,6 +42,23 @@ class TrainedVector(nn.Module):
     def stored(self) -> Tensor:
         """In the dtype that they came in."""
         return self.values().to(self._stored.dtype)
+
+
+class Unrounded(Trainable):
+    """A weight that is not rounded yet, in units of each row's root mean square."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        unit = weight.float().square().mean(1, keepdim=True).sqrt()
+        self._unit = torch.where(unit > 0, unit, 1.0)
+        self.latent = nn.Parameter(weight.float() / self._unit)
+
+    def values(self) -> Tensor:
+        return self.latent * self._unit
+
+    @torch.no_grad()
+    def parts(self) -> Parts:
+        return {"weight": self.values()}
 
 
 @dataclass(frozen=True)
