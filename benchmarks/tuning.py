@@ -31,10 +31,11 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "scales": {"tuning": {"train": "scales", "between": 0}},
     "codes": {"tuning": {"between": 0}},
     "tuned": {"tuning": {}},
+    "tuned at 0.001": {"tuning": {"learning_rate": 0.001}},
     "rounding's all": {"rounding": CHOICES["all"]},
-    "both": {"rounding": CHOICES["all"], "tuning": {}},
+    "all, tuned at 0.001": {"rounding": CHOICES["all"], "tuning": {"learning_rate": 0.001}},
 }
-"""``tuned``: what is not rounded yet, too."""
+"""``tuned``: as recipes have it that say no more; what is not rounded yet, too. ``all``: as in rounding.py."""
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from quern.quantization.calibration.drift import MOST_JUDGES
 from quern.quantization.calibration.outputs import bytes_of
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
 from quern.quantization.rounding.base import SLAB
+from quern.quantization.training.student import HANDED_ON_TOGETHER
 
 MIB = 1 << 20
 SLAB_COPIES = 8
@@ -155,7 +156,7 @@ def _tuning(job: Job, block: BlockSpec) -> int:
     runs = (1 + threads) * itemsize * sum(entries) + threads * ACTIVATION_COPIES * itemsize * job.sequences.shape[
         1
     ] * widest
-    graphs = 4 * GRAPH_COPIES * sum(sorted(entries)[-threads:])
+    graphs = 4 * GRAPH_COPIES * max(max(entries), threads * min(max(entries), HANDED_ON_TOGETHER))
     return before + 4 * (states + 1) * sum(entries) + max(runs, graphs)
 
 

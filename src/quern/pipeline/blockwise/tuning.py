@@ -24,8 +24,7 @@ from quern.quantization.calibration.block import Block
 from quern.quantization.calibration.drift import HELD_OUT
 from quern.quantization.calibration.hessian import norm_weights
 from quern.quantization.training.inputs import InputRounding
-from quern.quantization.training.loop import RATES
-from quern.quantization.training.reconstruction import Reconstruction, Streams, Tuned
+from quern.quantization.training.reconstruction import RATES, Reconstruction, Streams, Tuned
 from quern.quantization.training.student import StudentBlock, TrainedWeight, Unrounded
 from quern.rotation.rotation import rotate
 

@@ -25,11 +25,13 @@ from quern.codecs.trainable.base import LATENT
 from quern.core.machine.parallel import Workers, pieces
 from quern.core.seeds import generator
 from quern.quantization.training.adam import Adam
-from quern.quantization.training.loop import ENCODE_STEPS, EVALUATIONS, GROWN, LATENT_RATE, PATIENCE, rate_at
+from quern.quantization.training.loop import ENCODE_STEPS, EVALUATIONS, GROWN, LATENT_RATE, Kind, rate_at
 from quern.quantization.training.student import StudentBlock
 
 BATCH = 2
 """Sequences of a step. Of few sequences many small steps come further than few large ones (docs/accuracy.md)."""
+RATES: dict[Kind, float] = {"scales": 5e-4, "codes": 2e-3}
+"""Of parameters without a unit, unless said otherwise; what is not rounded yet moves as ``codes`` do."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,11 @@ class Reconstruction:
         )
 
     def run(self, advance: Callable[[], None]) -> Tuned:
-        """All steps, or as many as are not in vain; ``advance`` is called after each."""
+        """All steps, since it is those at the end, with a falling rate, that gain most; ``advance`` is called after each."""
         before = self._heldout()
-        found, in_vain = Tuned(before, before), 0
+        found = Tuned(before, before)
         every = max(1, -(-self.steps // EVALUATIONS))
-        while found.steps < self.steps and in_vain < PATIENCE:
+        while found.steps < self.steps:
             loss = self._step(found.steps)
             found.steps += 1
             advance()
@@ -101,9 +103,8 @@ class Reconstruction:
             if not math.isfinite(now) or now > GROWN * before:
                 found.problem = f"after step {found.steps} the loss was {now:.3g}, and {before:.3g} before"
                 break
-            in_vain += 1
             if now < found.after:
-                in_vain, found.after, found.best_step = 0, now, found.steps
+                found.after, found.best_step = now, found.steps
                 found.parts = {name: weight.trainable.parts() for name, weight in self.block.weights.items()}
                 found.vectors = {name: vector.stored() for name, vector in self.block.vectors.items()}
         return found

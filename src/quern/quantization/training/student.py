@@ -23,6 +23,9 @@ from quern.quantization.calibration.block import Block
 from quern.quantization.training.inputs import InputRounding
 from quern.rotation.rotation import rotate, rotate_back
 
+HANDED_ON_TOGETHER = 1 << 24
+"""Entries of matrices up to which gradients are handed on by all workers at once; graphs of larger ones take gigabytes."""
+
 
 class TrainedVector(nn.Module):
     """A norm's weights or a bias: what was stored plus an offset in units of its root mean square; zeros stay."""
@@ -238,4 +241,7 @@ class StudentBlock(Block):
                 values = weight.trainable.values()
             values.backward(weight.stored_gradient(gradient))  # type: ignore[no-untyped-call]
 
-        workers.map(one, list(by_name))
+        sizes = {name: gradient.numel() for name, gradient in by_name.items()}
+        workers.map(one, [name for name, size in sizes.items() if size <= HANDED_ON_TOGETHER])
+        for name in [name for name, size in sizes.items() if size > HANDED_ON_TOGETHER]:
+            one(name)
