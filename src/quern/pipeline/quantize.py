@@ -110,8 +110,7 @@ def quantize(
         return _finished(output, chosen, checkpoint, layers, planned)
     started = time.perf_counter()
     forget_peak()
-    sequences = calibration_sequences(architecture, text, seed)
-    tuning.check_sequences(chosen, sequences)
+    sequences = tuning.checked(calibration_sequences(architecture, text, seed), chosen)
     wanted = {**fingerprint, **arithmetic(), **writer.coder()}
     with WorkFolder.open(target.work, wanted, fresh) as work, deterministic_workers(threads) as workers:
         if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:

@@ -46,13 +46,14 @@ def check(recipe: Recipe, plan: Plan) -> None:
         )
 
 
-def check_sequences(recipe: Recipe, sequences: Tensor | None) -> None:
-    """Raise ``UserError`` where none of the calibration sequences ``(sequences, time)`` can be held out."""
+def checked(sequences: Tensor | None, recipe: Recipe) -> Tensor | None:
+    """The calibration ``sequences`` ``(sequences, time)``. Raises ``UserError`` where none of them can be held out."""
     if recipe.tuning is not None and sequences is not None and len(sequences) < 2:
         raise UserError(
             f"recipe {recipe.name!r}: tuning holds out one of {HELD_OUT} calibration sequences, at least one, and there is "
             f"but one of {sequences.shape[1]} tokens. Calibrate on more tokens, or by a smaller sequence_length"
         )
+    return sequences
 
 
 def notes(tuned: Sequence[TunedBlock]) -> list[str]:
