@@ -24,7 +24,8 @@ def probe(folder: Path, config: dict, slack: int | None, tokens: int = 4096, thr
     """Peak and cap in bytes of one quantization in a process of its own."""
     write_model(folder / "model", config)
     (folder / "text.txt").write_text(calibration_text(), "utf-8")
-    recipe = small_recipe(**choices, calibration={"tokens": tokens, "sequence_length": 128}).to_json()
+    weighted = choices.pop("calibration", {})
+    recipe = small_recipe(**choices, calibration={"tokens": tokens, "sequence_length": 128, **weighted}).to_json()
     (folder / "recipe.json").write_text(json.dumps(recipe), "utf-8")
     places = [str(folder / name) for name in ("model", "out", "recipe.json", "text.txt")]
     command = [sys.executable, str(PROBE), *places, str(threads), "none" if slack is None else str(slack)]
@@ -39,6 +40,13 @@ RECIPES = {
         "weights": FOUR_BITS,
         "rounding": {"method": "gptq", "target": "drift", "sweeps": 1, "two_sided": True},
         "embedding": INT8,
+    },
+    "tuned": {
+        "weights": FOUR_BITS,
+        "rounding": {"method": "gptq"},
+        "embedding": INT8,
+        "tuning": {"passes": 1},
+        "calibration": {"token_weight": "fisher"},
     },
     "awq": {"weights": FOUR_BITS, "transforms": [{"method": "awq"}]},
     "nearest": {"weights": FOUR_BITS, "embedding": {"bits": 4, "group_size": 64}},

@@ -41,6 +41,7 @@ def test_all_models_are_covered():
         "Spread",
         "Figure",
         "LayerError",
+        "TunedBlock",
         "GroupShift",
         "InputShift",
         "Recommendation",

@@ -16,7 +16,7 @@ from quern.comparison.worker_process import OURS, Launch
 from quern.core import metrics
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError
-from quern.core.results import Figure, LayerError, Row, RowKind, Spread, Tool
+from quern.core.results import Figure, LayerError, Row, RowKind, Spread, Tool, TunedBlock
 from quern.engines.cpu import ORDINARY, CachePrecision
 from quern.evaluation.measures.base import all_measures
 from quern.loading.fitting import model_config
@@ -32,6 +32,7 @@ class Contender:
     recipe: dict[str, Any] | None = None
     quantize_seconds: float | None = None
     layers: tuple[LayerError, ...] = ()
+    tuning: tuple[TunedBlock, ...] = ()
     engine: str = "reference"
     cache: CachePrecision | None = None
     """How the cpu engine keeps keys and values; None: as it does where nobody says."""
@@ -57,7 +58,9 @@ def contender_of(checkpoint: Checkpoint, engine: str = "reference") -> Contender
     name = checkpoint.path.name
     if not isinstance(quantization, dict):
         return Contender(name=name, path=checkpoint.path, engine=engine, notes=checkpoint.notes)
-    recipe, layers, made_from, notes = quantization, [], None, []
+    recipe, made_from, notes = quantization, None, []
+    layers: list[LayerError] = []
+    tuning: list[TunedBlock] = []
     provenance = checkpoint.path / PROVENANCE
     if provenance.is_file():
         try:
@@ -65,11 +68,12 @@ def contender_of(checkpoint: Checkpoint, engine: str = "reference") -> Contender
             recipe, made_from = found["fingerprint"]["recipe"], found["fingerprint"].get("model_sha256")
             notes = [str(note) for note in found.get("notes", [])]
             layers = [LayerError.model_validate(layer) for layer in found["layers"]]
+            tuning = [TunedBlock.model_validate(block) for block in found.get("tuning", [])]
         except (KeyError, TypeError, ValueError) as error:
             raise BadFileError(provenance, f"is not what quern writes: {error}", "Quantize the model again") from None
     return Contender(
-        name=name, path=checkpoint.path, kind="quern", recipe=recipe, layers=tuple(layers), engine=engine,
-        original_sha256=made_from, notes=(*checkpoint.notes, *notes),
+        name=name, path=checkpoint.path, kind="quern", recipe=recipe, layers=tuple(layers), tuning=tuple(tuning),
+        engine=engine, original_sha256=made_from, notes=(*checkpoint.notes, *notes),
     )  # fmt: skip
 
 
@@ -187,6 +191,7 @@ def row_of(
         engine=contender.engine,
         cache=contender.cache or (ORDINARY if contender.engine == "cpu" else None),
         layers=list(contender.layers),
+        tuning=list(contender.tuning),
         notes=[*contender.notes, *measured.notes],
     )
 

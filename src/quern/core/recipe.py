@@ -24,7 +24,17 @@ from pydantic import (
 from quern.core.allocation import Allocation, AllocationCandidate, Target
 from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
-from quern.core.recipe_parts import NEAREST, ROTATION, ROUNDINGS, Activations, Calibration, Rounding, Strict, Transform
+from quern.core.recipe_parts import (
+    NEAREST,
+    ROTATION,
+    ROUNDINGS,
+    Activations,
+    Calibration,
+    Rounding,
+    Strict,
+    Transform,
+    Tuning,
+)
 from quern.core.scheme import UNQUANTIZED, CodecScheme, parse_scheme, scheme_keys
 from quern.core.suggest import did_you_mean
 
@@ -100,12 +110,15 @@ class Recipe(Strict):
     """How tensors lie in the files: as they are, or entropy-coded and decoded when they are loaded."""
     allocation: Allocation | None = None
     """Schemes that linears may get, to be chosen for a model by a target; null: all schemes are said above."""
+    tuning: Tuning | None = None
+    """What of each block is trained once it is rounded; null: nothing."""
 
     @model_serializer(mode="wrap")
     def _without_later_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Recipes are older than these keys: without them they stay what they were, in artifacts and fingerprints."""
         data: dict[str, Any] = dump(self)
-        usual = {"storage": "plain", "allocation": None, "head_rounding": NEAREST.model_dump(mode="json")}
+        nearest = NEAREST.model_dump(mode="json")
+        usual = {"storage": "plain", "allocation": None, "tuning": None, "head_rounding": nearest}
         return {key: value for key, value in data.items() if key not in usual or value != usual[key]}
 
     @model_validator(mode="after")
@@ -170,7 +183,9 @@ class Recipe(Strict):
     @property
     def needs_calibration(self) -> bool:
         """Whether statistics of activations are used at all."""
-        if self.allocation is not None or any(transform.method != ROTATION for transform in self.transforms):
+        if self.allocation is not None or self.tuning is not None:
+            return True
+        if any(transform.method != ROTATION for transform in self.transforms):
             return True
         roundings = [self.rounding, self.head_rounding, *(o.rounding for o in self.overrides if o.rounding is not None)]
         activations = [self.activations, *(o.activations for o in self.overrides if o.activations is not None)]

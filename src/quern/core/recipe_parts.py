@@ -139,3 +139,18 @@ class Calibration(Strict):
     """How much a token counts in the Hessian: its squared loss gradient, its inverse squared norm, or 1."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the calibration passes; ``auto``: float32 below 10^9 parameters, bfloat16 from there on."""
+
+
+class Tuning(Strict):
+    """What of a block is trained, once it is rounded, before the next one is."""
+
+    method: Literal["block"] = "block"
+    """Towards the outputs that the block has in the unquantized model."""
+    train: Literal["scales", "codes"] = "codes"
+    """``scales`` moves no code; ``codes`` trains latent weights and the scales of the grid too."""
+    passes: Annotated[int, Field(ge=1, le=256)] = 3
+    """How often the calibration tokens are gone through."""
+    between: Annotated[int, Field(ge=0, le=256)] = 1
+    """The same after each stage of linears but the last, when what is not rounded yet is trained to make up for it."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of numbers without a unit; None: the usual one."""

@@ -82,6 +82,24 @@ class LayerError(_Strict):
     these would lose by it. Null where rounding is not two-sided."""
 
 
+class TunedBlock(_Strict):
+    """What tuning gained of one decoder block."""
+
+    block: int
+    """Counted from 0."""
+    before: float
+    """Squared error of its outputs over the squared outputs, each token weighted as the recipe says, on the calibration
+    sequences that tuning left out; of the block as it was rounded."""
+    after: float
+    """The same of what is stored; never more."""
+    steps: int
+    """That were made."""
+    best_step: int
+    """After which the stored state was reached; 0: the block is as it was rounded."""
+    problem: str | None = None
+    """Why tuning ended before it was done; null where it did not."""
+
+
 class Tool(_Strict):
     """What made an artifact, and what runs it."""
 
@@ -189,6 +207,7 @@ class Row(_Strict):
     cache: str | None = None
     """How the cpu engine kept keys and values; null for other engines and tools."""
     layers: list[LayerError] = []
+    tuning: list[TunedBlock] = []
     notes: list[str] = []
 
     @model_validator(mode="after")

@@ -69,6 +69,7 @@ def make_artifact(making: ArtifactRequest, recipe: Recipe, engine: str) -> Conte
         quantize_seconds=known.get("quantize_seconds"),
         quantize_peak_rss_bytes=known.get("quantize_peak_rss_bytes"),
         layers=tuple(report.layers),
+        tuning=tuple(report.tuning),
         engine=engine_for(made, engine),
         sha256=sha256,
         notes=tuple(provenance_notes(artifact)),

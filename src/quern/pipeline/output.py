@@ -12,6 +12,7 @@ from quern.checkpoint.tokenizer import COPIED
 from quern.checkpoint.work_folder import WorkFolder, check_work_folder, differences, publication
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError, UserError, option
+from quern.core.results import TunedBlock
 from quern.formats.base import FORMATS, file_provenance
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
@@ -102,6 +103,11 @@ def provenance_notes(artifact: Path) -> list[str]:
         return [str(note) for note in _said(artifact)["notes"]]
     except (BadFileError, KeyError, TypeError):  # of an older version
         return []
+
+
+def tuned_blocks(artifact: Path) -> list[TunedBlock]:
+    """What tuning gained, as the finished artifact says."""
+    return [TunedBlock.model_validate(block) for block in _said(artifact).get("tuning", [])]
 
 
 def artifact_names(folder: Path) -> set[str]:

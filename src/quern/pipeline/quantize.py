@@ -20,17 +20,17 @@ from quern.core.machine.memory import forget_peak, peak_rss
 from quern.core.machine.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
-from quern.core.results import LayerError
+from quern.core.results import LayerError, TunedBlock
 from quern.formats.base import FORMATS
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_model, open_original
-from quern.pipeline.blockwise import memory_plan, sensitivity
+from quern.pipeline.blockwise import memory_plan, sensitivity, tuning
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of, stand_in_note
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.blockwise.reference_stream import start_stream
-from quern.pipeline.output import artifact_size, finished_layers, output_target, provenance_notes, publish
+from quern.pipeline.output import artifact_size, finished_layers, output_target, provenance_notes, publish, tuned_blocks
 from quern.pipeline.planning.plan import PlanReport, candidates_of
 from quern.pipeline.planning.text_budget import settled_recipe
 from quern.pipeline.request import (
@@ -63,6 +63,8 @@ class QuantizeReport:
     peak_rss_bytes: int
     """Of this process while it quantized, with all that it held before."""
     layers: list[LayerError]
+    tuning: list[TunedBlock]
+    """Of each block, where the recipe has a ``tuning``."""
     resumed: bool
     notes: list[str]
 
@@ -121,7 +123,7 @@ def quantize(
         return _finished(output, chosen, checkpoint, layers, planned)
     started = time.perf_counter()
     forget_peak()
-    sequences = calibration_sequences(architecture, text, seed)
+    sequences = tuning.checked(calibration_sequences(architecture, text, seed), chosen)
     wanted = {**fingerprint, **arithmetic(), **writer.coder()}
     with WorkFolder.open(target.work, wanted, fresh) as work, deterministic_workers(threads) as workers:
         if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:
@@ -152,7 +154,7 @@ def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) 
         spared = sensitivity.run(job, shared)
     quantize_outer(job)
     start_chain(job)
-    if job.follows_drift:
+    if job.follows_stream:
         start_stream(job)
     quantize_blocks(job)
     return spared
@@ -174,6 +176,7 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     layers = job.architecture.layers
     errors: list[dict[str, Any]] = []
     inputs: list[dict[str, Any]] = []
+    tuned: list[dict[str, Any]] = []
     dtypes: dict[str, str] = {}
     for step in ("outer 0", *(f"block {index}" for index in range(layers)), f"outer {layers + 1}"):
         record = job.work.done(step)
@@ -182,9 +185,11 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
         errors += record["layers"]
         dtypes |= record.get("scale_dtypes", {})
         inputs += record.get("inputs", [])
+        tuned += [record["tuning"]] if "tuning" in record else []
     job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
     instead = stand_in_note(job.recipe, job.plan, job.architecture)
-    stored_otherwise = [*kept_note(job.plan), *instead, *scale_note(dtypes)]
+    stopped = tuning.notes([TunedBlock.model_validate(block) for block in tuned])
+    stored_otherwise = [*kept_note(job.plan), *instead, *scale_note(dtypes), *stopped]
     notes += stored_otherwise
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
     provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": []}
@@ -192,6 +197,8 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
         tokens, sequences = job.sequences.numel(), len(job.sequences)
         seen = {"tokens": tokens, "sequences": sequences, "groups": inputs}
         provenance["inputs"] = CalibratedInputs.model_validate(seen).model_dump(mode="json")
+    if tuned:
+        provenance["tuning"] = tuned
     job.writer.accompany(job.work, provenance, job.checkpoint)
     return errors
 
@@ -230,6 +237,7 @@ def _report(
             LayerError.model_validate({**layer, "predicted_loss": predicted.get(layer.get("linear", ""))})
             for layer in layers
         ],
+        tuning=tuned_blocks(output),
         resumed=resumed,
         notes=list(dict.fromkeys([*checkpoint.notes, *source_notes(checkpoint, size), *notes])),
     )

@@ -22,6 +22,7 @@ from quern.core.recipe import Recipe, load_recipe
 from quern.core.recipe_parts import ROTATION, TEXT_AUTO
 from quern.formats.base import FORMATS, ArtifactWriter
 from quern.observers.base import OBSERVERS
+from quern.pipeline.blockwise import tuning
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import keeping
 from quern.quantization.rounding.base import ROUNDINGS
@@ -78,6 +79,7 @@ def checked_writer(recipe: Recipe, plan: Plan, architecture: Architecture) -> Ar
             f"{next(iter(architecture.linears))}"
         )
     _check_kept(recipe, plan)
+    tuning.check(recipe, plan)
     writer = FORMATS.get(recipe.format).writer(recipe, plan, architecture)
     writer.check()
     return writer

@@ -92,6 +92,7 @@ def test_the_tables_name_every_key(tiny_model, tiny_text, tmp_path):
         "notes",
         "inputs",
         "files",
+        "tuning",
     }
     assert set(provenance) == {"fingerprint", "layers", "notes", "inputs", "files"}
     described = table("`quern.json`")["inputs"][0]

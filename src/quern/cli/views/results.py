@@ -118,6 +118,9 @@ def quantize_report(report: QuantizeReport) -> RenderableType:
     add(facts, "bits/weight", number(report.bits_per_weight, ".2f"))
     add(facts, "time", duration(report.seconds) + (" (resumed)" if report.resumed and report.seconds else ""))
     add(facts, "peak RAM", size(report.peak_rss_bytes))
+    if report.tuning:
+        left = sum(block.after / (block.before or 1.0) for block in report.tuning) / len(report.tuning)
+        add(facts, "tuning", f"leaves {percent(left)} of the error of blocks' outputs on held-out text")
     worst = sorted(report.layers, key=lambda layer: layer.relative_error, reverse=True)[:WORST_LINEARS]
     linears = plain_table(("costliest linears", "bits/weight", "relative error"), right=(1, 2))
     for layer in worst:

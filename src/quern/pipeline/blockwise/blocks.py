@@ -21,9 +21,11 @@ from quern.codecs.base import Codec, codec_of
 from quern.core.machine.heap import release_freed
 from quern.core.plan import LinearPlan
 from quern.core.recipe_parts import Transform
+from quern.core.results import TunedBlock
 from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.reference_stream import ReferenceStream, references
+from quern.pipeline.blockwise.tuning import BlockTuning, token_weights
 from quern.quantization.block import RoundedLinear, round_linears
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block, Tap
@@ -63,17 +65,22 @@ def quantize_block(job: Job, index: int) -> None:
     started = time.perf_counter()
     work = _BlockWork(job, index)
     work.transform()
-    if job.follows_drift or job.two_sided:
+    if job.follows_stream or job.two_sided:
         work.reference = ReferenceStream(job, work.block)
+        work.reference.write_next()
+        work.begin_tuning(work.reference)
     release_freed()
     for stage in work.block.spec.stages:
         work.quantize_stage(stage)
         release_freed()
+        work.tune_between(stage)
+    tuned = work.finish_tuning()
+    release_freed()
     files = work.store()
     inputs = [] if work.source is None else work.run(work.source)
-    if work.reference is not None:
-        work.reference.write_next()
     record = {**record_of(job, work.rounded, work.prefix), "inputs": inputs, "seconds": time.perf_counter() - started}
+    if tuned is not None:
+        record["tuning"] = tuned.model_dump(mode="json")
     job.work.finish(f"block {index}", files, record)
     if work.source is not None:
         work.source.path.unlink()  # the block is done: nobody needs its inputs any more
@@ -111,6 +118,7 @@ class _BlockWork:
         self.scalings = [transform for transform in transforms if isinstance(transform, ChannelScaling)]
         self.rounded: list[RoundedLinear] = []
         self.reference: ReferenceStream | None = None
+        self.tuning: BlockTuning | None = None
 
     def transform(self) -> None:
         """Rewrite the block: every scaling of the recipe along every rescaling of the architecture, in order."""
@@ -148,6 +156,8 @@ class _BlockWork:
                 own = [name for name in part.linears if name in wanted]
                 statistics.outputs |= self.reference.output_statistics(own, wanted)
             weights = {name: self.block.linear(name).weight.data for name in part.linears}
+            if self.tuning is not None:
+                self.tuning.remember(weights)
             given = weights, self.plans, statistics, self.job.workers, part.wanted.signs, self.prefix
             for linear in round_linears(*given):
                 self.block.linear(linear.name).weight.data = linear.decoded
@@ -188,7 +198,8 @@ class _BlockWork:
             weigh_by_norm=self.job.recipe.calibration.token_weight == "norm",
             histogram=any(plan.activations.mode == "static" for plan in plans.values()),
             signs=signs,
-            drifts=self._drifts(plans),
+            drifts=(drifts := self._drifts(plans)),
+            moved={} if self.tuning is None else {name: self.block.linear(name).weight.data for name in drifts},
         )
 
     def _drifts(self, plans: Mapping[str, LinearPlan]) -> dict[str, Tensor]:
@@ -218,6 +229,25 @@ class _BlockWork:
                 beside = references(part.linears, self.block, taps, unquantized, start) if part.wanted.drifts else {}
                 add_tap(statistics, part.wanted, start * self.source.shape[1], tap, self.job.workers, beside)
         return found
+
+    def begin_tuning(self, reference: ReferenceStream) -> None:
+        """Where the recipe says so."""
+        if self.job.recipe.tuning is not None and self.source is not None:
+            weights = token_weights(self.job, self.block.spec, self.token_weights, reference)
+            self.tuning = BlockTuning(self.job, self.block, reference, self.source, weights, self._stored_dtype)
+
+    def tune_between(self, stage: Sequence[LinearGroup]) -> None:
+        """Train what is not rounded yet behind ``stage`` to make up for what is."""
+        if self.tuning is not None and stage != self.block.spec.stages[-1]:
+            self.tuning.between(self.rounded)
+            release_freed()
+
+    def finish_tuning(self) -> TunedBlock | None:
+        """Train what was rounded towards the unquantized block."""
+        if self.tuning is None:
+            return None
+        self.rounded, tuned = self.tuning.finish(self.rounded)
+        return tuned
 
     def _columns(self, part: _Alike) -> int:
         return self.block.linear(part.linears[0]).in_features

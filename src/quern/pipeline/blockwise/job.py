@@ -76,6 +76,11 @@ class Job:
         return any(linear.rounding.target == "drift" for linear in self.plan.quantized().values())
 
     @property
+    def follows_stream(self) -> bool:
+        """Whether the calibration tokens go through the unquantized model too, beside the other."""
+        return self.follows_drift or self.recipe.tuning is not None
+
+    @property
     def two_sided(self) -> bool:
         """Whether a rounding of the plan counts gradients at outputs."""
         return any(linear.rounding.two_sided for linear in self.plan.quantized().values())

@@ -11,6 +11,7 @@ from quern.architectures.base import BlockSpec, LinearGroup, LinearSpec
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.errors import OutOfMemoryCapError, option
 from quern.core.units import bytes_text, rounded_up
+from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.output_gradients import AT_ONCE, recomputes
 from quern.quantization.calibration.activations import WAVE_TOKENS
@@ -19,10 +20,17 @@ from quern.quantization.calibration.outputs import bytes_of
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
 from quern.quantization.rounding.base import SLAB
 from quern.quantization.rounding.factor import TILE
+from quern.quantization.training.student import HANDED_ON_TOGETHER
 
 MIB = 1 << 20
 SLAB_COPIES = 8
 """Float32 copies of a slab that rounding one keeps: the slab, its changes, its codes, the observer's candidates."""
+STATE_COPIES = 3
+"""Float32 numbers for each latent weight in tuning: itself and both moments of Adam."""
+GRAPH_COPIES = 14
+"""Float32 copies of a matrix while its gradient is handed on to its latent weights, scales and codes."""
+ACTIVATION_COPIES = 24
+"""Copies of a sequence's widest activations that a block keeps for its backward pass."""
 WAVE_COPIES = 4
 """Float32 copies of a wave's widest activations."""
 ORDERED = 4096
@@ -53,7 +61,7 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     widest, largest = max(columns for _, columns in shapes), max(rows * columns for rows, columns in shapes)
     entries = max(sum(rows * columns for rows, columns in _shapes(block.linears)) for block in _kinds(job))
     weights = entries * itemsize
-    if drift or job.two_sided:
+    if job.follows_stream or job.two_sided:
         weights *= 2  # the block as it was before anything of it was rounded
     known = max(_known(job, block, stage) for block in _kinds(job) for stage in block.stages)
     hessians = known + further_hessians * 4 * widest**2
@@ -74,11 +82,14 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
         outer += 3 * 4 * hidden**2  # the head's Hessian: as it was kept, to be factorized, and for sweeps
     # Gradients at outputs that the pass backwards adds up, and their copy on the way to the disk.
     kept = 2 * AT_ONCE if job.two_sided and not recomputes(job) else 0
-    fisher = uses_hessian and job.recipe.calibration.token_weight == "fisher"
+    block = weights + packed + max((hessians if uses_hessian else 0) + slabs, wave) + (wave if uses_hessian else 0)
+    if job.recipe.tuning is not None:
+        block = max(block, *(_tuning(job, kind) + entries * (itemsize + 1) for kind in _kinds(job)))
+    fisher = sensitivity.needed(job) and calibrated
     logits = job.workers.threads * 5 * 4 * LOGIT_TOKENS * job.architecture.config.vocab_size
     return MemoryPlan(
         process=psutil.Process().memory_info().rss + LIBRARIES,
-        block=weights + packed + max((hessians if uses_hessian else 0) + slabs, wave) + (wave if uses_hessian else 0),
+        block=block,
         outer=outer,
         sensitivity=max(table * (4 + itemsize) + logits, weights + 3 * wave + kept) if fisher else 0,
     )
@@ -122,6 +133,28 @@ def _outputs(shapes: Sequence[tuple[int, int]]) -> int:
     )
 
 
+def _tuning(job: Job, block: BlockSpec) -> int:
+    """Bytes of what tuning a block needs beside its weights and codes.
+
+    Either sequences run, each with gradients of all weights in the arithmetic of the pass, or sums of these are handed on,
+    matrix by matrix.
+    """
+    assert job.recipe.tuning is not None
+    assert job.sequences is not None
+    itemsize, threads = job.compute_dtype.itemsize, job.workers.threads
+    shapes = [linear.shape for linear in block.linears if job.plan[block.prefix + linear.name].quantized]
+    entries = [rows * columns for rows, columns in shapes] or [0]
+    widest = max(max(linear.shape) for linear in block.linears)
+    tuning = job.recipe.tuning
+    states = STATE_COPIES if tuning.train == "codes" or tuning.between else 0
+    before = itemsize * sum(entries) if tuning.train == "codes" and tuning.between else 0
+    runs = (1 + threads) * itemsize * sum(entries) + threads * ACTIVATION_COPIES * itemsize * job.sequences.shape[
+        1
+    ] * widest
+    graphs = 4 * GRAPH_COPIES * max(max(entries), threads * min(max(entries), HANDED_ON_TOGETHER))
+    return before + 4 * (states + 1) * sum(entries) + max(runs, graphs)
+
+
 def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:
     """The plan, if it fits ``cap`` bytes. Raises ``OutOfMemoryCapError`` with the least that would do."""
     needed = plan(job, further_hessians)
@@ -131,6 +164,8 @@ def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:
         less = f"fewer {option('threads', '--threads')}"
         if job.uses_hessians:
             less += ", or a recipe with rounding: nearest"
+        if job.recipe.tuning is not None:
+            less += ", or one without tuning" if job.recipe.tuning.train == "scales" else ", or tuning: {train: scales}"
         raise OutOfMemoryCapError(
             f"a memory cap of {bytes_text(cap)} is too small: one decoder block of this model with recipe "
             f"{job.recipe.name!r} needs {least}. Give at least {enough}, or {less}",

@@ -1,4 +1,5 @@
-"""The stream of the unquantized model beside that of the quantized one: what targets that make up for drift are taken from.
+"""The stream of the unquantized model beside that of the quantized one: what targets that make up for drift are taken from,
+and what tuning aims at.
 
 A block as the transforms left it computes what the checkpoint's does, in the coordinates in which its linears are rounded.
 """
@@ -36,7 +37,7 @@ class ReferenceStream:
     def __init__(self, job: Job, block: Block) -> None:
         """``block``: with its transforms, before anything is rounded."""
         self.job, self.index = job, block.spec.index
-        self.source = job.activations(STREAM, self.index)
+        self.source, self.outputs = job.activations(STREAM, self.index), job.activations(STREAM, self.index + 1)
         self.block = copy.copy(block)
         self.block.module = copy.deepcopy(block.module)
         self._outputs: dict[str, OutputStatistics] = {}
@@ -62,18 +63,24 @@ class ReferenceStream:
             self._outputs |= sensitivity.output_statistics(self.job, self.block, some)
         return {name: self._outputs.pop(name) for name in linears}
 
+    def forget_block(self) -> None:
+        """Let the block go, of which nothing but files is wanted any more."""
+        del self.block
+
     def end(self) -> None:
         """The block is done: nobody needs what led to it any more."""
         self.source.path.unlink(missing_ok=True)
+        if self.index + 1 == self.job.architecture.layers:
+            self.outputs.path.unlink(missing_ok=True)
         sensitivity.forget(self.job, self.index)
 
     def write_next(self) -> None:
-        """What the block makes of its inputs, for the next one."""
-        if not self.job.follows_drift or self.index + 1 == self.job.architecture.layers:
+        """What the block makes of its inputs, for the next one; of the last block only where tuning aims at it."""
+        last = self.index + 1 == self.job.architecture.layers
+        if not self.job.follows_stream or (last and self.job.recipe.tuning is None):
             return
-        following = self.job.activations(STREAM, self.index + 1)
-        following.write(lambda start, stop: self.block.run_each(self.source.read(start, stop), self.job.workers))
-        self.job.work.finish(f"{STREAM} {self.index + 1}", [following.path], {})
+        self.outputs.write(lambda start, stop: self.block.run_each(self.source.read(start, stop), self.job.workers))
+        self.job.work.finish(f"{STREAM} {self.index + 1}", [self.outputs.path], {})
 
 
 def references(

@@ -48,8 +48,9 @@ _TIMING = "timing.json"
 
 
 def needed(job: Job) -> bool:
-    """Whether the recipe's rounding reads Fisher token weights."""
-    return job.recipe.calibration.token_weight == "fisher" and job.uses_hessians
+    """Whether the recipe's rounding or tuning reads Fisher token weights."""
+    reads = job.uses_hessians or job.recipe.tuning is not None
+    return job.recipe.calibration.token_weight == "fisher" and reads
 
 
 def token_weights(job: Job, index: int) -> dict[str, Tensor]:

@@ -62,6 +62,7 @@ def table_fingerprint(recipe: Recipe, fingerprint: Mapping[str, Any], sequences:
     asked = recipe.to_json()
     for key in ("name", "description", "weights", "embedding", "head", "format"):
         del asked[key]
+    asked.pop("tuning", None)  # it comes after the roundings that are measured
     asked["allocation"] = {key: asked["allocation"][key] for key in ("candidates", "outer", "rows")}
     if not recipe.allocation.outer:
         asked["allocation"]["outer"] = [recipe.embedding.to_json(), recipe.head.to_json()]

@@ -266,7 +266,10 @@ def candidates_of(
     work_folder = WorkFolder.open(table_folder(cache, wanted), wanted, fresh)
     with work_folder as work, deterministic_workers(threads) as workers:
         everything = plan_of(alike[0], architecture)
-        job = Job(checkpoint, architecture, recipe, everything, writer, sequences, seed, work, workers, progress, where)
+        untuned = recipe.model_copy(update={"tuning": None})  # losses are those of rounding
+        job = Job(
+            checkpoint, architecture, untuned, everything, writer, sequences, seed, work, workers, progress, where
+        )
         memory_plan.check(job, memory, further_hessians=2)
         table = loss_table(job, sensitivity.shared_folder(cache, fingerprint, job))
     found = _with_bytes(recipe, architecture, table, sizes)

@@ -27,6 +27,7 @@ from quern.core.machine.temporary import temporary_folder
 from quern.core.packed import PackedLinear, QuantizedWeight
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
+from quern.core.results import TunedBlock
 from quern.formats.sharded import ShardedWriter
 from quern.pipeline.blockwise.job import plan_of
 from quern.pipeline.request import checked_writer
@@ -105,6 +106,7 @@ class Sizes:
             "notes": [],
             "files": sorted([*names, INDEX, CONFIG]),
             **self._inputs(recipe, plan),
+            **self._tuning(recipe, plan),
         }
         texts = {INDEX: index, CONFIG: {**self._checkpoint.config, **said}, PROVENANCE: provenance}
         return ArtifactBytes(data, shards + self._tokenizer + sum(len(json_bytes(text)) for text in texts.values()))
@@ -127,6 +129,18 @@ class Sizes:
                     )  # fmt: skip
         tokens = recipe.calibration.tokens
         return {"inputs": {"tokens": tokens, "sequences": tokens, "groups": groups}}
+
+    def _tuning(self, recipe: Recipe, plan: Plan) -> dict[str, Any]:
+        """What will be said of tuned blocks, with numbers whose texts are the longest."""
+        if recipe.tuning is None:
+            return {}
+        error, steps = LONGEST_ERROR, recipe.tuning.passes * recipe.calibration.tokens
+        tuned = [
+            TunedBlock(block=block.index, before=error, after=error, steps=steps, best_step=steps)
+            for block in self._architecture.blocks
+            if any(plan[block.prefix + linear.name].quantized for linear in block.linears)
+        ]
+        return {"tuning": [one.model_dump(mode="json") for one in tuned]}
 
     def _layer(self, name: str, plan: LinearPlan) -> dict[str, Any]:
         rows, columns = self.shape(name)

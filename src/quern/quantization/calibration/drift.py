@@ -53,6 +53,8 @@ class Drift:
     """W ``(rows, columns)``, unrotated."""
     mismatch: Tensor
     """M, float32 ``(rows, columns)``, in the coordinates of the inputs that are rounded for."""
+    moved: Tensor | None = None
+    """What the linear is before it is rounded where that is not W: S is added to it, and m is what it lacks."""
     judges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Of tokens that judge: sqrt(w) m ``(tokens, rows)`` and sqrt(w) x' ``(tokens, columns)``, float32."""
 
@@ -63,8 +65,11 @@ class Drift:
 
         def missing(part: tuple[int, int]) -> Tensor:
             some = slice(*part)
-            change = reference.inputs[some].float() - inputs[some].float()
-            found = (change.to(self.weight.dtype) @ self.weight.T).float()
+            if self.moved is None:
+                change = reference.inputs[some].float() - inputs[some].float()
+                found = (change.to(self.weight.dtype) @ self.weight.T).float()
+            else:
+                found = (reference.inputs[some] @ self.weight.T).float() - (inputs[some] @ self.moved.T).float()
             return found if reference.added is None else found + reference.added[some]
 
         mismatch = torch.cat(workers.map(missing, pieces(len(inputs), TOKENS)))

@@ -39,6 +39,8 @@ class Wanted:
     """Packed signs of the rotation of the inputs; None: they are not rotated."""
     drifts: Mapping[str, Tensor] = field(default_factory=dict)
     """The linears that are to make up for drift, with their weights in the unquantized model."""
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of these the ones that are no longer so before they are rounded, with their weights."""
 
     def __bool__(self) -> bool:
         return bool(self.hessians) or self.histogram
@@ -81,7 +83,10 @@ def collector(wanted: Wanted, columns: int, device: torch.device) -> GroupStatis
             for name in wanted.hessians
         },
         InputHistogram() if wanted.histogram else None,
-        {name: Drift(weight, torch.zeros(weight.shape, device=device)) for name, weight in wanted.drifts.items()},
+        {
+            name: Drift(weight, torch.zeros(weight.shape, device=device), wanted.moved.get(name))
+            for name, weight in wanted.drifts.items()
+        },
     )
 
 

@@ -101,6 +101,15 @@ class Data:
         return [self.ids[place] for place in places], [self.teacher(place) for place in places]
 
 
+def rate_at(step: int, steps: int, peak: float) -> float:
+    """The rate of the step called ``step``, from 1 on, of so many: it rises to ``peak``, then falls as a cosine."""
+    warm = max(1, round(WARM_UP * steps))
+    if step <= warm:
+        return peak * step / warm
+    done = (step - warm) / max(1, steps - warm + 1)
+    return peak * (1 + math.cos(math.pi * done)) / 2
+
+
 class Loop:
     """A student in training."""
 
@@ -169,14 +178,6 @@ class Loop:
             self._order = number, random.permutation(self.data.trained).tolist()
         return self._order[1][at * BATCH : (at + 1) * BATCH]
 
-    def _rate(self, step: int) -> float:
-        """Of the step called ``step``, from 1 on: it rises, then falls as a cosine."""
-        warm = max(1, round(WARM_UP * self.steps))
-        if step <= warm:
-            return self.settings.learning_rate * step / warm
-        done = (step - warm) / max(1, self.steps - warm + 1)
-        return self.settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
-
     def _step(self) -> None:
         history = self.history
         loss = self.student.backward(*self.data.of(self._batch(history.step)))
@@ -185,7 +186,7 @@ class Loop:
             history.problem = f"in step {history.step} the divergence was no number"
             return
         history.losses.append(loss)
-        rate = self._rate(history.step)
+        rate = rate_at(history.step, self.steps, self.settings.learning_rate)
         self.adam.step(history.step, lambda name: rate * (LATENT_RATE if name.endswith(LATENT) else 1.0))
         if history.step % ENCODE_STEPS == 0 or history.step == self.steps:
             self.student.encode_again()

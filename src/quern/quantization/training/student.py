@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quern.architectures.base import Architecture
+from quern.codecs.base import Parts
 from quern.codecs.trainable.base import Trainable, straight_through
 from quern.core.machine.parallel import Workers, pieces
 from quern.quantization.calibration.block import Block
 from quern.quantization.training.inputs import InputRounding
 from quern.rotation.rotation import rotate, rotate_back
+
+HANDED_ON_TOGETHER = 1 << 24
+"""Entries of matrices up to which gradients are handed on by all workers at once; graphs of larger ones take gigabytes."""
 
 
 class TrainedVector(nn.Module):
@@ -41,6 +45,23 @@ class TrainedVector(nn.Module):
     def stored(self) -> Tensor:
         """In the dtype that they came in."""
         return self.values().to(self._stored.dtype)
+
+
+class Unrounded(Trainable):
+    """A weight that is not rounded yet, in units of each row's root mean square."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        unit = weight.float().square().mean(1, keepdim=True).sqrt()
+        self._unit = torch.where(unit > 0, unit, 1.0)
+        self.latent = nn.Parameter(weight.float() / self._unit)
+
+    def values(self) -> Tensor:
+        return self.latent * self._unit
+
+    @torch.no_grad()
+    def parts(self) -> Parts:
+        return {"weight": self.values()}
 
 
 @dataclass(frozen=True)
@@ -82,8 +103,6 @@ class _Leaves:
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
-    """The stored values with their graphs."""
 
     def all(self) -> list[Tensor]:
         """In order."""
@@ -134,13 +153,12 @@ class StudentBlock(Block):
         """Put the weights into the module; leaves where ``gradients`` are wanted."""
         leaves = _Leaves()
 
-        def decoded(weight: TrainedWeight) -> tuple[Tensor, Tensor]:
-            with torch.set_grad_enabled(gradients and not weight.trainable.by_rows):
-                values = weight.trainable.values()
-            return values, weight.effective(values.detach()).to(self.dtype)
+        def decoded(weight: TrainedWeight) -> Tensor:
+            with torch.no_grad():
+                return weight.effective(weight.trainable.values()).to(self.dtype)
 
         found = workers.map(decoded, list(self.weights.values()))
-        for (name, weight), (values, effective) in zip(self.weights.items(), found, strict=True):
+        for (name, weight), effective in zip(self.weights.items(), found, strict=True):
             linear = self.linear(name)
             assert isinstance(linear, _Linear)
             by_rows = weight.trainable.by_rows
@@ -150,7 +168,7 @@ class StudentBlock(Block):
                 linear.factor = torch.ones(len(effective), dtype=self.dtype, requires_grad=True)
                 leaves.weights[name] = linear.factor
             elif gradients:
-                leaves.weights[name], leaves.values[name] = linear.weight, values
+                leaves.weights[name] = linear.weight
         for name, vector in self.vectors.items():
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(vector.values().detach().to(self.dtype), requires_grad=gradients)
@@ -174,20 +192,26 @@ class StudentBlock(Block):
     def backward(self, hidden: Sequence[Tensor], gradients: Sequence[Tensor], workers: Workers) -> list[Tensor]:
         """dL / d(inputs) of each sequence from its inputs and dL / d(outputs), all ``(time, width)``; the gradients of all
         that is trained are set to their sums."""
+        return self.descend(hidden, lambda place, _: gradients[place], workers)
+
+    def descend(
+        self, hidden: Sequence[Tensor], gradient: Callable[[int, Tensor], Tensor], workers: Workers
+    ) -> list[Tensor]:
+        """``backward`` where dL / d(outputs) is a function of the outputs ``(time, width)`` of the sequence at a place."""
         leaves = self._open(workers, gradients=True)
         wanted = leaves.all()
 
-        def one(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        def one(place: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                inputs = pair[0][None].detach().requires_grad_()
+                inputs = hidden[place][None].detach().requires_grad_()
                 result = self.run(inputs)
-                return torch.autograd.grad(result, [inputs, *wanted], pair[1][None].to(result), allow_unused=True)
+                outer = gradient(place, result.detach()[0])[None].to(result)
+                return torch.autograd.grad(result, [inputs, *wanted], outer, allow_unused=True)
 
         sums = [torch.zeros(leaf.shape) for leaf in wanted]
         inner: list[Tensor] = []
-        pairs = list(zip(hidden, gradients, strict=True))
-        for start, stop in pieces(len(pairs), workers.threads):
-            for by_input, *by_leaf in workers.map(one, pairs[start:stop]):
+        for start, stop in pieces(len(hidden), workers.threads):
+            for by_input, *by_leaf in workers.map(one, range(start, stop)):
                 inner.append(by_input[0])
                 for total, part in zip(sums, by_leaf, strict=True):
                     if part is not None:  # an expert that no token of the sequence met
@@ -201,15 +225,23 @@ class StudentBlock(Block):
         by_name = dict(zip([*leaves.weights, *leaves.vectors], sums, strict=True))
 
         def one(name: str) -> None:
+            gradient = by_name.pop(name)
             if name in leaves.vectors:
                 self.vectors[name].offset.grad = None
-                self.vectors[name].values().backward(by_name[name])  # type: ignore[no-untyped-call]
+                self.vectors[name].values().backward(gradient)  # type: ignore[no-untyped-call]
                 return
             weight = self.weights[name]
             if weight.trainable.by_rows:
-                weight.trainable.take_row_gradient(by_name[name])
+                weight.trainable.take_row_gradient(gradient)
                 return
             weight.trainable.zero_grad(set_to_none=True)
-            leaves.values.pop(name).backward(weight.stored_gradient(by_name[name]))  # type: ignore[no-untyped-call]
+            with (
+                torch.enable_grad()
+            ):  # decoded once more: the graphs of all weights together would be many times the block
+                values = weight.trainable.values()
+            values.backward(weight.stored_gradient(gradient))  # type: ignore[no-untyped-call]
 
-        workers.map(one, list(by_name))
+        sizes = {name: gradient.numel() for name, gradient in by_name.items()}
+        workers.map(one, [name for name, size in sizes.items() if size <= HANDED_ON_TOGETHER])
+        for name in [name for name, size in sizes.items() if size > HANDED_ON_TOGETHER]:
+            one(name)
