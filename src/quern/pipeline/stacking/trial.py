@@ -34,6 +34,10 @@ NOISE = 0.08
 """By how much of a loss two calibrations of one recipe may differ (``benchmarks/stacking.py --noise``)."""
 
 
+_STANDING_IN = {"vllm": "transformers", "llama.cpp": "cpu"}
+"""What runs here what is for runtimes that need not be here."""
+
+
 @dataclass(frozen=True)
 class Use:
     """How an artifact is run."""
@@ -43,11 +47,13 @@ class Use:
 
     @classmethod
     def of(cls, *parts: Part) -> Use:
-        """How what has these parts is run here. vLLM's artifacts are run by transformers, which reads the same files."""
+        """How what has these parts is run here. vLLM's artifacts are run by transformers, which reads the same files, and
+        llama.cpp's by the cpu engine, as what they decode to."""
         named = {part.kind: part.name for part in parts}
-        usual = "cpu" if named.get("format", "quern") == "quern" else "reference"
+        format = named.get("format", "quern")
+        usual = "cpu" if format == "quern" or FORMATS.get(format).suffix is not None else "reference"
         runtime = named.get("runtime", usual)
-        return cls("transformers" if runtime == "vllm" else runtime, named.get("cache"))
+        return cls(_STANDING_IN.get(runtime, runtime), named.get("cache"))
 
     @classmethod
     def cached(cls, part: Part) -> Use:
