@@ -227,6 +227,7 @@ def test_quantize_report():
         compression = 0.8125
         peak_rss_bytes = 2**30
         layers = [LayerError(linear=f"layer.{i}", bits_per_weight=3.2, relative_error=i / 1000) for i in range(20)]
+        tuning = ()
         resumed = True
         notes = ["scales were small"]
 

@@ -237,6 +237,7 @@ def test_warnings_are_errors_in_the_locked_versions_only(tmp_path, unlocked):
     (tmp_path / "test_it.py").write_text(WARNS)
     (tmp_path / "locked_versions.py").write_text(f"def departures(): return {unlocked!r}\n")
     (tmp_path / "tiny_model.py").write_text("calibration_text = write_model = None\n")
+    (tmp_path / "warm_workers.py").write_text("Forking = Subprocess = None\n")
     (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text("utf-8"))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
