@@ -73,7 +73,7 @@ def promised(scheme: dict[str, Any]) -> bool | None:
 
 def make_codec(scheme: dict[str, Any], **changes: Any) -> Codec:
     """The codec of a scheme that it stores; of ``changes`` those that it knows."""
-    known = CODECS.get(scheme["codec"]).Parameters.model_fields
+    known = CODECS.get(scheme.get("codec", "integer")).Parameters.model_fields
     return codec_of(parse_scheme({**scheme, **{key: value for key, value in changes.items() if key in known}}))
 
 

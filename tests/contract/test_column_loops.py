@@ -8,7 +8,7 @@ from quern import _native
 from quern.quantization.rounding.columns import NativeLoop, PlainLoop, loop_of
 
 COLUMNS = 48
-SOME = [s for s in ALL if s["granularity"] in ("channel", "block") or s.get("group_size") == 32]
+SOME = [s for s in ALL if s.get("granularity") in ("channel", "block") or s.get("group_size") == 32]
 GRIDS = [s for s in SOME if make_codec(s).encoder(gaussian(4, 8), gaussian(4, 8), refit=False).native_columns()]
 ISAS = [name for name in ("avx2", "avx512") if name in _native.isas()]
 

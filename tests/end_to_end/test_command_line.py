@@ -23,10 +23,13 @@ calibration: {token_weight: none}
 """
 PROFILES = {
     "auto",
+    "auto-gguf",
     "balanced",
     "compact",
     "fast",
     "float8",
+    "iq4_nl",
+    "iq4_xs",
     "kmeans3",
     "kmeans4",
     "log4",
@@ -35,6 +38,13 @@ PROFILES = {
     "nvfp4",
     "rtn4",
     "ternary",
+    "q2_k",
+    "q3_k",
+    "q4_0",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+    "q8_0",
 }
 
 

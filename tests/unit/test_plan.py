@@ -104,7 +104,7 @@ def test_a_scheme_is_a_set_of_keys(values):
 
 def test_beside_codec_none_no_key_means_anything():
     assert parse_scheme({"codec": "none", "bits": 8, "group_size": None}) == UNQUANTIZED, "as older versions wrote it"
-    with pytest.raises(UserError, match=r"unknown codec 'zap'; known: float8, integer, kmeans, .*trellis"):
+    with pytest.raises(UserError, match=r"unknown codec 'zap'; known: float8, ggml, integer, kmeans, .*trellis"):
         small_recipe(weights={"codec": "zap"})
     with pytest.raises(UserError, match="codec must be a name"):
         small_recipe(weights={"codec": 4})

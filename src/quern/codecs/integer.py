@@ -90,7 +90,7 @@ class IntegerGrid(Grid):
     def span(self, zero: Tensor) -> tuple[Tensor, Tensor]:
         return -zero, self.levels - zero
 
-    def numbers(self) -> GridNumbers:
+    def numbers(self) -> GridNumbers | None:
         return GridNumbers(self.levels + 1)
 
     def exact(self, values: Tensor) -> Exact | None:

@@ -109,6 +109,10 @@ class AffineGrid(IntegerGrid):
         super().__init__(parameters(bits, group_size))
         self.below_zero = below_zero
 
+    def numbers(self) -> None:
+        """A minimum is no whole number of steps, which native loops take a zero point for."""
+        return None
+
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return ((values - zero) / scale).round_().clamp_(0, self.levels)
 

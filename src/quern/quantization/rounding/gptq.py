@@ -55,7 +55,9 @@ class Gptq(Rounding):
             decoded = codec.decode((slab.shape[0], slab.shape[1]), encoder.parts())
         return RoundedSlab(encoder.parts(), decoded, error, size)
 
-    def _feed_forward(self, weight: Tensor, encoder: Encoder, factor: Factor, native: bool) -> tuple[Tensor, float]:
+    def _feed_forward(
+        self, weight: Tensor, encoder: Encoder, factor: Factor, native: bool = True
+    ) -> tuple[Tensor, float]:
         """Q ``(rows, columns)`` and the quadratic loss; ``weight`` and Q have their columns in rounding order."""
         rows, columns = weight.shape
         group, width, block = encoder.refit_width, encoder.width, self.settings.block_size
@@ -74,7 +76,7 @@ class Gptq(Rounding):
             inside = factor.upper[start:stop, start:stop].T.contiguous()
             places = list(range(start, stop)) if factor.order is None else factor.order[start:stop].tolist()
             loop = loop_of(encoder, places, native)
-            for k, end in pieces(stop - start, width if width > 1 else group or stop - start):
+            for k, end in pieces(stop - start, width if width > 1 else encoder.refine_width or group or stop - start):
                 column = start + k
                 for size, fit in ((group, encoder.refit), (encoder.refine_width, encoder.refine)):
                     if size and column % size == 0:
