@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from quern import _native
-from quern.codecs.trellis import LANES, lag, windows
 from quern.codecs.packing.trellis_lanes import BLOCK, LANE_ROWS, TILE
+from quern.codecs.trellis import LANES, lag, windows
 
 OUTPUT = Path(__file__).resolve().parents[1] / "src" / "quern" / "codecs" / "trellis_tables.json"
 VARIANTS = [(bits, window, tables) for bits in (2, 3, 4) for window, tables in ((6, 1), (7, 1), (7, 2))]
