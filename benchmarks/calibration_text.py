@@ -13,40 +13,26 @@ measured is kept in FOLDER, so that the same command goes on after an interrupti
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import rounding
 from measured import write_result
-from pages import write_section
-from rounding import BUNDLED, HELD_OUT, MINE, mean
+from rounding import HELD_OUT, mean
+from section_script import parser_of, recipe_called, run
 
-from quern.core.recipe import load_recipe
 from quern.core.results import METRICS_VERSION
 from quern.core.units import significant
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=str(BUNDLED))
+    parser = parser_of(__doc__, "build/calibration-text")
     parser.add_argument("--recipe", default="gptq3-g64")
     parser.add_argument("--source", nargs="*", default=["standard library="], metavar="NAME=FILES")
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
     parser.add_argument("--calibration-tokens", nargs="*", type=int, default=[4096, 16384, 65536])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("-o", "--output", default="build/calibration-text")
-    parser.add_argument("--page", type=Path)
-    parser.add_argument("--from", dest="result", type=Path)
-    options = parser.parse_args()
-    if options.result is None:
-        options.result = measure(options)
-        print(options.result)
-    text = section(json.loads(options.result.read_text("utf-8")))
-    if options.page:
-        write_section(options.page, text)
-    print(text)
+    run(parser, measure, section)
 
 
 def measure(options: argparse.Namespace) -> Path:
@@ -61,7 +47,7 @@ def measure(options: argparse.Namespace) -> Path:
 def row(options: argparse.Namespace, source: str, files: str, count: int) -> dict[str, Any]:
     """Cost and divergences of one source and number of tokens."""
     given = dict(text.split("=", 1) for text in options.text) or {HELD_OUT: ""}
-    recipe = load_recipe(path if (path := MINE / f"{options.recipe}.yaml").is_file() else options.recipe)
+    recipe = recipe_called(options.recipe)
     calibration = recipe.calibration.model_copy(update={"tokens": count})
     name = f"{source.replace(' ', '-')}-{count}"
     found = rounding.row(

@@ -11,14 +11,13 @@ its section into the page. The second form writes the section again without meas
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from measured import write_result
-from pages import write_section
 from rich.console import Console
+from section_script import parser_of, run
 
 import quern
 from quern.cli.progress import progress_on
@@ -26,7 +25,6 @@ from quern.core.recipe import Recipe, parse_recipe
 from quern.core.results import Results
 from quern.core.units import significant
 
-BUNDLED = Path(__file__).parents[1] / "models" / "python-7m"
 TOKENS = 8192
 OUTER = {"bits": 8, "granularity": "channel"}
 """Of embedding and head, in every recipe."""
@@ -49,22 +47,9 @@ CODECS: tuple[tuple[str, dict[str, Any], tuple[dict[str, Any], ...]], ...] = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=str(BUNDLED))
-    parser.add_argument("--calibration", nargs="*", default=[])
+    parser = parser_of(__doc__, "build/granularity", TOKENS)
     parser.add_argument("--text", nargs="*", default=[])
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("-o", "--output", default="build/granularity")
-    parser.add_argument("--page", type=Path)
-    parser.add_argument("--from", dest="result", type=Path)
-    options = parser.parse_args()
-    if options.result is None:
-        options.result = measure(options)
-        print(options.result)
-    text = section(json.loads(options.result.read_text("utf-8")))
-    if options.page:
-        write_section(options.page, text)
-    print(text)
+    run(parser, measure, section)
 
 
 def recipes() -> Iterable[tuple[str, Recipe]]:

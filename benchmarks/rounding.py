@@ -18,17 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from measured import quantize_in_child, write_result
-from pages import write_section
+from section_script import parser_of, recipe_called, run
 
 import quern
-from quern.core.recipe import Recipe, load_recipe
+from quern.core.recipe import Recipe
 from quern.core.recipe_parts import Rounding
 from quern.core.results import METRICS_VERSION
 from quern.core.units import significant
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = ROOT / "models" / "python-7m"
-MINE = ROOT / "benchmarks" / "recipes"
 RECIPES = ("balanced", "trellis3", "trellis2", "compact", "gptq4-g64", "gptq3-g64")
 CHOICES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -42,24 +39,11 @@ HELD_OUT = "held-out Python"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=str(BUNDLED))
-    parser.add_argument("--calibration", nargs="*", default=[])
+    parser = parser_of(__doc__, "build/rounding")
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--choices", nargs="*", default=list(CHOICES), choices=list(CHOICES))
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("-o", "--output", default="build/rounding")
-    parser.add_argument("--page", type=Path)
-    parser.add_argument("--from", dest="result", type=Path)
-    options = parser.parse_args()
-    if options.result is None:
-        options.result = measure(options)
-        print(options.result)
-    text = section(json.loads(options.result.read_text("utf-8")))
-    if options.page:
-        write_section(options.page, text)
-    print(text)
+    run(parser, measure, section)
 
 
 def measure(options: argparse.Namespace) -> Path:
@@ -76,7 +60,7 @@ def measure(options: argparse.Namespace) -> Path:
 
 def recipe_with(name: str, choice: str) -> Recipe:
     """A recipe, shipped or of this folder, rounded by a choice."""
-    recipe = load_recipe(path if (path := MINE / f"{name}.yaml").is_file() else name)
+    recipe = recipe_called(name)
     rounding = Rounding.model_validate({**recipe.rounding.model_dump(), **CHOICES[choice]})
     return recipe.model_copy(update={"name": f"{recipe.name}-{choice}", "rounding": rounding})
 

@@ -19,39 +19,26 @@ from pathlib import Path
 from typing import Any
 
 from measured import write_result
-from pages import write_section
-from rounding import BUNDLED, HELD_OUT, MINE, divergence, mean
+from rounding import HELD_OUT, divergence, mean
+from section_script import parser_of, recipe_called, run
 
 import quern
-from quern.core.recipe import Recipe, load_recipe
+from quern.core.recipe import Recipe
 from quern.core.results import METRICS_VERSION
 from quern.core.units import significant
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=str(BUNDLED))
+    parser = parser_of(__doc__, "build/training")
     parser.add_argument("--recipes", nargs="*", default=["ternary", "int2-g64", "trellis2"])
-    parser.add_argument("--calibration", nargs="*", default=[], metavar="FILE")
     parser.add_argument("--calibration-tokens", type=int)
     parser.add_argument("--compute-dtype", default="auto")
     parser.add_argument("--train", default="codes", choices=["codes", "scales"])
     parser.add_argument("--train-tokens", type=int, default=106496)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
-    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("-o", "--output", default="build/training")
-    parser.add_argument("--page", type=Path)
-    parser.add_argument("--from", dest="result", type=Path)
-    options = parser.parse_args()
-    if options.result is None:
-        options.result = measure(options)
-        print(options.result)
-    text = section(json.loads(options.result.read_text("utf-8")))
-    if options.page:
-        write_section(options.page, text)
-    print(text)
+    run(parser, measure, section)
 
 
 def measure(options: argparse.Namespace) -> Path:
@@ -64,9 +51,9 @@ def measure(options: argparse.Namespace) -> Path:
     )
 
 
-def recipe_called(options: argparse.Namespace, name: str) -> Recipe:
+def calibrated(options: argparse.Namespace, name: str) -> Recipe:
     """A recipe, shipped or of this folder, as the options calibrate it, in the format that training reads."""
-    recipe = load_recipe(path if (path := MINE / f"{name}.yaml").is_file() else name)
+    recipe = recipe_called(name)
     changes: dict[str, Any] = {"compute_dtype": options.compute_dtype}
     if options.calibration_tokens is not None:
         changes["tokens"] = options.calibration_tokens
@@ -81,7 +68,7 @@ def row(options: argparse.Namespace, name: str) -> dict[str, Any]:
     given: dict[str, Any] = {"threads": options.threads}
     before, after = folder / name, folder / f"{name}-{options.train}-{options.train_tokens}-{options.passes}"
     quantized = quern.quantize(
-        options.model, before, recipe=recipe_called(options, name), calibration=options.calibration, **given
+        options.model, before, recipe=calibrated(options, name), calibration=options.calibration, **given
     )
     trained = quern.train(
         options.model,

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from measured import write_result
-from pages import write_section
-from rounding import BUNDLED, CHOICES, MINE
+from rounding import CHOICES
+from section_script import parser_of, recipe_called, run
 
 import quern
-from quern.core.recipe import Recipe, load_recipe, parse_recipe
+from quern.core.recipe import Recipe, parse_recipe
 from quern.core.results import METRICS_VERSION
 from quern.core.units import significant
 
@@ -39,25 +39,12 @@ TUNINGS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=str(BUNDLED))
-    parser.add_argument("--calibration", nargs="*", default=[])
+    parser = parser_of(__doc__, "build/tuning")
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--choices", nargs="*", default=list(TUNINGS), choices=list(TUNINGS))
-    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("-o", "--output", default="build/tuning")
-    parser.add_argument("--page", type=Path)
-    parser.add_argument("--from", dest="result", type=Path)
-    options = parser.parse_args()
-    if options.result is None:
-        options.result = measure(options)
-        print(options.result)
-    text = section(json.loads(options.result.read_text("utf-8")))
-    if options.page:
-        write_section(options.page, text)
-    print(text)
+    run(parser, measure, section)
 
 
 def measure(options: argparse.Namespace) -> Path:
@@ -73,7 +60,7 @@ def measure(options: argparse.Namespace) -> Path:
 
 def recipe_with(name: str, choice: str) -> Recipe:
     """A recipe, shipped or of this folder, with a choice of tuning and rounding."""
-    recipe = load_recipe(path if (path := MINE / f"{name}.yaml").is_file() else name)
+    recipe = recipe_called(name)
     data, chosen = recipe.to_json(), TUNINGS[choice]
     data["rounding"] |= chosen.get("rounding", {})
     label = "".join(letter for letter in choice if letter.isalnum())
