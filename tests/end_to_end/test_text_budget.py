@@ -56,6 +56,12 @@ def test_an_answer_is_found_once(tiny_model, tiny_text, tmp_path, small, monkeyp
     def never(*anything):
         raise AssertionError("was found already")
 
+    (answer,) = (tmp_path / "cache").glob("text-budget-*.json")
+    whole = answer.read_bytes()
+    for damaged in (b"", b"[]", b"{}", b'{"tokens": "128", "note": "n"}'):
+        answer.write_bytes(damaged)
+        assert quantize(tiny_model, tmp_path / "again", threads=1, fresh=True, **given).notes == first.notes
+        assert answer.read_bytes() == whole
     monkeypatch.setattr(text_budget, "_settled", never)
     again = quantize(tiny_model, tmp_path / "two", threads=1, **given)
     assert hashes(first.path) == hashes(again.path)

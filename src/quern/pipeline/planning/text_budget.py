@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json, write_json
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder
-from quern.core.errors import UserError, option
+from quern.core.errors import BadFileError, UserError, option
 from quern.core.machine.parallel import Workers, deterministic_workers
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe
@@ -96,18 +96,26 @@ def settled_recipe(
     settings = recipe.calibration.model_copy(update={"tokens": MOST + HELD_OUT})
     text = CalibrationText(calibration, usable_tokenizer(checkpoint.path, True), settings)
     # What is rounded to does not matter, so all recipes that calibrate alike share the answer.
-    probe = Recipe(name="text-budget", weights=recipe.weights, rounding=Rounding(method="gptq"), calibration=settings)
+    probe = Recipe(name="text-budget", rounding=Rounding(method="gptq"), calibration=settings)
     depends = {**fingerprint_of(checkpoint, probe, text, seed, device, progress), **arithmetic(), "seconds": seconds}
     depends["recipe"] = settings.model_dump(mode="json")
     place = cache / f"text-budget-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}"
     answer = place.with_suffix(".json")
-    if answer.is_file():
-        found = read_json(answer)
-    else:
-        found = vars(_settled(probe, checkpoint, text, seconds, place, depends, device, seed, threads, progress))
-        write_json(answer, found)
-    calibrated = recipe.calibration.model_copy(update={"tokens": int(found["tokens"])})
-    return recipe.model_copy(update={"calibration": calibrated}), [str(found["note"])]
+    if (found := _known(answer)) is None:
+        found = _settled(probe, checkpoint, text, seconds, place, depends, device, seed, threads, progress)
+        write_json(answer, vars(found))
+    calibrated = recipe.calibration.model_copy(update={"tokens": found.tokens})
+    return recipe.model_copy(update={"calibration": calibrated}), [found.note]
+
+
+def _known(answer: Path) -> TextBudget | None:
+    """What was found before; None where nothing was, or a damaged file says so: it is found again then."""
+    with suppress(BadFileError):
+        known = read_json(answer)
+        tokens, note = known.get("tokens"), known.get("note")
+        if type(tokens) is int and tokens > 0 and isinstance(note, str):
+            return TextBudget(tokens, note)
+    return None
 
 
 def _settled(
@@ -212,7 +220,7 @@ def _look(job: Job, linears: Sequence[_Probed], hold_out: bool = False) -> None:
             # What a linear reads may be made by another one of them, so each gets a run of its own.
             waves = inputs.read(start, stop)
             for linear in own:
-                seen = block.capture([linear.name], waves, job.workers)[linear.name].inputs.float()
+                seen = block.capture([linear.name], waves, job.workers)[linear.name].inputs.float().cpu()
                 weights = squares[linear.name][start * length : stop * length]
                 if hold_out:
                     linear.heldout.append(seen * weights.sqrt()[:, None])
