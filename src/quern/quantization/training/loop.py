@@ -18,7 +18,7 @@ from quern.core.units import significant
 from quern.quantization.training.adam import Adam
 from quern.quantization.training.model import Student
 
-BATCH = 4
+BATCH = 2
 """Sequences of a step."""
 EVALUATIONS = 8
 """How often the held-out sequences are looked at, at most."""
