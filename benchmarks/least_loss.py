@@ -5,8 +5,8 @@
         [-o FOLDER] [--page docs/accuracy.md]
     python benchmarks/least_loss.py --from RESULT.json --page docs/accuracy.md
 
-Stages: ``plain`` is the recipe, ``keys`` has drift targets, a sweep, feedback among rows and in the head, ``tuned`` tunes
-blocks besides, ``trained`` goes on from that with ``quern train`` on the calibration text. Artifacts and what was
+Stages: ``plain`` is the recipe, ``medium`` and ``high`` are the efforts of that name (docs/accuracy.md), ``trained`` goes on
+from ``high`` with ``quern train`` on the calibration text. Artifacts and what was
 measured stay in FOLDER, so that the same command goes on after an interruption; the result
 is written as results/least_loss_*.json.
 """
@@ -20,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from measured import write_result
-from rounding import CHOICES, HELD_OUT, divergence, mean
+from rounding import HELD_OUT, divergence, mean
 from section_script import parser_of, recipe_called, run
 
 import quern
+from quern.core.effort import EFFORTS, with_effort
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.results import METRICS_VERSION
 from quern.core.units import significant
 
 RECIPES = ("balanced", "trellis3", "trellis2", "compact", "gptq4-g64", "gptq3-g64")
-STAGES = ("plain", "keys", "tuned", "trained")
+STAGES = ("plain", *EFFORTS, "trained")
 
 
 def main() -> None:
@@ -59,15 +60,10 @@ def measure(options: argparse.Namespace) -> Path:
 
 def recipe_at(options: argparse.Namespace, name: str, stage: str) -> Recipe:
     """A recipe, shipped or of this folder, as it is quantized for a stage."""
-    data = recipe_called(name).to_json()
+    data = {**recipe_called(name).to_json(), "format": "quern", "storage": "plain"}
     if options.calibration_tokens is not None:
         data["calibration"]["tokens"] = options.calibration_tokens
-    if stage != "plain":
-        data["rounding"] |= CHOICES["all"]
-        data["head_rounding"] = {"method": "gptq"}
-    if stage in ("tuned", "trained"):
-        data["tuning"] = {}
-    return parse_recipe({**data, "name": f"{name}-{stage}", "format": "quern", "storage": "plain"}, name)
+    return parse_recipe(with_effort(data, {"plain": None, "trained": "high"}.get(stage, stage), name), name)
 
 
 def row(options: argparse.Namespace, name: str, stage: str, seed: int) -> dict[str, Any]:
@@ -92,7 +88,7 @@ def row(options: argparse.Namespace, name: str, stage: str, seed: int) -> dict[s
     if record.get("asked") != asked:
         if stage == "trained":
             trained = quern.train(
-                options.model, artifact, artifact=folder / f"{name}-tuned-{seed}", texts=options.calibration,
+                options.model, artifact, artifact=folder / f"{name}-high-{seed}", texts=options.calibration,
                 tokens=options.train_tokens, passes=options.passes, **given,
             )  # fmt: skip
             made = {"seconds": trained.seconds, "steps": trained.steps, "best_step": trained.best_step}

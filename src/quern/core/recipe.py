@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from quern.core.allocation import Allocation, AllocationCandidate, Target
+from quern.core.effort import split_effort, with_effort
 from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
 from quern.core.recipe_parts import (
@@ -271,11 +272,17 @@ def profile_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A shipped recipe by its name, or a YAML or JSON file by its path. Raises ``UserError`` for anything else."""
-    text = str(name_or_path)
-    path = Path(name_or_path)
+    """A shipped recipe by its name, or a YAML or JSON file by its path, with an effort behind an @ or without.
+
+    Raises ``UserError`` for anything else.
+    """
+    text, effort = str(name_or_path), None
+    if not Path(text).is_file():
+        text, effort = split_effort(text)
+    path = Path(text)
     if text in profile_names():
-        return parse_recipe(yaml.safe_load((resources.files(RECIPE_PACKAGE) / f"{text}.yaml").read_text("utf-8")), text)
+        data = yaml.safe_load((resources.files(RECIPE_PACKAGE) / f"{text}.yaml").read_text("utf-8"))
+        return parse_recipe(with_effort(data, effort, text), text)
     if not path.is_file():
         raise UserError(
             f"no recipe {text!r}: neither a file nor one of the shipped ones ({', '.join(profile_names())})"
@@ -294,7 +301,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if not isinstance(data, dict):
         what = "is empty" if data is None else f"is not a set of keys but a {type(data).__name__}"
         raise UserError(f"recipe {path} {what}. It needs at least a name, such as: name: mine")
-    return parse_recipe(data, text)
+    return parse_recipe(with_effort(data, effort, text), text)
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
