@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quern.pipeline.planning.plan import plan
     from quern.pipeline.quantize import quantize
     from quern.pipeline.stacking.check import check
+    from quern.pipeline.status import status
     from quern.pipeline.train import train
     from quern.report.html import write_report
 
@@ -44,6 +45,7 @@ __all__ = [
     "probe",
     "quantize",
     "recommend",
+    "status",
     "train",
     "write_report",
 ]
@@ -63,6 +65,7 @@ _HOMES = {
     "probe": "quern.advisor.hardware",
     "quantize": "quern.pipeline.quantize",
     "recommend": "quern.advisor.recommend",
+    "status": "quern.pipeline.status",
     "train": "quern.pipeline.train",
     "write_report": "quern.report.html",
 }

@@ -27,6 +27,16 @@ class Record:
 def read_journal(path: Path) -> dict[str, Record]:
     """The finished steps; of a step recorded twice the last record. A torn line and what follows it are cut off."""
     raw = path.read_bytes() if path.is_file() else b""
+    steps, good = parse_journal(raw)
+    if good != len(raw):
+        with open(path, "r+b") as file:
+            file.truncate(good)
+            os.fsync(file.fileno())
+    return steps
+
+
+def parse_journal(raw: bytes) -> tuple[dict[str, Record], int]:
+    """The finished steps in the bytes of a journal, and how many bytes come before the first line that is torn."""
     steps: dict[str, Record] = {}
     good = 0
     while (end := raw.find(b"\n", good)) >= 0:
@@ -37,11 +47,7 @@ def read_journal(path: Path) -> dict[str, Record]:
         except (ValueError, KeyError, TypeError, AttributeError):
             break
         good = end + 1
-    if good != len(raw):
-        with open(path, "r+b") as file:
-            file.truncate(good)
-            os.fsync(file.fileno())
-    return steps
+    return steps, good
 
 
 def append_record(path: Path, step: str, files: Mapping[str, tuple[int, str]], data: Mapping[str, Any]) -> Record:

@@ -1,7 +1,8 @@
 """The work folder: where a long job keeps what it has finished, so that a killed one continues.
 
 Layout: ``fingerprint.json`` (what the job was asked to do), ``journal.jsonl`` (one line for each finished step with the
-sizes and SHA-256 of its files), ``lock`` (held while a process works here), and the job's own files.
+sizes and SHA-256 of its files), ``lock`` (held while a process works here), ``progress.json`` (how far that is), and the
+job's own files.
 
 A step is finished when its line is in the journal, and its line is written after its files are on the disk. So after a
 kill at any moment a step is either finished, or its files are unrecorded; opening the folder removes every unrecorded
@@ -27,14 +28,17 @@ from quern.checkpoint.files import explain_write_errors, read_json, sha256_of, s
 from quern.checkpoint.journal import Record, append_record, read_journal
 from quern.checkpoint.lock import acquire
 from quern.checkpoint.output_place import OutputFolder
+from quern.checkpoint.progress_file import ProgressFile
 from quern.checkpoint.publishing import is_moved, move_into, publishing_order, remove_entry, removing_order
 from quern.checkpoint.safetensors_file import METADATA, read_tensors, write_safetensors
 from quern.core.errors import BadFileError, UserError, option
+from quern.core.progress import Progress
 
 _FINGERPRINT = "fingerprint.json"
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
-_OWN = (_FINGERPRINT, _JOURNAL, _LOCK)
+_PROGRESS = "progress.json"
+_OWN = (_FINGERPRINT, _JOURNAL, _LOCK, _PROGRESS)
 _PUBLISH = "publish"
 
 
@@ -109,6 +113,10 @@ class WorkFolder:
         """Whether ``path`` belongs to a job inside this one."""
         parts = path.relative_to(self.folder).parts
         return self._nested is not None and bool(parts) and parts[0].startswith(self._nested)
+
+    def telling(self, listener: Progress) -> Progress:
+        """A ``Progress`` that hands on to ``listener`` and says in the folder how far the job is (see ``state_of``)."""
+        return ProgressFile(self.folder / _PROGRESS, listener)
 
     def path(self, *parts: str) -> Path:
         """A path inside the folder; the folders on the way to it are made when it is written."""

@@ -26,6 +26,7 @@ from quern.cli.quantize import quantize
 from quern.cli.recipes import recipes
 from quern.cli.recommend import recommend
 from quern.cli.report import report
+from quern.cli.status import status
 from quern.cli.streams import forget_impossible_width, open_standard
 from quern.cli.train import train
 
@@ -40,6 +41,7 @@ VERBS: tuple[Callable[..., Any], ...] = (
     report,
     recommend,
     inspect,
+    status,
     generate,
     chat,
     probe,

@@ -132,7 +132,7 @@ def export(
     forget_peak()
     with WorkFolder.open(target.work, {**asked, **writer.coder()}, fresh) as work:
         if work.finish_publishing() is None:
-            _write(work, writer, source, asked, progress)
+            _write(work, writer, source, asked, work.telling(progress))
             publish(work, target, fresh)
         else:
             work.remove()

@@ -102,7 +102,8 @@ def inspect(path: str | Path) -> Inspection:
         path=checkpoint.path,
         bytes=artifact_bytes(checkpoint),
         tensors=sorted([*tensors, *plain], key=lambda row: _natural(row.name)),
-        bits_per_weight=bits_per_weight(weight_bytes(checkpoint), parameters),
+        # Weights that are drawn from a seed are in no file; they count as they are in memory.
+        bits_per_weight=bits_per_weight(weight_bytes(checkpoint) or loaded_bytes(checkpoint), parameters),
         parameters=parameters,
         recipe=recipe,
         cache_bytes_per_token=_cache_sizes(checkpoint),

@@ -130,7 +130,8 @@ def quantize(
             work.remove()
             return _finished(output, chosen, checkpoint, layers, planned)
         resumed = work.done("started") is not None
-        job = Job(checkpoint, architecture, chosen, plan, writer, sequences, seed, work, workers, progress, where)
+        told = work.telling(progress)
+        job = Job(checkpoint, architecture, chosen, plan, writer, sequences, seed, work, workers, told, where)
         try:
             memory_plan.check(job, memory)
         except OutOfMemoryCapError:

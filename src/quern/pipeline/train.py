@@ -250,12 +250,13 @@ class _Request:
         files = StateFiles(work)
         history = files.history()
         teacher = Teacher(self.original, start.architecture, sequences, dtype, work, workers)
-        teacher.run(self.progress)
+        progress = work.telling(self.progress)
+        teacher.run(progress)
         student = make_student(start, self.original, self.settings.kind, sequences.shape[1], dtype, workers)
         loop = Loop(student, Data(sequences, heldout, teacher.hidden), self.settings, workers, history)
         if history.heldout:
             loop.load_state(files.last())
-        loop.run(files, self.progress)
+        loop.run(files, progress)
         if history.best[0] == 0:
             return None, history
         loop.load_state(files.best())

@@ -89,6 +89,7 @@ SURFACE = {
         *("--min-speed", "--for", "--licence", "--json", "--context"),
     },
     "inspect": {"PATH", "--json"},
+    "status": {"OUT", "--json"},
     "generate": {
         *("PATH", "--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
         *("--engine", "--cache"),
