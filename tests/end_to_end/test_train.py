@@ -178,6 +178,12 @@ def test_requests_that_make_no_sense_are_refused(choices, said, place, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_the_name_of_a_file_is_refused_without_an_option_that_is_not_there(place, tmp_path):
+    with pytest.raises(UserError, match="and what is written is a folder. Choose another output") as refused:
+        quern.train(place / "model", tmp_path / "out.gguf", recipe="rtn4", texts=[place / "text.txt"], tokens=512)
+    assert "--format" not in refused.value.on_command_line
+
+
 def test_text_too_short_for_the_recipe_is_refused_in_this_commands_words_and_nothing_is_left(place, tmp_path):
     recipe = small_recipe(**GROUPED, rounding={"method": "gptq"}, calibration={"tokens": 65536, "sequence_length": 64})
     with pytest.raises(

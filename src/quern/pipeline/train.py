@@ -206,8 +206,8 @@ class _Request:
                 work.remove()
                 return True, provenance_notes(self.target.path)
             resumed = work.done("started") is not None
-            start = self.given or self._quantized(work, texts, architecture)
             work.finish("started", [], {})
+            start = self.given or self._quantized(work, texts, architecture)
             recipe = start.recipe
             if self.recipe is not None:
                 recipe = recipe.model_copy(update={"format": self.recipe.format, "storage": self.recipe.storage})
