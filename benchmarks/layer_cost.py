@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--key-value-heads", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--recipe", default="gptq4-g64")
-    parser.add_argument("--choices", nargs="*", default=list(CHOICES), choices=list(CHOICES))
+    parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=list(CHOICES))
     parser.add_argument("--threads", type=int, default=available_threads())
     options = parser.parse_args()
     if options.folder is None:

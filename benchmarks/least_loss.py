@@ -21,7 +21,7 @@ from typing import Any
 
 from measured import write_result
 from rounding import HELD_OUT, divergence, mean
-from section_script import parser_of, recipe_called, run
+from section_script import named_file, parser_of, recipe_called, run
 
 import quern
 from quern.core.effort import EFFORTS, with_effort
@@ -35,15 +35,22 @@ STAGES = ("plain", *EFFORTS, "trained")
 
 def main() -> None:
     parser = parser_of(__doc__, "build/least_loss")
-    parser.add_argument("--recipes", nargs="*", default=RECIPES)
-    parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=STAGES)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--calibration-tokens", type=int)
     parser.add_argument("--train-tokens", type=int, default=131072)
     parser.add_argument("--passes", type=int, default=1)
-    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
+    parser.add_argument("--text", nargs="*", type=named_file, default=[], metavar="NAME=FILE")
     parser.add_argument("--threads", type=int)
-    run(parser, measure, section)
+    run(parser, measure, section, check)
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the script where options do not go together, before anything is measured."""
+    if "trained" in options.stages and "tuned" not in options.stages:
+        parser.error("--stages: trained goes on from tuned, which is to be named too")
+    options.stages.sort(key=STAGES.index)
 
 
 def measure(options: argparse.Namespace) -> Path:
@@ -69,7 +76,7 @@ def recipe_at(options: argparse.Namespace, name: str, stage: str) -> Recipe:
 def row(options: argparse.Namespace, name: str, stage: str, seed: int) -> dict[str, Any]:
     """Bytes, time and divergences of one recipe at one stage; what the folder knows is not done again."""
     folder = Path(options.output)
-    texts = dict(given.split("=", 1) for given in options.text) or {HELD_OUT: None}
+    texts = dict(options.text) or {HELD_OUT: None}
     artifact, known = folder / f"{name}-{stage}-{seed}", folder / f"{name}-{stage}-{seed}.measured.json"
     given: dict[str, Any] = {"threads": options.threads, "seed": seed}
     recipe = recipe_at(options, name, stage)
@@ -128,17 +135,17 @@ def section(result: Mapping[str, Any]) -> str:
         rows = {stage: [r for r in result["rows"] if (r["recipe"], r["stage"]) == (recipe, stage)] for stage in stages}
         sizes = ", ".join(sorted({f"{row['bytes']:,}" for found in rows.values() for row in found}))
         for text in [*texts, "mean"] if len(texts) > 1 else texts:
-            cells = [cell(rows[stage], rows["plain"], text) for stage in stages]
+            cells = [cell(rows[stage], rows.get("plain", []), text) for stage in stages]
             lines.append(f"| `{recipe}` | {sizes} | {text} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def cell(rows: list[dict[str, Any]], plain: list[dict[str, Any]], text: str) -> str:
-    """A divergence, the mean over seeds, and its share of the plain one."""
+    """A divergence, the mean over seeds, and its share of the plain one where that is known."""
     if not rows:
         return "-"
-    found, before = (sum(of_text(row, text) for row in given) / len(given) for given in (rows, plain))
-    return significant(found, 3) + (f" ({found / before:.2f})" if rows is not plain else "")
+    found, before = (sum(of_text(row, text) for row in given) / max(1, len(given)) for given in (rows, plain))
+    return significant(found, 3) + (f" ({found / before:.2f})" if before and rows is not plain else "")
 
 
 def of_text(row: Mapping[str, Any], text: str) -> float:

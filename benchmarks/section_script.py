@@ -33,16 +33,27 @@ def run(
     parser: argparse.ArgumentParser,
     measure: Callable[[argparse.Namespace], Path],
     section: Callable[[Mapping[str, Any]], str],
+    check: Callable[[argparse.ArgumentParser, argparse.Namespace], None] | None = None,
 ) -> None:
     """Measure, or take the result that is named, and print its section and write it to the page."""
     options = parser.parse_args()
     if options.result is None:
+        if check is not None:
+            check(parser, options)
         options.result = measure(options)
         print(options.result)
     text = section(json.loads(options.result.read_text("utf-8")))
     if options.page:
         write_section(options.page, text)
     print(text)
+
+
+def named_file(given: str) -> tuple[str, str]:
+    """A name and a file of ``NAME=FILE``."""
+    name, equals, file = given.partition("=")
+    if not (name and equals and Path(file).is_file()):
+        raise argparse.ArgumentTypeError(f"{given!r} is no NAME=FILE, or there is no such file")
+    return name, file
 
 
 def recipe_called(name: str) -> Recipe:

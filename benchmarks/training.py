@@ -20,9 +20,10 @@ from typing import Any
 
 from measured import write_result
 from rounding import HELD_OUT, divergence, mean
-from section_script import parser_of, recipe_called, run
+from section_script import named_file, parser_of, recipe_called, run
 
 import quern
+from quern.core.artifact import PROVENANCE
 from quern.core.recipe import Recipe
 from quern.core.results import METRICS_VERSION
 from quern.core.units import significant
@@ -30,13 +31,13 @@ from quern.core.units import significant
 
 def main() -> None:
     parser = parser_of(__doc__, "build/training")
-    parser.add_argument("--recipes", nargs="*", default=["ternary", "int2-g64", "trellis2"])
+    parser.add_argument("--recipes", nargs="+", default=["ternary", "int2-g64", "trellis2"])
     parser.add_argument("--calibration-tokens", type=int)
     parser.add_argument("--compute-dtype", default="auto")
     parser.add_argument("--train", default="codes", choices=["codes", "scales"])
     parser.add_argument("--train-tokens", type=int, default=106496)
     parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
+    parser.add_argument("--text", nargs="*", type=named_file, default=[], metavar="NAME=FILE")
     parser.add_argument("--threads", type=int)
     run(parser, measure, section)
 
@@ -64,7 +65,7 @@ def calibrated(options: argparse.Namespace, name: str) -> Recipe:
 def row(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """What rounding and training by one recipe cost and lose; what the folder knows is not done again."""
     folder = Path(options.output)
-    texts = dict(given.split("=", 1) for given in options.text) or {HELD_OUT: None}
+    texts = dict(options.text) or {HELD_OUT: None}
     given: dict[str, Any] = {"threads": options.threads}
     before, after = folder / name, folder / f"{name}-{options.train}-{options.train_tokens}-{options.passes}"
     quantized = quern.quantize(
@@ -85,8 +86,9 @@ def row(options: argparse.Namespace, name: str) -> dict[str, Any]:
     for key, artifact, seconds in (("quantized", before, quantized.seconds), ("trained", after, trained.seconds)):
         known = folder / f"{artifact.name}.measured.json"
         found = json.loads(known.read_text("utf-8")) if known.is_file() else {}
-        if found.get("asked") != [texts, options.tokens]:
-            found = {"asked": [texts, options.tokens], "seconds": seconds}
+        made_as = json.loads((artifact / PROVENANCE).read_text("utf-8"))["fingerprint"]
+        if found.get("asked") != (asked := [texts, options.tokens, made_as]):
+            found = {"asked": asked, "seconds": seconds}
             found["texts"] = {
                 text: divergence(options, artifact, [file] if file else []) for text, file in texts.items()
             }

@@ -41,8 +41,8 @@ TUNINGS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = parser_of(__doc__, "build/tuning")
     parser.add_argument("--text", nargs="*", default=[])
-    parser.add_argument("--recipes", nargs="*", default=RECIPES)
-    parser.add_argument("--choices", nargs="*", default=list(TUNINGS), choices=list(TUNINGS))
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--choices", nargs="+", default=list(TUNINGS), choices=list(TUNINGS))
     parser.add_argument("--threads", type=int)
     run(parser, measure, section)
 

@@ -5,6 +5,8 @@ import re
 
 import pytest
 from artifacts import hashes, small_recipe
+from safetensors.torch import load_file, save_file
+from tiny_model import tiny_config, write_model
 
 from quern.core.errors import UserError
 from quern.pipeline.compare import compare
@@ -93,6 +95,19 @@ def test_time_ends_the_search_and_the_note_says_so(tiny_model, tiny_text, tmp_pa
     report = quantize(tiny_model, tmp_path / "out", calibration_time=1e-6, **given)
     assert report.recipe.calibration.tokens == 128
     assert any("twice as many would take more than" in note for note in report.notes)
+
+
+def test_a_model_that_loses_nothing_needs_no_more_than_the_first_lot(tiny_text, tmp_path, small):
+    """Logits are 0 whatever it reads, and so are all gradients."""
+    config = tiny_config(num_hidden_layers=1, tie_word_embeddings=False)
+    model = write_model(tmp_path / "model", config)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"].zero_()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    given = {"recipe": recipe_of(), "calibration": [tiny_text], "threads": 1, "cache": tmp_path / "cache"}
+    report = quantize(model, tmp_path / "out", calibration_tokens="auto", **given)
+    assert report.recipe.calibration.tokens == 128
+    assert any("128 0.000; more cannot lower it" in note for note in report.notes)
 
 
 def test_plan_and_compare_find_it_too(tiny_model, tiny_text, tmp_path, small, monkeypatch):

@@ -178,6 +178,23 @@ def test_requests_that_make_no_sense_are_refused(choices, said, place, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_the_name_of_a_file_is_refused_without_an_option_that_is_not_there(place, tmp_path):
+    with pytest.raises(UserError, match="and what is written is a folder. Choose another output") as refused:
+        quern.train(place / "model", tmp_path / "out.gguf", recipe="rtn4", texts=[place / "text.txt"], tokens=512)
+    assert "--format" not in refused.value.on_command_line
+
+
+def test_text_too_short_for_the_recipe_is_refused_in_this_commands_words_and_nothing_is_left(place, tmp_path):
+    recipe = small_recipe(**GROUPED, rounding={"method": "gptq"}, calibration={"tokens": 65536, "sequence_length": 64})
+    with pytest.raises(
+        UserError, match=r"recipe calibrates on 1024 sequences of 64 = 65536 tokens of the text"
+    ) as refused:
+        quern.train(place / "model", tmp_path / "out", recipe=recipe, texts=[place / "text.txt"], tokens=512)
+    assert "--text" in refused.value.on_command_line
+    assert "--calibration" not in refused.value.on_command_line
+    assert not list(tmp_path.iterdir()), "or other choices would be told that this job is unfinished"
+
+
 def test_a_cap_that_is_too_small_is_refused_with_the_least_that_does_and_another_way(place, tmp_path):
     given = {"recipe": small_recipe(**GROUPED), "texts": [place / "text.txt"], "tokens": TOKENS}
     with pytest.raises(OutOfMemoryCapError, match=r"Give at least memory=.*train=scales") as caught:
@@ -196,6 +213,19 @@ def test_another_models_artifact_and_what_is_no_artifact_are_refused(place, tmp_
     ):
         with pytest.raises(UserError, match=said):
             train(place, str(Path(tmp_path) / "out"), artifact=artifact)
+
+
+def test_the_artifact_that_training_begins_with_is_not_replaced(place, tmp_path):
+    """A publication that is killed would leave nothing to begin with again."""
+    start = tmp_path / "start"
+    quern.quantize(place / "model", start, recipe=small_recipe(**GROUPED))
+    before = hashes(start)
+    (tmp_path / "link").symlink_to(start)
+    with pytest.raises(UserError, match="is the artifact that training begins with. Choose another output"):
+        quern.train(
+            place / "model", tmp_path / "link", artifact=start, texts=[place / "text.txt"], tokens=512, fresh=True
+        )
+    assert hashes(start) == before
 
 
 @pytest.mark.parametrize("damage", ['{"fingerprint": 1, "layers": [], "notes": []}', "[]", '{"fingerprint": {}}'])

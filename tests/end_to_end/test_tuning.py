@@ -200,6 +200,12 @@ def test_keys_that_make_no_sense_are_refused(tuning, said):
         small_recipe(**GPTQ, tuning=tuning)
 
 
+def test_a_recipe_that_quantizes_no_linear_has_nothing_to_tune():
+    small_recipe(weights={"codec": "none"}, overrides=[{"pattern": "*.v_proj", "bits": 8}], tuning={})
+    with pytest.raises(UserError, match="tuning trains quantized linears, and no scheme here quantizes one"):
+        small_recipe(weights={"codec": "none"}, tuning={})
+
+
 def test_what_cannot_be_tuned_is_refused_before_any_work(place, tmp_path, monkeypatch):
     one_sequence = {**GPTQ, "calibration": {"tokens": 64}, "tuning": {}}
     with pytest.raises(
@@ -216,6 +222,12 @@ def test_what_cannot_be_tuned_is_refused_before_any_work(place, tmp_path, monkey
     ):
         quern.quantize(place / "model", tmp_path / "out", recipe=small_recipe(**tables))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_outside_of_the_blocks_may_be_what_tuning_cannot_train(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(KMeansCodec, "trains_codes", False)
+    recipe = recipe_of({**GPTQ, "embedding": {"codec": "kmeans", "bits": 4}, "tuning": {"passes": 1, "between": 0}})
+    assert quern.quantize(place / "model", tmp_path / "out", recipe=recipe, calibration=[place / "text.txt"]).tuning
 
 
 def test_planned_recipes_are_tuned_within_their_bytes(place, tmp_path):

@@ -134,6 +134,8 @@ class Recipe(Strict):
                 raise ValueError(f"{override.pattern} is to be rotated, but the recipe has no transform that rotates")
         roundings = [self.rounding, *(o.rounding for o in self.overrides if o.rounding is not None)]
         self._check_head_rounding()
+        if self.tuning is not None and self.allocation is None and not any(s.quantized for s, _ in schemes.values()):
+            raise ValueError("tuning trains quantized linears, and no scheme here quantizes one. Leave it out")
         if any(rounding.two_sided for rounding in roundings) and self.calibration.token_weight != "fisher":
             raise ValueError("two_sided rounding needs gradients: calibration: {token_weight: fisher}")
         if self.allocation is not None:

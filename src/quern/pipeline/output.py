@@ -26,9 +26,10 @@ Target = OutputFolder | OutputFile
 """Where an artifact goes."""
 
 
-def output_target(output: str | Path, model: str | Path, fresh: bool, format: str = "quern") -> Target:
-    """Where the artifact of a ``format`` goes, tried out. Raises ``UserError`` where it cannot, or must not, be written."""
-    suffix = FORMATS.get(format).suffix
+def output_target(output: str | Path, model: str | Path, fresh: bool, format: str | None = None) -> Target:
+    """Where the artifact of a ``format`` goes, or of one that is a folder where nobody can choose; tried out. Raises
+    ``UserError`` where it cannot, or must not, be written."""
+    suffix = None if format is None else FORMATS.get(format).suffix
     if suffix is not None:
         if not str(output).lower().endswith(suffix):
             raise UserError(
@@ -49,14 +50,16 @@ def output_target(output: str | Path, model: str | Path, fresh: bool, format: st
     return target.tried()
 
 
-def _refuse_file_names(output: str | Path, format: str) -> None:
+def _refuse_file_names(output: str | Path, format: str | None) -> None:
     """Raise ``UserError`` for a folder that is to be called like the file of another format."""
     for name in FORMATS:
         suffix = FORMATS.get(name).suffix
         if suffix is not None and str(output).lower().endswith(suffix) and not Path(output).is_dir():
+            writes = "what is written is" if format is None else f"format {format} writes"
+            instead = "" if format is None else f"Add {option(f'format={name!r}', f'--format {name}')}, or choose"
             raise UserError(
-                f"{str(output)!r} is the name of a file of format {name}, and format {format} writes a folder. Add "
-                f"{option(f'format={name!r}', f'--format {name}')}, or choose another output"
+                f"{str(output)!r} is the name of a file of format {name}, and {writes} a folder. "
+                f"{instead or 'Choose'} another output"
             )
 
 

@@ -79,7 +79,7 @@ def checked_writer(recipe: Recipe, plan: Plan, architecture: Architecture) -> Ar
             f"{next(iter(architecture.linears))}"
         )
     _check_kept(recipe, plan)
-    tuning.check(recipe, plan)
+    tuning.check(recipe, plan, architecture.linears)
     writer = FORMATS.get(recipe.format).writer(recipe, plan, architecture)
     writer.check()
     return writer

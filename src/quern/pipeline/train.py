@@ -18,6 +18,7 @@ import quern
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
+from quern.checkpoint.output_place import resolved
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.core.artifact import PROVENANCE
@@ -42,7 +43,7 @@ from quern.pipeline.training.artifact import Start, check_trainable, linear_sche
 from quern.pipeline.training.result import write_artifact, write_metadata
 from quern.pipeline.training.state import StateFiles
 from quern.pipeline.training.teacher import Teacher
-from quern.pipeline.training.text import TrainingText
+from quern.pipeline.training.text import TrainingText, check_calibration
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.training.loop import RATES, Data, History, Kind, Loop, Settings
 from quern.quantization.training.model import Student
@@ -119,6 +120,10 @@ def train(
     if artifact is not None and not Path(artifact).is_dir():
         raise UserError(
             f"{option('artifact', '--from')}: {artifact} is no folder. Give one that `quern quantize` wrote"
+        )
+    if artifact is not None and target.path == resolved(artifact):
+        raise UserError(
+            f"the output folder {target.path} is the artifact that training begins with. Choose another output"
         )
     given = None if artifact is None else _of_model(Start.open(Path(artifact)), original, progress)
     chosen = None if recipe is None else chosen_recipe(recipe, None)
@@ -202,7 +207,7 @@ class _Request:
                 return True, provenance_notes(self.target.path)
             resumed = work.done("started") is not None
             work.finish("started", [], {})
-            start = self.given or self._quantized(work, texts)
+            start = self.given or self._quantized(work, texts, architecture)
             recipe = start.recipe
             if self.recipe is not None:
                 recipe = recipe.model_copy(update={"format": self.recipe.format, "storage": self.recipe.storage})
@@ -225,20 +230,26 @@ class _Request:
         memory_plan.check(architecture, schemes, self.settings.kind, sequences.shape[1], threads, self.memory)
         return checked_writer(recipe, plan, architecture)
 
-    def _quantized(self, work: WorkFolder, texts: Sequence[str | Path | Text]) -> Start:
+    def _quantized(self, work: WorkFolder, texts: Sequence[str | Path | Text], architecture: Architecture) -> Start:
         """What the recipe makes of the model, in the format that training reads."""
         assert self.recipe is not None
-        recipe = self.recipe.model_copy(update={"format": METHOD, "storage": "plain"})
-        report = quantize(
-            self.original.path,
-            work.path(START),
-            recipe=recipe,
-            calibration=texts,
-            memory=self.memory,
-            seed=self.settings.seed,
-            threads=self.threads,
-            progress=self.progress,
-        )
+        recipe, seed = self.recipe.model_copy(update={"format": METHOD, "storage": "plain"}), self.settings.seed
+        try:
+            check_calibration(texts, recipe, self.original, architecture, seed)
+            report = quantize(
+                self.original.path,
+                work.path(START),
+                recipe=recipe,
+                calibration=texts,
+                memory=self.memory,
+                seed=seed,
+                threads=self.threads,
+                progress=self.progress,
+            )
+        except UserError:
+            if not any(work.path().glob(f"{START}*")):
+                work.remove()  # or the next attempt, with other choices, would be told that this one is unfinished
+            raise
         release_freed()
         return Start.open(report.path)
 

@@ -84,21 +84,21 @@ def round_linears(
     rounded = []
     for name, weight in weights.items():
         plan, rounding = plans[name], roundings[name]
-        wanted = (plan.rounding.damping, plan.rounding.activation_order)
-        if rounding.needs_hessian and name in statistics.by_linear:
-            factors.pop(wanted, None)  # its memory goes first
-            sweeps = any(plan.rounding.sweeps for plan in plans.values())
-            factors[wanted] = factorize(statistics.by_linear[name].take_hessian(), *wanted, workers, keep=sweeps)
-        factor = factors[wanted] if rounding.needs_hessian else None
-        share = None
-        if name in statistics.drifts:
-            assert factor is not None
-            shift, share = shift_of(statistics.drifts.pop(name), factor, workers)
-            weight = shift.add_(weight)
-        outputs, left = None, None
-        if name in statistics.outputs:
-            outputs, left = damped(statistics.outputs.pop(name), weight, codecs[name], workers)
         with about(prefix + name):
+            wanted = (plan.rounding.damping, plan.rounding.activation_order)
+            if rounding.needs_hessian and name in statistics.by_linear:
+                factors.pop(wanted, None)  # its memory goes first
+                sweeps = any(plan.rounding.sweeps for plan in plans.values())
+                factors[wanted] = factorize(statistics.by_linear[name].take_hessian(), *wanted, workers, keep=sweeps)
+            factor = factors[wanted] if rounding.needs_hessian else None
+            share = None
+            if name in statistics.drifts:
+                assert factor is not None
+                shift, share = shift_of(statistics.drifts.pop(name), factor, workers)
+                weight = shift.add_(weight)
+            outputs, left = None, None
+            if name in statistics.outputs:
+                outputs, left = damped(statistics.outputs.pop(name), weight, codecs[name], workers)
             result = rounding.round(weight, codecs[name], factor, workers, outputs)
         _turn(result.decoded, signs, rotate_back, workers)
         dtype = codecs[name].scale_dtype_name

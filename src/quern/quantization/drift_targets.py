@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from quern.core.errors import UserError
 from quern.core.machine.parallel import Workers, pieces
 from quern.quantization.calibration.drift import TOKENS, Drift
 from quern.quantization.rounding.factor import Factor
@@ -14,10 +17,16 @@ ROWS = 1024
 
 
 def shift_of(drift: Drift, factor: Factor, workers: Workers) -> tuple[Tensor, float]:
-    """a S float32 ``(rows, columns)``, what is to be added to the weight, and a; M is used up."""
+    """a S float32 ``(rows, columns)``, what is to be added to the weight, and a; M is used up. Raises ``UserError`` where
+    S is not finite."""
     found = drift.mismatch
     workers.map(lambda rows: _solve(found[slice(*rows)], factor), pieces(len(found), ROWS))
     share = _share(drift, found, workers)
+    if not math.isfinite(share * float(found.sum(dtype=torch.float64))):
+        raise UserError(
+            "what would make up for drift is not finite: the model's values are so large that their squares overflow "
+            "float32. Check the checkpoint, or set rounding: {target: own}, which does without"
+        )
     return found.mul_(share), share
 
 

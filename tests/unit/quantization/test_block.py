@@ -8,6 +8,7 @@ from schemes import gaussian
 from quern.architectures.base import BlockSpec, LinearSpec, Source, parameter_reader
 from quern.architectures.routing import routed_to, routed_tokens
 from quern.codecs.base import Encoder, decode
+from quern.core.errors import UserError
 from quern.core.machine.parallel import Workers
 from quern.core.plan import plan_for
 from quern.core.recipe_parts import Rounding
@@ -64,6 +65,13 @@ def test_what_is_stored_is_what_the_block_computes_with(workers):
         assert 0 < linear.relative_loss < 1
         assert linear.bits_per_weight == 8 * (linear.weight.stored_bytes + 4) / linear.decoded.numel()
     assert (first.input_signs is signs, first.input_scale) == (True, None)
+
+
+def test_inputs_that_overflow_are_refused_by_the_linear_that_reads_them(workers):
+    recipe = small_recipe(weights=GROUPS, rounding={"method": "gptq"})
+    statistics = collected(Wanted(hessians=("a",)), Tap(inputs() * 1e30, None, TOKENS), workers)
+    with pytest.raises(UserError, match=r"layers\.3\.a: what calibration counts of a linear's inputs is not finite"):
+        round_linears({"a": gaussian(24, COLUMNS)}, plans(recipe, "a"), statistics, workers, prefix="layers.3.")
 
 
 def test_each_linear_is_rounded_as_its_plan_says(workers):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from schemes import gaussian
 
+from quern.core.errors import UserError
 from quern.core.machine.parallel import Workers
 from quern.quantization.calibration.drift import Drift, Reference
 from quern.quantization.drift_targets import shift_of
@@ -124,3 +125,14 @@ def test_threads_do_not_change_a_byte():
         pool.close()
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("where", ["seen", "held"])
+def test_values_too_large_for_a_shift_are_refused(where, workers):
+    """float32 overflows in M, or in what judges."""
+    case = Case(residual=True)
+    factor = factorize(case.hessian(case.own), DAMPING, False, workers)
+    case.added[case.held if where == "held" else ~case.held] = 3e38
+    case.weights[:] = 1e3
+    with pytest.raises(UserError, match="what would make up for drift is not finite"):
+        shift_of(case.drift(workers), factor, workers)

@@ -9,6 +9,7 @@ from tiny_model import random_weights, tiny_config
 from torch.nn import functional
 
 from quern.architectures.base import architecture_of
+from quern.core.errors import UserError
 from quern.core.machine.parallel import deterministic_workers
 from quern.quantization.calibration.block import Block
 from quern.quantization.training.reconstruction import Reconstruction, Streams
@@ -169,3 +170,8 @@ def test_a_loss_that_is_no_number_ends_it(model):
     assert found.problem == "in step 1 the loss was no number"
     assert math.isfinite(found.after)
     assert not found.parts
+
+
+def test_a_loss_that_is_no_number_from_the_beginning_is_refused(model):
+    with pytest.raises(UserError, match=r"block 0: the error of its outputs, by which tuning goes, is not finite"):
+        tune(student_of(model), streams_of(model, spoiled=list(HELD)))

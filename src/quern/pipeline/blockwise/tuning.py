@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,14 +29,14 @@ from quern.quantization.training.student import StudentBlock, TrainedWeight, Unr
 from quern.rotation.rotation import rotate
 
 
-def check(recipe: Recipe, plan: Plan) -> None:
-    """Raise ``UserError`` where the recipe's tuning has nothing that it may train."""
+def check(recipe: Recipe, plan: Plan, linears: Collection[str]) -> None:
+    """Raise ``UserError`` where the recipe's tuning has something that it may not train among the ``linears`` of blocks."""
     if recipe.tuning is None:
         return
     said = f"recipe {recipe.name!r}: tuning"
-    if kept := keeping(plan):
+    if kept := [name for name in keeping(plan) if name in linears]:
         raise UserError(f"{said} changes values, and rounding of {kept[0]} keeps them. Leave out one of the two")
-    codecs = {linear.scheme.codec for linear in plan.quantized().values()}
+    codecs = {linear.scheme.codec for name, linear in plan.quantized().items() if name in linears}
     unable = sorted(name for name in codecs if not CODECS.get(name).trains_codes)
     if recipe.tuning.train == "codes" and unable:
         able = ", ".join(name for name in CODECS.names() if CODECS.get(name).trains_codes)

@@ -273,7 +273,9 @@ class _Growth:
         """The expected loss after the sequences taken so far."""
         tokens, before = self.taken * self.length, self.losses.get(self.settled)
         self.losses[tokens] = loss
-        if before is not None and loss > (1 - WORTH) * before:
+        if loss == 0:
+            self.settled, self.stopped = tokens, "more cannot lower it"
+        elif before is not None and loss > (1 - WORTH) * before:
             self.stopped = f"twice as many would lower it by {percent_text(max(0.0, 1 - loss / before))}"
         else:
             self.settled = tokens
@@ -281,7 +283,8 @@ class _Growth:
 
     def _say(self) -> None:
         first = next(iter(self.losses.values()))
-        course = ", ".join(f"{tokens} {loss / first:.3f}" for tokens, loss in self.losses.items())
+        # Of a model whose output is the same whatever it reads nothing is lost.
+        course = ", ".join(f"{tokens} {loss / (first or 1.0):.3f}" for tokens, loss in self.losses.items())
         why = f"; {self.stopped}" if self.stopped else ""
         self.said = (
             f"calibration takes {self.settled} tokens. Expected loss on held-out text by tokens, of that of the "

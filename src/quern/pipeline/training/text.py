@@ -1,4 +1,4 @@
-"""Text to train on, and the part of it that is held out."""
+"""Text to train on, the part of it that is held out, and what a recipe calibrates on of it before."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from quern.architectures.base import Architecture
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.core.errors import UserError, option
+from quern.core.recipe import Recipe
 from quern.core.recipe_parts import Calibration
+from quern.pipeline.blockwise import tuning
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.request import calibration_sequences
 from quern.texts.source import Text
@@ -49,3 +53,24 @@ class TrainingText(CalibrationText):
                 f"Give {option('tokens', '--tokens')} of at least {2 * sequences.shape[1]}, and text to match"
             )
         return sequences, max(1, len(sequences) // HELD_OUT)
+
+
+class _StartText(CalibrationText):
+    """What the recipe that training begins with calibrates on."""
+
+    def _too_short(self, count: int, time: int, wanted: int) -> UserError:
+        asked = wanted * time
+        return UserError(
+            f"the recipe calibrates on {wanted} sequences of {time} = {asked} tokens of the text that is trained on, which "
+            f"has {count}. Give more text with {option('texts', '--text')}, a recipe that calibrates on fewer, or an "
+            f"artifact that was calibrated on other text with {option('artifact', '--from')}"
+        )
+
+
+def check_calibration(
+    texts: Sequence[str | Path | Text], recipe: Recipe, original: Checkpoint, architecture: Architecture, seed: int
+) -> None:
+    """Raise ``UserError`` where the texts that are trained on are too short for the recipe that training begins with."""
+    if recipe.needs_calibration:
+        text = _StartText(texts, usable_tokenizer(original.path, True), recipe.calibration)
+        tuning.checked(calibration_sequences(architecture, text, seed), recipe)

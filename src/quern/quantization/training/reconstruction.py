@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quern.codecs.base import Parts
 from quern.codecs.trainable.base import LATENT
+from quern.core.errors import UserError
 from quern.core.machine.parallel import Workers, pieces
 from quern.core.seeds import generator
 from quern.quantization.training.adam import Adam
@@ -86,8 +87,16 @@ class Reconstruction:
         )
 
     def run(self, advance: Callable[[], None]) -> Tuned:
-        """All steps, since it is those at the end, with a falling rate, that gain most; ``advance`` is called after each."""
+        """All steps, since it is those at the end, with a falling rate, that gain most; ``advance`` is called after each.
+
+        Raises ``UserError`` where the loss is no number before the first.
+        """
         before = self._heldout()
+        if not math.isfinite(before):
+            raise UserError(
+                f"block {self.block.spec.index}: the error of its outputs, by which tuning goes, is not finite: the model's "
+                "values are so large that their squares overflow float32. Check the checkpoint, or leave out tuning"
+            )
         found = Tuned(before, before)
         every = max(1, -(-self.steps // EVALUATIONS))
         while found.steps < self.steps:
