@@ -56,7 +56,7 @@ RECIPES = {
 }
 
 
-@pytest.fixture(params=[name for name in FORMATS.names() if FORMATS.get(name).suffix is None])
+@pytest.fixture(params=[name for name in FORMATS.names() if not FORMATS.get(name).opened_as_values])
 def format_name(request):
     return request.param
 
@@ -102,7 +102,7 @@ def test_config_is_plain_json_and_names_every_module(format_name, choices):
 
 
 def test_unknown_formats_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="unknown format 'zap'; known: compressed-tensors, gguf, quern"):
+    with pytest.raises(UserError, match="unknown format 'zap'; known: awq, compressed-tensors, gguf, gptq, quern"):
         FORMATS.get("zap")
 
 

@@ -12,7 +12,7 @@ width, where each of our groups has signs of its own, and its readers multiply b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from quern.codecs.base import ScaledParameters, codec_of
 from quern.codecs.packing import bits
-from quern.core.errors import UserError, option
 from quern.core.packed import ActivationMode, PackedLinear
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
@@ -30,9 +29,9 @@ from quern.core.scheme import CodecScheme
 from quern.formats.base import FORMATS, Format, Obstacle
 from quern.formats.compressed_tensors_reader import METHOD, CompressedTensorsReader
 from quern.formats.sharded import ShardedWriter
+from quern.formats.writing.refusals import QUERN, cannot_store, torn
 from quern.rotation.rotation import block_size
 
-_QUERN = option("format='quern'", "--format quern")
 _VLLM_BITS = (4, 8)
 _Kind = tuple[ScaledParameters, ActivationMode]
 """What the modules of one config group have in common."""
@@ -51,7 +50,7 @@ class CompressedTensorsWriter(ShardedWriter):
                 problems.setdefault(problem, []).append(module)
         if any(block.sources for block in self.architecture.blocks):
             problems["it stores experts one by one, which transformers' classes of this family do not read"] = []
-        for problem in self._torn():
+        for problem in torn(self.architecture, self.plan, _alike):
             problems[problem] = []
         linears = {m: p for m, p in self.plan.quantized().items() if m != self.architecture.embedding}
         scaled = [p.scheme.params for p in linears.values() if isinstance(p.scheme.params, ScaledParameters)]
@@ -59,11 +58,7 @@ class CompressedTensorsWriter(ShardedWriter):
         if len(alike) > 1 and not all(params.symmetric for params in scaled):
             problems["asymmetric weights need one scheme for all, because transformers decompresses all by one"] = []
         if problems:
-            raise UserError(
-                f"format compressed-tensors cannot store recipe {self.recipe.name!r}:\n"
-                + "\n".join(f"  {problem}{_examples(modules)}" for problem, modules in problems.items())
-                + f"\nChange the recipe, or use {_QUERN}"
-            )
+            raise cannot_store("compressed-tensors", self.recipe.name, problems)
 
     def _problems(self, module: str, plan: LinearPlan) -> Iterator[str]:
         """Everything about ``module`` that the format, or vLLM with it, cannot say."""
@@ -86,19 +81,6 @@ class CompressedTensorsWriter(ShardedWriter):
             yield "weight-only quantization per tensor is not part of it; use granularity channel or group"
         if plan.activations.mode != "none":
             yield from _input_problems(params, plan.activations)
-
-    def _torn(self) -> list[str]:
-        """Linears that vLLM joins into one matrix and that have several schemes."""
-        found: dict[str, None] = {}
-        for block in self.architecture.blocks:
-            for linear in block.linears:
-                plans = [self.plan[block.prefix + name] for name in linear.fused_with]
-                if any(p.quantized for p in plans) and any(_alike(p) != _alike(plans[0]) for p in plans):
-                    names = ", ".join(name.rpartition(".")[2] for name in linear.fused_with)
-                    found[f"{names} of {block.prefix}{linear.name.rpartition('.')[0]}"] = None
-        return [
-            f"{names} need one scheme, because vLLM joins them into one matrix; change the overrides" for names in found
-        ]
 
     def encode(self, module: str, linear: PackedLinear) -> dict[str, Tensor]:
         assert linear.input_signs is None or not bool(linear.input_signs.any())  # check() refuses random signs
@@ -168,7 +150,7 @@ class CompressedTensorsWriter(ShardedWriter):
         if narrow:
             found.append(
                 f"weights of {' and '.join(map(str, sorted(narrow)))} bits in front of int8 activations take a byte each: "
-                f"the format has no packed form of them; {_QUERN} has"
+                f"the format has no packed form of them; {QUERN} has"
             )
         shapes = self.architecture.module_shapes()
         biased = [m for m, plan in self.plan.quantized().items() if plan.rotation is not None and f"{m}.bias" in shapes]
@@ -282,14 +264,6 @@ def _rotations(widths: dict[str, int]) -> dict[str, Any]:
         for size, modules in sorted(alike.items())
         if size > 1  # a rotation of single columns changes nothing
     }
-
-
-def _examples(modules: Sequence[str]) -> str:
-    """One module's name and how many more there are; nothing where a line names its modules itself."""
-    if not modules:
-        return ""
-    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-    return f" ({modules[0]}{more})"
 
 
 def _packed(codes: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Use:
         llama.cpp's by the cpu engine, as what they decode to."""
         named = {part.kind: part.name for part in parts}
         format = named.get("format", "quern")
-        usual = "cpu" if format == "quern" or FORMATS.get(format).suffix is not None else "reference"
+        usual = "cpu" if format == "quern" or FORMATS.get(format).opened_as_values else "reference"
         runtime = named.get("runtime", usual)
         return cls(_STANDING_IN.get(runtime, runtime), named.get("cache"))
 
