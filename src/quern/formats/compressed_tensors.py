@@ -29,7 +29,7 @@ from quern.core.scheme import CodecScheme
 from quern.formats.base import FORMATS, Format, Obstacle
 from quern.formats.compressed_tensors_reader import METHOD, CompressedTensorsReader
 from quern.formats.sharded import ShardedWriter
-from quern.formats.writing.refusals import QUERN, cannot_store, torn
+from quern.formats.writing.refusals import cannot_store, torn
 from quern.rotation.rotation import block_size
 
 _VLLM_BITS = (4, 8)
@@ -150,7 +150,7 @@ class CompressedTensorsWriter(ShardedWriter):
         if narrow:
             found.append(
                 f"weights of {' and '.join(map(str, sorted(narrow)))} bits in front of int8 activations take a byte each: "
-                f"the format has no packed form of them; {QUERN} has"
+                "the format has no packed form of them; format quern has"
             )
         shapes = self.architecture.module_shapes()
         biased = [m for m, plan in self.plan.quantized().items() if plan.rotation is not None and f"{m}.bias" in shapes]

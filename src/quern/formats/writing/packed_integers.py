@@ -129,8 +129,8 @@ class PackedIntegersWriter(ShardedWriter):
                     f"scales in {dtype} become float16, rounded where that does not hold them ({count} matrices)"
                 )
         found.append(
-            f"quern runs format {self.recipe.format} as the values that its codes stand for, not packed; {QUERN} is what it "
-            "runs packed"
+            f"quern runs format {self.recipe.format} as the values that its codes stand for, not packed; format quern is "
+            "what it runs packed"
         )
         return found
 
