@@ -1,9 +1,11 @@
-"""vLLM on folders: ``python vllm_judge.py REQUEST.json``, run in vLLM's own environment, which need not have quern.
+"""vLLM on folders: ``python vllm_judge.py REQUEST.json [QUERN]``, run in vLLM's own environment, which need not have quern.
+With ``QUERN``, the folder of quern's package, its plug-in for format quern is registered.
 
-The request has ``folders``, token numbers ``ids`` (one text), ``greedy`` (tokens to generate) and ``top`` (candidates of which
-log-probabilities are asked at each position). Beside each folder comes ``NAME.vllm.json``: ``error`` (one line), or ``tokens`` (the
-greedy ones after ``ids``), ``logprobs`` of the tokens of ``ids`` from the second on, and ``top``, at each of these positions the most
-likely tokens and their log-probabilities. Each folder has a process of its own, because a failed load spoils later ones.
+The request has ``folders``, token numbers ``ids`` (texts), ``greedy`` (tokens to generate) and ``top`` (candidates of which
+log-probabilities are asked at each position). Beside each folder comes ``NAME.vllm.json``: ``error`` (one line), or ``tokens``
+(the greedy ones after the first text), and of each text ``logprobs`` of its tokens from the second on, and ``top``, at each of
+these positions the most likely tokens and their log-probabilities. Each folder has a process of its own, because a failed load
+spoils later ones.
 """
 
 from __future__ import annotations
@@ -27,11 +29,16 @@ SETTINGS = {
 }
 
 
-def main(request: str) -> None:
+def main(request: str, quern: str | None = None) -> None:
     os.environ.update(SETTINGS)
     asked = json.loads(Path(request).read_text("utf-8"))
     import vllm  # noqa: F401 - once, and the processes of the folders have it
 
+    if quern is not None:
+        sys.path.append(str(Path(quern).parent))
+        from quern.engines.vllm_hook import register
+
+        register()
     forking = multiprocessing.get_context("fork")
     for folder in asked["folders"]:
         process = forking.Process(target=answer, args=(folder, asked))
@@ -53,19 +60,19 @@ def answer(folder: str, asked: dict[str, Any]) -> None:
 def judged(folder: str, asked: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    ids, top = asked["ids"], asked["top"]
+    texts, top = asked["ids"], asked["top"]
     model = LLM(
         folder, dtype=asked.get("dtype", "bfloat16"), max_model_len=1024, enforce_eager=True, max_logprobs=top,
         enable_prefix_caching=False, disable_log_stats=True,
     )  # fmt: skip
     settings = SamplingParams(temperature=0, max_tokens=asked["greedy"], prompt_logprobs=top, ignore_eos=True)
-    (found,) = model.generate([{"prompt_token_ids": ids}], settings, use_tqdm=False)
-    places = [{token: one.logprob for token, one in place.items()} for place in found.prompt_logprobs[1:]]
-    return {
-        "tokens": list(found.outputs[0].token_ids),
-        "logprobs": [place[token] for token, place in zip(ids[1:], places, strict=True)],
-        "top": [sorted(place.items(), key=lambda one: -one[1])[:top] for place in places],
-    }
+    found = model.generate([{"prompt_token_ids": ids} for ids in texts], settings, use_tqdm=False)
+    said: dict[str, Any] = {"tokens": list(found[0].outputs[0].token_ids), "logprobs": [], "top": []}
+    for ids, one in zip(texts, found, strict=True):
+        places = [{token: entry.logprob for token, entry in place.items()} for place in one.prompt_logprobs[1:]]
+        said["logprobs"].append([place[token] for token, place in zip(ids[1:], places, strict=True)])
+        said["top"].append([sorted(place.items(), key=lambda entry: -entry[1])[:top] for place in places])
+    return said
 
 
 def write(folder: str, said: dict[str, Any]) -> None:
