@@ -11,6 +11,7 @@ The weight is (code - zero) * scale. Symmetric weights have the zero point 8 eve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,8 +21,9 @@ from quern.codecs.base import ScaledParameters
 from quern.codecs.packing import bits
 from quern.core.packed import PackedLinear
 from quern.core.plan import Plan
+from quern.core.recipe import Recipe
 from quern.core.results import Target
-from quern.formats.base import FORMATS, Format
+from quern.formats.base import FORMATS, Format, Obstacle
 from quern.formats.writing.packed_integers import (
     PER_CHANNEL,
     PackedIntegersWriter,
@@ -78,3 +80,7 @@ class Awq(Format):
     runtimes: ClassVar[tuple[Target, ...]] = ("vllm", "transformers", "quern")
     joins = True
     writer = AwqWriter
+
+    @classmethod
+    def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
+        yield Obstacle("transformers", "loads it only where the package gptqmodel is installed beside it")

@@ -132,6 +132,7 @@ class Gptq(Format):
 
     @classmethod
     def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
+        yield Obstacle("transformers", "loads it only where the packages gptqmodel and optimum are installed beside it")
         for params in (scheme.params for scheme in (recipe.weights, *(o.scheme for o in recipe.overrides)) if scheme):
             if not isinstance(params, ScaledParameters):
                 continue
