@@ -99,6 +99,7 @@ def made_by_gptqmodel(folder: Path, text: Path) -> dict[str, Path]:
         PeerVariant("gptqmodel", Variant(name=f"gptq-int4-g{group}", bits=4, settings=chosen, calibrated=True))
         for group, chosen in settings.items()
     ]
+    (folder / "scratch").mkdir(exist_ok=True)
     contenders, failures = make_all(making, Tools(folder / "scratch", 1800), variants)
     for failure in failures:
         print(f"{failure.name}: {failure.reason}")
