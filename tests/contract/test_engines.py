@@ -426,7 +426,7 @@ USUAL = {"weights": {"codec": "integer", "bits": 4}, "rotated": False, "activati
 def test_what_cannot_be_loaded_is_refused(tmp_path, artifacts, tiny_model):
     engine = ENGINES.get("reference")()
     for change, match in (
-        ({"quant_method": "hqq"}, "quantized by 'hqq'; this engine runs quern, gguf and compressed-tensors"),
+        ({"quant_method": "hqq"}, "quantized by 'hqq'; this engine runs quern and compressed-tensors artifacts"),
         ({"format_version": 6}, "has quern format version 6; this quern reads versions 1, 2, 3, 4 and 5"),
         (
             {"modules": {"model.layers.0.mlp.zap": USUAL}},

@@ -13,13 +13,15 @@ from schemes import gaussian
 from tiny_model import tiny_config, write_model
 
 from quern.architectures.base import architecture_of
+from quern.checkpoint.foreign.decoded import decoded, foreign_weights
 from quern.codecs.base import CODECS
 from quern.core.errors import UserError
 from quern.core.packed import PackedLinear, QuantizedWeight
 from quern.core.recipe import Recipe
 from quern.core.scheme import CodecScheme, parse_scheme
 from quern.engines.base import ENGINES
-from quern.formats.base import FORMATS, ArtifactWriter
+from quern.formats.base import FORMATS, ArtifactWriter, reader_of, runtimes_of
+from quern.loading.fitting import open_model, open_stored
 from quern.pipeline.blockwise.job import plan_of
 from quern.rotation.rotation import rotate
 
@@ -56,7 +58,7 @@ RECIPES = {
 }
 
 
-@pytest.fixture(params=[name for name in FORMATS.names() if FORMATS.get(name).suffix is None])
+@pytest.fixture(params=[name for name in FORMATS.names() if not FORMATS.get(name).opened_as_values])
 def format_name(request):
     return request.param
 
@@ -102,7 +104,7 @@ def test_config_is_plain_json_and_names_every_module(format_name, choices):
 
 
 def test_unknown_formats_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="unknown format 'zap'; known: compressed-tensors, gguf, quern"):
+    with pytest.raises(UserError, match="unknown format 'zap'; known: awq, compressed-tensors, gguf, gptq, quern"):
         FORMATS.get("zap")
 
 
@@ -185,6 +187,63 @@ def test_compressed_tensors_zero_points_give_equal_logits(name, untied_model, ti
     points unpacked and so cannot load packed ones the other way. It decompresses in the scales' dtype, hence float32 here."""
     ours, theirs = both(untied_model, tiny_text, tmp_path, weights=ASYMMETRIC[name])
     assert torch.equal(ours.logits(IDS), theirs.logits(IDS))
+
+
+FLOATS = {
+    "FP8 channel": {"codec": "float8"},
+    "FP8 tensor": {"codec": "float8", "granularity": "tensor"},
+    "FP8 block": {"codec": "float8", "granularity": "block", "group_size": 16},
+    "MXFP4": {"codec": "mxfp4"},
+    "NVFP4": {"codec": "nvfp4"},
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_compressed_tensors_floats_are_what_was_stored(name, untied_model, tiny_text, tmp_path):
+    """By the reader of other tools' checkpoints, and by transformers, which has no quern: equal, but for NVFP4, whose scale is
+    stored as its inverse (two roundings of float32), and which the package decompresses in bfloat16."""
+    ours, theirs = both(untied_model, tiny_text, tmp_path, weights=FLOATS[name])
+    nearly = name == "NVFP4"
+    opened = decoded(open_stored(tmp_path / "compressed-tensors"))
+    shapes = {f"{n}.weight": m for n, m in ours.model.named_modules() if n.endswith("_proj")}
+    assert len(shapes) == 3 * 7
+    assert foreign_weights(opened).keys() == shapes.keys()
+    for weight, module in shapes.items():
+        wanted, found = module.decoded(torch.float32), opened.read(weight)
+        assert bool(((found - wanted).abs() <= (2**-22 if nearly else 0) * wanted.abs()).all()), weight
+    plain, other = ours.logits(IDS), theirs.logits(IDS)
+    if nearly:
+        assert bool(((other - plain).abs() <= 0.05 * plain.abs().max()).all())
+        assert not torch.equal(other, plain)
+    else:
+        assert torch.equal(other, plain)
+
+
+def test_inspect_shows_the_shape_of_packed_floats(untied_model, tiny_text, tmp_path):
+    folder = make_artifact(
+        untied_model, tmp_path / "out", tiny_text, format="compressed-tensors", weights=FLOATS["MXFP4"]
+    )
+    checkpoint = open_model(folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    reader = reader_of(config["quantization_config"], architecture_of(config))
+    described = dict(reader.describe(checkpoint))
+    assert described[MODULE].shape == (64, 96)
+    assert (described[MODULE].codec, described[MODULE].bits, described[MODULE].granularity) == ("float", 4, "group 32")
+
+
+def test_compressed_tensors_takes_floats_beside_integers(untied_model, tiny_text, tmp_path):
+    choices = {
+        "weights": {"bits": 4, "group_size": 32},
+        "overrides": [{"pattern": "*.down_proj", "codec": "float8"}, {"pattern": "*.o_proj", "codec": "mxfp4"}],
+        "head": {"codec": "float8", "granularity": "tensor"},
+    }
+    ours, theirs = both(untied_model, tiny_text, tmp_path, **choices)
+    assert torch.equal(ours.logits(IDS), theirs.logits(IDS))
+    config = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    assert {group["format"] for group in config["config_groups"].values()} == {
+        "pack-quantized", "float-quantized", "mxfp4-pack-quantized",
+    }  # fmt: skip
 
 
 def test_compressed_tensors_takes_mixed_recipes(untied_model, tiny_text, tmp_path):
@@ -349,6 +408,9 @@ def test_compressed_tensors_says_what_it_cannot_store():
     refused("rows have 96 inputs, which is not a multiple of the group size 64", weights={"bits": 4, "group_size": 64})
     refused("rows have 96 inputs, .* group size 128", weights={"bits": 4, "group_size": 128})
     refused("no quantized embedding; set embedding: {codec: none}", weights={"group_size": 32}, embedding=INT8)
+    refused("floating-point codes, not codec 'nf4'; set codec: integer", weights={"codec": "nf4"})
+    refused("codes are e4m3; set variant", weights={"codec": "float8", "variant": "e5m2"})
+    refused("codes have no groups in it", weights={"codec": "float8", "granularity": "group", "group_size": 32})
     refused("1-bit integers", weights={"bits": 1, "group_size": 32})
     refused("per tensor is not part of it", weights={"bits": 4, "granularity": "tensor"})
     refused("per tensor is not part of it", weights=INT8, activations={"mode": "dynamic"},
@@ -370,6 +432,11 @@ def test_compressed_tensors_says_what_it_cannot_store():
                 weights={"bits": 4, "group_size": 32},
                 overrides=[{"pattern": f"*.{name}", **override}],
             )
+
+
+def test_scales_that_vllm_would_join_keep_it_away():
+    assert "vllm" in runtimes_of(small_recipe(format="compressed-tensors", weights=FLOATS["MXFP4"]))
+    assert "vllm" not in runtimes_of(small_recipe(format="compressed-tensors", weights=FLOATS["NVFP4"]))
 
 
 def test_the_least_loaders_expect_is_there():

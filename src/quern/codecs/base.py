@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from quern.codecs.packing.floats import FloatForm
 from quern.codecs.packing.ggml import GgmlBlocks, GgmlForm
 from quern.codecs.trainable.base import Fixed, RowFactors, Trainable
 from quern.core import scheme as schemes
@@ -287,6 +288,14 @@ class Codec(ABC):
 
     def ggml_blocks(self, shape: tuple[int, int], parts: Parts) -> GgmlBlocks:
         """The matrix in the blocks of the type that ``ggml`` names. Raises ``UserError`` for scales beyond float16."""
+        raise NotImplementedError(self.scheme.codec)
+
+    def floats(self) -> FloatForm | str:
+        """How matrices lie in compressed-tensors as floating-point codes, or a clause that says why they cannot."""
+        return f"it stores integers and floating-point codes, not codec {self.scheme.codec!r}; set codec: integer"
+
+    def float_tensors(self, shape: tuple[int, int], parts: Parts) -> dict[str, Tensor]:
+        """The matrix as ``floats`` says, by the last parts of its tensors' names."""
         raise NotImplementedError(self.scheme.codec)
 
     def integers(self, shape: tuple[int, int], parts: Parts) -> Tensor:

@@ -19,6 +19,7 @@ from quern.codecs.fitting.exact import Exact
 from quern.codecs.levels import LevelGrid, LevelsCodec
 from quern.codecs.packing import ggml as layout
 from quern.codecs.packing import planes
+from quern.codecs.packing.floats import FloatForm, nibble_bytes
 from quern.codecs.packing.ggml import GgmlBlocks, GgmlForm
 from quern.core.errors import UserError
 from quern.core.scheme import CodecScheme
@@ -140,6 +141,12 @@ class Mxfp4Codec(Float4Codec):
         codes = layout.in_blocks(planes.unpack(parts["codes"], self.params.bits, shape[1]))
         return GgmlBlocks(layout.joined(parts["scale"][:, :, None], layout.nibbles(codes)))
 
+    def floats(self) -> FloatForm | str:
+        return FloatForm("mxfp4-pack-quantized", 4, "group", self.params.group_size, scale_dtype="torch.uint8")
+
+    def float_tensors(self, shape: tuple[int, int], parts: Parts) -> dict[str, Tensor]:
+        return {"weight_packed": nibble_bytes(parts["codes"], shape[1]), "weight_scale": parts["scale"]}
+
     @property
     def scale_type(self) -> str:
         return "float8_e8m0fnu"
@@ -177,6 +184,19 @@ class Nvfp4Codec(Float4Codec):
 
     def join(self, slabs: list[Parts]) -> Parts:
         return super().join(slabs) | {"tensor_scale": slabs[0]["tensor_scale"]}
+
+    def floats(self) -> FloatForm | str:
+        return FloatForm(
+            "nvfp4-pack-quantized", 4, "tensor_group", self.params.group_size, scale_dtype="torch.float8_e4m3fn",
+            joined_scale=True,
+        )  # fmt: skip
+
+    def float_tensors(self, shape: tuple[int, int], parts: Parts) -> dict[str, Tensor]:
+        return {
+            "weight_packed": nibble_bytes(parts["codes"], shape[1]),
+            "weight_scale": parts["scale"],
+            "weight_global_scale": parts["tensor_scale"].reciprocal(),  # theirs divides
+        }
 
     def kernel(self, shape: tuple[int, int]) -> KernelForm | str:
         options = {"scale_type": self.scale_type, "table": torch.tensor(E2M1, dtype=torch.int8).numpy()}

@@ -16,6 +16,7 @@ from torch import Tensor
 from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters, nearest_scale
 from quern.codecs.fitting.exact import Exact, exact_floats
 from quern.codecs.grouped import Grid, GroupedCodec, Restored, stored_scale
+from quern.codecs.packing.floats import FloatForm
 from quern.core.scheme import CodecScheme
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -97,6 +98,19 @@ class Float8Codec(GroupedCodec):
         return self.kernel_form(
             f"float8_{self.variant}", shape, {"scale_type": self.params.scale_dtype}, exact_inputs=True
         )
+
+    def floats(self) -> FloatForm | str:
+        if self.variant != "e4m3":
+            return "its 8-bit floating-point codes are e4m3; set variant: e4m3"
+        if self.params.granularity == "group":
+            return "8-bit floating-point codes have no groups in it; use granularity channel, tensor or block"
+        size = self.params.group_size
+        block = None if size is None else (size, size)
+        return FloatForm("float-quantized", 8, self.params.granularity, block=block)
+
+    def float_tensors(self, shape: tuple[int, int], parts: Parts) -> dict[str, Tensor]:
+        scale = parts["scale"].reshape(1) if self.params.granularity == "tensor" else parts["scale"]
+        return {"weight": parts["codes"], "weight_scale": scale}
 
     def decode(self, shape: tuple[int, int], parts: Parts) -> Tensor:
         return self.scaled(parts["codes"].float(), self.scales_of(parts["scale"], shape[0]))

@@ -193,6 +193,9 @@ class Format(ABC):
     """``quant_method`` in ``quantization_config`` of config.json."""
     suffix: ClassVar[str | None] = None
     """Ending of the one file that an artifact is; None: it is a folder."""
+    opened_as_values: ClassVar[bool] = False
+    """Whether quern opens its artifacts as the values that their codes stand for, as it does what other tools
+    quantized."""
     sized_like: ClassVar[str | None] = None
     """A format whose tensors take the same bytes, by which plans are made for this one; None: its own sizes are known."""
     extra: ClassVar[str | None] = None
@@ -203,6 +206,7 @@ class Format(ABC):
     """Whether linears that a runtime joins (``LinearSpec.fused_with``) must have one scheme."""
     writer: ClassVar[type[ArtifactWriter]]
     reader: ClassVar[type[ArtifactReader]]
+    """Of a format that is not opened as values."""
 
     @classmethod
     def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
@@ -224,8 +228,10 @@ FORMATS: Registry[type[Format]] = Registry("format", "quern.formats")
 
 
 def format_of(method: object) -> type[Format] | None:
-    """The format whose artifacts name ``method`` as their ``quant_method``; None for another tool's."""
-    return next((found for name in FORMATS if (found := FORMATS.get(name)).method == method), None)
+    """The format whose artifacts name ``method`` as their ``quant_method`` and are read as they are stored; None for another
+    tool's, and for what is opened as values."""
+    readable = (found for name in FORMATS if not (found := FORMATS.get(name)).opened_as_values)
+    return next((found for found in readable if found.method == method), None)
 
 
 def reader_of(quantization: Mapping[str, Any] | None, architecture: Architecture) -> ArtifactReader | None:

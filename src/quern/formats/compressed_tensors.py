@@ -12,7 +12,7 @@ width, where each of our groups has signs of its own, and its readers multiply b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from quern.codecs.base import ScaledParameters, codec_of
 from quern.codecs.packing import bits
-from quern.core.errors import UserError, option
 from quern.core.packed import ActivationMode, PackedLinear
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
@@ -30,11 +29,13 @@ from quern.core.scheme import CodecScheme
 from quern.formats.base import FORMATS, Format, Obstacle
 from quern.formats.compressed_tensors_reader import METHOD, CompressedTensorsReader
 from quern.formats.sharded import ShardedWriter
+from quern.formats.writing.refusals import cannot_store, torn
 from quern.rotation.rotation import block_size
 
-_QUERN = option("format='quern'", "--format quern")
 _VLLM_BITS = (4, 8)
-_Kind = tuple[ScaledParameters, ActivationMode]
+INTEGER = "integer"
+"""The codec whose codes lie packed or as signed bytes; those of others are floating-point numbers (``Codec.floats``)."""
+_Kind = tuple[CodecScheme, ActivationMode]
 """What the modules of one config group have in common."""
 
 
@@ -51,7 +52,7 @@ class CompressedTensorsWriter(ShardedWriter):
                 problems.setdefault(problem, []).append(module)
         if any(block.sources for block in self.architecture.blocks):
             problems["it stores experts one by one, which transformers' classes of this family do not read"] = []
-        for problem in self._torn():
+        for problem in torn(self.architecture, self.plan, _alike):
             problems[problem] = []
         linears = {m: p for m, p in self.plan.quantized().items() if m != self.architecture.embedding}
         scaled = [p.scheme.params for p in linears.values() if isinstance(p.scheme.params, ScaledParameters)]
@@ -59,17 +60,13 @@ class CompressedTensorsWriter(ShardedWriter):
         if len(alike) > 1 and not all(params.symmetric for params in scaled):
             problems["asymmetric weights need one scheme for all, because transformers decompresses all by one"] = []
         if problems:
-            raise UserError(
-                f"format compressed-tensors cannot store recipe {self.recipe.name!r}:\n"
-                + "\n".join(f"  {problem}{_examples(modules)}" for problem, modules in problems.items())
-                + f"\nChange the recipe, or use {_QUERN}"
-            )
+            raise cannot_store("compressed-tensors", self.recipe.name, problems)
 
     def _problems(self, module: str, plan: LinearPlan) -> Iterator[str]:
         """Everything about ``module`` that the format, or vLLM with it, cannot say."""
         params = plan.scheme.params
-        if plan.scheme.codec != "integer":
-            yield f"it stores integers, not codec {plan.scheme.codec!r}; set codec: integer"
+        if plan.scheme.codec != INTEGER and isinstance(form := codec_of(plan.scheme).floats(), str):
+            yield form
         if module == self.architecture.embedding:
             yield "vLLM reads no quantized embedding; set embedding: {codec: none}"
             return
@@ -80,29 +77,19 @@ class CompressedTensorsWriter(ShardedWriter):
             yield f"the rows have {columns} inputs, which is not a multiple of the group size {params.group_size}"
         if params.bits < 2:
             yield "1-bit integers are not part of it"
-        if params.granularity == "block":
+        if params.granularity == "block" and plan.scheme.codec == INTEGER:
             yield "vLLM and transformers read no blocks of integers; use granularity channel or group"
-        if plan.activations.mode == "none" and params.granularity == "tensor":
+        if plan.activations.mode == "none" and params.granularity == "tensor" and plan.scheme.codec == INTEGER:
             yield "weight-only quantization per tensor is not part of it; use granularity channel or group"
         if plan.activations.mode != "none":
             yield from _input_problems(params, plan.activations)
 
-    def _torn(self) -> list[str]:
-        """Linears that vLLM joins into one matrix and that have several schemes."""
-        found: dict[str, None] = {}
-        for block in self.architecture.blocks:
-            for linear in block.linears:
-                plans = [self.plan[block.prefix + name] for name in linear.fused_with]
-                if any(p.quantized for p in plans) and any(_alike(p) != _alike(plans[0]) for p in plans):
-                    names = ", ".join(name.rpartition(".")[2] for name in linear.fused_with)
-                    found[f"{names} of {block.prefix}{linear.name.rpartition('.')[0]}"] = None
-        return [
-            f"{names} need one scheme, because vLLM joins them into one matrix; change the overrides" for names in found
-        ]
-
     def encode(self, module: str, linear: PackedLinear) -> dict[str, Tensor]:
         assert linear.input_signs is None or not bool(linear.input_signs.any())  # check() refuses random signs
         params, parts = linear.weight.scheme.params, linear.weight.parts
+        if linear.weight.scheme.codec != INTEGER:
+            floats = codec_of(linear.weight.scheme).float_tensors(linear.weight.shape, parts)
+            return {f"{module}.{name}": tensor for name, tensor in floats.items()}
         assert isinstance(params, ScaledParameters)
         tensors = {"weight_scale": parts["scale"]}
         if params.granularity == "tensor":
@@ -120,17 +107,18 @@ class CompressedTensorsWriter(ShardedWriter):
 
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
         alike = _kinds(plan)
-        dtypes = {params.scale_dtype for params, _ in alike}
-        unsaid = not all(params.symmetric for params, _ in alike) and len(dtypes) > 1
+        scaled = [scheme.params for scheme, _ in alike if isinstance(scheme.params, ScaledParameters)]
+        dtypes = {params.scale_dtype for params in scaled}
+        unsaid = not all(params.symmetric for params in scaled) and len(dtypes) > 1
         if unsaid:  # transformers decompresses asymmetric weights by one scheme for all, with scales as they are stored
             alike = _kinds(plan, scale_dtype="float32")
         groups, formats = {}, set()
-        for position, ((params, mode), modules) in enumerate(alike.items()):
-            name = "pack-quantized" if mode == "none" else "int-quantized"
+        for position, ((scheme, mode), modules) in enumerate(alike.items()):
+            name, arguments = _stored_as(scheme, mode)
             formats.add(name)
             groups[f"group_{position}"] = {
                 "targets": modules,
-                "weights": _arguments(params) | ({"scale_dtype": None} if unsaid else {}),
+                "weights": arguments | ({"scale_dtype": None} if unsaid else {}),
                 "input_activations": _activations(mode),
                 "output_activations": None,
                 "format": name,
@@ -168,7 +156,7 @@ class CompressedTensorsWriter(ShardedWriter):
         if narrow:
             found.append(
                 f"weights of {' and '.join(map(str, sorted(narrow)))} bits in front of int8 activations take a byte each: "
-                f"the format has no packed form of them; {_QUERN} has"
+                "the format has no packed form of them; format quern has"
             )
         shapes = self.architecture.module_shapes()
         biased = [m for m, plan in self.plan.quantized().items() if plan.rotation is not None and f"{m}.bias" in shapes]
@@ -198,6 +186,11 @@ class CompressedTensors(Format):
         overriding = [override.scheme for override in recipe.overrides]
         schemes = [s.params for s in (recipe.weights, *overriding, recipe.head) if s is not None and s.quantized]
         scaled = [params for params in schemes if isinstance(params, ScaledParameters)]
+        if any(_joins_scales(scheme) for scheme in (recipe.weights, *overriding) if scheme is not None):
+            yield Obstacle(
+                "vllm",
+                "takes one scale of the whole matrix for linears that it joins (q, k, v; gate, up), and each has its own",
+            )
         if any(not params.symmetric for params in scaled):
             yield Obstacle(
                 "transformers",
@@ -231,6 +224,12 @@ class CompressedTensors(Format):
             )
 
 
+def _joins_scales(scheme: CodecScheme) -> bool:
+    """Whether matrices have a scale of their own that runtimes want in common."""
+    form = codec_of(scheme).floats() if scheme.quantized else ""
+    return not isinstance(form, str) and form.joined_scale
+
+
 def _narrow(scheme: CodecScheme, activations: Activations) -> bool:
     """Whether weights below 8 bits meet int8 activations."""
     return activations.mode != "none" and isinstance(scheme.params, ScaledParameters) and scheme.params.bits < 8
@@ -256,9 +255,8 @@ def _kinds(plan: Plan, **changes: Any) -> dict[_Kind, list[str]]:
     """The modules of each scheme and mode of activations: the groups of the configuration."""
     alike: dict[_Kind, list[str]] = {}
     for module, chosen in sorted(plan.quantized().items()):
-        params = chosen.scheme.with_params(**changes).params
-        assert isinstance(params, ScaledParameters)
-        alike.setdefault((params, chosen.activations.mode), []).append(module)
+        scheme = chosen.scheme.with_params(**changes)
+        alike.setdefault((scheme, chosen.activations.mode), []).append(module)
     return alike
 
 
@@ -284,18 +282,20 @@ def _rotations(widths: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _examples(modules: Sequence[str]) -> str:
-    """One module's name and how many more there are; nothing where a line names its modules itself."""
-    if not modules:
-        return ""
-    more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-    return f" ({modules[0]}{more})"
-
-
 def _packed(codes: Tensor) -> Tensor:
     if codes.dtype == torch.int8:  # quern keeps symmetric 8-bit codes as signed bytes
         return bits.pack((codes.to(torch.int16) + 128).to(torch.uint8), 8)
     return codes
+
+
+def _stored_as(scheme: CodecScheme, mode: ActivationMode) -> tuple[str, dict[str, Any]]:
+    """The name of the compressed form, and what a config group says of weights."""
+    if scheme.codec != INTEGER:
+        form = codec_of(scheme).floats()
+        assert not isinstance(form, str)  # check() refuses the others
+        return form.format, form.arguments()
+    assert isinstance(scheme.params, ScaledParameters)
+    return "pack-quantized" if mode == "none" else "int-quantized", _arguments(scheme.params)
 
 
 def _arguments(params: ScaledParameters) -> dict[str, Any]:

@@ -67,6 +67,8 @@ class CompressedTensorsReader(ArtifactReader):
                 shape = tuple(int(size) for size in checkpoint.read(f"{module}.weight_shape").reshape(-1).tolist())
             else:
                 shape = checkpoint.info(values).shape
+                if checkpoint.info(values).dtype == "U8":  # two FP4 codes a byte
+                    shape = (*shape[:-1], 2 * shape[-1])
             small = [f"{module}.{part}" for part in _SMALL_PARTS if f"{module}.{part}" in infos]
             codec = "integer" if arguments.get("type", "int") == "int" else str(arguments["type"])
             strategy, group_size = str(arguments.get("strategy")), arguments.get("group_size")
@@ -157,11 +159,22 @@ def _from_pretrained(folder: Path, dtype: Any, decompress: bool) -> Any:
 
 def _decompress(model: Any, path: Path) -> None:
     """Run a token: compressed-tensors decompresses at the first one, and sees only then that a tensor has another shape."""
+    dtype = model.dtype
     try:
-        with torch.inference_mode():
-            model(torch.tensor([[0]]), use_cache=False)
+        try:
+            _run_token(model)
+        except RuntimeError:
+            if all(parameter.dtype == dtype for parameter in model.parameters()):
+                raise
+            model.to(dtype)  # compressed-tensors 0.20 decompresses FP4 in bfloat16, whatever the model's dtype
+            _run_token(model)
     except Exception as error:  # whatever torch says of shapes that do not fit
         raise UserError(f"{path} cannot be run: {error}. Get its files again, or quantize again") from error
+
+
+def _run_token(model: Any) -> None:
+    with torch.no_grad():  # what is decompressed in inference mode could not be turned into another dtype
+        model(torch.tensor([[0]]), use_cache=False)
 
 
 def _add_transforms(model: Any, config: Any, path: Path) -> None:

@@ -33,7 +33,7 @@ from quern.core.packed import PackedLinear
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
 from quern.core.results import Target
-from quern.formats.base import FORMATS, ArtifactReader, ArtifactWriter, Format, Obstacle, StoredModule, StoredWeight
+from quern.formats.base import FORMATS, ArtifactWriter, Format, Obstacle
 
 METHOD = "gguf"
 SUFFIX = ".gguf"
@@ -224,32 +224,16 @@ def _file_type(matrices: list[TensorPlan]) -> int:
     return int(found[0] if found else LlamaFileType.GUESSED)
 
 
-class GgufReader(ArtifactReader):
-    """There is nothing for it to read: a GGUF is opened as a checkpoint, and says no ``quantization_config``."""
-
-    def __init__(self, quantization: Mapping[str, Any], architecture: Architecture) -> None:
-        raise UserError("config.json names quant_method 'gguf', which is no folder's. Give the .gguf file itself")
-
-    def plan(self) -> dict[str, StoredModule]:
-        raise NotImplementedError
-
-    def problems(self, checkpoint: Checkpoint) -> list[str]:
-        raise NotImplementedError
-
-    def describe(self, checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeight]]:
-        raise NotImplementedError
-
-
 @FORMATS.add("gguf")
 class Gguf(Format):
     """llama.cpp's. Quern opens it as what its blocks decode to."""
 
     method = METHOD
     suffix = SUFFIX
+    opened_as_values = True
     sized_like = "quern"
     runtimes: ClassVar[tuple[Target, ...]] = ("llama.cpp", "quern")
     writer = GgufWriter
-    reader = GgufReader
 
     @classmethod
     def provenance(cls, path: Path) -> dict[str, Any] | None:

@@ -29,6 +29,10 @@ class ShardedWriter(ArtifactWriter):
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
         """What goes into config.json; ``plan`` is what was carried out."""
 
+    def further_files(self, plan: Plan) -> dict[str, Any]:
+        """JSON files, by name, that some loaders look for beside config.json; ``plan`` is what was carried out."""
+        return {}
+
     def config_entry(self, work: WorkFolder, plan: Plan) -> dict[str, Any] | None:
         """What goes into config.json in the end; None for an artifact that is an ordinary checkpoint."""
         return self.quantization_config(plan) if plan.quantized() else None
@@ -57,6 +61,8 @@ class ShardedWriter(ArtifactWriter):
         write_json(work.path("artifact", INDEX), index)
         said = self.config_entry(work, plan)
         write_json(work.path("artifact", CONFIG), config if said is None else {**config, "quantization_config": said})
+        for name, content in ({} if said is None else self.further_files(plan)).items():
+            write_json(work.path("artifact", name), content)
 
     def shard(self, stage: int) -> str:
         """The file of a stage."""

@@ -114,7 +114,7 @@ def test_a_recipe_that_loses_says_by_what(tmp_path) -> None:
 def test_a_runtime_that_does_not_read_the_format_is_refused_with_what_it_reads() -> None:
     report = quern.check("nf4", runtime="vllm")
     assert report.label == "refuses"
-    assert report.problems == ["vllm does not read the format quern: it reads compressed-tensors"]
+    assert report.problems == ["vllm does not read the format quern: it reads awq, compressed-tensors and gptq"]
     assert "set codec: integer" in " ".join(report.notes)
     assert quern.check("nf4", runtime="llama.cpp").problems == [
         "llama.cpp does not read the format quern: it reads gguf"

@@ -63,7 +63,7 @@ class Sizes:
         if not isinstance(writer, ShardedWriter):
             raise UserError(
                 "an allocation needs a format whose size is known beforehand, which this one's is not. Plan for format "
-                "quern or compressed-tensors"
+                "quern, and export what comes of it"
             )
         self._checkpoint, self._architecture, self._fingerprint = checkpoint, architecture, fingerprint
         self._writer = writer
@@ -100,15 +100,16 @@ class Sizes:
         places = {name: shard for stage, shard in zip(stages, names, strict=True) for name in stage}
         index = {"metadata": {"total_size": data}, "weight_map": dict(sorted(places.items()))}
         said = {"quantization_config": writer.quantization_config(plan)} if plan.quantized() else {}
+        further = writer.further_files(plan) if plan.quantized() else {}
         provenance = {
             "fingerprint": {**self._fingerprint, "recipe": recipe.to_json()},
             "layers": [self._layer(name, one) for name, one in plan.quantized().items()],
             "notes": [],
-            "files": sorted([*names, INDEX, CONFIG]),
+            "files": sorted([*names, INDEX, CONFIG, *further]),
             **self._inputs(recipe, plan),
             **self._tuning(recipe, plan),
         }
-        texts = {INDEX: index, CONFIG: {**self._checkpoint.config, **said}, PROVENANCE: provenance}
+        texts = {INDEX: index, CONFIG: {**self._checkpoint.config, **said}, PROVENANCE: provenance, **further}
         return ArtifactBytes(data, shards + self._tokenizer + sum(len(json_bytes(text)) for text in texts.values()))
 
     def _inputs(self, recipe: Recipe, plan: Plan) -> dict[str, Any]:

@@ -104,7 +104,10 @@ def _formats(first: Part, second: Part) -> list[str]:
     def unread(name: str) -> int:
         return sum(runtime not in (*FORMATS.get(name).runtimes, "cpu") for runtime in runtimes)
 
-    return named or sorted(FORMATS.names(), key=lambda name: (unread(name), name != "quern", name))
+    def rank(name: str) -> tuple[int, bool, bool, str]:
+        return unread(name), FORMATS.get(name).opened_as_values, name != "quern", name
+
+    return named or sorted(FORMATS.names(), key=rank)
 
 
 def _tried(keys: Keys) -> Recipe | str:
@@ -156,7 +159,12 @@ def runtime_obstacle(recipe: Recipe, runtime: str) -> str | None:
     if known:
         return f"{runtime} {'; '.join(known)}"
     readable = [name for name in FORMATS.names() if runtime in FORMATS.get(name).runtimes]
-    instead = f"it reads {' and '.join(readable)}" if readable else "no format that quern writes is for it"
+    *others, last = readable or [""]
+    instead = (
+        f"it reads {', '.join(others)}{' and ' if others else ''}{last}"
+        if readable
+        else "no format that quern writes is for it"
+    )
     return f"{runtime} does not read the format {recipe.format}: {instead}"
 
 

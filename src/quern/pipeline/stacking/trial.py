@@ -47,12 +47,15 @@ class Use:
 
     @classmethod
     def of(cls, *parts: Part) -> Use:
-        """How what has these parts is run here. vLLM's artifacts are run by transformers, which reads the same files, and
-        llama.cpp's by the cpu engine, as what they decode to."""
+        """How what has these parts is run here. vLLM's artifacts are run by transformers, which reads the same files;
+        llama.cpp's, and those of vLLM that quern opens as values, by the cpu engine, as what they decode to."""
         named = {part.kind: part.name for part in parts}
         format = named.get("format", "quern")
-        usual = "cpu" if format == "quern" or FORMATS.get(format).suffix is not None else "reference"
+        as_values = FORMATS.get(format).opened_as_values
+        usual = "cpu" if format == "quern" or as_values else "reference"
         runtime = named.get("runtime", usual)
+        if as_values and runtime in _STANDING_IN:
+            runtime = "cpu"
         return cls(_STANDING_IN.get(runtime, runtime), named.get("cache"))
 
     @classmethod
