@@ -167,7 +167,6 @@ class Onnx(Format):
 
     method = METHOD
     opened = False
-    sized_like = "quern"
     runtimes: ClassVar[tuple[Target, ...]] = ("onnxruntime",)
     writer = OnnxWriter
     reader = OnnxReader

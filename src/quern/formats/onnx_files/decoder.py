@@ -27,7 +27,8 @@ INPUTS = {
     "past_key_names": "past_key_values.%d.key",
     "past_value_names": "past_key_values.%d.value",
 }
-OUTPUTS = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+LOGITS = "logits"
+OUTPUTS = {LOGITS: LOGITS, "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
 NORMS = ("input_layernorm", "post_attention_layernorm")
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 
@@ -50,6 +51,7 @@ class Decoder:
         ids = graph.input("input_ids", integers, [BATCH, TIME])
         mask = graph.input("attention_mask", integers, [BATCH, TOTAL])
         positions = graph.input("position_ids", integers, [BATCH, TIME])
+        graph.output(LOGITS, torch.float32, [BATCH, TIME, int(self.config.vocab_size)])
         self._lengths(mask)
         self._rotary(positions)
         module = self.architecture.embedding
@@ -148,8 +150,7 @@ class Decoder:
         owner, head = architecture.head_owner, architecture.head
         names = self._embedding if architecture.tied else self._products.store(head, tensors)
         logits = self._products.linear(head, self._shape(owner), self.plan.get(owner, KEPT), names, hidden)
-        self.graph.nodes("Identity", [logits], ["logits"])
-        self.graph.output("logits", torch.float32, [BATCH, TIME, int(self.config.vocab_size)])
+        self.graph.nodes("Identity", [logits], [LOGITS])
 
     def _shape(self, module: str) -> tuple[int, int]:
         rows, columns = self._shapes[f"{module}.weight"]
