@@ -15,6 +15,7 @@ import datetime
 import json
 import statistics
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ RECIPES = ("rtn4", "hadamard-gptq4-g64", "fast")
 SEQUENCES, LENGTH = 16, 256
 PROMPT, NEW = 64, 64
 LIMIT_S = 3600.0
-LEVELS = ("1", "4")
+LEVELS, ENGINE_NAMES = ("1", "4"), ("reference", "cpu")
 
 
 def held_out_ids() -> list[list[int]]:
@@ -90,6 +91,35 @@ def decode_speeds(environment: Environment, scratch: Path, ours: Path, theirs: P
     return {name: [statistics.median(all_), min(all_), max(all_)] for name, all_ in named.items()}
 
 
+def stored_values(
+    environment: Environment, folder: Path, name: str, exact: Any, ids: list[list[int]]
+) -> dict[str, Any]:
+    """Bytes and losses of a recipe, by all that run it; read from FOLDER where they are known. ``exact``: log
+    probabilities of the unquantized model, when they are asked for."""
+    known = folder / f"{name}.json"
+    if known.is_file():
+        found: dict[str, Any] = json.loads(known.read_text("utf-8"))
+        return found
+    artifact, own = folder / name, OWN / f"{name}.yaml"
+    quantize(MODEL, artifact, recipe=own if own.is_file() else name)
+    exported = {level: folder / f"{name}-onnx-{level}" for level in LEVELS}
+    for level, path in exported.items():
+        export(artifact, path, format="onnx", format_options={"accuracy-level": level})
+    by_onnxruntime(environment, folder, list(exported.values()), ids)
+    logits = {
+        engine: ENGINES.get(engine)().load(artifact, dtype="float32").logits(torch.tensor(ids))
+        for engine in ENGINE_NAMES
+    }
+    logits |= {f"onnxruntime {level}": np.load(f"{path}.npz")["whole"] for level, path in exported.items()}
+    row = {
+        "recipe": name,
+        "bytes": {"quern": artifact_size(artifact), "onnx": artifact_size(exported["4"])},
+        "kl": {who: divergence(exact(), found) for who, found in logits.items()},
+    }
+    known.write_text(json.dumps(row), "utf-8")
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -103,27 +133,17 @@ def main() -> None:
     environment, ids = Environment.of("onnxruntime"), held_out_ids()
     if (installed := environment.installed()) is None:
         raise SystemExit("onnxruntime is not installed; run: quern peers install onnxruntime")
-    tokens = torch.tensor(ids)
-    exact = log_softmax(ENGINES.get("reference")().load(MODEL, dtype="float32").logits(tokens))
+
+    @cache
+    def exact() -> torch.Tensor:
+        return log_softmax(ENGINES.get("reference")().load(MODEL, dtype="float32").logits(torch.tensor(ids)))
+
     rows = []
     for name in given.recipes:
-        own = OWN / f"{name}.yaml"
-        artifact = folder / name
-        quantize(MODEL, artifact, recipe=own if own.is_file() else name)
-        exported = {level: folder / f"{name}-onnx-{level}" for level in LEVELS}
-        for level, path in exported.items():
-            export(artifact, path, format="onnx", format_options={"accuracy-level": level})
-        by_onnxruntime(environment, folder, list(exported.values()), ids)
-        row: dict[str, Any] = {"recipe": name, "bytes": {"quern": artifact_size(artifact)}, "kl": {}}
-        for engine in ("reference", "cpu"):
-            model = ENGINES.get(engine)().load(artifact, dtype="float32")
-            row["kl"][engine] = divergence(exact, model.logits(tokens))
-        row["bytes"]["onnx"] = artifact_size(exported["4"])
-        row["kl"] |= {
-            f"onnxruntime {level}": divergence(exact, np.load(f"{exported[level]}.npz")["whole"]) for level in LEVELS
-        }
+        row = stored_values(environment, folder, name, exact, ids)
         if not given.no_speed:
-            row["decode"] = decode_speeds(environment, folder, artifact, exported["4"], given.rounds)
+            found = folder / name, folder / f"{name}-onnx-4"
+            row["decode"] = decode_speeds(environment, folder, *found, given.rounds)
         rows.append(row)
         print(json.dumps(row))
     if given.output is not None:

@@ -63,7 +63,9 @@ def held(module: str, linear: PackedLinear) -> dict[str, Tensor]:
     else:
         codes, scale, _ = codec.int8_codes(weight.shape, weight.parts)
         moved = (codes.to(torch.int16) + MIDDLE).to(torch.uint8)
-        found = {"codes": moved.T.contiguous(), "scale": scale.reshape(-1)}
+        dtype = codec.scale_dtype_name  # of which they are numbers
+        kept = scale if dtype is None else scale.to(getattr(torch, dtype))
+        found = {"codes": moved.T.contiguous(), "scale": kept.reshape(-1)}
         if linear.input_scale is not None:
             found["input_scale"] = torch.tensor(linear.input_scale, dtype=torch.float32)
     if linear.input_signs is not None:
