@@ -127,6 +127,16 @@ def test_stored_tensors_lie_as_they_are(tiny_text, tmp_path):
             assert found[name] == raw(tensor), name
 
 
+def test_linears_that_share_inputs_rotate_them_once(tiny_model, tmp_path):
+    """q, k and v; gate and up: four rotations a block for seven linears, of which each is two products. The head is one more."""
+    recipe = small_recipe(transforms=[{"method": "hadamard"}], **PACKED)
+    quantize(tiny_model, tmp_path / "out", recipe=recipe, format="onnx", threads=1)
+    (graph,) = every((tmp_path / "out" / FILE).read_bytes(), 7)
+    operators = [every(node, 4)[0].decode() for node in every(graph, 1)]
+    assert (operators.count("MatMulNBits"), operators.count("MatMul")) == (3 * 7 + 1, 3 * 4 * 2)
+    assert sum(name.endswith("input_signs") for name in tensors(tmp_path / "out")) == 3 * 4
+
+
 def test_quantizing_and_exporting_give_the_same_folder(tiny_model, tiny_text, tmp_path):
     """But for the provenance, which says what was asked; and at any number of threads."""
     own = make_artifact(tiny_model, tmp_path / "own", tiny_text, **PACKED)

@@ -40,6 +40,8 @@ class Graph:
         self._outputs: list[bytes] = []
         self._constants: dict[tuple[torch.dtype, tuple[int, ...], bytes], str] = {}
         self._values: dict[tuple[object, ...], str] = {}
+        self._names: set[str] = set()
+        self._shared: dict[tuple[torch.dtype, tuple[int, ...], bytes], str] = {}
 
     def node(
         self, operator: str, inputs: Sequence[str], name: str, *, domain: str = "", **attributes: Attribute
@@ -54,7 +56,8 @@ class Graph:
         key = (operator, domain, tuple(inputs), said)
         if key not in self._values:
             output = f"{name}/{operator}"
-            assert output not in self._values.values(), output
+            assert output not in self._names, output
+            self._names.add(output)
             self.nodes(operator, inputs, [output], domain=domain, **attributes)
             self._values[key] = output
         return self._values[key]
@@ -74,7 +77,7 @@ class Graph:
 
     def constant(self, tensor: Tensor) -> str:
         """A small tensor that lies in the model itself; equal ones lie there once."""
-        raw = _bytes(tensor)
+        raw = bytes(_bytes(tensor))
         key = (tensor.dtype, tuple(tensor.shape), raw)
         if key not in self._constants:
             self._constants[key] = name = f"constant.{len(self._constants)}"
@@ -89,12 +92,19 @@ class Graph:
         """A tensor that lies in the file beside the model; its name."""
         self._file.write(bytes(-self._offset % ALIGNMENT))
         self._offset += -self._offset % ALIGNMENT
-        raw = _bytes(tensor)
-        self._file.write(raw)
-        place = {"location": self._location, "offset": str(self._offset), "length": str(len(raw))}
+        self._file.write(_bytes(tensor))
+        place = {"location": self._location, "offset": str(self._offset), "length": str(tensor.nbytes)}
         self._tensors.append(_tensor(name, tensor) + wire.pairs(13, place) + wire.number(14, _EXTERNAL))
-        self._offset += len(raw)
+        self._offset += tensor.nbytes
         return name
+
+    def shared(self, name: str, tensor: Tensor) -> str:
+        """A stored tensor; the name of an equal one where that lies in the file already, so that what is computed of both
+        is computed once. For tensors of few bytes, which are remembered."""
+        key = (tensor.dtype, tuple(tensor.shape), bytes(_bytes(tensor)))
+        if key not in self._shared:
+            self._shared[key] = self.stored(name, tensor)
+        return self._shared[key]
 
     def as_float(self, name: str, dtype: torch.dtype) -> str:
         """A stored tensor in float32. Runtimes compute it once, when they load the model."""
@@ -131,11 +141,12 @@ class Graph:
         )
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, not copied where they lie in order."""
     whole = tensor.detach().cpu().contiguous()
     # A dimension of 1 may have any stride, which view() to another dtype would not take.
     flat = whole.as_strided((whole.numel(),), (1,), whole.storage_offset())
-    return flat.view(torch.uint8).numpy().tobytes()
+    return flat.view(torch.uint8).numpy().data
 
 
 def _tensor(name: str, tensor: Tensor) -> bytes:

@@ -86,9 +86,10 @@ class Products:
         for name, tensor in tensors.items():
             if name.rpartition(".")[0] == module:
                 part = name.rpartition(".")[2]
-                found[part] = self.graph.stored(name, tensor)
+                store = self.graph.shared if part == "input_signs" else self.graph.stored
+                found[part] = store(name, tensor)
                 if part in ("weight", "scale", "bias", "input_signs"):
-                    found[part] = self.graph.as_float(name, tensor.dtype)
+                    found[part] = self.graph.as_float(found[part], tensor.dtype)
         return found
 
     def linear(self, module: str, shape: tuple[int, int], plan: LinearPlan, names: Names, inputs: str) -> str:
