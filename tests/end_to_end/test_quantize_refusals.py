@@ -159,7 +159,7 @@ REFUSED = {
     "awq with a strength": ({"transforms": [{"method": "awq", "strength": 0.5}]}, "awq searches its exponent and takes no strength"),
     "signs of another transform": (
         {"transforms": [{"method": "awq", "random_signs": False}]}, "random_signs goes with transform hadamard, not with awq"),
-    "unknown format": ({"format": "zap"}, "unknown format 'zap'; known: awq, compressed-tensors, gguf, gptq, quern"),
+    "unknown format": ({"format": "zap"}, "unknown format 'zap'; known: awq, compressed-tensors, gguf, gptq, onnx, quern"),
     "int8 activations with zero points": (
         {"weights": {"symmetric": False}, "activations": {"mode": "static"}}, "int8 activations need symmetric integer"),
     "unknown activation observer": (

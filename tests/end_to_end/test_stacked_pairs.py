@@ -21,6 +21,8 @@ from quern.pipeline.stacking.parts import PLAIN
 from quern.pipeline.stacking.trial import Trials, Use, tried
 from quern.texts.source import Text
 
+ELSEWHERE = {"vllm", "llama.cpp", "onnxruntime"}
+"""Runtimes that need not be here."""
 BLOCKS, TOKENS, WINDOW = 1, 1024, 128
 LARGEST_CHANCE = 0.2
 """By how much a pair that works on the whole model may be worse than its bound on the first block."""
@@ -80,11 +82,11 @@ def test_a_pair_that_is_refused_stops_before_work(trials, first, second) -> None
         assert set(trials.folder.iterdir()) == made
         return
     runtimes = {part.name for part in (first, second) if part.kind == "runtime"}
-    if not runtimes & {"vllm", "llama.cpp"} <= set(runtimes_of(recipe)):
+    if not runtimes & ELSEWHERE <= set(runtimes_of(recipe)):
         return  # they are not here; what they load is known from their sources (docs/compressed-tensors.md)
-    if "llama.cpp" in runtimes and "cache" in (first.kind, second.kind):
-        return  # caches are quern's: what stands in for llama.cpp here has them
-    others = [part for part in (first, second) if part.name not in ("vllm", "llama.cpp")]
+    if runtimes & {"llama.cpp", "onnxruntime"} and "cache" in (first.kind, second.kind):
+        return  # caches are quern's: what stands in for those here has them
+    others = [part for part in (first, second) if part.name not in ELSEWHERE]
     with pytest.raises(UserError):
         trials.loss(pair.keys[2], Use.of(*others))
 

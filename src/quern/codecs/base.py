@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quern.codecs.packing.floats import FloatForm
 from quern.codecs.packing.ggml import GgmlBlocks, GgmlForm
+from quern.codecs.packing.nbits import NBitsBlocks, NBitsForm
 from quern.codecs.trainable.base import Fixed, RowFactors, Trainable
 from quern.core import scheme as schemes
 from quern.core.errors import UserError
@@ -296,6 +297,14 @@ class Codec(ABC):
 
     def float_tensors(self, shape: tuple[int, int], parts: Parts) -> dict[str, Tensor]:
         """The matrix as ``floats`` says, by the last parts of its tensors' names."""
+        raise NotImplementedError(self.scheme.codec)
+
+    def nbits(self, shape: tuple[int, int]) -> NBitsForm | str:
+        """How a matrix of ``shape`` lies in ONNX Runtime's blocks of integers, or a clause that says why it cannot."""
+        return f"ONNX Runtime has no operator for the values of codec {self.scheme.codec}; use codec integer"
+
+    def nbits_blocks(self, shape: tuple[int, int], parts: Parts) -> NBitsBlocks:
+        """The matrix in the blocks that ``nbits`` describes."""
         raise NotImplementedError(self.scheme.codec)
 
     def integers(self, shape: tuple[int, int], parts: Parts) -> Tensor:

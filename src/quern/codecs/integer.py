@@ -21,9 +21,10 @@ from torch import Tensor
 from quern.codecs.base import CODECS, KernelForm, Parts, ScaledParameters, nearest_scale
 from quern.codecs.fitting.exact import Exact, exact_codes
 from quern.codecs.grouped import Grid, GridNumbers, GroupedCodec, Restored, stored_scale
-from quern.codecs.packing import bits
+from quern.codecs.packing import bits, nbits
 from quern.codecs.packing import ggml as layout
 from quern.codecs.packing.ggml import GgmlBlocks, GgmlForm
+from quern.codecs.packing.nbits import NBitsBlocks, NBitsForm
 from quern.core.scheme import CodecScheme
 from quern.core.stacking import NO_TRAITS, Traits
 
@@ -199,6 +200,15 @@ class IntegerCodec(GroupedCodec):
 
         scale, zero = by_block(stored.scale), by_block(stored.zero)
         return layout.integer_blocks(stored.codes, scale, zero, self.params)
+
+    def nbits(self, shape: tuple[int, int]) -> NBitsForm | str:
+        return nbits.form_of(shape[1], self.group_width(shape[1]), self.params.bits)
+
+    def nbits_blocks(self, shape: tuple[int, int], parts: Parts) -> NBitsBlocks:
+        form, stored = self.nbits(shape), self.restored(shape, parts)
+        assert not isinstance(form, str), form
+        scale, zero = self.scales_of(parts["scale"], shape[0]), self.scales_of(stored.zero, shape[0])
+        return nbits.in_blocks(form, stored.codes, self.params.bits, scale, None if self.params.symmetric else zero)
 
     def _differences(self, codes: Tensor, zero: Tensor | None, columns: int) -> Tensor:
         """code - zero point, float32 ``(rows, columns)``, of the stored ``codes`` of some rows."""

@@ -13,8 +13,8 @@ import numpy as np
 from quern import _native
 from quern.architectures.base import BlockSpec
 from quern.architectures.gated_decoder import GatedDecoder
+from quern.architectures.rotary import frequencies
 from quern.engines._cpu_weights import MappedWeights
-from quern.engines._rotary import frequencies
 
 ACTIVATIONS = {
     "silu": "silu",

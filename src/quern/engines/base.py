@@ -31,6 +31,8 @@ class Engine(ABC):
 
     def supports(self, recipe: Recipe | None) -> str | None:
         """None if the engine runs artifacts of ``recipe`` (None: an unquantized checkpoint), otherwise why not."""
+        if recipe is not None and not FORMATS.get(recipe.format).opened:
+            return f"quern writes the format {recipe.format} and does not open it"
         if recipe is None or FORMATS.get(recipe.format).opened_as_values:
             return self.obstacle(None, ())
         return self.obstacle(FORMATS.get(recipe.format).method, stored_modules(recipe))

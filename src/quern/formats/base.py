@@ -198,6 +198,8 @@ class Format(ABC):
     quantized."""
     sized_like: ClassVar[str | None] = None
     """A format whose tensors take the same bytes, by which plans are made for this one; None: its own sizes are known."""
+    opened: ClassVar[bool] = True
+    """Whether quern opens such artifacts; otherwise it only writes them, and what runs them is another program."""
     extra: ClassVar[str | None] = None
     """The optional dependency that loading this format needs, if any."""
     runtimes: ClassVar[tuple[Target, ...]] = ("quern",)
@@ -216,6 +218,11 @@ class Format(ABC):
     @classmethod
     def provenance(cls, path: Path) -> dict[str, Any] | None:
         """What the file of an artifact says of what was done; None for a file that quern did not write."""
+        return None
+
+    @classmethod
+    def tensor_bytes(cls, path: Path) -> int | None:
+        """Bytes of the tensors of an artifact; None: those that quern finds where it opens it."""
         return None
 
     @classmethod

@@ -19,7 +19,7 @@ from torch import Tensor
 import quern
 from quern.architectures.base import Architecture
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.files import read_json
+from quern.checkpoint.ends import ending_tokens
 from quern.checkpoint.gguf.header import read_gguf_header
 from quern.checkpoint.gguf.names import ROPE_FREQUENCIES, gguf_name, interleave_rows, reordered_heads
 from quern.checkpoint.gguf.writing.container import TensorPlan, write_gguf
@@ -95,7 +95,7 @@ class GgufWriter(ArtifactWriter):
             raise UserError(f"format gguf has no option {unknown[0]!r}; it has: {PRE_TOKENIZER}")
         windows = [block.window for block in self.architecture.blocks]
         self._said = model_metadata(self._config, windows, checkpoint.path.stem or checkpoint.path.name)
-        ends = _ends(checkpoint)
+        ends = ending_tokens(checkpoint)
         self._vocabulary = vocabulary(checkpoint.path, self._config["vocab_size"], ends, options.get(PRE_TOKENIZER))
 
     def begin(self, work: WorkFolder, stage: int) -> None:
@@ -194,18 +194,6 @@ class _Stages:
 
 def _stage_name(stage: int) -> str:
     return f"stages/{stage:05d}"
-
-
-def _ends(checkpoint: Checkpoint) -> list[int]:
-    """Token numbers that end an answer, as the model's configuration and its defaults of generation say."""
-    said: list[Any] = []
-    sources = [checkpoint.config]
-    if (file := checkpoint.path / "generation_config.json").is_file():
-        sources.append(read_json(file))
-    for source in sources:
-        value = source.get("eos_token_id")
-        said += value if isinstance(value, list) else [value]
-    return [number for number in dict.fromkeys(said) if type(number) is int]
 
 
 def _file_type(matrices: list[TensorPlan]) -> int:

@@ -151,7 +151,7 @@ def _cut_before_head(proto: Any) -> None:
     graph = proto.graph
     makers = {output: node for node in graph.node for output in node.output}
     head = makers["logits"]
-    while not head.op_type.startswith("MatMul"):
+    while "MatMul" not in head.op_type:
         head = makers[head.input[0]]
     graph.input.append(helper.make_tensor_value_info(_FIRST, TensorProto.INT64, [1]))
     names = []

@@ -28,7 +28,7 @@ from quern.core.scheme import UNQUANTIZED
 from quern.formats.base import FORMATS, ArtifactReader, ArtifactWriter, StoredModule, reader_of
 from quern.formats.quern import INPUT_SCALE, INPUT_SIGNS
 from quern.loading.fitting import model_config, open_model
-from quern.pipeline.output import artifact_size, finished_layers, output_target, publish
+from quern.pipeline.output import artifact_size, finished_layers, output_target, publish, tensor_bytes
 
 AS_IT_IS = Recipe(name="unquantized", weights=UNQUANTIZED)
 """Of a model that nobody quantized."""
@@ -107,8 +107,8 @@ def export(
     """Write ``artifact`` (a folder of format quern, or an unquantized model) in another ``format``.
 
     Every stored value stays what it is; where the format's scales cannot hold one, notes say so. ``format_options``: see
-    docs/gguf.md. One block is in memory at a time. Raises ``UserError`` with the reasons for what the format cannot store,
-    ``BadFileError`` for damage.
+    docs/gguf.md and docs/onnx.md. One block is in memory at a time. Raises ``UserError`` with the reasons for what the
+    format cannot store, ``BadFileError`` for damage.
     """
     progress = progress or Silent()
     target = output_target(output, artifact, fresh, format)
@@ -195,8 +195,7 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _report(output: Path, format: str, source: _Source, seconds: float | None, notes: list[str]) -> ExportReport:
-    written = open_model(output.resolve())
-    data = sum(written.info(name).stored_bytes for name in written.names())
+    data = tensor_bytes(output, format)
     return ExportReport(
         path=output,
         format=format,

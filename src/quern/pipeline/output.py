@@ -14,6 +14,7 @@ from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError, UserError, option
 from quern.core.results import TunedBlock
 from quern.formats.base import FORMATS, file_provenance
+from quern.loading.fitting import open_model
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 COMPLETE_WITH = (INDEX, CONFIG, PROVENANCE)
@@ -82,6 +83,14 @@ def artifact_size(artifact: Path) -> int:
     """Bytes of an artifact's files."""
     files = [artifact] if artifact.is_file() else [path for path in artifact.iterdir() if path.is_file()]
     return sum(path.stat().st_size for path in files)
+
+
+def tensor_bytes(artifact: Path, format: str) -> int:
+    """Bytes of the tensors of an artifact in ``format``."""
+    if (said := FORMATS.get(format).tensor_bytes(artifact)) is not None:
+        return said
+    opened = open_model(artifact.resolve())
+    return sum(opened.info(name).stored_bytes for name in opened.names())
 
 
 def finished_layers(target: Target, fingerprint: dict[str, Any], fresh: bool) -> list[dict[str, Any]] | None:

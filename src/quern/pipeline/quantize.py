@@ -23,14 +23,22 @@ from quern.core.recipe import Recipe
 from quern.core.results import LayerError, TunedBlock
 from quern.formats.base import FORMATS
 from quern.generation.stopping import named_ends
-from quern.loading.fitting import open_model, open_original
+from quern.loading.fitting import open_original
 from quern.pipeline.blockwise import memory_plan, sensitivity, tuning
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of, stand_in_note
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.blockwise.reference_stream import start_stream
-from quern.pipeline.output import artifact_size, finished_layers, output_target, provenance_notes, publish, tuned_blocks
+from quern.pipeline.output import (
+    artifact_size,
+    finished_layers,
+    output_target,
+    provenance_notes,
+    publish,
+    tensor_bytes,
+    tuned_blocks,
+)
 from quern.pipeline.planning.plan import PlanReport, candidates_of
 from quern.pipeline.planning.text_budget import settled_recipe
 from quern.pipeline.request import (
@@ -94,10 +102,10 @@ def quantize(
     ``calibration``: texts, or files of text or records (docs/texts.md; default: modules of the running Python's standard
     library), ``calibration_tokens`` of them (default: as the recipe says; ``auto``: as many as are worth it, found within
     ``calibration_time`` seconds where that is given). ``memory``: cap of the resident set in bytes. ``format_options``:
-    choices that the format has besides (docs/gguf.md). ``cache``: a folder for what other recipes can use again for the same
-    model and calibration; the time that this spares counts in the report's ``seconds``. An interrupted run continues where
-    it stopped; the same arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests that
-    cannot be met, ``BadFileError`` for damage.
+    choices that the format has besides (docs/gguf.md, docs/onnx.md). ``cache``: a folder for what other recipes can use
+    again for the same model and calibration; the time that this spares counts in the report's ``seconds``. An interrupted
+    run continues where it stopped; the same arguments give the same bytes at any number of ``threads``. Raises
+    ``UserError`` for requests that cannot be met, ``BadFileError`` for damage.
     """
     progress = progress or Silent()
     chosen = chosen_recipe(recipe, format, calibration_tokens)
@@ -223,9 +231,7 @@ def _report(
     planned: PlanReport | None,
 ) -> QuantizeReport:
     predicted = {matrix.name: matrix.loss for matrix in planned.matrices} if planned else {}
-    artifact = open_model(output.resolve())
-    size = artifact_size(output)
-    data = sum(artifact.info(name).stored_bytes for name in artifact.names())
+    size, data = artifact_size(output), tensor_bytes(output, recipe.format)
     return QuantizeReport(
         path=output,
         recipe=recipe,

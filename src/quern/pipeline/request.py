@@ -52,7 +52,13 @@ def chosen_recipe(
 
 
 def refuse_files(recipe: Recipe, who: str) -> None:
-    """Raise ``UserError`` for a recipe whose format is one file, where ``who`` makes folders."""
+    """Raise ``UserError`` for a recipe whose format is one file, or one that quern does not open, where ``who`` makes
+    folders and runs what lies in them."""
+    if not FORMATS.get(recipe.format).opened:
+        raise UserError(
+            f"{who} runs what it makes, and quern does not open format {recipe.format} of recipe {recipe.name!r}. Leave "
+            f"format out; quern export writes {recipe.format}, with the same values"
+        )
     if FORMATS.get(recipe.format).suffix is not None:
         raise UserError(
             f"{who} makes folders, and format {recipe.format} of recipe {recipe.name!r} is one file. Leave format out; "

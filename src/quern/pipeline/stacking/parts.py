@@ -18,7 +18,7 @@ from quern.quantization.transforms.base import TRANSFORMS
 Keys = dict[str, Any]
 """Keys of a recipe."""
 
-RUNTIMES = ("cpu", "transformers", "vllm", "llama.cpp")
+RUNTIMES = ("cpu", "transformers", "vllm", "llama.cpp", "onnxruntime")
 """What runs an artifact: quern's cpu engine, and other programs."""
 PLAIN_CACHES = (ORDINARY, "float32")
 """Of key/value caches those that round nothing worth speaking of."""

@@ -34,7 +34,7 @@ NOISE = 0.08
 """By how much of a loss two calibrations of one recipe may differ (``benchmarks/stacking.py --noise``)."""
 
 
-_STANDING_IN = {"vllm": "transformers", "llama.cpp": "cpu"}
+_STANDING_IN = {"vllm": "transformers", "llama.cpp": "cpu", "onnxruntime": "cpu"}
 """What runs here what is for runtimes that need not be here."""
 
 
@@ -44,19 +44,23 @@ class Use:
 
     runtime: str = "cpu"
     cache: str | None = None
+    stands_in: bool = False
+    """Whether that is instead of what the artifact is for."""
 
     @classmethod
     def of(cls, *parts: Part) -> Use:
         """How what has these parts is run here. vLLM's artifacts are run by transformers, which reads the same files;
-        llama.cpp's, and those of vLLM that quern opens as values, by the cpu engine, as what they decode to."""
+        llama.cpp's, and those of vLLM that quern opens as values, by the cpu engine, as what they decode to; so are those
+        that quern does not open, in format quern."""
         named = {part.kind: part.name for part in parts}
         format = named.get("format", "quern")
-        as_values = FORMATS.get(format).opened_as_values
-        usual = "cpu" if format == "quern" or as_values else "reference"
+        decoded = FORMATS.get(format).opened_as_values or not FORMATS.get(format).opened
+        usual = "cpu" if format == "quern" or decoded else "reference"
         runtime = named.get("runtime", usual)
-        if as_values and runtime in _STANDING_IN:
+        stands_in = "cache" not in named and ("runtime" not in named or runtime in _STANDING_IN)
+        if decoded and runtime in _STANDING_IN:
             runtime = "cpu"
-        return cls(_STANDING_IN.get(runtime, runtime), named.get("cache"))
+        return cls(_STANDING_IN.get(runtime, runtime), named.get("cache"), stands_in)
 
     @classmethod
     def cached(cls, part: Part) -> Use:
@@ -117,6 +121,10 @@ class Trials:
     def loss(self, keys: Keys, use: Use = Use()) -> Loss:
         """What the stack of ``PLAIN`` and ``keys`` loses. Raises ``UserError`` where something refuses it."""
         artifact = self.artifact(keys)
+        if not FORMATS.get(format := keys.get("format", "quern")).opened:
+            if not use.stands_in:
+                raise UserError(f"{use.runtime} does not open the format {format}")
+            artifact = self.artifact({**keys, "format": "quern"})
         if (artifact, use) not in self._losses:
             scores = score_windows(self._loaded(artifact, use, keys), self.windows, self._reference)
             self._losses[artifact, use] = Loss.of(scores)
