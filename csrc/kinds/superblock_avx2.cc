@@ -1,0 +1,133 @@
+// ggml's super-blocks, a row at a time: 32 values a register, whose products are added by groups; the scales of a super-block
+// meet the sums of its groups side by side, and are added in order.
+#include "kinds/rows_avx2-inl.h"
+#include "kinds/superblock-inl.h"
+
+namespace quern {
+namespace {
+
+constexpr int REGISTERS = SUPER / 32;
+
+// Fields of `mask` from bit `shift` of every byte on.
+INLINE __m256i fields(const uint8_t* at, int shift, int mask) {
+  return _mm256_and_si256(_mm256_srli_epi16(load(at), shift), _mm256_set1_epi8(static_cast<char>(mask)));
+}
+
+// `worth` where bit `bit` of a byte is set.
+INLINE __m256i bit_worth(const uint8_t* at, int bit, int worth) {
+  const __m256i which = _mm256_set1_epi8(static_cast<char>(1 << bit));
+  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(load(at), which), which);
+  return _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(worth)));
+}
+
+// The int8 values of columns 32 * i ... of a super-block.
+INLINE __m256i values(Q2K, const uint8_t* b, int i) { return fields(b + 16 + i / 4 * 32, i % 4 * 2, 3); }
+
+INLINE __m256i values(Q3K, const uint8_t* b, int i) {
+  const __m256i codes = _mm256_or_si256(fields(b + 32 + i / 4 * 32, i % 4 * 2, 3), bit_worth(b, i, 4));
+  return _mm256_sub_epi8(codes, _mm256_set1_epi8(4));
+}
+
+INLINE __m256i values(Q4K, const uint8_t* b, int i) { return fields(b + 16 + i / 2 * 32, i % 2 * 4, 15); }
+
+INLINE __m256i values(Q5K, const uint8_t* b, int i) {
+  return _mm256_or_si256(fields(b + 48 + i / 2 * 32, i % 2 * 4, 15), bit_worth(b + 16, i, 16));
+}
+
+INLINE __m256i values(Q6K, const uint8_t* b, int i) {
+  const __m256i high = _mm256_slli_epi16(fields(b + 128 + i / 4 * 32, i % 4 * 2, 3), 4);
+  const __m256i codes = _mm256_or_si256(fields(b + i / 4 * 64 + i % 2 * 32, i / 2 % 2 * 4, 15), high);
+  return _mm256_sub_epi8(codes, _mm256_set1_epi8(32));
+}
+
+INLINE __m256i values(IQ4XS, const uint8_t* b, int i) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 8 + 16 * i));
+  const __m256i both = _mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes);
+  const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(IQ4_LEVELS));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), _mm256_and_si256(both, _mm256_set1_epi8(15)));
+}
+
+// Sums of 8 groups of the registers from `v` on: of 8 registers, or of 4.
+template <int GROUP>
+INLINE __m256i add_groups(const __m256i* v) {
+  const __m256i a = add_four<false>(v[0], v[1], v[2], v[3]);
+  if constexpr (GROUP == 16) return _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i b = add_four<false>(v[4], v[5], v[6], v[7]);
+  return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+// out = fma(value, factor * scale, out) for eight groups in order.
+INLINE float add_in_order(__m256i sums, const float* factor, const float* scale, float out) {
+  alignas(32) float value[BATCH], both[BATCH];
+  _mm256_store_ps(value, _mm256_cvtepi32_ps(sums));
+  _mm256_store_ps(both, _mm256_mul_ps(_mm256_loadu_ps(factor), _mm256_loadu_ps(scale)));
+#pragma GCC unroll 8
+  for (int i = 0; i < BATCH; ++i) out = __builtin_fmaf(value[i], both[i], out);
+  return out;
+}
+
+template <typename Type>
+INLINE void load_numbers(const uint8_t* block, float* scales, float* minimums) {
+  const float d = number(block + Type::D_AT, Float::float16, 0);
+  const float least = number(block + Type::MINIMUM_AT, Float::float16, 0);
+#pragma GCC unroll 16
+  for (int32_t g = 0; g < SUPER / Type::GROUP; ++g) {
+    scales[g] = d * static_cast<float>(Type::scale(block, g));
+    if (Type::MINIMUMS) minimums[g] = -(least * static_cast<float>(Type::minimum(block, g)));
+  }
+}
+
+template <typename Type, int TOKENS>
+void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
+  constexpr int GROUPS = SUPER / Type::GROUP, EACH = REGISTERS * BATCH / GROUPS;  // registers of a batch of groups
+  for (int32_t row = first; row < last; ++row) {
+    const uint8_t* block = blocks_of(weight, row);
+    float out[TOKENS] = {}, low[TOKENS] = {};
+    for (int32_t column = 0; column < in.columns; column += SUPER, block += Type::BYTES) {
+      for (int i = 0; i < Type::BYTES; i += 64) fetch_ahead(block + i);
+      float scales[GROUPS], minimums[GROUPS];
+      load_numbers<Type>(block, scales, minimums);
+      __m256i v[REGISTERS];
+#pragma GCC unroll 8
+      for (int i = 0; i < REGISTERS; ++i) v[i] = values(Type{}, block, i);
+      for (int t = 0; t < TOKENS; ++t) {
+        const int8_t* x = in.values + t * in.stride + column;
+        const int64_t at = static_cast<int64_t>(t) * in.groups + column / Type::GROUP;
+        __m256i sums[REGISTERS];
+#pragma GCC unroll 8
+        for (int i = 0; i < REGISTERS; ++i) sums[i] = products(v[i], load(x + 32 * i));
+#pragma GCC unroll 2
+        for (int g = 0; g < GROUPS; g += BATCH) {
+          const __m256i found = add_groups<Type::GROUP>(sums + g / BATCH * EACH);
+          out[t] = add_in_order(found, scales + g, in.scale + at + g, out[t]);
+          if (Type::MINIMUMS) low[t] = add_in_order(load(in.sums + at + g), minimums + g, in.scale + at + g, low[t]);
+        }
+      }
+    }
+    for (int t = 0; t < TOKENS; ++t) outputs[t * in.rows + row] = Type::MINIMUMS ? out[t] + low[t] : out[t];
+  }
+}
+
+template <typename Type>
+void rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
+  Inputs part = in;
+  for (int32_t t = 0; t < in.tokens; t += part.tokens) {
+    part.tokens = in.tokens - t >= 4 ? 4 : 1;
+    part.values = in.values + t * in.stride;
+    part.scale = in.scale + static_cast<int64_t>(t) * in.groups;
+    part.sums = in.sums + static_cast<int64_t>(t) * in.groups;
+    if (part.tokens == 4) multiply_rows<Type, 4>(weight, part, first, last, outputs + t * in.rows);
+    if (part.tokens == 1) multiply_rows<Type, 1>(weight, part, first, last, outputs + t * in.rows);
+  }
+}
+
+}  // namespace
+
+const KindKernels q2_k_avx2 = {rows<Q2K>, nullptr, nullptr};
+const KindKernels q3_k_avx2 = {rows<Q3K>, nullptr, nullptr};
+const KindKernels q4_k_avx2 = {rows<Q4K>, nullptr, nullptr};
+const KindKernels q5_k_avx2 = {rows<Q5K>, nullptr, nullptr};
+const KindKernels q6_k_avx2 = {rows<Q6K>, nullptr, nullptr};
+const KindKernels iq4_xs_avx2 = {rows<IQ4XS>, nullptr, nullptr};
+
+}  // namespace quern
