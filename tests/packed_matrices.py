@@ -136,8 +136,8 @@ def packed_product(matrix: Packed, inputs: np.ndarray) -> np.ndarray:
         return out
     low = np.zeros_like(out)
     for index, first in enumerate(range(0, matrix.columns, group)):
-        total = x[:, first : first + group].sum(axis=1).astype(np.float32)[:, None]
-        low = fma(np.broadcast_to(total, low.shape), matrix.minimum[None, :, index] * xs[:, index, None], low)
+        total = x[:, first : first + group].sum(axis=1).astype(np.float32) * xs[:, index]
+        low = fma(np.broadcast_to(matrix.minimum[None, :, index], low.shape), total[:, None], low)
     return out + low
 
 

@@ -5,7 +5,7 @@
 // computed together. For packed kinds, with integers summed exactly:
 //     out = 0;  for each group of columns, first to last:  out = fma(float(sum of code values * inputs), ws * xs, out)
 // where ws and xs are the scales of weight and input, as float32. Kinds with minimums add another sum in the end,
-//     low = 0;  for each group:  low = fma(float(sum of inputs), minimum * xs, low)
+//     low = 0;  for each group:  low = fma(minimum, float(sum of inputs) * xs, low)
 // For plain kinds there are 16 partial sums, lane l has
 // the columns l, l + 16, ... in order, each step one fma; they are added as lane i + lane (i + 8), then 4, 2, 1 apart. Plain
 // kinds with scales do that for each group of columns by itself, and  out = fma(sum, ws, out)  over them.
@@ -72,7 +72,7 @@ struct Kernels {
                   int64_t stride, int32_t tokens, const float* ws, const float* xs, const int32_t* xsum,
                   int64_t token_stride, float* out);
 
-  // out (row_groups, tokens, 16) += low, the sums over all groups of fma(float(xsum), minimums * xs, low): minimums
+  // out (row_groups, tokens, 16) += low, the sums over all groups of fma(minimums, float(xsum) * xs, low): minimums
   // (groups, TILE_ROWS), xs and xsum (tokens, groups).
   void (*minimums)(const float* minimums, int32_t row_groups, int32_t tokens, int32_t groups, const float* xs,
                    const int32_t* xsum, float* out);

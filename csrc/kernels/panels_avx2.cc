@@ -64,8 +64,7 @@ INLINE void add_minimums(const float* minimums, int32_t groups, const float* xs,
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) {
       const int64_t at = static_cast<int64_t>(t) * groups + g;
-      const __m256 scale = _mm256_mul_ps(least, _mm256_set1_ps(xs[at]));
-      low[t] = _mm256_fmadd_ps(_mm256_set1_ps(static_cast<float>(xsum[at])), scale, low[t]);
+      low[t] = _mm256_fmadd_ps(least, _mm256_set1_ps(static_cast<float>(xsum[at]) * xs[at]), low[t]);
     }
   }
   for (int t = 0; t < TOKENS; ++t) _mm256_storeu_ps(out + 16 * t, _mm256_add_ps(_mm256_loadu_ps(out + 16 * t), low[t]));

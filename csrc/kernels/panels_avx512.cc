@@ -147,8 +147,7 @@ INLINE void add_minimums(const float* minimums, int32_t groups, const float* xs,
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; ++t) {
       const int64_t at = static_cast<int64_t>(t) * groups + g;
-      const __m512 scale = _mm512_mul_ps(least, _mm512_set1_ps(xs[at]));
-      low[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_set1_epi32(xsum[at])), scale, low[t]);
+      low[t] = _mm512_fmadd_ps(least, _mm512_set1_ps(static_cast<float>(xsum[at]) * xs[at]), low[t]);
     }
   }
   for (int t = 0; t < TOKENS; ++t) _mm512_storeu_ps(out + 16 * t, _mm512_add_ps(_mm512_loadu_ps(out + 16 * t), low[t]));

@@ -188,7 +188,7 @@ void minimums(const float* minimums, int32_t row_groups, int32_t tokens, int32_t
       float low = 0.0f;
       for (int32_t g = 0; g < groups; ++g) {
         const int64_t at = static_cast<int64_t>(t) * groups + g;
-        low = fmaf(static_cast<float>(xsum[at]), minimums[static_cast<int64_t>(g) * TILE_ROWS + r] * xs[at], low);
+        low = fmaf(minimums[static_cast<int64_t>(g) * TILE_ROWS + r], static_cast<float>(xsum[at]) * xs[at], low);
       }
       out[(static_cast<int64_t>(r / 16) * tokens + t) * 16 + r % 16] += low;
     }

@@ -43,7 +43,7 @@ void rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, f
           sum += value<Type>(weight, row, c) * in.values[t * in.stride + c];
         const Numbers n = numbers_of<Type>(weight, row, g);
         out = fmaf(static_cast<float>(sum), n.scale * in.scale[at], out);
-        low = fmaf(static_cast<float>(in.sums[at]), n.minimum * in.scale[at], low);
+        low = fmaf(n.minimum, static_cast<float>(in.sums[at]) * in.scale[at], low);
       }
       outputs[t * in.rows + row] = Type::MINIMUMS ? out + low : out;
     }

@@ -56,13 +56,13 @@ INLINE __m256i add_groups(const __m256i* v) {
   return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
 }
 
-// out = fma(value, factor * scale, out) for eight groups in order.
-INLINE float add_in_order(__m256i sums, const float* factor, const float* scale, float out) {
-  alignas(32) float value[BATCH], both[BATCH];
-  _mm256_store_ps(value, _mm256_cvtepi32_ps(sums));
-  _mm256_store_ps(both, _mm256_mul_ps(_mm256_loadu_ps(factor), _mm256_loadu_ps(scale)));
+// out = fma(first, second, out) for eight groups in order.
+INLINE float add_in_order(__m256 first, __m256 second, float out) {
+  alignas(32) float a[BATCH], b[BATCH];
+  _mm256_store_ps(a, first);
+  _mm256_store_ps(b, second);
 #pragma GCC unroll 8
-  for (int i = 0; i < BATCH; ++i) out = __builtin_fmaf(value[i], both[i], out);
+  for (int i = 0; i < BATCH; ++i) out = __builtin_fmaf(a[i], b[i], out);
   return out;
 }
 
@@ -98,9 +98,12 @@ void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_
         for (int i = 0; i < REGISTERS; ++i) sums[i] = products(v[i], load(x + 32 * i));
 #pragma GCC unroll 2
         for (int g = 0; g < GROUPS; g += BATCH) {
-          const __m256i found = add_groups<Type::GROUP>(sums + g / BATCH * EACH);
-          out[t] = add_in_order(found, scales + g, in.scale + at + g, out[t]);
-          if (Type::MINIMUMS) low[t] = add_in_order(load(in.sums + at + g), minimums + g, in.scale + at + g, low[t]);
+          const __m256 found = _mm256_cvtepi32_ps(add_groups<Type::GROUP>(sums + g / BATCH * EACH));
+          const __m256 xs = _mm256_loadu_ps(in.scale + at + g);
+          out[t] = add_in_order(found, _mm256_mul_ps(_mm256_loadu_ps(scales + g), xs), out[t]);
+          if (!Type::MINIMUMS) continue;
+          const __m256 total = _mm256_mul_ps(_mm256_cvtepi32_ps(load(in.sums + at + g)), xs);
+          low[t] = add_in_order(_mm256_loadu_ps(minimums + g), total, low[t]);
         }
       }
     }
