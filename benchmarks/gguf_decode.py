@@ -1,12 +1,13 @@
 """The same GGUF file in quern's cpu engine and in llama.cpp: tokens a second of decoding and of a prompt, in turns.
 
     python benchmarks/gguf_decode.py [FILE.gguf ...] [--types Q4_K Q6_K ...] [--shape 1.5B] [--threads 1 2] [--rounds 7]
+        [--more RESULT.json]
 
 Without files, models of Qwen2 shapes with random blocks are timed (``gguf_models.py``), one for each type. llama.cpp is the
 one that ``quern peers install llama.cpp`` built. Both hold the file in processes of their own that wait while the other one
 works; in every round each decodes ``--new`` tokens behind a short prompt and reads a prompt of ``--prompt``. The ratio is
 the median over the rounds, with the middle half: ratios within one run are results, absolute times on a shared machine are
-not.
+not. ``--more`` adds to the rows of an earlier result, each of which says its load.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def measure(file: Path, threads: int, options: argparse.Namespace, environment: 
             if number > 0:
                 rounds[name].append(found)
     row: dict[str, Any] = {"file": file.name, "bytes": file.stat().st_size, "threads": threads, "loads": loads}
+    row |= {"rounds": options.rounds, "prompt": options.prompt, "new": options.new}
     row["notes"] = contenders["quern"].notes
     for contender in contenders.values():
         contender.close()
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--folder", type=Path, help="Keeps the random models for another run.")
+    parser.add_argument("--more", type=Path, help="A result whose rows are kept.")
     parser.add_argument("--dry", action="store_true", help="write no result file")
     options = parser.parse_args()
     environment = Environment.of("llama.cpp")
@@ -148,10 +151,12 @@ def main() -> None:
             if not file.is_file():
                 write_gguf(file, config_of(options.shape), kind)
             files.append(file)
-        rows = [measure(file, threads, options, environment) for file in files for threads in options.threads]
-    content = {"llama_cpp": str(installed), "prompt": options.prompt, "new": options.new, "rounds": options.rounds}
-    if not options.dry:
-        print(write_result("gguf_decode", {**content, "rows": rows}))
+        rows = json.loads(options.more.read_text("utf-8"))["rows"] if options.more else []
+        for file in files:
+            for threads in options.threads:
+                rows.append(measure(file, threads, options, environment))
+                if not options.dry:
+                    print(write_result("gguf_decode", {"llama_cpp": str(installed), "rows": rows}), flush=True)
 
 
 if __name__ == "__main__":

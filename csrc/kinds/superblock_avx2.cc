@@ -1,5 +1,5 @@
-// ggml's super-blocks, a row at a time: 32 values a register, whose products are added by groups; the scales of a super-block
-// meet the sums of its groups side by side, and are added in order.
+// ggml's super-blocks: 32 values a register, whose products are added by groups; the scales of a super-block meet the sums of its
+// groups side by side, and are added in order.
 #include "kinds/rows_avx2-inl.h"
 #include "kinds/superblock-inl.h"
 
@@ -66,48 +66,118 @@ INLINE float add_in_order(__m256 first, __m256 second, float out) {
   return out;
 }
 
-template <typename Type>
-INLINE void load_numbers(const uint8_t* block, float* scales, float* minimums) {
-  const float d = number(block + Type::D_AT, Float::float16, 0);
-  const float least = number(block + Type::MINIMUM_AT, Float::float16, 0);
-#pragma GCC unroll 16
-  for (int32_t g = 0; g < SUPER / Type::GROUP; ++g) {
-    scales[g] = d * static_cast<float>(Type::scale(block, g));
-    if (Type::MINIMUMS) minimums[g] = -(least * static_cast<float>(Type::minimum(block, g)));
+// Scales or minimums of eight groups: whole numbers times `d`.
+INLINE void store_times(__m256i whole, float d, float* out) {
+  _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(d)));
+}
+
+INLINE __m128i eight(uint64_t bytes) { return _mm_cvtsi64_si128(static_cast<int64_t>(bytes)); }
+
+INLINE uint64_t load_bytes(const uint8_t* at, size_t count) {
+  uint64_t bytes = 0;
+  __builtin_memcpy(&bytes, at, count);
+  return bytes;
+}
+
+// 16 unsigned bytes.
+INLINE void store_sixteen(__m128i bytes, float d, float* out) {
+  store_times(_mm256_cvtepu8_epi32(bytes), d, out);
+  store_times(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)), d, out + 8);
+}
+
+// 16 signed bytes.
+INLINE void store_signed(__m128i bytes, float d, float* out) {
+  store_times(_mm256_cvtepi8_epi32(bytes), d, out);
+  store_times(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)), d, out + 8);
+}
+
+INLINE void six_bit_numbers(const uint8_t* b, float d, float least, float* scales, float* minimums) {
+  const uint64_t first = load_bytes(b + 4, 4), second = load_bytes(b + 8, 4), third = load_bytes(b + 12, 4);
+  const uint64_t upper_scales = (third & 0x0f0f0f0f) | (first >> 2 & 0x30303030);
+  const uint64_t upper_minimums = (third >> 4 & 0x0f0f0f0f) | (second >> 2 & 0x30303030);
+  store_times(_mm256_cvtepu8_epi32(eight((first & 0x3f3f3f3f) | upper_scales << 32)), d, scales);
+  store_times(_mm256_cvtepu8_epi32(eight((second & 0x3f3f3f3f) | upper_minimums << 32)), least, minimums);
+}
+
+// Scales of a super-block, and minimums where it has any.
+INLINE void numbers(Q2K, const uint8_t* b, float d, float least, float* scales, float* minimums) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)), mask = _mm_set1_epi8(15);
+  store_sixteen(_mm_and_si128(bytes, mask), d, scales);
+  store_sixteen(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), least, minimums);
+}
+
+INLINE void numbers(Q3K, const uint8_t* b, float d, float, float* scales, float*) {
+  const uint64_t low = load_bytes(b + 96, 8), high = load_bytes(b + 104, 4), both = high | high >> 2 << 32;
+  const uint64_t nibbles = 0x0f0f0f0f0f0f0f0f, pairs = 0x0303030303030303;
+  const uint64_t first = (low & nibbles) | (both & pairs) << 4, second = (low >> 4 & nibbles) | (both >> 4 & pairs) << 4;
+  const __m128i all = _mm_unpacklo_epi64(eight(first), eight(second));
+  store_signed(_mm_sub_epi8(all, _mm_set1_epi8(32)), d, scales);
+}
+
+INLINE void numbers(Q4K, const uint8_t* b, float d, float least, float* scales, float* minimums) {
+  six_bit_numbers(b, d, least, scales, minimums);
+}
+
+INLINE void numbers(Q5K, const uint8_t* b, float d, float least, float* scales, float* minimums) {
+  six_bit_numbers(b, d, least, scales, minimums);
+}
+
+INLINE void numbers(Q6K, const uint8_t* b, float d, float, float* scales, float*) {
+  store_signed(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 192)), d, scales);
+}
+
+INLINE void numbers(IQ4XS, const uint8_t* b, float d, float, float* scales, float*) {
+  const __m256i low = _mm256_set1_epi32(static_cast<int32_t>(load_bytes(b + 4, 4)));
+  const __m256i high = _mm256_set1_epi32(static_cast<int32_t>(load_bytes(b + 2, 2)));
+  const __m256i place = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+  const __m256i nibbles = _mm256_and_si256(_mm256_srlv_epi32(low, _mm256_slli_epi32(place, 1)), _mm256_set1_epi32(15));
+  const __m256i pairs = _mm256_and_si256(_mm256_srlv_epi32(high, place), _mm256_set1_epi32(3));
+  const __m256i all = _mm256_or_si256(nibbles, _mm256_slli_epi32(pairs, 4));
+  store_times(_mm256_sub_epi32(all, _mm256_set1_epi32(32)), d, scales);
+}
+
+constexpr int32_t TOGETHER = 4;  // rows whose chains of additions wait for each other's steps
+
+// outputs of a row += one super-block.
+template <typename Type, int TOKENS>
+INLINE void add_block(const uint8_t* block, const Inputs& in, int32_t column, float* out, float* low) {
+  constexpr int GROUPS = SUPER / Type::GROUP, EACH = REGISTERS * BATCH / GROUPS;  // registers of a batch of groups
+  for (int i = 0; i < Type::BYTES; i += 64) fetch_ahead(block + i);
+  float scales[GROUPS], minimums[GROUPS];
+  const float least = Type::MINIMUMS ? -number(block + Type::MINIMUM_AT, Float::float16, 0) : 0.0f;
+  numbers(Type{}, block, number(block + Type::D_AT, Float::float16, 0), least, scales, minimums);
+  __m256i v[REGISTERS];
+#pragma GCC unroll 8
+  for (int i = 0; i < REGISTERS; ++i) v[i] = values(Type{}, block, i);
+  for (int t = 0; t < TOKENS; ++t) {
+    const int8_t* x = in.values + t * in.stride + column;
+    const int64_t at = static_cast<int64_t>(t) * in.groups + column / Type::GROUP;
+    __m256i sums[REGISTERS];
+#pragma GCC unroll 8
+    for (int i = 0; i < REGISTERS; ++i) sums[i] = products(v[i], load(x + 32 * i));
+#pragma GCC unroll 2
+    for (int g = 0; g < GROUPS; g += BATCH) {
+      const __m256 found = _mm256_cvtepi32_ps(add_groups<Type::GROUP>(sums + g / BATCH * EACH));
+      const __m256 xs = _mm256_loadu_ps(in.scale + at + g);
+      out[t] = add_in_order(found, _mm256_mul_ps(_mm256_loadu_ps(scales + g), xs), out[t]);
+      if (!Type::MINIMUMS) continue;
+      const __m256 total = _mm256_mul_ps(_mm256_cvtepi32_ps(load(in.sums + at + g)), xs);
+      low[t] = add_in_order(_mm256_loadu_ps(minimums + g), total, low[t]);
+    }
   }
 }
 
 template <typename Type, int TOKENS>
 void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
-  constexpr int GROUPS = SUPER / Type::GROUP, EACH = REGISTERS * BATCH / GROUPS;  // registers of a batch of groups
-  for (int32_t row = first; row < last; ++row) {
-    const uint8_t* block = blocks_of(weight, row);
-    float out[TOKENS] = {}, low[TOKENS] = {};
-    for (int32_t column = 0; column < in.columns; column += SUPER, block += Type::BYTES) {
-      for (int i = 0; i < Type::BYTES; i += 64) fetch_ahead(block + i);
-      float scales[GROUPS], minimums[GROUPS];
-      load_numbers<Type>(block, scales, minimums);
-      __m256i v[REGISTERS];
-#pragma GCC unroll 8
-      for (int i = 0; i < REGISTERS; ++i) v[i] = values(Type{}, block, i);
-      for (int t = 0; t < TOKENS; ++t) {
-        const int8_t* x = in.values + t * in.stride + column;
-        const int64_t at = static_cast<int64_t>(t) * in.groups + column / Type::GROUP;
-        __m256i sums[REGISTERS];
-#pragma GCC unroll 8
-        for (int i = 0; i < REGISTERS; ++i) sums[i] = products(v[i], load(x + 32 * i));
-#pragma GCC unroll 2
-        for (int g = 0; g < GROUPS; g += BATCH) {
-          const __m256 found = _mm256_cvtepi32_ps(add_groups<Type::GROUP>(sums + g / BATCH * EACH));
-          const __m256 xs = _mm256_loadu_ps(in.scale + at + g);
-          out[t] = add_in_order(found, _mm256_mul_ps(_mm256_loadu_ps(scales + g), xs), out[t]);
-          if (!Type::MINIMUMS) continue;
-          const __m256 total = _mm256_mul_ps(_mm256_cvtepi32_ps(load(in.sums + at + g)), xs);
-          low[t] = add_in_order(_mm256_loadu_ps(minimums + g), total, low[t]);
-        }
-      }
-    }
-    for (int t = 0; t < TOKENS; ++t) outputs[t * in.rows + row] = Type::MINIMUMS ? out[t] + low[t] : out[t];
+  for (int32_t row = first; row < last; row += TOGETHER) {
+    const int32_t rows = least(last - row, TOGETHER);
+    float out[TOGETHER][TOKENS] = {}, low[TOGETHER][TOKENS] = {};
+    int64_t block = 0;
+    for (int32_t column = 0; column < in.columns; column += SUPER, block += Type::BYTES)
+      for (int32_t r = 0; r < rows; ++r)
+        add_block<Type, TOKENS>(blocks_of(weight, row + r) + block, in, column, out[r], low[r]);
+    for (int32_t r = 0; r < rows; ++r)
+      for (int t = 0; t < TOKENS; ++t) outputs[t * in.rows + row + r] = Type::MINIMUMS ? out[r][t] + low[r][t] : out[r][t];
   }
 }
 

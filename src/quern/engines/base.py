@@ -31,7 +31,7 @@ class Engine(ABC):
 
     def supports(self, recipe: Recipe | None) -> str | None:
         """None if the engine runs artifacts of ``recipe`` (None: an unquantized checkpoint), otherwise why not."""
-        if recipe is None or FORMATS.get(recipe.format).suffix is not None:  # a file is opened as what it decodes to
+        if recipe is None or FORMATS.get(recipe.format).suffix is not None:  # a file is opened as it is
             return self.obstacle(None, ())
         return self.obstacle(FORMATS.get(recipe.format).method, stored_modules(recipe))
 

@@ -48,7 +48,7 @@ class Use:
     @classmethod
     def of(cls, *parts: Part) -> Use:
         """How what has these parts is run here. vLLM's artifacts are run by transformers, which reads the same files, and
-        llama.cpp's by the cpu engine, as what they decode to."""
+        llama.cpp's by the cpu engine, packed as they are."""
         named = {part.kind: part.name for part in parts}
         format = named.get("format", "quern")
         usual = "cpu" if format == "quern" or FORMATS.get(format).suffix is not None else "reference"
