@@ -98,9 +98,10 @@ def _measure(name: str, models: dict[str, Path], threads: int, options: argparse
     return rows
 
 
-def _models(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Path]:
+def config_of(name: str) -> dict[str, Any]:
+    """The config.json of a Qwen2 model of one of ``SHAPES``."""
     hidden, inner, layers, heads, pairs, tied = SHAPES[name]
-    config = {
+    return {
         "model_type": "qwen2",
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -114,6 +115,10 @@ def _models(name: str, options: argparse.Namespace, folder: Path) -> dict[str, P
         "tie_word_embeddings": tied,
         "torch_dtype": "bfloat16",
     }
+
+
+def _models(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    config = config_of(name)
     models = {}
     for recipe in options.recipes:
         path = folder / f"{name}-{recipe}"

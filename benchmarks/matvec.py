@@ -52,6 +52,12 @@ PACKINGS = [
     Packing("int3-g64", "codebook3", 3, group=64),
     Packing("float8-e4m3", "float8_e4m3", 8),
     Packing("float8-e5m2", "float8_e5m2", 8),
+    Packing("q2_k", "q2_k", 2, group=16, super_bytes=84),
+    Packing("q3_k", "q3_k", 3, group=16, super_bytes=110),
+    Packing("q4_k", "q4_k", 4, group=32, super_bytes=144),
+    Packing("q5_k", "q5_k", 5, group=32, super_bytes=176),
+    Packing("q6_k", "q6_k", 6, group=16, super_bytes=210),
+    Packing("iq4_xs", "iq4_xs", 4, group=32, super_bytes=136),
 ]
 
 

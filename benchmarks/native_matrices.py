@@ -14,6 +14,9 @@ from quern import _native
 POOL_BYTES = 1 << 30
 """Memory that copies of a matrix lie in: more than the last-level cache, so that each copy comes from memory."""
 
+SUPER = 256
+"""Weights of a super-block."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -31,9 +34,13 @@ class Packing:
     """Who shares a codebook's table: tensor, or row."""
     scale_bytes: int = 2
     scale_type: str = "float16"
+    super_bytes: int = 0
+    """Bytes of a super-block of 256 weights, in which scales lie with the codes; 0: other kinds."""
 
     def code_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the codes alone."""
+        """Bytes of the codes alone, or of super-blocks with all that is in them."""
+        if self.super_bytes:
+            return rows * columns // SUPER * self.super_bytes
         if self.kind != "trellis":
             return rows * columns * self.bits // 8
         full, rest = divmod(rows, 256)
@@ -41,11 +48,15 @@ class Packing:
 
     def bytes(self, rows: int, columns: int) -> int:
         """Bytes of the codes, of scales and of zero points (half a byte each)."""
+        if self.super_bytes:
+            return self.code_bytes(rows, columns)
         groups = rows * -(-columns // (self.group or columns))
         return self.code_bytes(rows, columns) + self.scale_bytes * groups + (groups // 2 if self.zeros else 0)
 
     def matrix(self, rows: int, columns: int, codes: np.ndarray) -> _native.Matrix:
         """The matrix of ``codes`` (uint8) with scales of one."""
+        if self.super_bytes:
+            return _native.Matrix(self.kind, rows, columns, codes, group=self.group)
         groups = -(-columns // (self.group or columns))
         ones = np.ones(rows * groups, np.float16).view(np.uint8)
         if self.scale_bytes == 1:

@@ -10,9 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+
+from quern.codecs.blocks.plain import IQ4
+from quern.codecs.packing import ggml_super
 
 TILE = 256
 SCALE_TYPES = ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e8m0fnu")
+SUPERBLOCKS = {
+    "q2_k": (2, 16, 4, True, None),
+    "q3_k": (3, 16, 6, False, None),
+    "q4_k": (4, 32, 6, True, None),
+    "q5_k": (5, 32, 6, True, None),
+    "q6_k": (6, 16, 8, False, None),
+    "iq4_xs": (4, 32, 6, False, np.array(IQ4, np.int64)),
+}
+"""Bits of a code, columns of a group, bits of a whole number of a scale, whether there are minimums, and levels."""
 assert np.finfo(np.longdouble).nmant >= 63, "the emulation of fma needs 80-bit numbers"
 
 
@@ -69,6 +82,7 @@ class Packed:
     scale: np.ndarray | None = None  # (rows, groups) float32
     group: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    minimum: np.ndarray | None = None  # (rows, groups) float32
 
     def keywords(self) -> dict[str, Any]:
         """What ``_native.Matrix`` takes, but for the arrays."""
@@ -118,7 +132,13 @@ def packed_product(matrix: Packed, inputs: np.ndarray) -> np.ndarray:
         assert np.abs(sums).max() < 2**31
         scale = xs[:, index, None] * matrix.scale[None, :, index]
         out = fma(sums.astype(np.int32).astype(np.float32), scale, out)
-    return out
+    if matrix.minimum is None:
+        return out
+    low = np.zeros_like(out)
+    for index, first in enumerate(range(0, matrix.columns, group)):
+        total = x[:, first : first + group].sum(axis=1).astype(np.float32) * xs[:, index]
+        low = fma(np.broadcast_to(matrix.minimum[None, :, index], low.shape), total[:, None], low)
+    return out + low
 
 
 def plain_product(values: np.ndarray, inputs: np.ndarray) -> np.ndarray:
@@ -248,6 +268,30 @@ class Maker:
         return Packed(
             "integer8", rows, columns, {"codes": codes, "scale": data}, codes.astype(np.int64), scale, group, options
         )
+
+    def superblocks(self, kind, rows, columns) -> Packed:
+        """ggml's super-blocks of 256 columns; scales over several powers of two, a few subnormal in float16."""
+        bits, group, scale_bits, has_minimums, levels = SUPERBLOCKS[kind]
+        supers, groups, each = columns // 256, columns // group, 256 // group
+        codes = self.codes(1 << bits, (rows, columns))
+        whole = self.codes(1 << scale_bits, (rows, groups))
+        lows = self.codes(1 << scale_bits, (rows, groups))
+        d, low_d = (np.exp2(self.random.uniform(-22, -6, (rows, supers))).astype(np.float16) for _ in range(2))
+        parts = [codes.reshape(rows, supers, 256), whole.reshape(rows, supers, each)]
+        parts += [lows.reshape(rows, supers, each)] if has_minimums else []
+        halves = [d, low_d] if has_minimums else [d]
+        fields = [torch.from_numpy(part) for part in parts]
+        fields += [torch.from_numpy(half.view(np.uint8).reshape(rows, supers, 2)) for half in halves]
+        data = getattr(ggml_super, kind)(*fields).numpy()
+        values = levels[codes] if levels is not None else codes.astype(np.int64)
+        signed = whole.astype(np.float32) - np.float32(0 if has_minimums else 1 << scale_bits - 1)
+        scale = np.repeat(d.astype(np.float32), each, axis=1) * signed
+        minimum = None
+        if has_minimums:
+            minimum = -(np.repeat(low_d.astype(np.float32), each, axis=1) * lows.astype(np.float32))
+        elif levels is None:
+            values = values - (1 << bits - 1)
+        return Packed(kind, rows, columns, {"codes": data}, values, scale, group, {}, minimum)
 
     def trellis(self, rows, columns, bits=2, window=6, tables=1, lag=0, fits=True, scale_type="float16") -> Packed:
         blocks = -(-columns // 4)

@@ -79,6 +79,7 @@ Kernels completed(const Kernels& table, const Kernels& lower) {
   take(k.scales, table.scales);
   take(k.read, table.read);
   take(k.flush, table.flush);
+  take(k.minimums, table.minimums);
   if (table.panel) {  // these belong together
     k.panel = table.panel;
     k.grouped = table.grouped;

@@ -4,7 +4,9 @@
 // One rule fixes every result, whatever the instruction set, the number of threads and the number of tokens that are
 // computed together. For packed kinds, with integers summed exactly:
 //     out = 0;  for each group of columns, first to last:  out = fma(float(sum of code values * inputs), ws * xs, out)
-// where ws and xs are the scales of weight and input, as float32. For plain kinds there are 16 partial sums, lane l has
+// where ws and xs are the scales of weight and input, as float32. Kinds with minimums add another sum in the end,
+//     low = 0;  for each group:  low = fma(minimum, float(sum of inputs) * xs, low)
+// For plain kinds there are 16 partial sums, lane l has
 // the columns l, l + 16, ... in order, each step one fma; they are added as lane i + lane (i + 8), then 4, 2, 1 apart. Plain
 // kinds with scales do that for each group of columns by itself, and  out = fma(sum, ws, out)  over them.
 #pragma once
@@ -64,11 +66,16 @@ struct Kernels {
   // out (row_groups, tokens, 16) = fma(float(sums - flip * xsum[token]), ws[row] * xs[token], out)
   void (*flush)(const int32_t* sums, int32_t row_groups, int32_t tokens, const float* ws, const float* xs,
                 const int32_t* xsum, int64_t token_stride, int32_t flip, float* out);
-  // `panel` and `flush` at once for `groups` groups of `group` columns, a multiple of 32: ws (groups, TILE_ROWS), xs and
+  // `panel` and `flush` at once for `groups` groups of `group` columns, a multiple of 16: ws (groups, TILE_ROWS), xs and
   // xsum (tokens, token_stride). Null where there is nothing better than one after the other.
   void (*grouped)(const int8_t* panel, int32_t row_groups, int32_t blocks, int32_t group, int32_t groups, const int8_t* x,
                   int64_t stride, int32_t tokens, const float* ws, const float* xs, const int32_t* xsum,
                   int64_t token_stride, float* out);
+
+  // out (row_groups, tokens, 16) += low, the sums over all groups of fma(minimums, float(xsum) * xs, low): minimums
+  // (groups, TILE_ROWS), xs and xsum (tokens, groups).
+  void (*minimums)(const float* minimums, int32_t row_groups, int32_t tokens, int32_t groups, const float* xs,
+                   const int32_t* xsum, float* out);
 
   // Read memory as fast as it goes; returns something that depends on all of it.
   uint64_t (*read)(const void* data, int64_t bytes);

@@ -19,6 +19,9 @@ struct KindKernels {
   void (*tile)(const Weight& weight, int32_t tile, int32_t first, int32_t last, const int8_t* x, int32_t* sums);
   // Decode into a panel; each byte is the code's value xor `flip`, which is 0 or 128. Packed kinds.
   void (*panel)(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel);
+  // Scales, and minimums where the kind has them, of up to TILE_ROWS rows from `first` on: (groups, TILE_ROWS) each, as
+  // many rows as fill up 16. Kinds whose scales lie among their codes.
+  void (*numbers)(const Weight& weight, int32_t first, int32_t rows, float* scales, float* minimums) = nullptr;
 };
 
 constexpr int32_t ISA_LEVELS = 4;  // scalar, avx2, avx512, amx: each implies those before it
@@ -26,7 +29,7 @@ constexpr int32_t ISA_LEVELS = 4;  // scalar, avx2, avx512, amx: each implies th
 struct WeightKind {
   const char* name;
   bool plain;          // floating-point numbers, which meet inputs as they are; all others are integers and meet int8 inputs
-  bool scaled;         // whether it has scales
+  bool scaled;         // whether it has scales beside its codes
   bool zero_points;    // whether it may have them
   int32_t alignment;   // of its codes in memory, bytes
   int64_t (*row_bytes)(int64_t columns);         // of codes; null: they lie in tiles
@@ -35,6 +38,7 @@ struct WeightKind {
   void (*check)(const Weight& weight);           // std::invalid_argument for numbers that there is no such code of; or null
   void (*decode)(const Weight& weight, int32_t row, float* out);  // row `row`, float32 (columns,)
   const KindKernels* kernels[ISA_LEVELS];        // by level; null: nothing better than the next lower one
+  bool minimums = false;  // whether groups have minimums, which lie among the codes
 
   bool tiled() const { return row_bytes == nullptr; }
 };

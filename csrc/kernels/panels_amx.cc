@@ -322,7 +322,7 @@ void add_quads(const Groups& in, int32_t row_groups, int32_t groups, int32_t tok
 void grouped(const int8_t* panel, int32_t row_groups, int32_t blocks, int32_t group, int32_t groups, const int8_t* x,
              int64_t stride, int32_t tokens, const float* ws, const float* xs, const int32_t*, int64_t token_stride,
              float* out) {
-  const int32_t registers = group % 64 == 0 ? STEP : STEP / 2;
+  const int32_t registers = group % 64 == 0 ? STEP : group % 32 == 0 ? STEP / 2 : STEP / 4;
   const Groups in = {panel, blocks, x, stride, tokens, registers, group / (4 * registers), ws, xs, token_stride, out};
   // Inputs of some tokens stay in the L1 cache while rows go by, and 16 rows while these tokens do.
   for (int32_t block = 0; block < tokens; block += TOGETHER) {
@@ -340,7 +340,7 @@ void grouped(const int8_t* panel, int32_t row_groups, int32_t blocks, int32_t gr
 }  // namespace
 
 const Kernels panels_amx = {
-    "amx", nullptr, nullptr, nullptr, nullptr, 0, panel, nullptr, grouped, nullptr,
+    "amx", nullptr, nullptr, nullptr, nullptr, 0, panel, nullptr, grouped, nullptr, nullptr,
 };
 
 }  // namespace quern

@@ -54,10 +54,38 @@ void flush(const int32_t* sums, int32_t row_groups, int32_t tokens, const float*
       }
 }
 
+// Eight rows of TOKENS tokens at once: each output is a chain of additions.
+template <int TOKENS>
+INLINE void add_minimums(const float* minimums, int32_t groups, const float* xs, const int32_t* xsum, float* out) {
+  __m256 low[TOKENS];
+  for (int t = 0; t < TOKENS; ++t) low[t] = _mm256_setzero_ps();
+  for (int32_t g = 0; g < groups; ++g) {
+    const __m256 least = _mm256_loadu_ps(minimums + static_cast<int64_t>(g) * TILE_ROWS);
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) {
+      const int64_t at = static_cast<int64_t>(t) * groups + g;
+      low[t] = _mm256_fmadd_ps(least, _mm256_set1_ps(static_cast<float>(xsum[at]) * xs[at]), low[t]);
+    }
+  }
+  for (int t = 0; t < TOKENS; ++t) _mm256_storeu_ps(out + 16 * t, _mm256_add_ps(_mm256_loadu_ps(out + 16 * t), low[t]));
+}
+
+void minimums(const float* minimums, int32_t row_groups, int32_t tokens, int32_t groups, const float* xs,
+              const int32_t* xsum, float* out) {
+  for (int32_t r = 0; r < 16 * row_groups; r += 8) {
+    float* to = out + static_cast<int64_t>(r / 16) * tokens * 16 + r % 16;
+    int32_t t = 0;
+    for (; t + 4 <= tokens; t += 4)
+      add_minimums<4>(minimums + r, groups, xs + static_cast<int64_t>(t) * groups, xsum + static_cast<int64_t>(t) * groups, to + 16 * t);
+    for (; t < tokens; ++t)
+      add_minimums<1>(minimums + r, groups, xs + static_cast<int64_t>(t) * groups, xsum + static_cast<int64_t>(t) * groups, to + 16 * t);
+  }
+}
+
 }  // namespace
 
 const Kernels panels_avx2 = {
-    "avx2", nullptr, nullptr, nullptr, nullptr, 0, panel, flush, nullptr, nullptr,
+    "avx2", nullptr, nullptr, nullptr, nullptr, 0, panel, flush, nullptr, minimums, nullptr,
 };
 
 }  // namespace quern

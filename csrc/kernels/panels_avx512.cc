@@ -137,10 +137,38 @@ void flush(const int32_t* sums, int32_t row_groups, int32_t tokens, const float*
   }
 }
 
+// 16 rows of TOKENS tokens at once: each output is a chain of additions.
+template <int TOKENS>
+INLINE void add_minimums(const float* minimums, int32_t groups, const float* xs, const int32_t* xsum, float* out) {
+  __m512 low[TOKENS];
+  for (int t = 0; t < TOKENS; ++t) low[t] = _mm512_setzero_ps();
+  for (int32_t g = 0; g < groups; ++g) {
+    const __m512 least = _mm512_loadu_ps(minimums + static_cast<int64_t>(g) * TILE_ROWS);
+#pragma GCC unroll 8
+    for (int t = 0; t < TOKENS; ++t) {
+      const int64_t at = static_cast<int64_t>(t) * groups + g;
+      low[t] = _mm512_fmadd_ps(least, _mm512_set1_ps(static_cast<float>(xsum[at]) * xs[at]), low[t]);
+    }
+  }
+  for (int t = 0; t < TOKENS; ++t) _mm512_storeu_ps(out + 16 * t, _mm512_add_ps(_mm512_loadu_ps(out + 16 * t), low[t]));
+}
+
+void minimums(const float* minimums, int32_t row_groups, int32_t tokens, int32_t groups, const float* xs,
+              const int32_t* xsum, float* out) {
+  for (int32_t r = 0; r < row_groups; ++r) {
+    float* to = out + static_cast<int64_t>(r) * tokens * 16;
+    int32_t t = 0;
+    for (; t + 8 <= tokens; t += 8)
+      add_minimums<8>(minimums + 16 * r, groups, xs + static_cast<int64_t>(t) * groups, xsum + static_cast<int64_t>(t) * groups, to + 16 * t);
+    for (; t < tokens; ++t)
+      add_minimums<1>(minimums + 16 * r, groups, xs + static_cast<int64_t>(t) * groups, xsum + static_cast<int64_t>(t) * groups, to + 16 * t);
+  }
+}
+
 }  // namespace
 
 const Kernels panels_avx512 = {
-    "avx512", nullptr, nullptr, nullptr, nullptr, 128, panel, flush, grouped, nullptr,
+    "avx512", nullptr, nullptr, nullptr, nullptr, 128, panel, flush, grouped, minimums, nullptr,
 };
 
 }  // namespace quern

@@ -28,7 +28,7 @@ struct Columns {
 };
 
 struct Memory {
-  Scratch panel, sums, outputs, scales;
+  Scratch panel, sums, outputs, scales, minimums;
   std::vector<Columns> parts;
 };
 
@@ -59,6 +59,7 @@ class PanelJob : public Job {
     Memory& memory;
     int32_t first_row, rows, row_groups, first_token, tokens;
     float* ws;  // (groups, TILE_ROWS)
+    float* minimums = nullptr;  // the same, of kinds that have them
 
     Piece(const PanelJob& j, int64_t piece, Memory& m) : job(j), memory(m) {
       first_row = static_cast<int32_t>(piece % job.row_blocks_) * TILE_ROWS;
@@ -67,6 +68,7 @@ class PanelJob : public Job {
       row_groups = (rows + 15) / 16;
       tokens = std::min(job.a_.tokens - first_token, job.tokens_);
       ws = memory.scales.get<float>(static_cast<int64_t>(job.groups_) * TILE_ROWS);
+      if (job.weight_.kind->minimums) minimums = memory.minimums.get<float>(static_cast<int64_t>(job.groups_) * TILE_ROWS);
     }
 
     void compute() {
@@ -98,6 +100,10 @@ class PanelJob : public Job {
 
     void load_scales() {
       memset(ws, 0, sizeof(float) * job.groups_ * TILE_ROWS);
+      if (const auto numbers = kernels_of(job.weight_, k.level).numbers) {
+        if (minimums != nullptr) memset(minimums, 0, sizeof(float) * job.groups_ * TILE_ROWS);
+        return numbers(job.weight_, first_row, rows, ws, minimums);
+      }
       float line[64];
       for (int32_t row = 0; row < rows; ++row)
         for (int32_t g = 0; g < job.groups_; g += 64) {
@@ -111,7 +117,7 @@ class PanelJob : public Job {
     void list_parts() {
       memory.parts.clear();
       const int32_t size = job.a_.group, columns = job.a_.columns;
-      const bool small = k.grouped != nullptr && size % 32 == 0 && size <= PANEL_COLUMNS && job.groups_ > 1;
+      const bool small = k.grouped != nullptr && size % 16 == 0 && size <= PANEL_COLUMNS && job.groups_ > 1;
       for (int32_t group = 0; group < job.groups_;) {
         const int32_t first = group * size, whole = columns / size - group;
         if (small && whole > 0) {
@@ -182,6 +188,11 @@ class PanelJob : public Job {
 
     // Token by token, so that what is written lies together.
     void store() const {
+      if (piece.minimums != nullptr) {
+        const int64_t at = static_cast<int64_t>(first) * piece.job.groups_;
+        piece.k.minimums(piece.minimums, piece.row_groups, tokens, piece.job.groups_, a.scale.data() + at, a.sums.data() + at,
+                         outputs);
+      }
       const int32_t rows = piece.rows;
       const int64_t step = static_cast<int64_t>(tokens) * 16;
       for (int32_t t = 0; t < tokens; ++t) {

@@ -18,6 +18,7 @@ const Kernels scalar_table = {
     scalar::panel,
     scalar::flush,
     nullptr,
+    scalar::minimums,
     scalar::read,
 };
 
@@ -178,6 +179,19 @@ void flush(const int32_t* sums, int32_t row_groups, int32_t tokens, const float*
         const uint32_t sum = static_cast<uint32_t>(sums[at]) - static_cast<uint32_t>(flip) * static_cast<uint32_t>(xsum[t * token_stride]);
         out[at] = fmaf(static_cast<float>(static_cast<int32_t>(sum)), ws[16 * g + r] * xs[t * token_stride], out[at]);
       }
+}
+
+void minimums(const float* minimums, int32_t row_groups, int32_t tokens, int32_t groups, const float* xs,
+              const int32_t* xsum, float* out) {
+  for (int32_t r = 0; r < 16 * row_groups; ++r)
+    for (int32_t t = 0; t < tokens; ++t) {
+      float low = 0.0f;
+      for (int32_t g = 0; g < groups; ++g) {
+        const int64_t at = static_cast<int64_t>(t) * groups + g;
+        low = fmaf(minimums[static_cast<int64_t>(g) * TILE_ROWS + r], static_cast<float>(xsum[at]) * xs[at], low);
+      }
+      out[(static_cast<int64_t>(r / 16) * tokens + t) * 16 + r % 16] += low;
+    }
 }
 
 }  // namespace scalar

@@ -21,5 +21,7 @@ void panel(const int8_t* panel, int32_t row_groups, int32_t blocks, const int8_t
            int32_t* sums);
 void flush(const int32_t* sums, int32_t row_groups, int32_t tokens, const float* ws, const float* xs,
            const int32_t* xsum, int64_t token_stride, int32_t flip, float* out);
+void minimums(const float* minimums, int32_t row_groups, int32_t tokens, int32_t groups, const float* xs,
+              const int32_t* xsum, float* out);
 
 }  // namespace quern::scalar

@@ -118,7 +118,7 @@ uint64_t read(const void* data, int64_t bytes) {
 }  // namespace
 
 const Kernels vectors_avx2 = {
-    "avx2", quantize, split, rotate, scales, 0, nullptr, nullptr, nullptr, read,
+    "avx2", quantize, split, rotate, scales, 0, nullptr, nullptr, nullptr, nullptr, read,
 };
 
 }  // namespace quern

@@ -196,7 +196,7 @@ uint64_t read(const void* data, int64_t bytes) {
 }  // namespace
 
 const Kernels vectors_avx512 = {
-    "avx512", quantize, split, rotate, scales, 0, nullptr, nullptr, nullptr, read,
+    "avx512", quantize, split, rotate, scales, 0, nullptr, nullptr, nullptr, nullptr, read,
 };
 
 }  // namespace quern

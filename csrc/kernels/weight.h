@@ -22,6 +22,9 @@ static inline int64_t bytes_of(Float type) { return type == Float::float32 ? 4 :
 //              need
 //   float8_e4m3, float8_e5m2  number * scale[row][group], of 8-bit floating-point numbers (OCP 8-bit Floating Point, 2023)
 //   trellis    sum of table entries * scale[row]; see below
+//   q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs
+//              code * scale[row][group] + minimum[row][group], of super-blocks as a GGUF file holds them (kinds/superblock-inl.h):
+//              float32 products of the block's float16 numbers and the group's whole ones; groups are of 16 or 32 columns
 //   bfloat16, float32  plain numbers
 //
 // Trellis layout. Rows are cut into tiles of 256 (the last one may have fewer), columns into blocks of 4 (the last one is

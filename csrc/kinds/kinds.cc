@@ -6,7 +6,8 @@ namespace quern {
 namespace {
 
 const WeightKind* const ALL[] = {&integer4, &integer8, &codebook2, &codebook3,   &codebook4,  &trellis,
-                                 &bfloat16, &float32,  &float8_e4m3, &float8_e5m2};
+                                 &bfloat16, &float32,  &float8_e4m3, &float8_e5m2,
+                                 &q2_k,     &q3_k,     &q4_k,      &q5_k,        &q6_k,       &iq4_xs};
 
 }  // namespace
 
@@ -27,6 +28,7 @@ KindKernels kernels_of(const Weight& weight, int32_t level) {
     if (found.rows == nullptr) found.rows = here->rows;
     if (found.tile == nullptr) found.tile = here->tile;
     if (found.panel == nullptr) found.panel = here->panel;
+    if (found.numbers == nullptr) found.numbers = here->numbers;
   }
   return found;
 }

@@ -208,6 +208,8 @@ class KernelForm:
     """Whether ``codes`` are to be ``Codec.integers``, because no kernel unpacks such codes."""
     fine: bool = False
     """Whether int8 inputs would lose more than the weights did."""
+    blocks: bool = False
+    """Whether ``codes`` are to be ``Codec.ggml_blocks``, in which everything lies together."""
 
 
 class Codec(ABC):

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from quern import _native
 from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.gguf.file import GgufSource
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import CODECS, Codec, KernelForm, codec_of
 from quern.core.errors import BadFileError
 from quern.core.scheme import CodecScheme
+from quern.engines._cpu_blocks import GgufBlocks
 from quern.formats.base import StoredModule
 from quern.formats.quern import INPUT_SCALE, INPUT_SIGNS
 
@@ -27,6 +29,8 @@ REPEATED = {"scale", "zeros"}
 INPUT_GROUP = 64
 """Inputs that share a scale in front of weights with one scale a row. A single scale a token would let the few largest
 inputs of a token decide how coarsely all others are rounded."""
+_WEIGHTS_AT_ONCE = 1 << 24
+"""Weights that are packed into blocks at a time."""
 
 
 def unsupported(scheme: CodecScheme) -> str | None:
@@ -49,6 +53,8 @@ class MappedWeights:
         self._checkpoint, self._modules = checkpoint, modules
         self._files: dict[Path, NDArray[np.uint8]] = {}
         self._decoded: dict[str, NDArray[np.uint8]] = {}
+        source = checkpoint.source
+        self._blocks = GgufBlocks(source) if isinstance(source, GgufSource) else None
         self.read_bytes = 0
         """Bytes of all linears and vectors handed out so far."""
 
@@ -84,7 +90,9 @@ class MappedWeights:
     def _form(self, name: str, shape: tuple[int, int]) -> KernelForm | None:
         """How kernels read the codes of module ``name``; None for one that is not stored as codes."""
         stored = self._modules.get(name)
-        form = None if stored is None else codec_of(stored.scheme).kernel(shape)
+        if stored is None:
+            return None if self._blocks is None else self._blocks.form(name, shape)
+        form = codec_of(stored.scheme).kernel(shape)
         assert not isinstance(form, str)  # the engine has asked
         return form
 
@@ -93,7 +101,15 @@ class MappedWeights:
         form = self._form(name, shape)
         if form is None:
             return self._plain(f"{name}.weight", shape)
+        if name not in self._modules:
+            assert self._blocks is not None
+            arrays = self._blocks.arrays(name, shape, form, self._bytes(f"{name}.weight"))
+            return _matrix(form, shape, arrays, form.group)
         return self._of_form(name, codec_of(self._modules[name].scheme), form, shape, input_group)
+
+    def notes(self) -> list[str]:
+        """What whoever runs the model should know of its matrices, once all were asked for."""
+        return [] if self._blocks is None else self._blocks.notes()
 
     def vector(self, name: str, length: int) -> NDArray[np.float32]:
         """A small tensor of ``length`` numbers as float32."""
@@ -114,16 +130,21 @@ class MappedWeights:
 
         Files may hold tensors anywhere; those that kernels cannot read where they lie are copied.
         """
-        info, place = self._checkpoint.info(name), self._checkpoint.source.place(name)
+        info = self._checkpoint.info(name)
         assert (info.shape, DTYPES[info.dtype]) == (shape, dtype)
         if not self._checkpoint.source.plain(name):
             return self._in_memory(name, dtype)
+        stored = self._bytes(name)
+        return stored if info.begin % dtype.itemsize == 0 else stored.copy()
+
+    def _bytes(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor where they lie."""
+        info, place = self._checkpoint.info(name), self._checkpoint.source.place(name)
         if place not in self._files:
             self._files[place] = _map(place)
         if len(self._files[place]) < info.end:
             raise BadFileError(place, f"is shorter than its header says ({name!r} is cut off)", "Copy the file again")
-        stored = self._files[place][info.begin : info.end]
-        return stored if info.begin % dtype.itemsize == 0 else stored.copy()
+        return self._files[place][info.begin : info.end]
 
     def _in_memory(self, name: str, dtype: torch.dtype, finite: bool = False) -> NDArray[np.uint8]:
         """The bytes of a tensor as ``dtype``, read once: an embedding that is the head too is asked for twice."""
@@ -145,6 +166,8 @@ class MappedWeights:
         self, name: str, codec: Codec, form: KernelForm, shape: tuple[int, int], input_group: int | None
     ) -> _native.Matrix:
         """The matrix of ``form``: the parts' own bytes, but for scales that several rows share or that are repeated."""
+        if form.blocks:
+            return _matrix(form, shape, {"codes": self._packed_blocks(name, codec, shape)}, form.group)
         sizes = codec.part_shapes(shape)
         arrays = {
             key: self._mapped(f"{name}.{part}", *sizes[part])
@@ -166,13 +189,31 @@ class MappedWeights:
                 arrays[key] = wide.reshape(-1)
         if "table" in arrays:
             arrays["table"] = arrays["table"].view(np.int8)
-        options: dict[str, Any] = {**form.options, **arrays}
+        factor: dict[str, Any] = {}
         if form.factor is not None:
             part, times = form.factor
-            options["scale_factor"] = times * float(self._checkpoint.read(f"{name}.{part}", finite=True).item())
-        if group is not None:
-            options |= {"group": group, "one_scale": form.scale_rows == 0}
-        return _native.Matrix(form.kind, *shape, **options)
+            factor["scale_factor"] = times * float(self._checkpoint.read(f"{name}.{part}", finite=True).item())
+        return _matrix(form, shape, {**arrays, **factor}, group)
+
+    def _packed_blocks(self, name: str, codec: Codec, shape: tuple[int, int]) -> NDArray[np.uint8]:
+        """The matrix in ggml's blocks, made once: an embedding that is the head too is asked for twice."""
+        if name not in self._decoded:
+            stored = {part: self._checkpoint.read(f"{name}.{part}") for part in codec.part_shapes(shape)}
+            step = max(1, _WEIGHTS_AT_ONCE // shape[1])
+            rows = []
+            for first in range(0, shape[0], step):
+                some = {part: tensor[first : first + step] for part, tensor in stored.items()}
+                rows.append(codec.ggml_blocks((min(step, shape[0] - first), shape[1]), some).data)
+            self._decoded[name] = torch.cat(rows).reshape(-1).numpy()
+        return self._decoded[name]
+
+
+def _matrix(form: KernelForm, shape: tuple[int, int], given: Mapping[str, Any], group: int | None) -> _native.Matrix:
+    """The matrix of ``form`` whose arrays, and what else is its own, are ``given``."""
+    options: dict[str, Any] = {**form.options, **given}
+    if group is not None:
+        options |= {"group": group, "one_scale": form.scale_rows == 0}
+    return _native.Matrix(form.kind, *shape, **options)
 
 
 def _map(place: Path) -> NDArray[np.uint8]:

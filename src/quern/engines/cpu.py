@@ -76,7 +76,9 @@ class CpuEngine(Engine):
             raise
         except ValueError as error:
             raise UserError(f"{path} cannot be run: {error}") from None
-        return CpuModel(decoder, architecture.config, bytes_per_token, cache)
+        model = CpuModel(decoder, architecture.config, bytes_per_token, cache)
+        model.notes += weights.notes()
+        return model
 
 
 def cache_named(name: str | None, engine: str) -> CachePrecision | None:

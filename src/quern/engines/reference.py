@@ -182,7 +182,7 @@ class ReferenceEngine(Engine):
         method = None if quantization is None else quantization.get("quant_method")
         if quantization is not None and format_of(method) is None:
             formats = [FORMATS.get(name) for name in reversed(FORMATS.names())]
-            *others, last = (one.method for one in formats if not one.opened_as_values)
+            *others, last = (one.method for one in formats if one.opened and not one.opened_as_values)
             known = f"{', '.join(others)} and {last}"
             raise UserError(
                 f"{path} is quantized by {method!r}; this engine runs {known} artifacts, and what these wrote as the values "

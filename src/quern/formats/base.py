@@ -237,7 +237,7 @@ FORMATS: Registry[type[Format]] = Registry("format", "quern.formats")
 def format_of(method: object) -> type[Format] | None:
     """The format whose artifacts name ``method`` as their ``quant_method`` and are read as they are stored; None for another
     tool's, and for what is opened as values."""
-    readable = (found for name in FORMATS if not (found := FORMATS.get(name)).opened_as_values)
+    readable = (found for name in FORMATS if (found := FORMATS.get(name)).opened and not found.opened_as_values)
     return next((found for found in readable if found.method == method), None)
 
 

@@ -133,6 +133,29 @@ def test_scales_of_a_byte_may_be_any(isa, scale_type, group, none, factor):
     assert np.isfinite(found[:, : 20 if factor == 1.0 else 1]).all()
 
 
+@pytest.mark.parametrize("kind", packed_matrices.SUPERBLOCKS)
+@pytest.mark.parametrize("shape", [(1, 256), (3, 512), (16, 768), (17, 1280), (33, 256), (40, 2304), (270, 512)])
+def test_superblocks(isa, kind, shape):
+    check(Maker(80).superblocks(kind, *shape))
+
+
+@pytest.mark.parametrize("kind", packed_matrices.SUPERBLOCKS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_superblocks_at_their_ends(isa, kind, sign):
+    packed = Maker(81, extreme=True).superblocks(kind, 20, 1024)
+    x = np.full((10, 1024), sign, np.float32)
+    x[1::2, ::3] *= -1
+    for tokens in (1, 4, 10):
+        same(native.multiply(matrix(packed), x[:tokens].copy(), 1), packed.product(x[:tokens]))
+
+
+def test_superblocks_are_whole(isa):
+    packed = Maker(82).superblocks("q4_k", 4, 512)
+    for change in ({"columns": 500}, {"group": 64}, {"group": None}):
+        with pytest.raises(ValueError, match="a matrix of q4_k has whole super-blocks of 256 columns in groups of 32"):
+            native.Matrix(**{**packed.keywords(), **change}, codes=packed.arrays["codes"].reshape(-1))
+
+
 @pytest.mark.parametrize("variant", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("shape", SHAPES + GROUPED + ODD_GROUPS)
 def test_float8(isa, variant, shape):
@@ -192,6 +215,8 @@ def test_threads_do_not_change_results(isa, threads):
         maker.integer4(200, 1500, 128, zeros=True),
         maker.integer8(200, 1500),
         maker.plain("bfloat16", 90, 500),
+        maker.superblocks("q4_k", 300, 1536),
+        maker.superblocks("q6_k", 300, 2560),
     ):
         check(packed, tokens=(1, 5, 70), threads=threads)
 

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parents[2]
 PROGRAM = """
 import ctypes, mmap, sys
 import numpy as np
-from packed_matrices import Maker
+from packed_matrices import SUPERBLOCKS, Maker
 from quern import _native as native
 
 PAGE, NONE, BOTH = mmap.PAGESIZE, 0, 3
@@ -69,6 +69,9 @@ def cases():
         yield maker.integer4(rows, columns, group, zeros=True)
         yield maker.codebook4(rows, columns, group)
         yield maker.integer8(rows, columns, group)
+    for kind in SUPERBLOCKS:
+        yield maker.superblocks(kind, 1, 256)
+        yield maker.superblocks(kind, 18, 768)
 
 
 native.use_isa(sys.argv[1])

@@ -61,6 +61,13 @@ class GgufSource:
         """Whether a tensor's bytes in the file are its numbers in their order."""
         return name not in self.heads and GGML_DTYPES.get(self.stored[name].kind) is not None
 
+    def block_type(self, name: str) -> str | None:
+        """ggml's name of the type of blocks that a tensor is stored in, as ``q4_k``; None of dtypes of torch."""
+        from gguf import GGMLQuantizationType
+
+        kind = self.stored[name].kind
+        return None if kind in GGML_DTYPES else GGMLQuantizationType(kind).name.lower()
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantized, in fresh memory on the CPU."""
         tensor = _dequantized(self.places[name], self.stored[name], self.infos[name])

@@ -319,7 +319,7 @@ class SuperBlocks(GroupedCodec):
         return {"codes": self.type.bits}
 
     def kernel(self, shape: tuple[int, int]) -> KernelForm | str:
-        return f"it has no kernel for {self.type.name}"
+        return KernelForm(self.type.name.lower(), {}, group=self.type.group, blocks=True)
 
     def fold(self, parts: Parts, factors: Tensor) -> Parts:
         names: list[str] = [name for name in ("scale", "scale_of_minimums") if name in parts]
