@@ -212,8 +212,8 @@ class CompressedTensors(Format):
         if any(_narrow(scheme, activations) for scheme, activations in inside):
             yield Obstacle(
                 "vllm",
-                "multiplies 4-bit weights by int8 activations on Arm processors only, and no other width below 8 (read in "
-                "its source, not tried)",
+                "multiplies 4-bit weights by int8 activations on CPUs only, and no other width below 8 (of GPUs read in its "
+                "source, not tried)",
             )
         head = recipe.head.params
         packed = scaled if recipe.activations.mode == "none" else [head] if isinstance(head, ScaledParameters) else []
