@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quern.codecs.base import ScaledParameters, codec_of
 from quern.codecs.packing import bits
+from quern.codecs.packing.floats import FloatForm
 from quern.core.packed import ActivationMode, PackedLinear
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
@@ -191,6 +192,12 @@ class CompressedTensors(Format):
                 "vllm",
                 "takes one scale of the whole matrix for linears that it joins (q, k, v; gate, up), and each has its own",
             )
+        if any(_is_fp4(scheme) for scheme in (recipe.weights, *overriding, recipe.head) if scheme is not None):
+            yield Obstacle(
+                "transformers",
+                "runs FP4 in other dtypes than bfloat16 only by from_pretrained(..., "
+                "quantization_config=CompressedTensorsConfig(dequantize=True))",
+            )
         if any(not params.symmetric for params in scaled):
             yield Obstacle(
                 "transformers",
@@ -228,6 +235,12 @@ def _joins_scales(scheme: CodecScheme) -> bool:
     """Whether matrices have a scale of their own that runtimes want in common."""
     form = codec_of(scheme).floats() if scheme.quantized else ""
     return not isinstance(form, str) and form.joined_scale
+
+
+def _is_fp4(scheme: CodecScheme) -> bool:
+    """Whether codes are floating-point numbers of 4 bits, which the package decompresses in bfloat16."""
+    form = codec_of(scheme).floats() if scheme.quantized else ""
+    return not isinstance(form, str) and form.bits == 4
 
 
 def _narrow(scheme: CodecScheme, activations: Activations) -> bool:
@@ -288,12 +301,16 @@ def _packed(codes: Tensor) -> Tensor:
     return codes
 
 
+def _form(scheme: CodecScheme) -> FloatForm:
+    form = codec_of(scheme).floats()
+    assert not isinstance(form, str)  # check() refuses the others
+    return form
+
+
 def _stored_as(scheme: CodecScheme, mode: ActivationMode) -> tuple[str, dict[str, Any]]:
     """The name of the compressed form, and what a config group says of weights."""
     if scheme.codec != INTEGER:
-        form = codec_of(scheme).floats()
-        assert not isinstance(form, str)  # check() refuses the others
-        return form.format, form.arguments()
+        return _form(scheme).format, _form(scheme).arguments()
     assert isinstance(scheme.params, ScaledParameters)
     return "pack-quantized" if mode == "none" else "int-quantized", _arguments(scheme.params)
 
