@@ -52,7 +52,7 @@ def answer(folder: str, asked: dict[str, Any]) -> None:
     try:
         said = judged(folder, asked)
     except Exception as error:  # whatever vLLM says is the answer
-        said = {"error": (str(error).strip() or repr(error)).splitlines()[0][:300]}
+        said = {"error": " ".join((str(error).strip() or repr(error)).split())[:300]}
     write(folder, said)
     os._exit(0)  # vLLM's own threads would keep the process
 

@@ -23,6 +23,7 @@ from quern.formats.base import FORMATS, ArtifactWriter, reader_of, runtimes_of
 from quern.loading.fitting import open_model, open_original, open_stored
 from quern.pipeline.blockwise.job import plan_of
 from quern.pipeline.export import export
+from quern.pipeline.planning.sizes import Sizes
 
 MODULE = "model.layers.0.mlp.down_proj"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -252,3 +253,18 @@ def test_limits_of_each_layout():
         overrides=mixed,
     )
     writer_of(small_recipe(format="awq", weights={"bits": 4, "group_size": 32}, overrides=mixed)).check()
+
+
+@pytest.mark.parametrize("name", ["gptq 3 bits asymmetric", "awq symmetric"])
+def test_bytes_are_known_beforehand(name, model, tiny_text, tmp_path):
+    """Of tensors exactly; of all files never less than there are, and more by the texts of numbers that only quantizing finds."""
+    format, weights = SCHEMES[name]
+    folder = make_artifact(model, tmp_path / "out", tiny_text, format=format, weights=weights)
+    recipe = small_recipe(format=format, weights=weights)
+    checkpoint = open_model(model)
+    architecture = architecture_of(checkpoint.config)
+    writer = FORMATS.get(format).writer(recipe, plan_of(recipe, architecture), architecture)
+    fingerprint = json.loads((folder / "quern.json").read_text("utf-8"))["fingerprint"]
+    size = Sizes(checkpoint, architecture, writer, fingerprint).of_artifact(recipe)
+    assert size.data == sum(tensor.nbytes for tensor in stored_tensors(folder).values())
+    assert 0 <= size.files - sum(path.stat().st_size for path in folder.iterdir()) < 40 * 21

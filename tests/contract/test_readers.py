@@ -28,6 +28,9 @@ PLAIN = {
     "W8A8 dynamic": {"weights": INT8, "activations": {"mode": "dynamic"}},
     "W8A8 static": {"weights": INT8, "activations": {"mode": "static"}},
     "W8A8 tensor": {"weights": {**INT8, "granularity": "tensor"}, "activations": {"mode": "dynamic"}},
+    "FP8": {"weights": {"codec": "float8"}},
+    "FP8 tensor": {"weights": {"codec": "float8", "granularity": "tensor"}},
+    "FP8 block": {"weights": {"codec": "float8", "granularity": "block", "group_size": 16}},
     "mixed": {
         "weights": {"bits": 4, **GROUPS},
         "overrides": [{"pattern": "*.down_proj", "bits": 8, **CHANNELS}, {"pattern": "*.o_proj", "codec": "none"}],
@@ -37,6 +40,8 @@ PLAIN = {
 NOT_PLAIN = {
     "W4A16 asymmetric": {"weights": {"bits": 4, "symmetric": False, **GROUPS}},
     "W8A16 asymmetric channel": {"weights": {"bits": 8, "symmetric": False, **CHANNELS}},
+    "MXFP4": {"weights": {"codec": "mxfp4"}},
+    "NVFP4": {"weights": {"codec": "nvfp4"}},
     "rotated": {"weights": {"bits": 4, **GROUPS}, "transforms": [{"method": "hadamard", "random_signs": False}]},
 }
 RECIPES = {**PLAIN, **NOT_PLAIN}

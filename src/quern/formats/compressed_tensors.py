@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quern.codecs.base import ScaledParameters, codec_of
 from quern.codecs.packing import bits
+from quern.codecs.packing.floats import FloatForm
 from quern.core.packed import ActivationMode, PackedLinear
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
@@ -29,8 +30,8 @@ from quern.core.scheme import CodecScheme
 from quern.formats.base import FORMATS, Format, Obstacle
 from quern.formats.compressed_tensors_reader import METHOD, CompressedTensorsReader
 from quern.formats.sharded import ShardedWriter
+from quern.formats.writing.compressed_config import activation_arguments, integer_arguments, rotations
 from quern.formats.writing.refusals import cannot_store, torn
-from quern.rotation.rotation import block_size
 
 _VLLM_BITS = (4, 8)
 INTEGER = "integer"
@@ -119,7 +120,7 @@ class CompressedTensorsWriter(ShardedWriter):
             groups[f"group_{position}"] = {
                 "targets": modules,
                 "weights": arguments | ({"scale_dtype": None} if unsaid else {}),
-                "input_activations": _activations(mode),
+                "input_activations": activation_arguments(mode),
                 "output_activations": None,
                 "format": name,
             }
@@ -137,7 +138,7 @@ class CompressedTensorsWriter(ShardedWriter):
         }
         rotated = {name: self._shape(name)[1] for name, p in sorted(plan.quantized().items()) if p.rotation is not None}
         if self.recipe.rotated:
-            config["transform_config"] = {"config_groups": _rotations(rotated)}
+            config["transform_config"] = {"config_groups": rotations(rotated)}
         return config
 
     def _shape(self, module: str) -> tuple[int, ...]:
@@ -191,6 +192,12 @@ class CompressedTensors(Format):
                 "vllm",
                 "takes one scale of the whole matrix for linears that it joins (q, k, v; gate, up), and each has its own",
             )
+        if any(_is_fp4(scheme) for scheme in (recipe.weights, *overriding, recipe.head) if scheme is not None):
+            yield Obstacle(
+                "transformers",
+                "runs FP4 in other dtypes than bfloat16 only by from_pretrained(..., "
+                "quantization_config=CompressedTensorsConfig(dequantize=True))",
+            )
         if any(not params.symmetric for params in scaled):
             yield Obstacle(
                 "transformers",
@@ -212,8 +219,8 @@ class CompressedTensors(Format):
         if any(_narrow(scheme, activations) for scheme, activations in inside):
             yield Obstacle(
                 "vllm",
-                "multiplies 4-bit weights by int8 activations on Arm processors only, and no other width below 8 (read in "
-                "its source, not tried)",
+                "multiplies 4-bit weights by int8 activations on CPUs only, and no other width below 8 (of GPUs read in its "
+                "source, not tried)",
             )
         head = recipe.head.params
         packed = scaled if recipe.activations.mode == "none" else [head] if isinstance(head, ScaledParameters) else []
@@ -228,6 +235,12 @@ def _joins_scales(scheme: CodecScheme) -> bool:
     """Whether matrices have a scale of their own that runtimes want in common."""
     form = codec_of(scheme).floats() if scheme.quantized else ""
     return not isinstance(form, str) and form.joined_scale
+
+
+def _is_fp4(scheme: CodecScheme) -> bool:
+    """Whether codes are floating-point numbers of 4 bits, which the package decompresses in bfloat16."""
+    form = codec_of(scheme).floats() if scheme.quantized else ""
+    return not isinstance(form, str) and form.bits == 4
 
 
 def _narrow(scheme: CodecScheme, activations: Activations) -> bool:
@@ -260,73 +273,21 @@ def _kinds(plan: Plan, **changes: Any) -> dict[_Kind, list[str]]:
     return alike
 
 
-def _rotations(widths: dict[str, int]) -> dict[str, Any]:
-    """The transform schemes that rotate the inputs of modules, which have so many columns.
-
-    Weights are stored rotated, so there is only the part that runs: no ``weight_input``, which a loader would apply again.
-    """
-    alike: dict[int, list[str]] = {}
-    for module, columns in widths.items():
-        alike.setdefault(block_size(columns), []).append(module)
-    return {
-        f"rotation_{size}": {
-            "type": "hadamard",
-            "apply": [{"targets": modules, "location": "input", "inverse": False, "ignore": []}],
-            "randomize": False,
-            "requires_grad": False,
-            "head_dim": size,
-            "precision": "torch.float32",
-        }
-        for size, modules in sorted(alike.items())
-        if size > 1  # a rotation of single columns changes nothing
-    }
-
-
 def _packed(codes: Tensor) -> Tensor:
     if codes.dtype == torch.int8:  # quern keeps symmetric 8-bit codes as signed bytes
         return bits.pack((codes.to(torch.int16) + 128).to(torch.uint8), 8)
     return codes
 
 
+def _form(scheme: CodecScheme) -> FloatForm:
+    form = codec_of(scheme).floats()
+    assert not isinstance(form, str)  # check() refuses the others
+    return form
+
+
 def _stored_as(scheme: CodecScheme, mode: ActivationMode) -> tuple[str, dict[str, Any]]:
     """The name of the compressed form, and what a config group says of weights."""
     if scheme.codec != INTEGER:
-        form = codec_of(scheme).floats()
-        assert not isinstance(form, str)  # check() refuses the others
-        return form.format, form.arguments()
+        return _form(scheme).format, _form(scheme).arguments()
     assert isinstance(scheme.params, ScaledParameters)
-    return "pack-quantized" if mode == "none" else "int-quantized", _arguments(scheme.params)
-
-
-def _arguments(params: ScaledParameters) -> dict[str, Any]:
-    return {
-        "num_bits": params.bits,
-        "type": "int",
-        "symmetric": params.symmetric,
-        "strategy": params.granularity,
-        "group_size": params.group_size,
-        "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
-        "observer": "minmax",
-        "observer_kwargs": {},
-        "scale_dtype": f"torch.{params.scale_dtype}",
-        "zp_dtype": None if params.symmetric else "torch.int8",
-    }
-
-
-def _activations(mode: str) -> dict[str, Any] | None:
-    if mode == "none":
-        return None
-    return {
-        "num_bits": 8,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "token" if mode == "dynamic" else "tensor",
-        "group_size": None,
-        "dynamic": mode == "dynamic",
-        "actorder": None,
-        "block_structure": None,
-        "observer": None if mode == "dynamic" else "minmax",
-        "observer_kwargs": {},
-    }
+    return "pack-quantized" if mode == "none" else "int-quantized", integer_arguments(scheme.params)

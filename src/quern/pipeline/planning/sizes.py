@@ -69,6 +69,7 @@ class Sizes:
         self._writer = writer
         self._shapes = architecture.module_shapes()
         self._known: dict[tuple[object, ...], Meta] = {}
+        self._saved: dict[tuple[object, ...], int] = {}
         with temporary_folder("tokenizer") as folder:
             self._tokenizer = sum(path.stat().st_size for path in copy_tokenizer(checkpoint.path, folder))
 
@@ -145,7 +146,8 @@ class Sizes:
 
     def _layer(self, name: str, plan: LinearPlan) -> dict[str, Any]:
         rows, columns = self.shape(name)
-        stored = _nbytes(codec_of(plan.scheme).part_shapes((rows, columns)))
+        self._stored(name, plan)
+        stored = _nbytes(codec_of(plan.scheme).part_shapes((rows, columns))) - self._saved[self._key(name, plan)]
         bits = 8 * (stored + (0 if plan.rotation is None else -(-columns // 8))) / (rows * columns)
         return {"linear": name, "bits_per_weight": bits, "relative_error": LONGEST_ERROR}
 
@@ -175,14 +177,21 @@ class Sizes:
 
     def _stored(self, module: str, plan: LinearPlan) -> Meta:
         """The tensors that are stored for a matrix, by the rest of their names behind the module's."""
-        source = self._architecture.sources_of(f"{module}.weight")[0].tensor
-        dtype = DTYPES[self._checkpoint.info(source).dtype]
-        key = (self.shape(module), dtype, plan.scheme, plan.rotation is None, plan.activations.mode)
+        key = self._key(module, plan)
         if key not in self._known:
             self._known[key] = self._encoded(self.shape(module), plan) if plan.quantized else {
-                "weight": _meta(self.shape(module), dtype)
+                "weight": _meta(self.shape(module), self._dtype(module))
             }  # fmt: skip
+            self._saved[key] = self._writer.saved_bytes("x") if plan.quantized else 0
         return self._known[key]
+
+    def _key(self, module: str, plan: LinearPlan) -> tuple[object, ...]:
+        """What the tensors of a matrix depend on."""
+        return self.shape(module), self._dtype(module), plan.scheme, plan.rotation is None, plan.activations.mode
+
+    def _dtype(self, module: str) -> torch.dtype:
+        source = self._architecture.sources_of(f"{module}.weight")[0].tensor
+        return DTYPES[self._checkpoint.info(source).dtype]
 
     def _encoded(self, shape: tuple[int, int], plan: LinearPlan) -> Meta:
         parts = {

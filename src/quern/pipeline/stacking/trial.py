@@ -34,7 +34,7 @@ NOISE = 0.08
 """By how much of a loss two calibrations of one recipe may differ (``benchmarks/stacking.py --noise``)."""
 
 
-_STANDING_IN = {"vllm": "transformers", "llama.cpp": "cpu", "onnxruntime": "cpu"}
+_STANDING_IN = {"vllm": "reference", "llama.cpp": "cpu", "onnxruntime": "cpu"}
 """What runs here what is for runtimes that need not be here."""
 
 
@@ -49,7 +49,7 @@ class Use:
 
     @classmethod
     def of(cls, *parts: Part) -> Use:
-        """How what has these parts is run here. vLLM's artifacts are run by transformers, which reads the same files;
+        """How what has these parts is run here. vLLM's artifacts are run by the reference engine, through transformers;
         llama.cpp's, and those of vLLM that quern opens as values, by the cpu engine, as what they decode to or packed as they
         are; so are those that quern does not open, in format quern."""
         named = {part.kind: part.name for part in parts}
