@@ -77,7 +77,7 @@ def decode_speeds(environment: Environment, scratch: Path, ours: Path, theirs: P
         Worker("quern", as_other_tools()) as first,
         Worker("onnxruntime", launch_of(environment, scratch, None, LIMIT_S)) as second,
     ):
-        first.ask({"do": "load", "path": str(ours), "threads": 1, "engine": "cpu"})
+        first.ask({"do": "load", "path": str(ours), "threads": 1, "engine": "cpu", "dtype": "float32"})
         loaded = second.ask({"do": "load", "path": str(theirs), "threads": 1})
         prompt = prompt_of(PROMPT, loaded["vocabulary_size"], seed=0)
         asked = {"do": "measure", "name": "decode", "prompt": prompt, "decode_tokens": NEW}
