@@ -147,11 +147,12 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row))
     if given.output is not None:
+        timed = {} if given.no_speed else {"decode": {"prompt": PROMPT, "tokens": NEW}}
         result = {
             "model": str(MODEL.relative_to(ROOT)), "date": datetime.date.today().isoformat(), "quern": quern.__version__,
             "onnxruntime": installed.version, "processor": probe(measure=False)["cpu_model"],
-            "scored": {"sequences": SEQUENCES, "tokens": LENGTH}, "decode": {"prompt": PROMPT, "tokens": NEW}, "rows": rows,
-        }  # fmt: skip
+            "scored": {"sequences": SEQUENCES, "tokens": LENGTH}, "rows": rows,
+        } | timed  # fmt: skip
         given.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
