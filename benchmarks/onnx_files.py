@@ -77,7 +77,7 @@ def decode_speeds(environment: Environment, scratch: Path, ours: Path, theirs: P
         Worker("quern", as_other_tools()) as first,
         Worker("onnxruntime", launch_of(environment, scratch, None, LIMIT_S)) as second,
     ):
-        first.ask({"do": "load", "path": str(ours), "threads": 1, "engine": "cpu"})
+        first.ask({"do": "load", "path": str(ours), "threads": 1, "engine": "cpu", "dtype": "float32"})
         loaded = second.ask({"do": "load", "path": str(theirs), "threads": 1})
         prompt = prompt_of(PROMPT, loaded["vocabulary_size"], seed=0)
         asked = {"do": "measure", "name": "decode", "prompt": prompt, "decode_tokens": NEW}
@@ -147,11 +147,12 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row))
     if given.output is not None:
+        timed = {} if given.no_speed else {"decode": {"prompt": PROMPT, "tokens": NEW}}
         result = {
             "model": str(MODEL.relative_to(ROOT)), "date": datetime.date.today().isoformat(), "quern": quern.__version__,
             "onnxruntime": installed.version, "processor": probe(measure=False)["cpu_model"],
-            "scored": {"sequences": SEQUENCES, "tokens": LENGTH}, "decode": {"prompt": PROMPT, "tokens": NEW}, "rows": rows,
-        }  # fmt: skip
+            "scored": {"sequences": SEQUENCES, "tokens": LENGTH}, "rows": rows,
+        } | timed  # fmt: skip
         given.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
