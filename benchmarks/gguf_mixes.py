@@ -57,7 +57,7 @@ def main() -> None:
     llama.logits(folder, [source, *(file for ways in files.values() for file in ways.values())], ids)
     rows = []
     for mix, ways in files.items():
-        row: dict[str, Any] = {"mix": mix}
+        row: dict[str, Any] = {"name": mix}
         for name, file in ways.items():
             kl, interval = divergence(source, file)
             row[name] = {"kl": kl, "interval": interval, "bytes": file.stat().st_size}
