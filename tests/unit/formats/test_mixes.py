@@ -17,8 +17,8 @@ from quern.formats.mixes.base import more_bits, scheme_of, settled
 from quern.pipeline.blockwise.job import plan_of
 
 TABLE = json.loads((Path(__file__).resolve().parents[2] / "golden" / "llama_cpp_mixes.json").read_text("utf-8"))
-"""By model and mix, what llama-quantize of llama-cpp-python 0.3.36 made with an importance matrix; the test in
-``end_to_end/test_llama_cpp_mixes.py`` makes some of it again."""
+"""By model and mix, what llama-quantize of llama-cpp-python 0.3.36 made with an importance matrix: written by
+``tests/llama_cpp_mixes.py``."""
 
 
 def named(recipe: str, **keys: object) -> Recipe:
