@@ -165,3 +165,13 @@ def test_the_bundled_model_says_the_same_in_llama_cpp(ask, tmp_path):
         ids.append(token)
     assert divergence(decoded(file, torch.tensor([prompt])), logits) < MOST["blocks"]
     assert texts == [load_tokenizer(BUNDLED).encode(text) for text in TEXTS]
+
+
+def test_parts_are_loaded_by_the_first(ask, wide_model, tmp_path):
+    scheme = {"codec": "ggml", "type": "q4_0"}
+    given = {"recipe": small_recipe(weights=scheme, embedding=scheme, head=scheme), "format": "gguf", "threads": 1}
+    quantize(wide_model, tmp_path / "whole.gguf", **given)
+    report = quantize(wide_model, tmp_path / "parts.gguf", format_options={"shard-size": "200KB"}, **given)
+    assert report.path.name.startswith("parts-00001-of-")
+    found = ask({"whole": tmp_path / "whole.gguf", "parts": report.path})
+    assert torch.equal(found["whole"][0], found["parts"][0])

@@ -216,6 +216,30 @@ class WorkFolder:
             sync(destination.parent)
         self.remove()
 
+    def publish_parts(self, artifact: Path, destination: Path, first: str, replaces: Sequence[str]) -> None:
+        """Move the files of the finished folder ``artifact`` (inside the work folder) into that of the file ``destination``,
+        which they stand for together, and remove the work folder.
+
+        The one called ``first``, by which they are opened, comes last, after all files ``replaces`` there were removed;
+        ``finish_publishing`` goes on with that after a kill. Raises ``UserError`` where another file is in the way; the work
+        is kept.
+        """
+        folder = destination.parent
+        order = publishing_order(artifact, [first])
+        for name in order:
+            if os.path.lexists(folder / name) and name not in replaces:
+                raise UserError(f"{folder / name} already exists. Remove it or choose another output; the work is kept")
+        record = {
+            "artifact": artifact.relative_to(self.folder).as_posix(), "to": str(folder), "stands for": str(destination),
+            "order": order, "replaces": list(replaces),
+        }  # fmt: skip
+        _sync_tree(artifact)
+        self.finish(_PUBLISH, sorted(artifact.iterdir()), record)
+        with explain_write_errors(destination, 0):
+            folder.mkdir(parents=True, exist_ok=True)
+        move_into(artifact, folder, record["order"], record["replaces"])
+        self.remove()
+
     def finish_publishing(self) -> Path | None:
         """Where ``publish`` put the artifact, if it was killed before the work folder was gone; else None.
 
@@ -227,7 +251,7 @@ class WorkFolder:
         artifact, destination = self.folder / record.data["artifact"], Path(record.data["to"])
         if "order" in record.data:
             move_into(artifact, destination, record.data["order"], record.data["replaces"])
-            return destination
+            return Path(record.data.get("stands for", destination))
         return destination if destination.exists() and not artifact.exists() else None
 
     def _take_back(self) -> None:

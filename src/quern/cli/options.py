@@ -16,6 +16,7 @@ from quern.core.machine.parallel import MOST_THREADS
 from quern.core.recipe_parts import TEXT_AUTO
 from quern.core.results import FORMER_SCENARIOS, Scenario, Target
 from quern.core.suggest import did_you_mean
+from quern.core.units import parse_size
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a Hub id or a GGUF file.", show_default=False)
@@ -164,32 +165,6 @@ def repeat_options(arguments: Sequence[str]) -> list[str]:
             values += 1
         spelled.append(word)
     return spelled
-
-
-_UNITS = {"B": 1}
-for _power, _letter in enumerate("KMGT", start=1):
-    _UNITS |= {_letter: 1024**_power, f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
-
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
-
-
-def parse_size(text: str, option: str) -> int:
-    """Bytes that ``text`` means: ``16GiB`` and ``16G`` are 16 x 1024^3, ``16GB`` is 16 x 1000^3.
-
-    ``option`` names where the text came from in the ``UserError`` of one that is not a size above zero.
-    """
-    match = _SIZE.fullmatch(text)
-    if match and not match[2] and float(match[1]) > 0:
-        raise UserError(
-            f"{option} {text!r} has no unit; write {match[1]}GiB (or {match[1]}G), {match[1]}MB or {match[1]}B"
-        )
-    factor = _UNITS.get(match[2].upper()) if match else None
-    size = int(float(match[1]) * factor) if match and factor else 0
-    if size <= 0:
-        raise UserError(
-            f"{option} {text!r} is not a size; give a number above zero and a unit, such as 16GiB (or 16G), 24GB, 500M"
-        )
-    return size
 
 
 def parse_weights(text: str | None) -> dict[str, float] | None:

@@ -33,6 +33,11 @@ def plan(
     seed: options.Seed = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compute the losses of candidates anew.")] = False,
     threads: options.Threads = None,
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="F", help="Format to plan for (see quern recipes).", show_default="the recipe's"),
+    ] = None,
+    format_option: options.FormatOption = None,
     cache: targets.Cache = None,
     json: options.Json = False,
 ) -> None:
@@ -59,6 +64,8 @@ def plan(
             seed=seed,
             fresh=fresh,
             threads=threads,
+            format=format,
+            format_options=options.pairs(format_option, "--format-option"),
             cache=cache,
             progress=progress,
         )

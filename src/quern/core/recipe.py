@@ -36,12 +36,17 @@ from quern.core.recipe_parts import (
     Transform,
     Tuning,
 )
+from quern.core.registry import Registry
 from quern.core.scheme import UNQUANTIZED, CodecScheme, parse_scheme, scheme_keys
 from quern.core.suggest import did_you_mean
 
 RECIPE_PACKAGE = "quern.recipes"
 WILDCARDS = frozenset("*?[")
 """What makes a pattern mean more than one name."""
+
+
+MIXES: Registry[Any] = Registry("mix", "quern.formats.mixes")
+"""Rules by which linears get types of ggml; ``quern.formats.mixes.base`` says what they are."""
 
 
 class Override(Strict):
@@ -91,6 +96,9 @@ class Recipe(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     description: str = ""
+    mix: str | None = None
+    """Name of a mix: rules by which each linear of a model gets one of ggml's block types, as llama.cpp's file types have
+    them. It says ``weights``, ``embedding`` and ``head`` too; null: the recipe does."""
     weights: CodecScheme = Field(default_factory=lambda: parse_scheme({}))
     """Scheme of every linear inside the decoder blocks."""
     overrides: tuple[Override, ...] = ()
@@ -119,11 +127,26 @@ class Recipe(Strict):
         """Recipes are older than these keys: without them they stay what they were, in artifacts and fingerprints."""
         data: dict[str, Any] = dump(self)
         nearest = NEAREST.model_dump(mode="json")
-        usual = {"storage": "plain", "allocation": None, "tuning": None, "head_rounding": nearest}
+        usual = {"storage": "plain", "allocation": None, "tuning": None, "head_rounding": nearest, "mix": None}
         return {key: value for key, value in data.items() if key not in usual or value != usual[key]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_mix(cls, values: Any) -> Any:
+        """With the usual types of its mix, which a model may change (``quern.formats.mixes.base.settled``)."""
+        if not isinstance(values, dict) or not isinstance(values.get("mix"), str):
+            return values
+        mix = MIXES.get(values["mix"])
+        usual = {"weights": mix.usual, "embedding": mix.embedding or mix.usual, "head": mix.head}
+        said = {key: parse_scheme({"codec": "ggml", "type": kind}) for key, kind in usual.items()}
+        if given := [key for key, scheme in said.items() if key in values and parse_scheme(values[key]) != scheme]:
+            raise ValueError(f"mix {values['mix']} says what {given[0]} becomes; leave one of the two out")
+        return {**values, **said}
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        if self.mix is not None and self.allocation is not None:
+            raise ValueError("a mix says of each linear what an allocation would choose; leave one of the two out")
         methods = [transform.method for transform in self.transforms]
         if methods.count(ROTATION) > 1:
             raise ValueError(f"transform {ROTATION} is named twice; once is enough")

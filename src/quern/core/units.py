@@ -1,6 +1,10 @@
-"""Measured numbers as people read them: units chosen by size, three significant digits."""
+"""Measured numbers as people read them (units chosen by size, three significant digits), and sizes as they write them."""
 
 from __future__ import annotations
+
+import re
+
+from quern.core.errors import UserError
 
 _DECIMAL_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -68,3 +72,29 @@ def limit_text(fraction: float) -> str:
 def signed(value: float) -> str:
     """``value`` with its sign and two decimals, never "-0.00": 1.456 -> "+1.46"."""
     return f"{round(value, 2) + 0.0:+.2f}"
+
+
+_UNITS = {"B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1024**_power, f"{_letter}IB": 1024**_power, f"{_letter}B": 1000**_power}
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes that ``text`` means: ``16GiB`` and ``16G`` are 16 x 1024^3, ``16GB`` is 16 x 1000^3.
+
+    ``option`` names where the text came from in the ``UserError`` of one that is not a size above zero.
+    """
+    match = _SIZE.fullmatch(text)
+    if match and not match[2] and float(match[1]) > 0:
+        raise UserError(
+            f"{option} {text!r} has no unit; write {match[1]}GiB (or {match[1]}G), {match[1]}MB or {match[1]}B"
+        )
+    factor = _UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * factor) if match and factor else 0
+    if size <= 0:
+        raise UserError(
+            f"{option} {text!r} is not a size; give a number above zero and a unit, such as 16GiB (or 16G), 24GB, 500M"
+        )
+    return size

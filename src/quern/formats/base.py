@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from quern.checkpoint.work_folder import WorkFolder
 
 
+UNNAMED = "model"
+"""What the names of an artifact's files begin with that is no folder, until they get the name that was asked for."""
+
+
 @dataclass(frozen=True)
 class StoredModule:
     """What an artifact says of one module whose weight is stored as codes: all that a runtime must know to use it."""
@@ -145,6 +149,36 @@ class ArtifactWriter(ABC):
         return []
 
 
+class SizedWriter(ArtifactWriter):
+    """A writer whose files' sizes are known before anything is quantized, so that plans are made for them."""
+
+    @abstractmethod
+    def encode(self, module: str, linear: PackedLinear) -> dict[str, Tensor]:
+        """The tensors, by full name, that store ``module``."""
+
+    def plain(self, tensor: Tensor) -> Tensor:
+        """A tensor that is not quantized as it is stored, with another dtype if need be; it may have no memory."""
+        return tensor
+
+    def prepare_like(self, other: SizedWriter) -> None:
+        """Take over what the ``prepare`` of a writer for the same checkpoint found."""
+
+    @abstractmethod
+    def companion_bytes(self, checkpoint: Checkpoint) -> int:
+        """Bytes of what goes along with the weights of ``checkpoint``, whatever they become. ``prepare`` comes before."""
+
+    @abstractmethod
+    def artifact_bytes(
+        self,
+        stages: Sequence[dict[str, Tensor]],
+        config: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        plan: Plan,
+    ) -> int:
+        """Bytes of all else: of the ``stages``, whose tensors need no memory, and of what is said of them. ``config`` is the
+        checkpoint's config.json, ``provenance`` what ``accompany`` gets."""
+
+
 class ArtifactReader(ABC):
     """What an artifact of one format says of itself. Made from its config.json; raises ``UserError`` for a damaged one."""
 
@@ -196,8 +230,6 @@ class Format(ABC):
     opened_as_values: ClassVar[bool] = False
     """Whether quern opens its artifacts as the values that their codes stand for, as it does what other tools
     quantized."""
-    sized_like: ClassVar[str | None] = None
-    """A format whose tensors take the same bytes, by which plans are made for this one; None: its own sizes are known."""
     opened: ClassVar[bool] = True
     """Whether quern opens such artifacts; otherwise it only writes them, and what runs them is another program."""
     extra: ClassVar[str | None] = None
@@ -226,6 +258,11 @@ class Format(ABC):
         return None
 
     @classmethod
+    def files(cls, path: Path) -> list[Path]:
+        """The files of the artifact that was written as ``path``, that by which it is opened first; none where it is not."""
+        return [path] if path.is_file() else []
+
+    @classmethod
     def open_container(cls, folder: Path, config: dict[str, Any]) -> Any:
         """The tensors (a ``TensorSource``) of an artifact that does not keep them in safetensors files; else None."""
         return None
@@ -247,11 +284,21 @@ def reader_of(quantization: Mapping[str, Any] | None, architecture: Architecture
     return None if found is None or quantization is None else found.reader(quantization, architecture)
 
 
+def _by_suffix(path: Path) -> Iterator[type[Format]]:
+    """Formats of files that are called like ``path``."""
+    chosen = (FORMATS.get(name) for name in FORMATS)
+    return (one for one in chosen if one.suffix is not None and path.name.lower().endswith(one.suffix))
+
+
 def file_provenance(path: Path) -> dict[str, Any] | None:
     """What a file that is an artifact says of what was done; None for any other file."""
-    chosen = (FORMATS.get(name) for name in FORMATS)
-    suffixes = (one for one in chosen if one.suffix is not None and path.name.lower().endswith(one.suffix))
-    return next((said for one in suffixes if (said := one.provenance(path)) is not None), None)
+    return next((said for one in _by_suffix(path) if (said := one.provenance(path)) is not None), None)
+
+
+def artifact_files(path: Path) -> list[Path]:
+    """``Format.files`` of the format whose files are called like ``path``; of no format: ``path``, if it is a file."""
+    chosen = next(_by_suffix(path), Format)
+    return chosen.files(path)
 
 
 def open_container(folder: Path, config: dict[str, Any]) -> Any:

@@ -7,9 +7,10 @@ to back. Its metadata also hold what ``quern.json`` says of other artifacts.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,17 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.ends import ending_tokens
 from quern.checkpoint.gguf.header import read_gguf_header
 from quern.checkpoint.gguf.names import ROPE_FREQUENCIES, gguf_name, interleave_rows, reordered_heads
-from quern.checkpoint.gguf.writing.container import TensorPlan, write_gguf
+from quern.checkpoint.gguf.split import part_name, read_parts, split_metadata, splits_of
+from quern.checkpoint.gguf.writing.container import (
+    ALIGNMENT,
+    ARCHITECTURE,
+    OTHER_HEAD,
+    TensorPlan,
+    head_bytes,
+    in_parts,
+    padded,
+    write_gguf,
+)
 from quern.checkpoint.gguf.writing.metadata import ModelMetadata, model_metadata
 from quern.checkpoint.gguf.writing.vocabulary import Vocabulary, vocabulary
 from quern.checkpoint.work_folder import WorkFolder
@@ -33,23 +44,28 @@ from quern.core.packed import PackedLinear
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
 from quern.core.results import Target
-from quern.formats.base import FORMATS, ArtifactWriter, Format, Obstacle
+from quern.core.units import parse_size
+from quern.formats._gguf_file_type import file_type
+from quern.formats.base import FORMATS, UNNAMED, Format, Obstacle, SizedWriter
 
 METHOD = "gguf"
 SUFFIX = ".gguf"
-FILE = "model.gguf"
+FILE = f"{UNNAMED}{SUFFIX}"
 """Name of the file before it gets the one that was asked for."""
 PRE_TOKENIZER = "pre-tokenizer"
 """The option that names the rule by which text is cut."""
 PROVENANCE = "quern.provenance"
 """Key of the metadata under which lies, as JSON, what was done."""
 RECIPE = "quern.recipe"
+SHARD_SIZE = "shard-size"
+"""The option that says how large a file may be."""
+OPTIONS = (PRE_TOKENIZER, SHARD_SIZE)
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _SHOWN = 6
 
 
-class GgufWriter(ArtifactWriter):
-    """Stages as safetensors files of ggml's blocks, under llama.cpp's names; then one file."""
+class GgufWriter(SizedWriter):
+    """Stages as safetensors files of ggml's blocks, under llama.cpp's names; then one file, or several of a size."""
 
     def __init__(self, recipe: Recipe, plan: Plan, architecture: Architecture) -> None:
         super().__init__(recipe, plan, architecture)
@@ -58,6 +74,7 @@ class GgufWriter(ArtifactWriter):
         self._config: dict[str, Any] = architecture.config.to_dict()
         self._written = plan
         self._saved: dict[str, int] = {}
+        self._most: int | None = None
 
     def check(self) -> None:
         super().check()
@@ -91,8 +108,9 @@ class GgufWriter(ArtifactWriter):
         return rows, columns
 
     def prepare(self, checkpoint: Checkpoint, options: Mapping[str, str]) -> None:
-        if unknown := sorted(set(options) - {PRE_TOKENIZER}):
-            raise UserError(f"format gguf has no option {unknown[0]!r}; it has: {PRE_TOKENIZER}")
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise UserError(f"format gguf has no option {unknown[0]!r}; it has: {', '.join(OPTIONS)}")
+        self._most = parse_size(options[SHARD_SIZE], SHARD_SIZE) if SHARD_SIZE in options else None
         windows = [block.window for block in self.architecture.blocks]
         self._said = model_metadata(self._config, windows, checkpoint.path.stem or checkpoint.path.name)
         ends = ending_tokens(checkpoint)
@@ -103,17 +121,22 @@ class GgufWriter(ArtifactWriter):
 
     def put(self, module: str, linear: PackedLinear) -> None:
         assert linear.input_signs is None  # check() refuses rotations
+        ((name, blocks),) = self.encode(module, linear).items()
+        self._saved[module] = linear.weight.stored_bytes - blocks.nbytes
+        self._keep(name, blocks)
+
+    def encode(self, module: str, linear: PackedLinear) -> dict[str, Tensor]:
         weight = linear.weight
-        blocks = codec_of(weight.scheme).ggml_blocks(weight.shape, weight.parts)
-        self._saved[module] = weight.stored_bytes - blocks.data.nbytes
-        self._keep(f"{module}.weight", blocks.data)
+        return {f"{module}.weight": codec_of(weight.scheme).ggml_blocks(weight.shape, weight.parts).data}
 
     def saved_bytes(self, module: str) -> int:
         return self._saved[module]
 
     def put_plain(self, name: str, tensor: Tensor) -> None:
-        plain = tensor if tensor.dim() > 1 and tensor.dtype in _DTYPES else tensor.float()
-        self._keep(name, plain.cpu())
+        self._keep(name, self.plain(tensor).cpu())
+
+    def plain(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.dim() > 1 and tensor.dtype in _DTYPES else tensor.float()
 
     def _keep(self, name: str, tensor: Tensor) -> None:
         heads = reordered_heads(self._config, name)
@@ -131,30 +154,81 @@ class GgufWriter(ArtifactWriter):
         self.write(work.path("artifact", FILE), _Stages(work, self.architecture.layers + 2), provenance)
 
     def write(self, path: Path, stages: _Stages, provenance: Mapping[str, Any]) -> None:
-        """The file, of stages that are complete. ``prepare`` comes before."""
+        """The file, of stages that are complete; or the parts of it, called after it. ``prepare`` comes before."""
         assert self._said is not None
+        tensors = [*self._factors(), *self._described(stages.tensors())]
         kinds = self._kinds()
-        tensors = [] if self._said.factors is None else [TensorPlan(ROPE_FREQUENCIES, self._said.factors.shape, "F32")]
-        for name, tensor in stages.tensors():
-            shape = tuple(tensor.shape)
-            kind = _DTYPES.get(tensor.dtype) or kinds[name][0]
-            tensors.append(TensorPlan(name, shape if tensor.dtype in _DTYPES else kinds[name][1], kind))
-        metadata = {
+        by_module = {module: kinds[gguf_name(f"{module}.weight")][0] for module in self._written.quantized()}
+        number = file_type(self.architecture, by_module, [tensor for tensor in tensors if len(tensor.shape) > 1])
+        metadata = self._metadata(number, self.recipe.to_json(), provenance)
+        parts = self._parts(metadata, tensors)
+        data = self._data(stages)
+        for place, part in enumerate(parts):
+            if len(parts) == 1:
+                write_gguf(path, metadata, part, data)
+                return
+            shared = metadata if place == 0 else {ARCHITECTURE: metadata[ARCHITECTURE]}
+            said = {**shared, **split_metadata(place, len(parts), len(tensors))}
+            name = part_name(path.stem, place, len(parts))
+            write_gguf(path.with_name(name), said, part, itertools.islice(data, len(part)))
+
+    def _described(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[TensorPlan]:
+        """Of stored tensors by llama.cpp's name, what the file says of them."""
+        kinds = self._kinds()
+        for name, tensor in tensors:
+            plain = _DTYPES.get(tensor.dtype)
+            yield TensorPlan(name, tuple(tensor.shape), plain) if plain else TensorPlan(name, *kinds[name][::-1])
+
+    def _metadata(self, number: int, recipe: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._said is not None
+        return {
             **self._said.values,
-            "general.file_type": _file_type([tensor for tensor in tensors if len(tensor.shape) > 1]),
+            "general.file_type": number,
             "general.quantized_by": f"quern {quern.__version__}",
             **self._vocabulary.values,
-            RECIPE: json.dumps(self.recipe.to_json(), sort_keys=True),
+            RECIPE: json.dumps(recipe, sort_keys=True),
             PROVENANCE: json.dumps(provenance, sort_keys=True),
         }
 
-        def data() -> Iterator[Tensor]:
-            if self._said is not None and self._said.factors is not None:
-                yield self._said.factors
-            for _, tensor in stages.tensors():
-                yield tensor
+    def _factors(self) -> list[TensorPlan]:
+        factors = None if self._said is None else self._said.factors
+        return [] if factors is None else [TensorPlan(ROPE_FREQUENCIES, tuple(factors.shape), "F32")]
 
-        write_gguf(path, metadata, tensors, data())
+    def _data(self, stages: _Stages) -> Iterator[Tensor]:
+        if self._said is not None and self._said.factors is not None:
+            yield self._said.factors
+        for _, tensor in stages.tensors():
+            yield tensor
+
+    def _parts(self, metadata: Mapping[str, Any], tensors: list[TensorPlan]) -> list[list[TensorPlan]]:
+        """The tensors by file."""
+        if self._most is None:
+            return [tensors]
+        head = head_bytes({**metadata, **split_metadata(0, 1, len(tensors))}, tensors)
+        return in_parts(tensors, self._most, head)
+
+    def companion_bytes(self, checkpoint: Checkpoint) -> int:
+        shapes = self.architecture.module_shapes()
+        tensors = [*self._factors(), *(TensorPlan(gguf_name(name), shape, "F32") for name, shape in shapes.items())]
+        return head_bytes(self._metadata(0, {}, {}), tensors) + sum(padded(one.stored_bytes) for one in self._factors())
+
+    def prepare_like(self, other: SizedWriter) -> None:
+        assert isinstance(other, GgufWriter)
+        self._said, self._vocabulary, self._most = other._said, other._vocabulary, other._most
+
+    def artifact_bytes(
+        self,
+        stages: Sequence[dict[str, Tensor]],
+        config: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        plan: Plan,
+    ) -> int:
+        metadata = self._metadata(0, self.recipe.to_json(), provenance)
+        texts = sum(len(metadata[key].encode()) - len(json.dumps({})) for key in (RECIPE, PROVENANCE))
+        data = sum(padded(tensor.nbytes) for stage in stages for tensor in stage.values())
+        named = ((gguf_name(name), tensor) for stage in stages for name, tensor in stage.items())
+        parts = self._parts(metadata, [*self._factors(), *self._described(named)])
+        return texts + data + ALIGNMENT + (OTHER_HEAD * len(parts) if len(parts) > 1 else 0)
 
     def _kinds(self) -> dict[str, tuple[str, tuple[int, int]]]:
         """The type and shape of every matrix that is stored in blocks, by llama.cpp's name."""
@@ -196,22 +270,6 @@ def _stage_name(stage: int) -> str:
     return f"stages/{stage:05d}"
 
 
-def _file_type(matrices: list[TensorPlan]) -> int:
-    """``general.file_type``: the number that llama.cpp gives to the type of most weights."""
-    from gguf import LlamaFileType
-
-    weights: Counter[str] = Counter()
-    for matrix in matrices:
-        weights[matrix.kind] += matrix.stored_bytes
-    kind = weights.most_common(1)[0][0]
-    if kind == "F32":
-        return int(LlamaFileType.ALL_F32)
-    found = [
-        known for known in LlamaFileType if known.name in (f"MOSTLY_{kind}", f"MOSTLY_{kind}_S", f"MOSTLY_{kind}_MOE")
-    ]
-    return int(found[0] if found else LlamaFileType.GUESSED)
-
-
 @FORMATS.add("gguf")
 class Gguf(Format):
     """llama.cpp's. Quern opens it as what its blocks decode to."""
@@ -219,7 +277,6 @@ class Gguf(Format):
     method = METHOD
     suffix = SUFFIX
     opened_as_values = True
-    sized_like = "quern"
     runtimes: ClassVar[tuple[Target, ...]] = ("llama.cpp", "quern")
     writer = GgufWriter
 
@@ -231,6 +288,15 @@ class Gguf(Format):
         except (BadFileError, ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
+
+    @classmethod
+    def files(cls, path: Path) -> list[Path]:
+        """The file itself, or all parts of a split, of which any may be named; then those that are named after it."""
+        found = [path] if path.is_file() else []
+        with suppress(BadFileError):
+            found = list(read_parts(path).paths) if found else []
+        named = (parts for parts in splits_of(path) if cls.provenance(parts[0]) is not None)
+        return [*found, *(part for parts in named for part in parts)]
 
     @classmethod
     def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from quern.checkpoint.files import write_json
+from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.files import json_bytes, write_json
 from quern.checkpoint.folder import CONFIG, INDEX
-from quern.checkpoint.safetensors_file import read_header
+from quern.checkpoint.safetensors_file import METADATA, file_bytes, read_header
+from quern.checkpoint.tokenizer import copy_tokenizer
 from quern.checkpoint.work_folder import WorkFolder
+from quern.core.machine.temporary import temporary_folder
 from quern.core.packed import PackedLinear
 from quern.core.plan import Plan
-from quern.formats.base import ArtifactWriter
+from quern.formats.base import SizedWriter
 
 
-class ShardedWriter(ArtifactWriter):
+class ShardedWriter(SizedWriter):
     """A subclass says which tensors store a module and what config.json says of them."""
-
-    @abstractmethod
-    def encode(self, module: str, linear: PackedLinear) -> dict[str, Tensor]:
-        """The tensors, by full name, that store ``module``."""
 
     @abstractmethod
     def quantization_config(self, plan: Plan) -> dict[str, Any]:
@@ -63,6 +62,27 @@ class ShardedWriter(ArtifactWriter):
         write_json(work.path("artifact", CONFIG), config if said is None else {**config, "quantization_config": said})
         for name, content in ({} if said is None else self.further_files(plan)).items():
             write_json(work.path("artifact", name), content)
+
+    def companion_bytes(self, checkpoint: Checkpoint) -> int:
+        with temporary_folder("tokenizer") as folder:
+            return sum(path.stat().st_size for path in copy_tokenizer(checkpoint.path, folder))
+
+    def artifact_bytes(
+        self,
+        stages: Sequence[dict[str, Tensor]],
+        config: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        plan: Plan,
+    ) -> int:
+        names = [self.shard(stage) for stage in range(len(stages))]
+        places = {name: shard for stage, shard in zip(stages, names, strict=True) for name in stage}
+        total = sum(tensor.nbytes for stage in stages for tensor in stage.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        said = {"quantization_config": self.quantization_config(plan)} if plan.quantized() else {}
+        further = self.further_files(plan) if plan.quantized() else {}
+        files = {"files": sorted([*names, INDEX, CONFIG, *further])}
+        texts = (index, {**config, **said}, {**provenance, **files}, *further.values())
+        return sum(file_bytes(stage, METADATA) for stage in stages) + sum(len(json_bytes(text)) for text in texts)
 
     def shard(self, stage: int) -> str:
         """The file of a stage."""

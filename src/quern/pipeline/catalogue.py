@@ -6,7 +6,7 @@ from typing import Any
 
 from quern.architectures.base import ARCHITECTURES
 from quern.codecs.base import CODECS
-from quern.core.recipe import Recipe, load_recipe, profile_names
+from quern.core.recipe import MIXES, Recipe, load_recipe, profile_names
 from quern.core.registry import Registry
 from quern.engines.base import ENGINES
 from quern.formats.base import FORMATS
@@ -20,6 +20,7 @@ REGISTRIES: tuple[Registry[Any], ...] = (
     ROUNDINGS,
     TRANSFORMS,
     FORMATS,
+    MIXES,
     ENGINES,
     ARCHITECTURES,
 )
@@ -28,7 +29,7 @@ REGISTRIES: tuple[Registry[Any], ...] = (
 def technique_of(recipe: Recipe) -> str:
     """What the literature calls a recipe: ``hybrid`` where linears have several schemes, otherwise after its codec."""
     schemes = {str(recipe.weights), *(str(o.scheme) for o in recipe.overrides if o.scheme is not None)}
-    if len(schemes) > 1:
+    if len(schemes) > 1 or recipe.mix is not None:
         return "hybrid"
     if recipe.activations.mode != "none":
         return f"{recipe.activations.mode} integer products"

@@ -28,7 +28,7 @@ from quern.core.scheme import UNQUANTIZED
 from quern.formats.base import FORMATS, ArtifactReader, ArtifactWriter, StoredModule, reader_of
 from quern.formats.quern import INPUT_SCALE, INPUT_SIGNS
 from quern.loading.fitting import model_config, open_model
-from quern.pipeline.output import artifact_size, finished_layers, output_target, publish, tensor_bytes
+from quern.pipeline.output import artifact_size, finished_layers, opened_by, output_target, publish, tensor_bytes
 
 AS_IT_IS = Recipe(name="unquantized", weights=UNQUANTIZED)
 """Of a model that nobody quantized."""
@@ -195,6 +195,7 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _report(output: Path, format: str, source: _Source, seconds: float | None, notes: list[str]) -> ExportReport:
+    output = opened_by(output)
     data = tensor_bytes(output, format)
     return ExportReport(
         path=output,

@@ -13,7 +13,7 @@ from quern.checkpoint.work_folder import WorkFolder, check_work_folder, differen
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError, UserError, option
 from quern.core.results import TunedBlock
-from quern.formats.base import FORMATS, file_provenance
+from quern.formats.base import FORMATS, UNNAMED, artifact_files, file_provenance
 from quern.loading.fitting import open_model
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
@@ -68,20 +68,38 @@ def publish(work: WorkFolder, target: Target, fresh: bool) -> None:
     """Put the finished artifact where it was asked for, and remove the work folder."""
     artifact = work.path("artifact")
     if isinstance(target, OutputFile):
-        (file,) = artifact.iterdir()
-        work.publish_file(file, target.path, replaces=fresh or _is_empty(target.path))
+        _publish_files(work, artifact, target.path, fresh)
         return
     replaced = artifact_names(target.path) if fresh else ()
     work.publish(artifact, target.path, last=COMPLETE_WITH, replaces=replaced)
+
+
+def _publish_files(work: WorkFolder, artifact: Path, path: Path, fresh: bool) -> None:
+    """The one file of the artifact as ``path``; or its parts beside each other, called after it, the first one last."""
+    older = artifact_files(path)
+    if len(made := sorted(artifact.iterdir())) == 1 and not [file for file in older if file != path]:
+        work.publish_file(made[0], path, replaces=fresh or _is_empty(path))
+        return
+    named = [path.stem + file.name.removeprefix(UNNAMED) for file in made] if made[1:] else [path.name]
+    for file, name in zip(made, named, strict=True):
+        file.rename(file.with_name(name))
+    replaced = dict.fromkeys(file.name for file in (*older, path) if fresh or _is_empty(file))
+    work.publish_parts(artifact, path, named[0], list(replaced))
 
 
 def _is_empty(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == 0
 
 
+def opened_by(output: Path) -> Path:
+    """What the artifact at ``output`` is opened by: the first part of one that lies in several files."""
+    files = [] if output.is_dir() else artifact_files(output)
+    return files[0] if files else output
+
+
 def artifact_size(artifact: Path) -> int:
     """Bytes of an artifact's files."""
-    files = [artifact] if artifact.is_file() else [path for path in artifact.iterdir() if path.is_file()]
+    files = [path for path in artifact.iterdir() if path.is_file()] if artifact.is_dir() else artifact_files(artifact)
     return sum(path.stat().st_size for path in files)
 
 
@@ -144,9 +162,9 @@ def _own_names(target: OutputFolder) -> set[str]:
 
 def _said(artifact: Path) -> dict[str, Any]:
     """What an artifact says of what was done. Raises ``BadFileError`` for a folder without, ``KeyError`` for a file."""
-    if artifact.is_file():
-        if (found := file_provenance(artifact)) is None:
-            raise KeyError(artifact.name)
+    if (file := opened_by(artifact)).is_file():
+        if (found := file_provenance(file)) is None:
+            raise KeyError(file.name)
         return found
     return read_json(artifact / PROVENANCE)
 

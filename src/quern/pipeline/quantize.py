@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from quern.core.machine.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
 from quern.core.results import LayerError, TunedBlock
-from quern.formats.base import FORMATS
+from quern.formats.mixes.base import settled
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_original
 from quern.pipeline.blockwise import memory_plan, sensitivity, tuning
@@ -33,6 +33,7 @@ from quern.pipeline.blockwise.reference_stream import start_stream
 from quern.pipeline.output import (
     artifact_size,
     finished_layers,
+    opened_by,
     output_target,
     provenance_notes,
     publish,
@@ -115,11 +116,12 @@ def quantize(
     chosen, text_notes = settled_recipe(
         chosen, checkpoint, calibration, calibration_tokens, calibration_time, cache=cache, **given)  # fmt: skip
     cache = cache_folder() if cache is None and chosen.allocation is not None else cache
-    planned = _planned(checkpoint, chosen, calibration=calibration, memory=memory, cache=cache, **given)
-    chosen = chosen if planned is None else planned.recipe
+    extra = dict(format_options or {})
+    planned = _planned(checkpoint, chosen, calibration, memory=memory, cache=cache, format_options=extra, **given)
     architecture = architecture_of(checkpoint.config)
+    chosen = settled(chosen, architecture) if planned is None else planned.recipe
     plan, where = plan_of(chosen, architecture), device_named(device)
-    writer, extra = checked_writer(chosen, plan, architecture), dict(format_options or {})
+    writer = checked_writer(chosen, plan, architecture)
     tokenizer = usable_tokenizer(checkpoint.path, chosen.needs_calibration)
     named_ends(checkpoint)  # the artifact takes the file over and could not generate with a bad one
     check_kept(checkpoint, architecture, plan)
@@ -169,14 +171,14 @@ def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) 
     return spared
 
 
-def _planned(checkpoint: Checkpoint, recipe: Recipe, threads: int | None, **given: Any) -> PlanReport | None:
+def _planned(
+    checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[str | Path | Text], threads: int | None, **given: Any
+) -> PlanReport | None:
     """What the recipe's allocation decides for its target; None without one."""
     if recipe.allocation is None:
         return None
-    sized = FORMATS.get(recipe.format).sized_like or recipe.format
-    candidates = candidates_of(checkpoint, recipe.model_copy(update={"format": sized}), threads=threads, **given)
-    found = candidates.choose(recipe.allocation.target, threads)
-    return replace(found, recipe=found.recipe.model_copy(update={"format": recipe.format}))
+    candidates = candidates_of(checkpoint, recipe, calibration=calibration, threads=threads, **given)
+    return candidates.choose(recipe.allocation.target, threads)
 
 
 def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
@@ -230,6 +232,7 @@ def _report(
     notes: list[str],
     planned: PlanReport | None,
 ) -> QuantizeReport:
+    output = opened_by(output)
     predicted = {matrix.name: matrix.loss for matrix in planned.matrices} if planned else {}
     size, data = artifact_size(output), tensor_bytes(output, recipe.format)
     return QuantizeReport(

@@ -24,6 +24,8 @@ SURFACE = {
             "--seed",
             "--fresh",
             "--threads",
+            "--format",
+            "--format-option",
             "--json",
         ),
         *TARGET,

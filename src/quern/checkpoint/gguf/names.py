@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,14 +32,19 @@ class Family:
     """Whether llama.cpp takes heads of another size than the hidden size over their number."""
     frequencies: bool = False
     """Whether it reads ``rope_freqs.weight``."""
+    wide: Literal["never", "shared", "always"] = "never"
+    """Whether llama.cpp takes a model of 80 layers for one of 70B parameters, whose values its mixes give more bits: never,
+    where several query heads share a value head, or always."""
     label: str = ""
     """What has to stand in ``general.name`` for the family to be told from another one of the same architecture."""
 
 
 FAMILIES = {
-    "llama": Family("llama", "LlamaForCausalLM", rotates_neighbours=True, frequencies=True),
-    "mistral": Family("llama", "MistralForCausalLM", rotates_neighbours=True, frequencies=True, label="Mistral"),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", head_sizes=False),
+    "llama": Family("llama", "LlamaForCausalLM", rotates_neighbours=True, frequencies=True, wide="shared"),
+    "mistral": Family(
+        "llama", "MistralForCausalLM", rotates_neighbours=True, frequencies=True, wide="shared", label="Mistral"
+    ),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", head_sizes=False, wide="always"),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM"),
 }
 """By ``model_type`` of config.json."""

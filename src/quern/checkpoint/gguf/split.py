@@ -7,10 +7,13 @@ What a file says about the others is checked before one of them is opened.
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from quern.checkpoint.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from quern.core.errors import BadFileError
@@ -29,6 +32,31 @@ class GgufParts:
     header: GgufHeader
     places: dict[str, Path]
     """The file that holds a tensor."""
+
+
+def part_name(stem: str, number: int, count: int) -> str:
+    """Name of part ``number`` (from 0) of ``count`` of a model whose single file would be ``STEM.gguf``."""
+    return f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
+
+
+def splits_of(path: Path) -> list[list[Path]]:
+    """The splits beside ``path`` that are named after it, each by the parts that are there; the first part is."""
+    found = []
+    for first in sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-*.gguf")):
+        match = _NAME.fullmatch(first.name)
+        if match is not None and match[1] == path.stem and 1 < (count := int(match[3])) <= MOST_PARTS:
+            names = (part_name(path.stem, number, count) for number in range(count))
+            found.append([part for name in names if (part := path.with_name(name)).is_file()])
+    return found
+
+
+def split_metadata(number: int, count: int, tensors: int) -> dict[str, Any]:
+    """What part ``number`` (from 0) of ``count`` says, ``tensors`` of all parts together; in llama.cpp's types."""
+    return {
+        "split.no": np.uint16(number),
+        "split.count": np.uint16(count),
+        "split.tensors.count": np.int32(tensors),
+    }
 
 
 def read_parts(path: Path, kept: frozenset[str] = frozenset()) -> GgufParts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,11 +15,12 @@ from quern.checkpoint.work_folder import WorkFolder
 from quern.codecs.base import codec_of
 from quern.codecs.scheme_text import scheme_text
 from quern.core.machine.parallel import Workers
-from quern.core.plan import Plan, make_plan
+from quern.core.plan import LinearPlan, Plan, candidates_for, make_plan
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe
 from quern.core.scheme import CodecScheme
 from quern.formats.base import ArtifactWriter
+from quern.formats.mixes.base import settled
 from quern.quantization.block import about
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.rounding.base import ROUNDINGS
@@ -134,9 +136,28 @@ def plan_of(recipe: Recipe, architecture: Architecture) -> Plan:
     return Plan(plans)
 
 
+def fitting_candidates(recipe: Recipe, architecture: Architecture, linear: str) -> list[LinearPlan]:
+    """``candidates_for`` with schemes that the linear's rows fit, each once."""
+    return _fitting(candidates_for(recipe, linear), architecture, linear)
+
+
+def fitting_outer(schemes: Iterable[CodecScheme], architecture: Architecture, module: str) -> list[LinearPlan]:
+    """Plans of embedding or head by ``schemes``, which its rows are made to fit, each once."""
+    return _fitting(map(LinearPlan, schemes), architecture, module)
+
+
+def _fitting(plans: Iterable[LinearPlan], architecture: Architecture, module: str) -> list[LinearPlan]:
+    rows, columns = architecture.module_shapes()[f"{module}.weight"]
+    fit = (
+        replace(plan, scheme=codec_of(plan.scheme).fitting((rows, columns))) if plan.quantized else plan
+        for plan in plans
+    )
+    return list(dict.fromkeys(fit))
+
+
 def _asked(recipe: Recipe, architecture: Architecture) -> Plan:
     head = None if architecture.tied else architecture.head
-    return make_plan(recipe, architecture.linears, architecture.embedding, head)
+    return make_plan(settled(recipe, architecture), architecture.linears, architecture.embedding, head)
 
 
 def stand_in_note(recipe: Recipe, plan: Plan, architecture: Architecture) -> list[str]:

@@ -22,11 +22,10 @@ from torch import Tensor
 
 from quern.architectures.base import LinearGroup
 from quern.core.machine.heap import release_freed
-from quern.core.plan import candidates_for
 from quern.core.progress import Task
 from quern.core.recipe import Recipe
 from quern.pipeline.blockwise import sensitivity
-from quern.pipeline.blockwise.job import Job
+from quern.pipeline.blockwise.job import Job, fitting_candidates
 from quern.pipeline.planning import outer_losses
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration.block import Block, Tap
@@ -226,7 +225,7 @@ def _group_losses(
         full, weight = block.spec.prefix + name, block.linear(name).weight.data
         found[full] = candidate_losses(
             weight,
-            candidates_for(job.recipe, full),
+            fitting_candidates(job.recipe, job.architecture, full),
             known.rounding.by_linear[name],
             _judges_of(known, gradients.sampled[name].to(job.device)),
             row_squares=gradients.row_squares[name],

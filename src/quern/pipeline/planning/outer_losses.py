@@ -24,7 +24,7 @@ from quern.core.machine.parallel import Workers, pieces
 from quern.core.recipe_parts import NEAREST
 from quern.core.scheme import CodecScheme
 from quern.pipeline.blockwise import sensitivity
-from quern.pipeline.blockwise.job import Job
+from quern.pipeline.blockwise.job import Job, fitting_outer
 from quern.quantization import scale_dtypes
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
@@ -40,7 +40,8 @@ def outer_schemes(job: Job, module: str) -> tuple[CodecScheme, ...]:
     """What embedding or head may get."""
     assert job.recipe.allocation is not None
     fixed = job.recipe.embedding if module == job.architecture.embedding else job.recipe.head
-    return job.recipe.allocation.outer or (fixed,)
+    asked = job.recipe.allocation.outer or (fixed,)
+    return tuple(plan.scheme for plan in fitting_outer(asked, job.architecture, module))
 
 
 def outer_losses(job: Job, outputs: ActivationFile) -> dict[str, list[float]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from quern.formats.base import FORMATS
 from quern.loading.fitting import open_original
 from quern.pipeline.blockwise import memory_plan, sensitivity
 from quern.pipeline.blockwise.calibration_text import CalibrationText
-from quern.pipeline.blockwise.job import Job, keeping, plan_of
+from quern.pipeline.blockwise.job import Job, fitting_candidates, fitting_outer, keeping, plan_of
 from quern.pipeline.planning.budget import USUAL_CONTEXT, Budget, Chooser, Chosen, decided
 from quern.pipeline.planning.losses import LossTable, loss_table, table_fingerprint, table_folder
 from quern.pipeline.planning.sizes import Sizes
@@ -107,6 +108,7 @@ def plan(
     fresh: bool = False,
     threads: int | None = None,
     format: str | None = None,
+    format_options: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PlanReport:
@@ -136,6 +138,7 @@ def plan(
         threads=threads,
         cache=cache_folder() if cache is None else Path(cache),
         progress=progress,
+        format_options=format_options or {},
     )
     assert candidates.recipe.allocation is not None
     report = candidates.choose(candidates.recipe.allocation.target, threads)
@@ -238,6 +241,7 @@ def candidates_of(
     cache: Path,
     progress: Progress,
     fresh: bool = False,
+    format_options: Mapping[str, str] = MappingProxyType({}),
 ) -> Candidates:
     """The candidates of a checkpoint that is open and a recipe that has an allocation; other arguments as of ``plan``."""
     allocation = recipe.allocation
@@ -256,7 +260,8 @@ def candidates_of(
             "values that it has. Take another rounding, or leave out the allocation"
         )
     text = CalibrationText(calibration, usable_tokenizer(checkpoint.path, True), recipe.calibration)
-    fingerprint = fingerprint_of(checkpoint, recipe, text, seed, device, progress)
+    writer.prepare(checkpoint, format_options)
+    fingerprint = fingerprint_of(checkpoint, recipe, text, seed, device, progress, format_options)
     sizes = Sizes(checkpoint, architecture, writer, fingerprint)
     unknown = _with_bytes(recipe, architecture, None, sizes)
     Candidates(checkpoint, architecture, recipe, unknown, sizes, 0.0, ()).refuse_sizes(allocation.target)
@@ -294,10 +299,10 @@ def _with_bytes(
     assert recipe.allocation is not None
     fixed = {architecture.embedding: recipe.embedding, architecture.head: recipe.head}
     plans = {
-        module: [LinearPlan(scheme) for scheme in recipe.allocation.outer or (fixed[module],)]
+        module: fitting_outer(recipe.allocation.outer or (fixed[module],), architecture, module)
         for module in architecture.outer
     }
-    plans |= {name: candidates_for(recipe, name) for name in architecture.linears}
+    plans |= {name: fitting_candidates(recipe, architecture, name) for name in architecture.linears}
     losses = {name: [0.0] * len(choices) for name, choices in plans.items()}
     if table is not None:
         losses |= {**table.linears, **table.outer}

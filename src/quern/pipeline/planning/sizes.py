@@ -16,20 +16,16 @@ import torch
 from torch import Tensor
 
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.files import json_bytes
-from quern.checkpoint.folder import CONFIG, INDEX
-from quern.checkpoint.safetensors_file import DTYPES, METADATA, file_bytes
-from quern.checkpoint.tokenizer import copy_tokenizer
+from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import codec_of
-from quern.core.artifact import PROVENANCE, InputSummary
+from quern.core.artifact import InputSummary
 from quern.core.errors import UserError
-from quern.core.machine.temporary import temporary_folder
 from quern.core.packed import PackedLinear, QuantizedWeight
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
 from quern.core.results import TunedBlock
-from quern.formats.sharded import ShardedWriter
-from quern.pipeline.blockwise.job import plan_of
+from quern.formats.base import FORMATS, SizedWriter
+from quern.pipeline.blockwise.job import plan_of, stand_in_note
 from quern.pipeline.request import checked_writer
 from quern.quantization.calibration.sketch import RUNS
 
@@ -60,18 +56,18 @@ class Sizes:
     def __init__(
         self, checkpoint: Checkpoint, architecture: Any, writer: object, fingerprint: Mapping[str, Any]
     ) -> None:
-        if not isinstance(writer, ShardedWriter):
+        if not isinstance(writer, SizedWriter):
+            known = ", ".join(name for name in FORMATS if issubclass(FORMATS.get(name).writer, SizedWriter))
             raise UserError(
-                "an allocation needs a format whose size is known beforehand, which this one's is not. Plan for format "
-                "quern, and export what comes of it"
+                "an allocation needs a format whose size is known beforehand, which this one's is not. Plan for one of "
+                f"{known}, and export what comes of it"
             )
         self._checkpoint, self._architecture, self._fingerprint = checkpoint, architecture, fingerprint
         self._writer = writer
         self._shapes = architecture.module_shapes()
         self._known: dict[tuple[object, ...], Meta] = {}
         self._saved: dict[tuple[object, ...], int] = {}
-        with temporary_folder("tokenizer") as folder:
-            self._tokenizer = sum(path.stat().st_size for path in copy_tokenizer(checkpoint.path, folder))
+        self._companions = writer.companion_bytes(checkpoint)
 
     def shape(self, module: str) -> tuple[int, int]:
         """(rows, columns) of a matrix."""
@@ -93,25 +89,19 @@ class Sizes:
         """Of the whole artifact that ``recipe`` makes; raises ``UserError`` where its format cannot store that."""
         plan = plan_of(recipe, self._architecture)
         writer = checked_writer(recipe, plan, self._architecture)
-        assert isinstance(writer, ShardedWriter)
+        assert isinstance(writer, SizedWriter)
+        writer.prepare_like(self._writer)
         stages = list(self._stages(plan))
-        data = sum(tensor.nbytes for stage in stages for tensor in stage.values())
-        shards = sum(file_bytes(stage, METADATA) for stage in stages)
-        names = [writer.shard(stage) for stage in range(len(stages))]
-        places = {name: shard for stage, shard in zip(stages, names, strict=True) for name in stage}
-        index = {"metadata": {"total_size": data}, "weight_map": dict(sorted(places.items()))}
-        said = {"quantization_config": writer.quantization_config(plan)} if plan.quantized() else {}
-        further = writer.further_files(plan) if plan.quantized() else {}
         provenance = {
             "fingerprint": {**self._fingerprint, "recipe": recipe.to_json()},
             "layers": [self._layer(name, one) for name, one in plan.quantized().items()],
-            "notes": [],
-            "files": sorted([*names, INDEX, CONFIG, *further]),
+            "notes": [*self._checkpoint.lasting_notes, *stand_in_note(recipe, plan, self._architecture)],
+            "files": [],
             **self._inputs(recipe, plan),
             **self._tuning(recipe, plan),
         }
-        texts = {INDEX: index, CONFIG: {**self._checkpoint.config, **said}, PROVENANCE: provenance, **further}
-        return ArtifactBytes(data, shards + self._tokenizer + sum(len(json_bytes(text)) for text in texts.values()))
+        files = self._companions + writer.artifact_bytes(stages, self._checkpoint.config, provenance, plan)
+        return ArtifactBytes(sum(tensor.nbytes for stage in stages for tensor in stage.values()), files)
 
     def _inputs(self, recipe: Recipe, plan: Plan) -> dict[str, Any]:
         """What calibration will say of the inputs of linears, with numbers whose texts are the longest."""
@@ -164,10 +154,11 @@ class Sizes:
                 if module in linears:
                     stage |= self._module(module, plan)
                 else:
-                    stage[block.prefix + name] = _meta(architecture.parameters(block.index)[name], DTYPES[stored])
+                    shape = architecture.parameters(block.index)[name]
+                    stage[block.prefix + name] = self._writer.plain(_meta(shape, DTYPES[stored]))
             yield stage
         norm = f"{architecture.final_norm}.weight"
-        last = {norm: _meta(self._shapes[norm], DTYPES[self._checkpoint.info(norm).dtype])}
+        last = {norm: self._writer.plain(_meta(self._shapes[norm], DTYPES[self._checkpoint.info(norm).dtype]))}
         for module in architecture.outer[1:]:
             last |= self._module(module, plan)
         yield last
@@ -180,7 +171,7 @@ class Sizes:
         key = self._key(module, plan)
         if key not in self._known:
             self._known[key] = self._encoded(self.shape(module), plan) if plan.quantized else {
-                "weight": _meta(self.shape(module), self._dtype(module))
+                "weight": self._writer.plain(_meta(self.shape(module), self._dtype(module)))
             }  # fmt: skip
             self._saved[key] = self._writer.saved_bytes("x") if plan.quantized else 0
         return self._known[key]

@@ -13,9 +13,14 @@ import torch
 
 from quern.checkpoint.files import explain_write_errors
 from quern.core.errors import UserError
+from quern.core.machine.temporary import temporary_folder
 
 ALIGNMENT = 32
 """Every tensor begins at a multiple of it."""
+OTHER_HEAD = 256
+"""Bytes that suffice for the head of a file that is not a model's first, without what it says of tensors."""
+ARCHITECTURE = "general.architecture"
+"""The key that every file has."""
 LONGEST_NAME = 63
 """Characters of a tensor's name, as ggml allows."""
 
@@ -49,31 +54,15 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file of version 3.
 
-    ``metadata``: texts, truth values, whole numbers (uint32), other numbers (float32) and lists of these (whole numbers of
-    lists are int32); ``general.architecture`` is among them. ``data``: of each tensor in turn its values, or bytes uint8
-    where its type is one of blocks; one of them is in memory at a time. Raises ``UserError`` where the disk does not take
-    them; what is at ``path`` then is no whole file.
+    ``metadata``: texts, truth values, whole numbers (uint32, or the type of a numpy number), other numbers (float32) and
+    lists of these (whole numbers of lists are int32); ``general.architecture`` is among them. ``data``: of each tensor in
+    turn its values, or bytes uint8 where its type is one of blocks; one of them is in memory at a time. Raises ``UserError``
+    where the disk does not take them; what is at ``path`` then is no whole file.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter
-
     sizes = [tensor.stored_bytes for tensor in tensors]
     with explain_write_errors(path, sum(sizes)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(path, metadata["general.architecture"])
-        for key, value in metadata.items():
-            if key != "general.architecture":
-                _add(writer, key, value)
-        for tensor, size in zip(tensors, sizes, strict=True):
-            assert len(tensor.name) <= LONGEST_NAME
-            kind = GGMLQuantizationType[tensor.kind]
-            # With another dtype than uint8 the shape is that of the values.
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-        finally:
-            writer.close()
+        _write_head(path, metadata, tensors)
         with open(path, "ab") as file:
             _pad(file)
             for tensor, size, values in zip(tensors, sizes, data, strict=True):
@@ -81,6 +70,60 @@ def write_gguf(
                 assert raw.nbytes == size, (tensor.name, raw.nbytes, size)
                 file.write(raw.data)  # which, unlike what the package does, says what stops it
                 _pad(file)
+
+
+def head_bytes(metadata: Mapping[str, Any], tensors: Sequence[TensorPlan]) -> int:
+    """Bytes in front of the data of the first tensor, before they are padded. They do not depend on the tensors' types."""
+    with temporary_folder("gguf") as folder:
+        _write_head(folder / "head.gguf", metadata, tensors)
+        return (folder / "head.gguf").stat().st_size
+
+
+def in_parts(tensors: Sequence[TensorPlan], most: int | None, head: int) -> list[list[TensorPlan]]:
+    """The tensors by file, in order, so that a file has more than ``most`` bytes only where one tensor has; None: one file.
+
+    ``head``: bytes in front of the tensors of the first one, where all of them are described there.
+    """
+    parts: list[list[TensorPlan]] = [[]]
+    size = padded(head)
+    for tensor in tensors:
+        own = padded(tensor.stored_bytes) + (0 if len(parts) == 1 else _info_bytes(tensor))
+        if most is not None and parts[-1] and size + own > most:
+            parts.append([])
+            size, own = OTHER_HEAD, padded(tensor.stored_bytes) + _info_bytes(tensor)
+        parts[-1].append(tensor)
+        size += own
+    return parts
+
+
+def _info_bytes(tensor: TensorPlan) -> int:
+    """What a file says of a tensor: name, shape, type and place."""
+    return 8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8
+
+
+def padded(size: int) -> int:
+    """Bytes that ``size`` bytes take with what fills them up to the next tensor."""
+    return size + -size % ALIGNMENT
+
+
+def _write_head(path: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorPlan]) -> None:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(path, metadata[ARCHITECTURE])
+    for key, value in metadata.items():
+        if key != ARCHITECTURE:
+            _add(writer, key, value)
+    for tensor in tensors:
+        assert len(tensor.name) <= LONGEST_NAME
+        kind = GGMLQuantizationType[tensor.kind]
+        # With another dtype than uint8 the shape is that of the values.
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.stored_bytes, raw_dtype=kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
 
 
 def _pad(file: BinaryIO) -> None:
@@ -93,6 +136,9 @@ def _add(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, list | tuple):
         if value:
             writer.add_key_value(key, list(value), GGUFValueType.ARRAY, _element_type(value))
+        return
+    if isinstance(value, np.generic):
+        writer.add_key_value(key, value.item(), GGUFValueType[value.dtype.name.upper()])
         return
     whole = type(value) is int
     kind = GGUFValueType.UINT32 if whole else GGUFValueType.get_type(value)
