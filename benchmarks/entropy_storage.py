@@ -28,8 +28,8 @@ from quern.checkpoint.safetensors_file import TensorInfo, read_header, read_tens
 from quern.codecs.base import codec_of
 from quern.core.machine.parallel import Workers, available_threads
 from quern.core.scheme import parse_scheme
-from quern.formats._entropy import CodedTensor, coder_version, encode
-from quern.formats._symbols import Coding, entropy_bits
+from quern.formats.entropy.entropy import CodedTensor, coder_version, encode
+from quern.formats.entropy.symbols import Coding, entropy_bits
 
 ROUNDS = 7
 SCHEMES: dict[str, dict[str, Any]] = {

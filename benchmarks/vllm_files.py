@@ -31,8 +31,8 @@ from quern.evaluation.heldout import held_out_text, training_calibration_text
 from quern.loading.fitting import open_model
 from quern.peers.base import PeerVariant, Variant
 from quern.pipeline.artifacts import ArtifactRequest
+from quern.pipeline.comparing.peers import Tools, make_all
 from quern.pipeline.output import artifact_size
-from quern.pipeline.peers import Tools, make_all
 from quern.pipeline.quantize import quantize
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from quern.checkpoint.files import write_bytes, write_json
-from quern.checkpoint.work_folder import WorkFolder, finish_removal
+from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
 
 STEPS = 3
 FINGERPRINT = {"recipe": {"bits": 4}, "seed": 1}

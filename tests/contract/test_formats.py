@@ -115,7 +115,9 @@ def test_config_is_plain_json_and_names_every_module(format_name, choices):
 
 
 def test_unknown_formats_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="unknown format 'zap'; known: awq, compressed-tensors, gguf, gptq, onnx, quern"):
+    with pytest.raises(
+        UserError, match="unknown format 'zap'; known: awq, compressed-tensors, gguf, gptq, onnx, quern"
+    ):
         FORMATS.get("zap")
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from quern.checkpoint.files import write_json
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.checkpoint.safetensors_file import DTYPES, TensorInfo
-from quern.checkpoint.work_folder import WorkFolder
 from quern.core.packed import PackedLinear
 from quern.core.plan import Plan
 from quern.formats.base import FORMATS, Format

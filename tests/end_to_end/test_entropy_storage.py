@@ -331,6 +331,6 @@ def test_damage_names_the_tensor(coded, tmp_path):
 
 
 def test_every_coded_dtype_is_one_that_headers_know():
-    from quern.formats._symbols import CODED
+    from quern.formats.entropy.symbols import CODED
 
     assert set(CODED) < set(DTYPES)

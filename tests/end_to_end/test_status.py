@@ -8,7 +8,7 @@ from tiny_model import calibration_text, tiny_config, write_model
 from typer.testing import CliRunner
 
 import quern
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.cli.main import app
 from quern.core.errors import UserError
 from quern.core.progress import Silent

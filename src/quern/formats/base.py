@@ -28,7 +28,7 @@ from quern.core.scheme import CodecScheme
 if TYPE_CHECKING:
     from quern.architectures.base import Architecture
     from quern.checkpoint.checkpoint import Checkpoint
-    from quern.checkpoint.work_folder import WorkFolder
+    from quern.checkpoint.jobs.work_folder import WorkFolder
 
 
 UNNAMED = "model"

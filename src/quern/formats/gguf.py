@@ -36,7 +36,7 @@ from quern.checkpoint.gguf.writing.container import (
 )
 from quern.checkpoint.gguf.writing.metadata import ModelMetadata, model_metadata
 from quern.checkpoint.gguf.writing.vocabulary import Vocabulary, vocabulary
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.codecs.base import codec_of
 from quern.codecs.packing.ggml import GgmlForm
 from quern.core.errors import BadFileError, UserError

@@ -21,7 +21,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.ends import ending_tokens, generation_defaults
 from quern.checkpoint.files import atomic_output, write_bytes, write_json
 from quern.checkpoint.folder import CONFIG
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.codecs.base import codec_of
 from quern.core.engine import switch_length
 from quern.core.errors import UserError

@@ -17,7 +17,7 @@ from quern.architectures.base import Architecture
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json, write_json
 from quern.checkpoint.folder import CONFIG, open_tensors
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.codecs.base import ScaledParameters, codec_of
 from quern.core.errors import BadFileError, UserError
 from quern.core.packed import PackedLinear
@@ -25,9 +25,9 @@ from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.results import Target
 from quern.core.scheme import CodecScheme, parse_scheme
-from quern.formats._coded_source import CodedSource, parse_storage, storage_json
-from quern.formats._entropy import coder_version, encode, zstandard
 from quern.formats.base import FORMATS, ArtifactReader, CodedPart, Format, Obstacle, StoredModule, StoredWeight
+from quern.formats.entropy.coded_source import CodedSource, parse_storage, storage_json
+from quern.formats.entropy.entropy import coder_version, encode, zstandard
 from quern.formats.fit import Expected, differences, plain
 from quern.formats.sharded import ShardedWriter
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import json_bytes, write_json
 from quern.checkpoint.folder import CONFIG, INDEX
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.checkpoint.safetensors_file import METADATA, file_bytes, read_header
 from quern.checkpoint.tokenizer import copy_tokenizer
-from quern.checkpoint.work_folder import WorkFolder
 from quern.core.machine.temporary import temporary_folder
 from quern.core.packed import PackedLinear
 from quern.core.plan import Plan

@@ -16,7 +16,7 @@ from quern.advisor.hardware import probe
 from quern.advisor.recommend import recommend
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.output_place import write_output
+from quern.checkpoint.jobs.output_place import write_output
 from quern.comparison.inputs import Inputs, MeasurementSettings, prepare_inputs, reference_key
 from quern.comparison.measure import Measurement, measure_all
 from quern.comparison.measured_cache import MeasuredCache
@@ -35,8 +35,8 @@ from quern.evaluation.choice import ChoiceSet
 from quern.loading.fitting import open_model, open_original
 from quern.peers.base import PeerVariant, peer_variants
 from quern.pipeline.artifacts import ArtifactRequest, make_artifact
-from quern.pipeline.comparison_folder import ComparisonFolder
-from quern.pipeline.peers import TIME_LIMIT_S, Tools, make_all
+from quern.pipeline.comparing.comparison_folder import ComparisonFolder
+from quern.pipeline.comparing.peers import TIME_LIMIT_S, Tools, make_all
 from quern.pipeline.planning.text_budget import settled_recipe
 from quern.pipeline.request import chosen_recipe, refuse_files
 from quern.pipeline.stacking.matrix import stacking_of

@@ -14,8 +14,8 @@ import quern
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
+from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
 from quern.checkpoint.tokenizer import usable_tokenizer
-from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.core.artifact import PROVENANCE, quantization_of
 from quern.core.errors import BadFileError, UserError, option
 from quern.core.machine.memory import forget_peak, peak_rss

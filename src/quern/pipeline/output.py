@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from quern.checkpoint.files import read_json
-from quern.checkpoint.output_place import OutputFile, OutputFolder, output_folder
+from quern.checkpoint.jobs.output_place import OutputFile, OutputFolder, output_folder
+from quern.checkpoint.jobs.work_folder import WorkFolder, check_work_folder, differences, publication
 from quern.checkpoint.tokenizer import COPIED
-from quern.checkpoint.work_folder import WorkFolder, check_work_folder, differences, publication
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError, UserError, option
 from quern.core.results import TunedBlock

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
+from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
 from quern.checkpoint.tokenizer import usable_tokenizer
-from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import CalibratedInputs
 from quern.core.errors import OutOfMemoryCapError, UserError

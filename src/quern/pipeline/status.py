@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from quern.checkpoint.output_place import BESIDE
-from quern.checkpoint.work_state import WorkState, is_work_folder, state_of
+from quern.checkpoint.jobs.output_place import BESIDE
+from quern.checkpoint.jobs.work_state import WorkState, is_work_folder, state_of
 from quern.core.errors import UserError
 
 _DEPTH = 4

@@ -18,9 +18,9 @@ import quern
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
-from quern.checkpoint.output_place import resolved
+from quern.checkpoint.jobs.output_place import resolved
+from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
 from quern.checkpoint.tokenizer import usable_tokenizer
-from quern.checkpoint.work_folder import WorkFolder, finish_removal
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import UserError, option
 from quern.core.machine.heap import release_freed

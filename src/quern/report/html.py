@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from quern.checkpoint.output_place import output_file, write_output
+from quern.checkpoint.jobs.output_place import output_file, write_output
 from quern.core.results import Results, load_results
 from quern.report.view import page_data, page_view, unbroken
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mounts import mounted, read_only, tmpfs
 
-from quern.checkpoint.output_place import BESIDE, output_file, output_folder, resolved, write_output
+from quern.checkpoint.jobs.output_place import BESIDE, output_file, output_folder, resolved, write_output
 from quern.core.errors import UserError
 
 

@@ -16,7 +16,7 @@ import torch
 from work_folder_job import FINGERPRINT, LAST, NEW, OLD, hashes, run_and_die, run_into, run_job
 
 from quern.checkpoint.files import write_bytes
-from quern.checkpoint.work_folder import WorkFolder, finish_removal
+from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
 from quern.core.errors import BadFileError, UserError
 
 KILLED = -signal.SIGKILL
@@ -26,7 +26,7 @@ KILLED = -signal.SIGKILL
 def processes():
     """Starts processes in milliseconds: forks of a server that has imported everything and does nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["quern.checkpoint.work_folder"])
+    context.set_forkserver_preload(["quern.checkpoint.jobs.work_folder"])
     return context
 
 

@@ -11,9 +11,9 @@ from sample_results import sample_results
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from quern.checkpoint.lock import acquire
+from quern.checkpoint.jobs.lock import acquire
 from quern.cli.main import app
-from quern.pipeline.comparison_folder import ComparisonFolder
+from quern.pipeline.comparing.comparison_folder import ComparisonFolder
 
 COMMANDS = {
     "plan": ("plan", "model", "-o", "out/plan.yaml"),

@@ -15,10 +15,10 @@ from quern.codecs.base import CODECS, ScaledParameters, codec_of
 from quern.core.plan import plan_for
 from quern.core.recipe import load_recipe
 from quern.core.scheme import parse_scheme
-from quern.formats._coded_source import parse_storage, storage_json
-from quern.formats._entropy import LEAST_BYTES, LEAST_GAIN
-from quern.formats._symbols import CHUNK, CODED
 from quern.formats.base import StoredModule
+from quern.formats.entropy.coded_source import parse_storage, storage_json
+from quern.formats.entropy.entropy import LEAST_BYTES, LEAST_GAIN
+from quern.formats.entropy.symbols import CHUNK, CODED
 from quern.formats.quern import CODED_VERSION, INPUT_GROUP, READ_VERSIONS, VERSION, WIDER_VERSION, QuernReader
 from quern.pipeline.inspect import inspect
 

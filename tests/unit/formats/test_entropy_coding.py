@@ -18,9 +18,9 @@ from quern.codecs.packing import bits as packing
 from quern.core.errors import BadFileError
 from quern.core.machine.parallel import Workers
 from quern.formats import _entropy, _symbols
-from quern.formats._coded_source import CodedSource, parse_storage, storage_json
-from quern.formats._entropy import CodedTensor, encode
-from quern.formats._symbols import Coding, entropy_bits, merge, parse_coding, split
+from quern.formats.entropy.coded_source import CodedSource, parse_storage, storage_json
+from quern.formats.entropy.entropy import CodedTensor, encode
+from quern.formats.entropy.symbols import Coding, entropy_bits, merge, parse_coding, split
 
 zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
 

@@ -7,7 +7,7 @@ import torch
 from artifacts import small_recipe
 
 from quern import _native
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.core.errors import UserError
 from quern.pipeline import quantize as module
 from quern.quantization.arithmetic import arithmetic

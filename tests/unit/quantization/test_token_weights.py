@@ -9,7 +9,7 @@ from torch import nn
 
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import open_checkpoint
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.core.machine.parallel import Workers
 from quern.core.progress import Silent
 from quern.formats.base import FORMATS

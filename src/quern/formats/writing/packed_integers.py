@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quern.architectures.base import Architecture
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.codecs.base import ScaledParameters
 from quern.codecs.packing import bits
 from quern.core.errors import UserError

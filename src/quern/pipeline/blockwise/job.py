@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quern.architectures.base import Architecture, parameter_reader
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.codecs.base import codec_of
 from quern.codecs.scheme_text import scheme_text
 from quern.core.machine.parallel import Workers

@@ -14,9 +14,9 @@ import yaml
 from quern.advisor.hardware import BUFFER_BYTES, read_bandwidth
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.output_place import output_file, write_output
+from quern.checkpoint.jobs.output_place import output_file, write_output
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.checkpoint.tokenizer import usable_tokenizer
-from quern.checkpoint.work_folder import WorkFolder
 from quern.codecs.scheme_text import scheme_text
 from quern.core.allocation import Target
 from quern.core.errors import UserError, option

@@ -24,8 +24,8 @@ from torch import Tensor
 from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json, write_json
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.checkpoint.tokenizer import usable_tokenizer
-from quern.checkpoint.work_folder import WorkFolder
 from quern.core.errors import BadFileError, UserError, option
 from quern.core.machine.parallel import Workers, deterministic_workers
 from quern.core.progress import Progress

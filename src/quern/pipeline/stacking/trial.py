@@ -50,7 +50,7 @@ class Use:
     @classmethod
     def of(cls, *parts: Part) -> Use:
         """How what has these parts is run here. vLLM's artifacts are run by the reference engine, through transformers;
-        llama.cpp's, and those of vLLM that quern opens as values, by the cpu engine, as what they decode to or packed; so are
+        llama.cpp's, and those of vLLM that quern opens as values, by the cpu engine, decoded or packed; so are
         those that quern does not open, in format quern."""
         named = {part.kind: part.name for part in parts}
         format = named.get("format", "quern")

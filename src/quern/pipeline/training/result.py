@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.core.packed import PackedLinear, QuantizedWeight
 from quern.formats.base import ArtifactWriter
 from quern.pipeline.training.artifact import Start

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.quantization.training.loop import History
 
 STATE, BEST = "state", "best"

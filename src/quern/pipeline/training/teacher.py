@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quern.architectures.base import Architecture
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.checkpoint.work_folder import WorkFolder
+from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.core.machine.heap import release_freed
 from quern.core.machine.parallel import Workers
 from quern.core.progress import Progress

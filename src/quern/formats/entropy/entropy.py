@@ -28,7 +28,7 @@ from quern.checkpoint.files import InputFile
 from quern.checkpoint.safetensors_file import DTYPES, TensorInfo, allocate_bytes
 from quern.core.errors import BadFileError, UserError
 from quern.core.machine.parallel import Workers, pieces
-from quern.formats._symbols import CODED, PLANES, Coding, Octets, merge, split
+from quern.formats.entropy.symbols import CODED, PLANES, Coding, Octets, merge, split
 
 LEAST_BYTES = 4096
 """Smaller tensors stay as they are."""

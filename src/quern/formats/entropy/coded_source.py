@@ -15,8 +15,8 @@ from quern.checkpoint.files import InputFile
 from quern.checkpoint.safetensors_file import TensorInfo
 from quern.core.errors import BadFileError
 from quern.core.machine.parallel import Workers
-from quern.formats._entropy import CodedTensor
-from quern.formats._symbols import Coding, entropy_bits, parse_coding
+from quern.formats.entropy.entropy import CodedTensor
+from quern.formats.entropy.symbols import Coding, entropy_bits, parse_coding
 
 CODER = "zstd"
 """The one coder that there is."""

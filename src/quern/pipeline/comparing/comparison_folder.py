@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quern.checkpoint.files import explain_write_errors
-from quern.checkpoint.lock import acquire
-from quern.checkpoint.output_place import output_file, output_folder
+from quern.checkpoint.jobs.lock import acquire
+from quern.checkpoint.jobs.output_place import output_file, output_folder
 from quern.comparison.own_files import check_cache, is_record, is_results, mark_cache, not_ours
 from quern.pipeline.output import output_target
 from quern.report.html import is_report

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from quern.checkpoint.files import read_json
-from quern.checkpoint.journal import parse_journal
-from quern.checkpoint.lock import holder
-from quern.checkpoint.progress_file import TaskState
+from quern.checkpoint.jobs.journal import parse_journal
+from quern.checkpoint.jobs.lock import holder
+from quern.checkpoint.jobs.progress_file import TaskState
 from quern.core.errors import BadFileError
 
 

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from quern.checkpoint.files import explain_write_errors, read_json, sha256_of, sync, write_json
-from quern.checkpoint.journal import Record, append_record, read_journal
-from quern.checkpoint.lock import acquire
-from quern.checkpoint.output_place import OutputFolder
-from quern.checkpoint.progress_file import ProgressFile
-from quern.checkpoint.publishing import is_moved, move_into, publishing_order, remove_entry, removing_order
+from quern.checkpoint.jobs.journal import Record, append_record, read_journal
+from quern.checkpoint.jobs.lock import acquire
+from quern.checkpoint.jobs.output_place import OutputFolder
+from quern.checkpoint.jobs.progress_file import ProgressFile
+from quern.checkpoint.jobs.publishing import is_moved, move_into, publishing_order, remove_entry, removing_order
 from quern.checkpoint.safetensors_file import METADATA, read_tensors, write_safetensors
 from quern.core.errors import BadFileError, UserError, option
 from quern.core.progress import Progress
