@@ -72,13 +72,14 @@ INLINE void add_minimums(const float* minimums, int32_t groups, const float* xs,
 
 void minimums(const float* minimums, int32_t row_groups, int32_t tokens, int32_t groups, const float* xs,
               const int32_t* xsum, float* out) {
+  const int64_t stride = groups;
   for (int32_t r = 0; r < 16 * row_groups; r += 8) {
     float* to = out + static_cast<int64_t>(r / 16) * tokens * 16 + r % 16;
     int32_t t = 0;
     for (; t + 4 <= tokens; t += 4)
-      add_minimums<4>(minimums + r, groups, xs + static_cast<int64_t>(t) * groups, xsum + static_cast<int64_t>(t) * groups, to + 16 * t);
+      add_minimums<4>(minimums + r, groups, xs + t * stride, xsum + t * stride, to + 16 * t);
     for (; t < tokens; ++t)
-      add_minimums<1>(minimums + r, groups, xs + static_cast<int64_t>(t) * groups, xsum + static_cast<int64_t>(t) * groups, to + 16 * t);
+      add_minimums<1>(minimums + r, groups, xs + t * stride, xsum + t * stride, to + 16 * t);
   }
 }
 

@@ -22,7 +22,8 @@ Numbers numbers_of(const Weight& weight, int32_t row, int32_t group) {
   Numbers found{};
   found.scale = scalar::number(block + Type::D_AT, Float::float16, 0) * static_cast<float>(Type::scale(block, place));
   if (Type::MINIMUMS)
-    found.minimum = -(scalar::number(block + Type::MINIMUM_AT, Float::float16, 0) * static_cast<float>(Type::minimum(block, place)));
+    found.minimum = -(scalar::number(block + Type::MINIMUM_AT, Float::float16, 0) *
+                      static_cast<float>(Type::minimum(block, place)));
   return found;
 }
 

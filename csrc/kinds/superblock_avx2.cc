@@ -1,5 +1,5 @@
-// ggml's super-blocks: 32 values a register, whose products are added by groups; the scales of a super-block meet the sums of its
-// groups side by side, and are added in order.
+// ggml's super-blocks: 32 values a register, whose products are added by groups; the scales of a super-block meet the sums
+// of its groups side by side, and are added in order.
 #include "kinds/rows_avx2-inl.h"
 #include "kinds/superblock-inl.h"
 

@@ -171,7 +171,8 @@ struct Code<Q5K> {
   int chunk;
   __m512i low, high;
   INLINE Code make(int chunk) {
-    return {chunk, two_moves(moving(0, 4, 0), moving(4, 4, 0)), two_moves(moving(2 * chunk, 1, 4), moving(2 * chunk + 1, 1, 4))};
+    return {chunk, two_moves(moving(0, 4, 0), moving(4, 4, 0)),
+            two_moves(moving(2 * chunk, 1, 4), moving(2 * chunk + 1, 1, 4))};
   }
   INLINE __m512i codes(const Code& self, const uint8_t* b) {
     return _mm512_or_si512(moved(twice(b + 48 + 32 * self.chunk), self.low), moved(twice(b + 16), self.high));
