@@ -1,4 +1,4 @@
-"""AWQ's layout of version GEMM, as AutoAWQ writes it and vLLM, transformers and SGLang load it (docs/gptq-awq.md).
+"""AWQ's layout of version GEMM, as AutoAWQ writes it and vLLM and transformers load it (docs/gptq-awq.md).
 
 For a linear of ``in`` inputs and ``out`` outputs, in groups of ``group_size`` inputs:
 

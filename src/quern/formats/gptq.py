@@ -1,4 +1,4 @@
-"""GPTQ's layout, as AutoGPTQ and GPTQModel write it and vLLM, transformers and SGLang load it (docs/gptq-awq.md).
+"""GPTQ's layout, as AutoGPTQ and GPTQModel write it and vLLM and transformers load it (docs/gptq-awq.md).
 
 For a linear of ``in`` inputs and ``out`` outputs, in groups of ``group_size`` inputs:
 
