@@ -9,7 +9,7 @@ from quern.cli.main import app
 from quern.codecs.base import CODECS
 from quern.core.errors import UserError
 from quern.core.recipe import load_recipe, parse_recipe
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 from quern.engines.base import ENGINES
 from quern.formats.base import FORMATS
 from quern.peers.base import peer_variants

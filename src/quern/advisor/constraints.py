@@ -13,7 +13,7 @@ from quern.advisor.deployment import licence_of, obstacle_to, targets_of
 from quern.advisor.scoring import Yardstick, loss_of, positive
 from quern.core.errors import UserError, option
 from quern.core.results import Row, Target
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 from quern.core.units import bytes_text, percent_text, significant
 
 USUAL_LICENCES = ("MIT", "Apache-2.0", "BSD-3-Clause", "LGPL-3.0-only", "GPL-3.0-only", "AGPL-3.0-only")

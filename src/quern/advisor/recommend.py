@@ -29,7 +29,7 @@ from quern.advisor.scoring import WEIGHTS, Scored, Weights, Yardstick, dominator
 from quern.advisor.wording import choice_reasons, dominated_text, elsewhere_text, place_text
 from quern.core.errors import UserError
 from quern.core.results import FORMER_SCENARIOS, Excluded, Ranked, Recommendation, Results, Row, Scenario, Target
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 
 __all__ = ["pareto_front", "recommend"]
 

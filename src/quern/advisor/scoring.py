@@ -24,7 +24,7 @@ from typing import get_args
 from quern.advisor.drift import favour
 from quern.core.errors import UserError
 from quern.core.results import Row, Scenario, WeightName, unquantized_row
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 
 SCALING_EXPONENT = 0.076
 """Exponent of the number of parameters in the scaling law of the cross entropy (Kaplan et al. 2020, equation 1.1)."""

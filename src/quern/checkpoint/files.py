@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from quern.core.encoding import foreign_encoding
 from quern.core.errors import BadFileError, UserError
 from quern.core.machine.temporary import ELSEWHERE, is_temporary
+from quern.core.text.encoding import foreign_encoding
 from quern.core.units import bytes_text
 
 JSON_LIMIT = 16 * 1024 * 1024

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from quern.cli import options
 from quern.cli.outcome import say, show, tell, verb, working
-from quern.core.encoding import decode_utf8
+from quern.core.text.encoding import decode_utf8
 
 
 @verb("quern chat quantized --system 'Answer in one sentence.'")

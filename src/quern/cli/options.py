@@ -15,7 +15,7 @@ from quern.core.errors import UserError
 from quern.core.machine.parallel import MOST_THREADS
 from quern.core.recipe_parts import TEXT_AUTO
 from quern.core.results import FORMER_SCENARIOS, Scenario, Target
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 from quern.core.units import parse_size
 
 Model = Annotated[

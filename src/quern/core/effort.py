@@ -11,7 +11,7 @@ from typing import Any
 
 from quern.core.errors import UserError
 from quern.core.recipe_parts import ROUNDINGS
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 
 MARK = "@"
 EFFORTS = {

@@ -23,7 +23,6 @@ from pydantic import (
 
 from quern.core.allocation import Allocation, AllocationCandidate, Target
 from quern.core.effort import split_effort, with_effort
-from quern.core.encoding import decode_utf8
 from quern.core.errors import UserError
 from quern.core.recipe_parts import (
     NEAREST,
@@ -38,7 +37,8 @@ from quern.core.recipe_parts import (
 )
 from quern.core.registry import Registry
 from quern.core.scheme import UNQUANTIZED, CodecScheme, parse_scheme, scheme_keys
-from quern.core.suggest import did_you_mean
+from quern.core.text.encoding import decode_utf8
+from quern.core.text.suggest import did_you_mean
 
 RECIPE_PACKAGE = "quern.recipes"
 WILDCARDS = frozenset("*?[")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from quern.core.errors import UserError
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 
 T = TypeVar("T")
 

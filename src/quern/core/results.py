@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from quern.core.encoding import decode_utf8
 from quern.core.errors import BadFileError
 from quern.core.former_results import completed
+from quern.core.text.encoding import decode_utf8
 
 METRICS_VERSION = 2
 """Rules of measuring, described in docs/results.md. 2: all options of a choice are scored from one place."""

@@ -14,7 +14,7 @@ from quern.core.engine import BatchModel
 from quern.core.errors import UserError, option
 from quern.core.recipe import Recipe
 from quern.core.registry import Registry
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 from quern.formats.base import FORMATS, StoredModule, format_of, reader_of
 from quern.loading.fitting import model_config
 

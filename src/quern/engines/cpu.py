@@ -16,7 +16,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.core.artifact import quantization_of
 from quern.core.errors import QuernError, UserError, option
 from quern.core.machine.parallel import thread_count
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 from quern.engines._cpu_layers import ACTIVATIONS, gated_decoder, kept_heads
 from quern.engines._cpu_model import ORDINARY as ORDINARY
 from quern.engines._cpu_model import CpuModel

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from quern.checkpoint.files import sha256_of, write_bytes
 from quern.core import metrics
-from quern.core.encoding import whole_characters
 from quern.core.engine import LoadedModel
 from quern.core.errors import BadFileError, UserError
+from quern.core.text.encoding import whole_characters
 from quern.evaluation.batches import batched_logits
 from quern.texts.stream import characters, first_bytes, lines
 from quern.texts.tokens import Tokenizer, begun, check_vocabulary, leading_special, plain_ids

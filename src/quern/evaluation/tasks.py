@@ -15,7 +15,7 @@ from typing import Any
 
 from quern.core.engine import LoadedModel
 from quern.core.errors import QuernError, UserError, option
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 from quern.evaluation.lm_eval import language_model
 from quern.texts.tokens import Tokenizer
 

@@ -22,7 +22,7 @@ from quern.core.engine import LoadedModel
 from quern.core.errors import UserError, option
 from quern.core.registry import Registry
 from quern.core.results import Target
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 
 TORCH = "torch==2.13.0"
 """Installed first in every environment, and in no lock: which build of it is right depends on the machine."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from quern.checkpoint.files import sha256_of
-from quern.core.encoding import whole_characters
 from quern.core.errors import BadFileError, UserError
+from quern.core.text.encoding import whole_characters
 from quern.texts.csv_records import csv_records
 from quern.texts.json_records import json_records
 from quern.texts.parquet_records import parquet_records

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from quern.core.encoding import foreign_encoding, not_utf8
 from quern.core.errors import BadFileError
+from quern.core.text.encoding import foreign_encoding, not_utf8
 
 CHUNK = 1024 * 1024
 """Bytes that are read at once."""

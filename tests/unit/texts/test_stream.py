@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from quern.core.encoding import decode_utf8, whole_characters
 from quern.core.errors import BadFileError
+from quern.core.text.encoding import decode_utf8, whole_characters
 from quern.texts import stream
 from quern.texts.stream import characters, first_bytes, lines
 

@@ -10,7 +10,7 @@ from quern.core.errors import UserError, option
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe, load_recipe
 from quern.core.stacking import Answer, Label, Part, losing
-from quern.core.suggest import did_you_mean
+from quern.core.text.suggest import did_you_mean
 from quern.engines.base import ENGINES
 from quern.engines.cpu import cache_named
 from quern.formats.base import FORMATS
