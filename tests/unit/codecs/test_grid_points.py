@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,15 @@ from quern.codecs.packing import bits as dense
 
 CPU = torch.device("cpu")
 EIGHT = [name for name, kind in TYPES.items() if kind.width == OCTET]
+
+TABLES = {
+    "IQ2_XXS": "05826b5d3e472a3a",
+    "IQ2_XS": "06e47aaca60b4dc1",
+    "IQ2_S": "e1aa1473412b0552",
+    "IQ3_XXS": "46e35f5a997efdee",
+    "IQ3_S": "bd1af4945a1717c6",
+}
+"""The first 8 bytes of the SHA-256 of the points of each type, a byte for each size."""
 
 
 def unit(*shape: int, seed: int = 1) -> Tensor:
@@ -122,3 +133,12 @@ def test_wide_codes_come_back(bits):
     assert [int(word) & 0xFFFFFFFF for word in words[0]] == [
         whole >> 32 * place & 0xFFFFFFFF for place in range(len(words[0]))
     ]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_the_tables_are_those_that_artifacts_were_written_with(name):
+    """They come from the package ``gguf``, of which there are other versions: files made with other numbers would decode to
+    something else."""
+    points = grid_of(name, CPU).points
+    assert points.shape == (1 << TYPES[name].point_bits, TYPES[name].width)
+    assert sha256(points.to(torch.uint8).numpy().tobytes()).hexdigest()[:16] == TABLES[name]

@@ -130,7 +130,7 @@ class PointGrid:
         for first in range(0, OCTET, self.kind.width):
             at = slice(first, first + self.kind.width)
             scores = torch.addmm(self.squares @ importance[at], sizes[:, at] * importance[at], self.points.T, alpha=-2)
-            found[:, at] = self.points[scores.argmin(1)]
+            found[:, at] = self.points[scores.min(1).indices]  # faster than argmin
         negative = values < 0
         if self.kind.even:
             cheapest = (sizes * found * importance).argmin(1, keepdim=True)
