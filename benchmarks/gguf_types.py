@@ -35,7 +35,11 @@ from quern.pipeline.quantize import quantize
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "python-7m"
 JUDGE = ROOT / "tests" / "llama_judge.py"
-TYPES = ("q4_0", "iq4_nl", "q4_k", "iq4_xs", "q3_k", "q2_k", "q5_k", "q6_k")
+TYPES = (
+    "q4_0", "iq4_nl", "q4_k", "iq4_xs", "q3_k", "q2_k", "q5_k", "q6_k", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs",
+)  # fmt: skip
+FILE_TYPES = {"iq2_s": "IQ2_M"}
+"""What llama-quantize calls a file of such a type, where that is not its name: its IQ2_S has IQ2_XS for most matrices."""
 TOKENS, SEQUENCES, LENGTH, CHUNK = 16384, 16, 256, 512
 MOST_CHARACTERS = 1_000_000
 """Of a file of text: more than these tokens have."""
@@ -106,7 +110,7 @@ class Llama:
         if not file.is_file():
             pure = ("--pure", "--token-embedding-type", outer, "--output-tensor-type", outer) if outer else ()
             tool = (str(self.folder / "llama-quantize"), *pure, "--imatrix", str(matrix))
-            self.run(*tool, str(source), str(file), kind.upper(), "1")
+            self.run(*tool, str(source), str(file), FILE_TYPES.get(kind, kind.upper()), "1")
         return file
 
     def logits(self, folder: Path, files: list[Path], ids: list[list[int]]) -> None:

@@ -18,6 +18,11 @@ GRANULARITIES: dict[str, dict[str, Any]] = {
     "group64": {"granularity": "group", "group_size": 64},
 }
 
+GGML = (
+    "q4_0", "q4_1", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs", "iq2_xxs", "iq2_s", "iq3_xxs",
+    "iq3_s",
+)  # fmt: skip
+
 
 def scheme_id(scheme: dict[str, Any]) -> str:
     if "type" in scheme:
@@ -53,10 +58,7 @@ EVERY += [
     {"codec": "integer", "bits": 8, "symmetric": True, "granularity": "block", "group_size": 64},
     {"codec": "float8", "bits": 8, "symmetric": True, "granularity": "channel", "variant": "e5m2"},
     {"codec": "float8", "bits": 8, "symmetric": True, "granularity": "block", "group_size": 32},
-    *(
-        {"codec": "ggml", "type": name}
-        for name in ("q4_0", "q4_1", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q6_k", "iq4_xs")
-    ),
+    *({"codec": "ggml", "type": name} for name in GGML),
 ]
 ALL = [scheme for scheme in EVERY if storable(scheme)]
 """Every codec with every width, sign and granularity that it stores."""

@@ -137,6 +137,8 @@ class Encoder(ABC):
     rounded, as far as the others leave room; None: they stay."""
     rescale_width: int | None = None
     """Columns of a row whose scale ``rescale`` can change once they are rounded; None: scales stay as they are."""
+    heeds_metric: bool = False
+    """Whether ``round_within`` looks at its metric, and never leaves a tuple worse than it was, which sweeps need."""
 
     def weigh(self, importance: Tensor) -> None:  # noqa: B027 - only if parameters are fitted to whole rows
         """Say what squared errors in each column ``(columns,)`` will cost; before the first column is rounded, if at all."""
@@ -163,6 +165,11 @@ class Encoder(ABC):
     @abstractmethod
     def round(self, first: int, values: Tensor) -> Tensor:
         """Round ``values`` ``(width, rows)`` of the columns from ``first`` on; what will be decoded, of the same shape."""
+
+    def round_within(self, first: int, values: Tensor, metric: Tensor) -> Tensor:
+        """``round`` a tuple whose errors e ``(columns,)`` cost e M e^T, M = ``metric`` ``(columns, columns)``; as if all
+        counted alike unless ``heeds_metric``."""
+        return self.round(first, values)
 
     def round_all(self, weight: Tensor) -> Tensor:
         """Round a whole slab ``(rows, columns)`` to nearest; returns what will be decoded."""

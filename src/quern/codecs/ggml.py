@@ -1,8 +1,9 @@
 """The block types of ggml, which a GGUF file holds as they are: ``{codec: ggml, type: q4_k}``.
 
 What each stores is on the pages of ``blocks/``: ``plain`` for blocks of 32 weights with float16 scales, ``super`` for
-blocks of 256 with scales of two storeys. Scales are fitted here, to what error feedback has made of a block's columns, each
-counting as much as an error in it costs; what stands for a weight is decided by the rounding.
+blocks of 256 with scales of two storeys, ``vectors`` for those of which several weights together are a point of a
+grid. Scales are fitted here, to what error feedback has made of a block's columns, each counting as much as an error
+in it costs; what stands for a weight is decided by the rounding.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class GgmlCodec(Codec):
 
     @property
     def traits(self) -> Traits:
-        if self.inner.params.bits >= FINE:
+        if self.inner.describe().bits >= FINE:
             return NO_TRAITS
         return Traits(wants={"even columns": "all columns of a block are rounded under one scale"})
 
     def describe(self) -> Described:
-        return Described(f"group {self.inner.params.group_size}", self.inner.params.bits)
+        return self.inner.describe()
 
     def fitting(self, shape: tuple[int, int]) -> CodecScheme:
         usable = self.type not in INSTEAD or shape[1] % BLOCK == 0

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from quern.codecs.base import Codec
 from quern.codecs.blocks.plain import AffineBlocks, LevelBlocks, SymmetricBlocks
+from quern.codecs.blocks.points import TYPES as POINTS
 from quern.codecs.blocks.super import TYPES as SUPER
 from quern.codecs.blocks.super import SuperBlocks
-from quern.codecs.grouped import GroupedCodec
+from quern.codecs.blocks.vectors import PointBlocks
 
-TypeName = Literal["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"]
-TYPES: dict[str, Callable[[], GroupedCodec]] = {
+TypeName = Literal[
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs",
+    "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s",
+]  # fmt: skip
+TYPES: dict[str, Callable[[], Codec]] = {
     "q4_0": lambda: SymmetricBlocks(4),
     "q4_1": lambda: AffineBlocks(4),
     "q5_0": lambda: SymmetricBlocks(5),
@@ -24,6 +29,14 @@ TYPES: dict[str, Callable[[], GroupedCodec]] = {
     "q5_k": lambda: SuperBlocks(SUPER["Q5_K"]),
     "q6_k": lambda: SuperBlocks(SUPER["Q6_K"]),
     "iq4_xs": lambda: SuperBlocks(SUPER["IQ4_XS"]),
+    "iq2_xxs": lambda: PointBlocks(POINTS["IQ2_XXS"]),
+    "iq2_xs": lambda: PointBlocks(POINTS["IQ2_XS"]),
+    "iq2_s": lambda: PointBlocks(POINTS["IQ2_S"]),
+    "iq3_xxs": lambda: PointBlocks(POINTS["IQ3_XXS"]),
+    "iq3_s": lambda: PointBlocks(POINTS["IQ3_S"]),
 }
-INSTEAD = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "iq4_xs": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+INSTEAD = {
+    **dict.fromkeys(("q2_k", "q3_k", "iq4_xs", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), "iq4_nl"),
+    "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+}  # fmt: skip
 """The type with blocks of 32 that takes rows which are no whole super-blocks; as llama.cpp chooses it."""

@@ -55,6 +55,13 @@ def pack_any(codes: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
+def pack_wide(codes: Tensor, bits: int) -> Tensor:
+    """``pack`` of int64 codes ``(rows, columns)`` of up to 32 bits: each as so many of one bit."""
+    shifts = torch.arange(bits, device=codes.device)
+    parts = [(part[..., None] >> shifts & 1).to(torch.uint8).flatten(1) for part in torch.split(codes, PACKED_ROWS)]
+    return torch.cat([pack(part, 1) for part in parts])
+
+
 @cache
 def _byte_shifts(bits: int) -> Tensor:
     return torch.arange(0, 8, bits, dtype=torch.uint8)
@@ -90,3 +97,12 @@ def unpack_any(words: Tensor, bits: int, columns: int) -> Tensor:
             value = value | (wide[:, :, word + 1] << (WORD - shift))
         codes[:, :, index] = value & ((1 << bits) - 1)
     return codes.flatten(1)[:, :columns]
+
+
+def unpack_wide(words: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of ``pack_wide``: int64 ``(rows, columns)``."""
+    shifts = torch.arange(bits, device=words.device)
+    parts = [
+        unpack(part, 1, columns * bits).reshape(len(part), columns, bits) for part in torch.split(words, PACKED_ROWS)
+    ]
+    return torch.cat([(part.long() << shifts).sum(-1) for part in parts])

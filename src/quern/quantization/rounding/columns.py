@@ -54,11 +54,24 @@ class PlainLoop(BlockLoop):
             target[k] = value.sub_(stored)
 
     def sweep(self, first: int, last: int, hessian: Tensor, rounded: Tensor, residual: Tensor) -> None:
+        if self.encoder.width > 1:
+            self._sweep_tuples(first, last, hessian, rounded, residual)
+            return
         for k in range(first, last):
             wanted = rounded[k] - residual[k] / hessian[k, k]
             found = self.encoder.round(self.places[k], wanted[None])[0]
             residual.addr_(hessian[:, k], found - rounded[k])
             rounded[k] = found
+
+    def _sweep_tuples(self, first: int, last: int, hessian: Tensor, rounded: Tensor, residual: Tensor) -> None:
+        """The same with H_kk the block of a tuple, which is the metric of its errors too."""
+        for k in range(first, last, self.encoder.width):
+            at = slice(k, min(k + self.encoder.width, last))
+            inner = hessian[at, at].contiguous()
+            wanted = rounded[at] - torch.linalg.solve(inner, residual[at])
+            found = self.encoder.round_within(self.places[k], wanted, inner)
+            residual.addmm_(hessian[:, at], found - rounded[at])
+            rounded[at] = found
 
 
 class NativeLoop(BlockLoop):

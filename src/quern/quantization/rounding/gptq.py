@@ -49,7 +49,7 @@ class Gptq(Rounding):
         size = quadratic_size(slab, factor)
         if factor.order is not None:
             decoded = decoded[:, factor.order.argsort()]
-        if self.settings.sweeps and encoder.width == 1:
+        if self.settings.sweeps and (encoder.width == 1 or encoder.heeds_metric):
             assert factor.hessian is not None, "sweeps need the whole Hessian"
             error = sweep(slab, decoded, encoder, factor.hessian, self.settings.sweeps)
             decoded = codec.decode((slab.shape[0], slab.shape[1]), encoder.parts())
@@ -85,7 +85,8 @@ class Gptq(Rounding):
                         values = _expected(values, original[k:last], inside[k:last, k:last])
                         fit(column, values, factor.diagonal[column : start + last])
                 if width > 1:
-                    _round_jointly(encoder, column, slice(k, end), target, original, inside, done, rounded)
+                    at, diagonal = slice(k, end), factor.diagonal[column : start + end]
+                    _round_jointly(encoder, column, at, diagonal, target, original, inside, done, rounded)
                 else:
                     loop.feed_forward(k, end, inside, original, target, done, rounded)
             error += float(target.square_().sum(1).double() @ factor.diagonal[start:stop].double())
@@ -98,6 +99,7 @@ def _round_jointly(
     encoder: Encoder,
     first: int,
     at: slice,
+    diagonal: Tensor,
     target: Tensor,
     original: Tensor,
     inside: Tensor,
@@ -106,13 +108,18 @@ def _round_jointly(
 ) -> None:
     """Round the columns ``at`` of a block at once, to values near what they would be rounded at one after the other.
 
-    That is ``_expected``, because what one of them gets wrong cannot be fed to the next. What is left in ``target`` counts
-    the feedback among them as it then is, so that the loss stays sum_k D_k |w'_k - q_k|^2.
+    That is ``_expected``, because what one of them gets wrong cannot be fed to the next. What is left in ``target``
+    counts the feedback among them as it then is, so that the loss stays sum_k D_k |w'_k - q_k|^2: by the block of U
+    and ``diagonal``, the part of D, errors e of the tuple cost e U D U^T e^T, which is what is left once all columns
+    after it make up for them.
     """
     values = torch.addmm(target[at], inside[at, : at.start], done[: at.start])
-    rounded[at] = encoder.round(first, _expected(values, original[at], inside[at, at]))
+    among = inside[at, at].tril(-1)
+    upper = among.T + torch.eye(len(among), device=among.device)
+    metric = (upper * diagonal) @ upper.T
+    rounded[at] = encoder.round_within(first, _expected(values, original[at], inside[at, at]), metric)
     done[at] = original[at] - rounded[at]
-    target[at] = values + inside[at, at].tril(-1) @ done[at] - rounded[at]
+    target[at] = values + among @ done[at] - rounded[at]
 
 
 def _expected(values: Tensor, original: Tensor, inside: Tensor) -> Tensor:
