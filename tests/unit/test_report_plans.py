@@ -9,10 +9,10 @@ from sample_plans import EIGHT, SCHEMES, planned_recipe, planned_row, sample_pla
 from sample_results import LINEARS, make_reference, make_row, sample_results, sample_rows, sample_with
 
 from quern.advisor.recommend import recommend
-from quern.codecs.scheme_text import scheme_text
 from quern.core.recipe import Recipe, load_recipe
 from quern.core.results import LayerError, Row
 from quern.core.scheme import parse_scheme
+from quern.core.text.scheme_text import scheme_text
 from quern.report.grids import plan_grids, plan_tables
 from quern.report.html import render
 from quern.report.view import page_data

@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quern.codecs.scheme_text import scheme_text
 from quern.core.errors import UserError
 from quern.core.plan import plan_for
 from quern.core.recipe import WILDCARDS, Recipe
 from quern.core.results import LayerError, Row
 from quern.core.scheme import CodecScheme
+from quern.core.text.scheme_text import scheme_text
 from quern.core.units import significant
 
 _DEPTH = re.compile(r"^(?:.*?\.)??(\d{1,6})\.(.+)$")

@@ -13,12 +13,12 @@ from quern.architectures.base import Architecture, parameter_reader
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.codecs.base import codec_of
-from quern.codecs.scheme_text import scheme_text
 from quern.core.machine.parallel import Workers
 from quern.core.plan import LinearPlan, Plan, candidates_for, make_plan
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe
 from quern.core.scheme import CodecScheme
+from quern.core.text.scheme_text import scheme_text
 from quern.formats.base import ArtifactWriter
 from quern.formats.mixes.base import settled
 from quern.quantization.block import about

@@ -17,13 +17,13 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.jobs.output_place import output_file, write_output
 from quern.checkpoint.jobs.work_folder import WorkFolder
 from quern.checkpoint.tokenizer import usable_tokenizer
-from quern.codecs.scheme_text import scheme_text
 from quern.core.allocation import Target
 from quern.core.errors import UserError, option
 from quern.core.machine.parallel import deterministic_workers, thread_count
 from quern.core.plan import LinearPlan, candidates_for
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
+from quern.core.text.scheme_text import scheme_text
 from quern.core.units import significant
 from quern.formats.base import FORMATS
 from quern.loading.fitting import open_original
