@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -24,6 +25,7 @@ from measured import write_result
 
 import quern
 from quern.checkpoint.tokenizer import load_tokenizer
+from quern.core.effort import EFFORTS, with_effort
 from quern.core.progress import Silent
 from quern.core.recipe import Recipe, parse_recipe
 from quern.engines.base import ENGINES
@@ -79,10 +81,11 @@ def made(folder: Path, text: Path) -> dict[str, tuple[str, Path]]:
     for number, (name, (format, choices)) in enumerate(EXPORTS.items()):
         found[name] = format, folder / f"{number:02d}"
         quantize(MODEL, found[name][1], recipe=recipe_of(name, **choices, **plain), format=format, threads=1)
-    for group in GROUPS:
-        name = f"quern GPTQ W4 g{group}"
-        found[name] = "gptq", folder / f"quern-g{group}"
-        recipe = recipe_of(name, weights={"bits": 4, "group_size": group}, calibration={"tokens": TOKENS})
+    for group, effort in itertools.product(GROUPS, (None, *EFFORTS)):
+        name = " ".join(["quern GPTQ W4", f"g{group}", *([effort] if effort else [])])
+        found[name] = "gptq", folder / "-".join(["quern", *name.split()[3:]])
+        choices = {"name": "quern-gptq", "weights": {"bits": 4, "group_size": group}, "calibration": {"tokens": TOKENS}}
+        recipe = parse_recipe(with_effort(choices, effort, name), name)
         quantize(MODEL, found[name][1], recipe=recipe, format="gptq", calibration=[text], threads=1)
     return found
 
