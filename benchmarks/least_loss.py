@@ -48,8 +48,8 @@ def main() -> None:
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends the script where options do not go together, before anything is measured."""
-    if "trained" in options.stages and "tuned" not in options.stages:
-        parser.error("--stages: trained goes on from tuned, which is to be named too")
+    if "trained" in options.stages and "high" not in options.stages:
+        parser.error("--stages: trained goes on from high, which is to be named too")
     options.stages.sort(key=STAGES.index)
 
 

@@ -8,7 +8,7 @@ from quern.checkpoint.files import InputFile
 from quern.checkpoint.safetensors_file import TensorInfo
 from quern.codecs.base import CODECS
 from quern.core.machine.parallel import Workers
-from quern.formats import _entropy, _symbols
+from quern.formats.entropy import entropy, symbols
 
 pytest.importorskip("zstandard", reason="zstandard is not installed")
 
@@ -19,8 +19,8 @@ SHAPE = (48, 200)
 @pytest.fixture(autouse=True)
 def everything_is_coded(monkeypatch):
     """However small it is and whatever that gains; in several chunks."""
-    monkeypatch.setattr(_symbols, "CHUNK", 1024)
-    monkeypatch.setattr(_entropy, "LEAST_BYTES", 1)
+    monkeypatch.setattr(symbols, "CHUNK", 1024)
+    monkeypatch.setattr(entropy, "LEAST_BYTES", 1)
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -41,17 +41,17 @@ def test_every_part_survives(scheme, tmp_path):
     widths, parts = codec.code_bits(), parts_of(scheme)
     assert set(widths) <= set(parts)
     for name, part in parts.items():
-        coded = _entropy.encode(part, widths.get(name, 8))
+        coded = entropy.encode(part, widths.get(name, 8))
         if coded is None:
             continue
         (tmp_path / name).write_bytes(coded[0].numpy().tobytes())
         with InputFile(tmp_path / name) as file:
             info = TensorInfo("U8", tuple(coded[0].shape), 0, file.size)
-            assert same(_entropy.CodedTensor(file, name, info, coded[1]).read(workers), part), name
+            assert same(entropy.CodedTensor(file, name, info, coded[1]).read(workers), part), name
 
 
 @pytest.mark.parametrize("name", CODECS.names())
 def test_some_part_of_every_codec_becomes_smaller(name):
     """Or the test above would compare nothing; of trellis codes it is the table or the scales."""
     mine = [scheme for scheme in ALL if scheme["codec"] == name]
-    assert any(_entropy.encode(part, 8) is not None for scheme in mine for part in parts_of(scheme).values())
+    assert any(entropy.encode(part, 8) is not None for scheme in mine for part in parts_of(scheme).values())

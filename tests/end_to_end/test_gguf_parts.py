@@ -12,9 +12,9 @@ from artifacts import small_recipe
 from gguf_model import write_gguf
 from tiny_model import tiny_config, write_model
 
-from quern.checkpoint import publishing
 from quern.checkpoint.gguf.header import read_gguf_header
 from quern.checkpoint.gguf.split import read_parts
+from quern.checkpoint.jobs import publishing
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import BadFileError, UserError
 from quern.engines.base import ENGINES

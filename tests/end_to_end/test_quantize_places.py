@@ -36,7 +36,7 @@ def never_opened(monkeypatch):
     def opened(*_, **__):
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr(job, "open_model", opened)
+    monkeypatch.setattr(job, "open_original", opened)
 
 
 def test_an_empty_folder_that_someone_stands_in_is_kept(tiny_model, tmp_path, monkeypatch, expected):

@@ -112,7 +112,7 @@ def test_a_rotation_is_named_once():
 def test_other_formats_refuse_what_they_cannot_say(tiny_model, tiny_text, tmp_path):
     for name, match in (
         ("integers", "set random_signs: false in transform hadamard"),
-        ("trellis", "it stores integers, not codec"),
+        ("trellis", "it stores integers and floating-point codes, not codec"),
     ):
         with pytest.raises(UserError, match=match):
             make_artifact(tiny_model, tmp_path / "out", tiny_text, format="compressed-tensors", **CHOICES[name])

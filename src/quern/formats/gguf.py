@@ -122,12 +122,13 @@ class GgufWriter(SizedWriter):
     def put(self, module: str, linear: PackedLinear) -> None:
         assert linear.input_signs is None  # check() refuses rotations
         ((name, blocks),) = self.encode(module, linear).items()
-        self._saved[module] = linear.weight.stored_bytes - blocks.nbytes
         self._keep(name, blocks)
 
     def encode(self, module: str, linear: PackedLinear) -> dict[str, Tensor]:
         weight = linear.weight
-        return {f"{module}.weight": codec_of(weight.scheme).ggml_blocks(weight.shape, weight.parts).data}
+        blocks = codec_of(weight.scheme).ggml_blocks(weight.shape, weight.parts).data
+        self._saved[module] = weight.stored_bytes - blocks.nbytes
+        return {f"{module}.weight": blocks}
 
     def saved_bytes(self, module: str) -> int:
         return self._saved[module]

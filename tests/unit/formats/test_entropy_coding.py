@@ -17,7 +17,7 @@ from quern.checkpoint.safetensors_file import DTYPES, TensorInfo
 from quern.codecs.packing import bits as packing
 from quern.core.errors import BadFileError
 from quern.core.machine.parallel import Workers
-from quern.formats import _entropy, _symbols
+from quern.formats.entropy import entropy, symbols
 from quern.formats.entropy.coded_source import CodedSource, parse_storage, storage_json
 from quern.formats.entropy.entropy import CodedTensor, encode
 from quern.formats.entropy.symbols import Coding, entropy_bits, merge, parse_coding, split
@@ -31,7 +31,7 @@ GOOD = {"dtype": "I32", "shape": [64, 96], "planes": 1, "width": 6, "checksum": 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Many chunks in a small tensor."""
-    monkeypatch.setattr(_symbols, "CHUNK", 4096)
+    monkeypatch.setattr(symbols, "CHUNK", 4096)
 
 
 def octets(tensor: torch.Tensor) -> bytes:
@@ -105,13 +105,13 @@ def test_planes_hold_exponents_above_mantissas(dtype):
     assert np.array_equal(out, raw)
 
 
-@pytest.mark.parametrize("dtype", _symbols.CODED)
+@pytest.mark.parametrize("dtype", symbols.CODED)
 def test_tensors_come_back_bit_for_bit(dtype, tmp_path):
     """Of every dtype that is coded; sizes that fill no chunk; NaN and infinities among the numbers."""
     generator = torch.Generator().manual_seed(2)
     values = torch.randn(3, 4999, generator=generator) * 4
     tensor = values.to(DTYPES[dtype])
-    if dtype in _symbols.PLANES:
+    if dtype in symbols.PLANES:
         tensor[0, :3] = torch.tensor([float("nan"), float("-inf"), -0.0])
     coded, coding = encode(tensor)
     assert (coded.dtype, coded.dim()) == (torch.uint8, 1)
@@ -148,8 +148,8 @@ def test_what_gains_nothing_stays_as_it_is():
     generator = torch.Generator().manual_seed(3)
     assert encode(codes(1), 1) is None
     assert encode(torch.randint(0, 256, (200, 200), generator=generator, dtype=torch.uint8)) is None
-    assert encode(torch.zeros(_entropy.LEAST_BYTES - 1, dtype=torch.uint8)) is None
-    assert encode(torch.zeros(_entropy.LEAST_BYTES, dtype=torch.uint8)) is not None
+    assert encode(torch.zeros(entropy.LEAST_BYTES - 1, dtype=torch.uint8)) is None
+    assert encode(torch.zeros(entropy.LEAST_BYTES, dtype=torch.uint8)) is not None
     assert encode(torch.zeros(10_000, dtype=torch.int64)) is None
     assert encode(torch.zeros(0, 7)) is None
 
@@ -170,7 +170,7 @@ def test_entropy_of_known_distributions():
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_coded_codes_take_what_their_entropy_says(bits, monkeypatch):
     """Within 3 %, and not less than 3 % below it: these codes are independent of each other."""
-    monkeypatch.setattr(_symbols, "CHUNK", 1 << 20)
+    monkeypatch.setattr(symbols, "CHUNK", 1 << 20)
     tensor = codes(bits, (512, 1024), spread=0.11)
     coded, _ = encode(tensor, bits)
     values = packing.unpack(tensor, bits, 1024)
@@ -222,7 +222,7 @@ def good():
 
 
 def frames_of(coded: bytes, coding: Coding) -> list[bytes]:
-    count = -(-coding.symbols(coding.size) // _symbols.CHUNK) * coding.planes
+    count = -(-coding.symbols(coding.size) // symbols.CHUNK) * coding.planes
     ends = 4 * count + np.cumsum(np.frombuffer(coded[: 4 * count], "<u4"), dtype=int)
     return [coded[begin:end] for begin, end in zip([4 * count, *ends], ends, strict=False)]
 
@@ -303,13 +303,13 @@ def test_frames_that_hold_something_else_are_refused(good, tmp_path):
 def test_a_small_file_that_claims_much_is_refused_before_memory_is_taken(good, tmp_path, monkeypatch):
     _, coded, coding = good
     taken: list[int] = []
-    monkeypatch.setattr(_entropy, "allocate_bytes", lambda path, count: taken.append(count))
+    monkeypatch.setattr(entropy, "allocate_bytes", lambda path, count: taken.append(count))
     huge = Coding("I32", (1 << 20, 1 << 20), 1, 8, 0)
     refused(coded, huge, tmp_path, "too few for the table")
     bomb = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(1 << 26))
     taken_before = len(taken)
     monkeypatch.undo()
-    monkeypatch.setattr(_symbols, "CHUNK", 4096)
+    monkeypatch.setattr(symbols, "CHUNK", 4096)
     frames = frames_of(coded, coding)
     refused(*with_frames([bomb, *frames[1:]], coding), tmp_path, f"has a frame of {1 << 26} symbols")
     assert taken_before == 0

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from quern.pipeline import peers as module
+from quern.pipeline.comparing import peers as module
 
 OLD, NEW = {"artifact_sha256": "old"}, {"artifact_sha256": "new"}
 

@@ -26,9 +26,9 @@ from quern.peers import lock
 from quern.peers.base import PEERS, peer_variants
 from quern.peers.environment import Environment, Installed, PeerError
 from quern.peers.listing import known_tools
-from quern.pipeline import peers as module
 from quern.pipeline.artifacts import ArtifactRequest
 from quern.pipeline.compare import compare
+from quern.pipeline.comparing import peers as module
 
 pytestmark = pytest.mark.usefixtures("quiet_machine", "warm_workers")
 

@@ -31,14 +31,14 @@ def result_of(*stages):
 
 def test_shares_are_those_of_plain_and_missing_where_that_is(module):
     section = module("least_loss").section
-    assert "| 0.4 | 0.1 (0.25) |" in section(result_of(("plain", 0.4), ("keys", 0.1)))
-    assert "| 0.1 | 0.05 |" in section(result_of(("keys", 0.1), ("tuned", 0.05)))
+    assert "| 0.4 | 0.1 (0.25) |" in section(result_of(("plain", 0.4), ("medium", 0.1)))
+    assert "| 0.1 | 0.05 |" in section(result_of(("medium", 0.1), ("high", 0.05)))
 
 
 @pytest.mark.parametrize(
     ("script", "options", "said"),
     [
-        ("least_loss", ["--stages", "plain", "trained"], "trained goes on from tuned, which is to be named too"),
+        ("least_loss", ["--stages", "plain", "trained"], "trained goes on from high, which is to be named too"),
         ("least_loss", ["--stages"], "expected at least one argument"),
         ("least_loss", ["--text", "wiki.txt"], "'wiki.txt' is no NAME=FILE"),
         ("training", ["--text", "wiki=/none/wiki.txt"], "there is no such file"),

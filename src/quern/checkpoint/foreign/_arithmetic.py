@@ -22,7 +22,7 @@ VALUES_AT_ONCE = 1 << 18
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4 = np.array([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], np.float32)
 """Values of FP4 (E2M1) by code: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, table 5)."""
-FP8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+FP8 = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float().numpy()
 """Values of FP8 (E4M3) by code."""
 E8M0_NAN = 255
 """The byte that is no number where scales are powers of two."""
