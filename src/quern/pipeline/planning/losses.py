@@ -67,7 +67,7 @@ def table_fingerprint(recipe: Recipe, fingerprint: Mapping[str, Any], sequences:
         asked["allocation"]["outer"] = [recipe.embedding.to_json(), recipe.head.to_json()]
     depends = {key: fingerprint[key] for key in ("quern", "model_sha256", "seed", "device")} | arithmetic()
     tokens = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
-    return {**depends, "tokens": tokens, "holds": "losses of candidates, row by row", "recipe": asked}
+    return {**depends, "tokens": tokens, "holds": "losses of candidates that fit, row by row", "recipe": asked}
 
 
 def loss_table(job: Job, shared: Path | None = None) -> LossTable:
