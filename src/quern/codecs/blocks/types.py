@@ -39,4 +39,4 @@ INSTEAD = {
     **dict.fromkeys(("q2_k", "q3_k", "iq4_xs", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), "iq4_nl"),
     "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
 }  # fmt: skip
-"""The type with blocks of 32 that takes rows which are no whole super-blocks; as llama.cpp chooses it."""
+"""The type with blocks of 32 that takes rows which are no whole super-blocks: of as many bytes as llama.cpp's choice."""

@@ -35,6 +35,11 @@ def more_bits(index: int, layers: int) -> bool:
     return index < layers // 8 or index >= 7 * layers // 8 or (index - layers // 8) % 3 == 2
 
 
+def middle(index: int, layers: int) -> bool:
+    """All but the first and last eighth of the layers."""
+    return layers // 8 <= index < 7 * layers // 8
+
+
 def first_of(part: int) -> Layers:
     """The first ``1 / part`` of the layers, rounded down."""
     return lambda index, layers: index < layers // part
