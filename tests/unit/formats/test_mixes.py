@@ -79,7 +79,7 @@ def test_rows_that_are_no_whole_super_blocks_get_what_fits():
 
 
 def test_refusals():
-    with pytest.raises(UserError, match="unknown mix 'q4_k_x'; known: iq4_nl.*did you mean"):
+    with pytest.raises(UserError, match="unknown mix 'q4_k_x'; known: iq2_m.*did you mean"):
         named("q4_k_x")
     with pytest.raises(UserError, match="mix q4_k_m says what weights becomes; leave one of the two out"):
         named("q4_k_m", weights={"bits": 4})

@@ -37,4 +37,4 @@ MIXES.add("iq3_xs")(
     )
 )
 MIXES.add("iq3_s")(Mix("iq3_s", (Rule("value", "q4_k", sharing=4),)))
-MIXES.add("iq3_m")(Mix("iq3_s", (Rule("value", "q4_k"), Rule("output", "q4_k"))))
+MIXES.add("iq3_m")(Mix("iq3_s", (Rule("value", "q4_k"), Rule("down", "q4_k", first_of(8)), Rule("output", "q4_k"))))
