@@ -142,3 +142,14 @@ def test_what_an_underscore_marks_stays_in_its_folder(tmp_path):
     (tmp_path / "cli").mkdir()
     (tmp_path / "cli" / "x.py").write_text("def f():\n    from quern.engines._build import build\n", "utf-8")
     assert private_imports(tmp_path) == ["cli/x.py: quern.engines._build build"]
+
+
+def test_codecs_and_formats_load_where_gguf_is_not_installed():
+    """As in vLLM's environment, which the plug-in goes into without quern's dependencies."""
+    code = (
+        "import sys; sys.modules['gguf'] = None\n"
+        "from quern.codecs.base import CODECS\n"
+        "from quern.formats.base import FORMATS\n"
+        "assert 'ggml' in CODECS.names() and 'quern' in FORMATS.names()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
-from gguf import quants
 from torch import Tensor
 
 from quern.codecs.packing import ggml_points as layout
@@ -102,6 +101,8 @@ class PointGrid:
     """The points of a type, and which are nearest. Values are in the grid's own units."""
 
     def __init__(self, kind: PointType, device: torch.device) -> None:
+        from gguf import quants  # whoever has artifacts of other types does without it
+
         table = getattr(quants, kind.name)
         table.init_grid()
         self.kind, self.device = kind, device

@@ -6,6 +6,7 @@ from quern.core.recipe import MIXES
 from quern.formats.mixes.base import Mix, Rule, first_of, middle
 
 for name in ("iq2_xxs", "iq2_xs"):
+    rules: tuple[Rule, ...]
     rules = (Rule("value", "q2_k"), Rule("value", "q4_k", sharing=4), Rule("down", "q2_k", first_of(8)))
     MIXES.add(name)(Mix(name, rules, head="q5_k", embedding="q2_k", widens=False))
 for name, usual in (("iq2_s", "iq2_xs"), ("iq2_m", "iq2_s")):
