@@ -11,15 +11,11 @@ bytes at most as its own mix has.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from pathlib import Path
 from typing import Any
 
-from gguf_types import LENGTH, SEQUENCES, TOKENS, Llama, Subject, divergence, subject_options
+from gguf_types import Llama, Subject, divergence, subject_options, write_rows
 
-import quern
-from quern.advisor.hardware import probe
 from quern.core.allocation import Target
 from quern.core.recipe import load_recipe
 from quern.pipeline.export import export
@@ -63,14 +59,7 @@ def main() -> None:
             row[name] = {"kl": kl, "interval": interval, "bytes": file.stat().st_size}
         rows.append(row)
         print(f"{mix:8}", "  ".join(f"{name} {row[name]['kl']:.5f} ({row[name]['bytes']:,} bytes)" for name in WAYS))
-    if given.output is not None:
-        result = {
-            "model": subject.model.resolve().name, "texts": subject.named(),
-            "date": datetime.date.today().isoformat(), "quern": quern.__version__,
-            "llama_cpp_python": llama.environment.installed().version, "processor": probe(measure=False)["cpu_model"],
-            "calibration_tokens": TOKENS, "scored": {"sequences": SEQUENCES, "tokens": LENGTH}, "rows": rows,
-        }  # fmt: skip
-        given.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_rows(given.output, subject, llama, rows)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,19 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def write_rows(output: Path | None, subject: Subject, llama: Llama, rows: list[dict[str, Any]]) -> None:
+    """The result file, where one is asked for."""
+    if output is None:
+        return
+    result = {
+        "model": subject.model.resolve().name, "texts": subject.named(),
+        "date": datetime.date.today().isoformat(), "quern": quern.__version__,
+        "llama_cpp_python": llama.environment.installed().version, "processor": probe(measure=False)["cpu_model"],
+        "calibration_tokens": TOKENS, "scored": {"sequences": SEQUENCES, "tokens": LENGTH}, "rows": rows,
+    }  # fmt: skip
+    output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -169,14 +182,7 @@ def main() -> None:
         rows.append(row | {"ratio": row["quern"]["kl"] / row["llama_quantize"]["kl"]})
         losses = f"quern {row['quern']['kl']:.5f}  llama-quantize {row['llama_quantize']['kl']:.5f}"
         print(f"{kind:8} {losses}  {rows[-1]['ratio']:.2f}")
-    if given.output is not None:
-        result = {
-            "model": subject.model.resolve().name, "texts": subject.named(),
-            "date": datetime.date.today().isoformat(), "quern": quern.__version__,
-            "llama_cpp_python": llama.environment.installed().version, "processor": probe(measure=False)["cpu_model"],
-            "calibration_tokens": TOKENS, "scored": {"sequences": SEQUENCES, "tokens": LENGTH}, "rows": rows,
-        }  # fmt: skip
-        given.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_rows(given.output, subject, llama, rows)
 
 
 if __name__ == "__main__":

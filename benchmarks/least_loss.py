@@ -6,9 +6,8 @@
     python benchmarks/least_loss.py --from RESULT.json --page docs/accuracy.md
 
 Stages: ``plain`` is the recipe, ``medium`` and ``high`` are the efforts of that name (docs/accuracy.md), ``trained`` goes on
-from ``high`` with ``quern train`` on the calibration text. Artifacts and what was
-measured stay in FOLDER, so that the same command goes on after an interruption; the result
-is written as results/least_loss_*.json.
+from ``high`` with ``quern train`` on the calibration text. Artifacts and what was measured stay in FOLDER, so that the same
+command goes on after an interruption; the result is written as results/least_loss_*.json.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from artifacts import INT8, make_artifact, small_recipe, stored_tensors
 from schemes import gaussian
 from tiny_model import tiny_config, write_model
 
-import quern
 from quern.architectures.base import architecture_of
 from quern.checkpoint.foreign.decoded import decoded, foreign_weights
 from quern.codecs.base import CODECS
@@ -25,8 +24,6 @@ from quern.formats.base import FORMATS, ArtifactWriter, reader_of, runtimes_of
 from quern.formats.sharded import ShardedWriter
 from quern.loading.fitting import open_model, open_stored
 from quern.pipeline.blockwise.job import plan_of
-from quern.pipeline.inspect import inspect
-from quern.pipeline.quantize import quantize
 from quern.rotation.rotation import rotate
 
 IDS = torch.randint(0, 296, (2, 21), generator=torch.Generator().manual_seed(3))
@@ -119,23 +116,6 @@ def test_unknown_formats_are_refused_with_the_known_ones():
         UserError, match="unknown format 'zap'; known: awq, compressed-tensors, gguf, gptq, onnx, quern"
     ):
         FORMATS.get("zap")
-
-
-@pytest.mark.parametrize("name", [name for name in FORMATS.names() if not FORMATS.get(name).opened])
-def test_what_quern_only_writes_is_refused_by_all_that_would_open_it(name, tiny_model, tmp_path):
-    """Engines by the recipe before any work, commands by the artifact, each with what to do instead."""
-    recipe = small_recipe(format=name, weights={"bits": 4, "group_size": 32})
-    assert "quern" not in runtimes_of(recipe)
-    for engine in ENGINES.names():
-        assert f"writes the format {name} and does not open it" in ENGINES.get(engine)().supports(recipe)
-    report = quantize(tiny_model, tmp_path / "out", recipe=recipe, threads=1)
-    assert 0 < report.bits_per_weight < 8 * report.bytes / 1e4
-    for opening in (lambda: inspect(report.path), lambda: ENGINES.get("reference")().load(report.path)):
-        with pytest.raises(UserError, match="which is not read"):
-            opening()
-    for using in (quern.train, lambda *where, recipe: quern.compare(*where, recipes=[recipe])):
-        with pytest.raises(UserError, match=f"quern does not open format {name} .* quern export writes {name}"):
-            using(tiny_model, tmp_path / "x", recipe=recipe)
 
 
 # quern's own, read by transformers through the plug-in

@@ -26,7 +26,7 @@ def quantize(
             "--recipe",
             "--profile",
             metavar="RECIPE",
-            help="A recipe that ships with quern (see quern recipes) or a file; @medium or @high behind it lower the loss.",
+            help="A recipe that ships with quern (see quern recipes) or a file; @medium or @high behind it: for less loss.",
             show_default="balanced; auto for a target",
         ),
     ] = None,

@@ -1,6 +1,6 @@
 """How much work goes into the least loss at a recipe's size: ``compact@medium``, ``my.yaml@high``.
 
-None of it changes a scheme, so the artifact has the same bytes and runs in the same way; docs/accuracy.md says what each
+None of it changes a scheme, so the weights take the same bytes and run in the same way; docs/accuracy.md says what each
 part is worth.
 """
 
