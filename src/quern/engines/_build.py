@@ -14,6 +14,7 @@ from quern.checkpoint.head import EMBEDDING, HEAD
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.artifact import quantization_of
 from quern.core.errors import UserError
+from quern.core.machine.products import use_products
 from quern.engines._modules import PackedWeight, QuantizedEmbedding, QuantizedLinear, TiedHead
 from quern.formats.base import StoredModule, reader_of
 from quern.loading.fitting import model_config
@@ -46,6 +47,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             _put(model, f"{module}.{part}", tensor, dtype)
     if tied and isinstance(model.lm_head, nn.Linear):
         model.lm_head.weight = model.get_parameter(EMBEDDING)
+    use_products(model)
     return model.eval()
 
 

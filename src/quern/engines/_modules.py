@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from quern.codecs.base import Codec, codec_of
+from quern.core.machine import products
 from quern.core.packed import ActivationMode
 from quern.core.scheme import CodecScheme
 from quern.rotation.rotation import rotate
@@ -83,7 +83,7 @@ class QuantizedLinear(PackedWeight):
         if self.rotated:
             inputs = rotate(inputs, self.input_signs).to(inputs.dtype)
         if self.activations == "none":
-            return functional.linear(inputs, self.decoded(inputs.dtype), self.bias)
+            return products.linear(inputs, self.decoded(inputs.dtype), self.bias)
         output = self._integer_product(inputs.reshape(-1, self.in_features)).to(inputs.dtype)
         if self.bias is not None:
             output = output + self.bias
@@ -148,4 +148,4 @@ class TiedHead(nn.Module):
         return self._embedding[0].decoded(self._embedding[0].dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self._embedding[0].decoded(hidden.dtype))
+        return products.linear(hidden, self._embedding[0].decoded(hidden.dtype))

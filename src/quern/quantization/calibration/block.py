@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quern.architectures.base import Architecture, parameter_reader
 from quern.architectures.routing import routed_tokens
 from quern.core.machine.parallel import Workers
+from quern.core.machine.products import use_products
 
 Seen = TypeVar("Seen")
 
@@ -57,6 +58,7 @@ class Block:
         weights = {name: joined(self.spec.sources_of(name)).to(dtype) for name, _ in self.module.named_parameters()}
         self.module.load_state_dict(weights, assign=True)
         self.module.requires_grad_(False)
+        use_products(self.module)
         self._place(architecture, next(iter(weights.values())).device, dtype, time)
 
     def _place(self, architecture: Architecture, device: torch.device, dtype: torch.dtype, time: int) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from quern.core.machine import products
 from quern.core.machine.parallel import Workers, pieces
 
 HELD_OUT = 8
@@ -67,9 +68,12 @@ class Drift:
             some = slice(*part)
             if self.moved is None:
                 change = reference.inputs[some].float() - inputs[some].float()
-                found = (change.to(self.weight.dtype) @ self.weight.T).float()
+                found = products.linear(change.to(self.weight.dtype), self.weight).float()
             else:
-                found = (reference.inputs[some] @ self.weight.T).float() - (inputs[some] @ self.moved.T).float()
+                found = (
+                    products.linear(reference.inputs[some], self.weight).float()
+                    - products.linear(inputs[some], self.moved).float()
+                )
             return found if reference.added is None else found + reference.added[some]
 
         mismatch = torch.cat(workers.map(missing, pieces(len(inputs), TOKENS)))

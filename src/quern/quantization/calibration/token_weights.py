@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from quern.core.machine import products
 from quern.core.machine.parallel import pieces
 from quern.core.seeds import derive_seed
 from quern.quantization.calibration.block import Block
@@ -52,12 +52,12 @@ def output_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, seed: int) ->
         with torch.enable_grad():
             final = norm(part)
         # The gradient of the cross entropy by the logits is (prediction - label), so the logits need no graph.
-        prediction = functional.linear(final.detach(), head).float().softmax(-1)
+        prediction = products.linear(final.detach(), head).float().softmax(-1)
         cumulative = prediction.cumsum(-1)
         labels = torch.searchsorted(cumulative, uniform[start:stop] * cumulative[:, -1:])
         labels.clamp_(max=head.shape[0] - 1)
         prediction.scatter_add_(1, labels, torch.full_like(cumulative[:, :1], -1.0))
-        (gradient,) = torch.autograd.grad(final, part, prediction.to(head.dtype) @ head)
+        (gradient,) = torch.autograd.grad(final, part, products.linear(prediction.to(head.dtype), head.T))
         gradients.append(gradient.float())
         inputs.append(final.detach())
         squares.append(prediction.square().sum(-1))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from quern.core.machine import products
 from quern.core.machine.parallel import pieces
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
 from quern.quantization.training.student import TrainedVector
@@ -64,17 +64,17 @@ class Heads:
         for start, stop in pieces(len(student), LOGIT_TOKENS):
             part = student[start:stop].detach().requires_grad_(gradients)
             with torch.no_grad():
-                known = functional.linear(self._teacher(teacher[start:stop]), self._teacher_head)
+                known = products.linear(self._teacher(teacher[start:stop]), self._teacher_head)
                 known = known.float().log_softmax(-1)
             with torch.set_grad_enabled(gradients):
                 final = norm(part)
             with torch.no_grad():
-                found = functional.linear(final, self._student_head).float().log_softmax(-1)
+                found = products.linear(final, self._student_head).float().log_softmax(-1)
                 probable = known.exp()
                 total += float((probable * (known - found)).sum(-1).double().sum())
             if gradients:
                 wrong = found.exp_().sub_(probable).to(self._student_head.dtype)
-                one, other = torch.autograd.grad(final, [part, weight], wrong @ self._student_head)
+                one, other = torch.autograd.grad(final, [part, weight], products.linear(wrong, self._student_head.T))
                 by_hidden.append(one.float())
                 by_norm += other.float()
         return Divergence(total, torch.cat(by_hidden) if gradients else None, by_norm if gradients else None)

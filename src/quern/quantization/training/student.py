@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from quern.architectures.base import Architecture
 from quern.codecs.base import Parts
 from quern.codecs.trainable.base import Trainable, straight_through
+from quern.core.machine import products
 from quern.core.machine.parallel import Workers, pieces
 from quern.quantization.calibration.block import Block
 from quern.quantization.training.inputs import InputRounding
@@ -91,7 +91,7 @@ class _Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         seen = input if self.rounding is None else self.rounding(input)
-        output = functional.linear(seen, self.weight)
+        output = products.linear(seen, self.weight)
         if self.factor is not None:
             output = output * self.factor
         return output if self.bias is None else output + self.bias
