@@ -63,8 +63,7 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     weights = entries * itemsize
     if job.follows_stream or job.two_sided:
         weights *= 2  # the block as it was before anything of it was rounded
-    known = max(_known(job, block, stage) for block in _kinds(job) for stage in block.stages)
-    hessians = known + further_hessians * 4 * widest**2
+    further = further_hessians * 4 * widest**2
     calibrated = job.sequences is not None
     # A rotated copy of the activations comes on top.
     wave = (WAVE_COPIES + job.recipe.rotated + 2 * drift) * 4 * WAVE_TOKENS * widest if calibrated else 0
@@ -82,7 +81,12 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
         outer += 3 * 4 * hidden**2  # the head's Hessian: as it was kept, to be factorized, and for sweeps
     # Gradients at outputs that the pass backwards adds up, and their copy on the way to the disk.
     kept = 2 * AT_ONCE if job.two_sided and not recomputes(job) else 0
-    block = weights + packed + max((hessians if uses_hessian else 0) + slabs, wave) + (wave if uses_hessian else 0)
+    stages = [(kind, stage) for kind in _kinds(job) for stage in kind.stages] if uses_hessian else []
+    # What is known grows while waves go through the block, of two-sided rounding backwards, too; then linears are rounded.
+    seen = [_known(job, kind, stage) + further for kind, stage in stages]
+    rounding = [known + _copies(job, kind, stage) for known, (kind, stage) in zip(seen, stages, strict=True)]
+    waves = (1 + uses_hessian + job.two_sided) * wave
+    block = weights + packed + max(waves + max(seen, default=0), slabs + max(rounding, default=0))
     if job.recipe.tuning is not None:
         block = max(block, *(_tuning(job, kind) + entries * (itemsize + 1) for kind in _kinds(job)))
     fisher = sensitivity.needed(job) and calibrated
@@ -121,16 +125,18 @@ def _known(job: Job, block: BlockSpec, stage: Sequence[LinearGroup]) -> int:
         found += sum(4 * rows * columns + 4 * MOST_JUDGES * (rows + columns) for rows, columns in met)
     if job.two_sided:
         every = sum(bytes_of(rows) for rows, _ in _shapes(block.linears))
-        found += max(_outputs(_shapes(group)) for group in groups) + (every if every <= AT_ONCE else 0)
+        own = max(sum(bytes_of(rows) for rows, _ in _shapes(group)) for group in groups)
+        found += own + (every if every <= AT_ONCE else 0)
     return found
 
 
-def _outputs(shapes: Sequence[tuple[int, int]]) -> int:
-    """Bytes of what is known of the outputs of one group; of one of them the copies in which some are put in order and
-    factorized, the errors of the rows that are done and what they decode to."""
-    return sum(bytes_of(rows) for rows, _ in shapes) + max(
-        4 * (3 * min(rows, ORDERED) ** 2 + 2 * rows * columns) for rows, columns in shapes
-    )
+def _copies(job: Job, block: BlockSpec, stage: Sequence[LinearGroup]) -> int:
+    """Bytes that rounding one of the linears of a stage needs beside that: of two-sided rounding the copies in which
+    Hessians of outputs are put in order and factorized, the errors of the rows that are done and what they decode to."""
+    if not job.two_sided:
+        return 0
+    shapes = [block.linear(name).shape for group in stage for name in group.linears]
+    return max(4 * (3 * min(rows, ORDERED) ** 2 + 2 * rows * columns) for rows, columns in shapes)
 
 
 def _tuning(job: Job, block: BlockSpec) -> int:

@@ -14,7 +14,7 @@ MOST_JUDGES = 2048
 """Tokens that judge, at most."""
 
 
-MOST_ROWS = 16384
+MOST_ROWS = 8192
 """Rows that make up for one another, at most: of a larger matrix each half, or third, has a Hessian of its own."""
 
 
