@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,6 +40,11 @@ class Served:
 def run(served: Served, tell: Tell, say: Callable[[str], None]) -> None:
     """Serve until the process is told to end. Raises ``UserError`` for a place that is taken and for what is no model."""
     listening = _listen(served.host, served.port)
+    with closing(listening):
+        _serve(served, listening, tell, say)
+
+
+def _serve(served: Served, listening: socket.socket, tell: Tell, say: Callable[[str], None]) -> None:
     limits = Limits(parallel=served.parallel, waiting=served.waiting)
     loaders = {
         name: partial(
