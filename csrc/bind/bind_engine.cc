@@ -276,6 +276,13 @@ void bind_engine(nb::module_& module) {
       .def_prop_ro("overflowed", &SequenceCache::overflowed)
       .def_prop_ro("wide", &SequenceCache::wide)
       .def_prop_ro("room", &SequenceCache::room)
+      .def("fork",
+           [](const SequenceCache& cache, int32_t length) {
+             require(length >= 0 && length <= cache.length(), "a sequence begins with what another one has");
+             require(!cache.overflowed(), "what overflowed is not shared");
+             return cache.fork(length).release();
+           },
+           "length"_a, nb::rv_policy::take_ownership)
       .def("reserve", &SequenceCache::reserve, "length"_a);
   nb::class_<BoundDecoder>(module, "Decoder")
       .def("__init__",

@@ -46,6 +46,14 @@ uint8_t* KeyValuePool::take() {
   return page;
 }
 
+void KeyValuePool::give(uint8_t* page) {
+  const auto found = shared_.find(page);
+  if (found == shared_.end())
+    returned_.push_back(page);
+  else if (--found->second == 0)
+    shared_.erase(found);
+}
+
 void KeyValuePool::closed() {
   if (--sequences_ > 0) return;
   madvise(mapping_, mapped_, MADV_DONTNEED);
@@ -81,7 +89,21 @@ void SequenceCache::release(size_t blocks) {
   }
 }
 
+std::unique_ptr<SequenceCache> SequenceCache::fork(int32_t length) const {
+  auto found = std::make_unique<SequenceCache>(pool_, wide());
+  found->rotary_ = rotary_;
+  for (int32_t block = 0; block < length / BLOCK; ++block) {
+    const KeyValuePage& page = pages_[block];
+    pool_->share(page.keys);
+    if (wide()) pool_->share(page.values);
+    found->pages_.push_back(page);
+  }
+  found->length_ = length / BLOCK * BLOCK;
+  return found;
+}
+
 void SequenceCache::set_length(int32_t length) {
+  if (length % BLOCK > 0 && pool_->shared(pages_[length / BLOCK].keys)) length = length / BLOCK * BLOCK;
   length_ = length;
   release((static_cast<size_t>(length) + BLOCK - 1) / BLOCK);
 }

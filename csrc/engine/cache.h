@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #include "engine/operations.h"
@@ -51,7 +52,10 @@ class KeyValuePool {
 
   // One of the free pages, of which there must be one; those last returned first, since they are in memory.
   uint8_t* take();
-  void give(uint8_t* page) { returned_.push_back(page); }
+  void give(uint8_t* page);  // by one of those that have it; it is free when the last one gives it
+  // One more sequence has the page, which from here on nobody may write to.
+  void share(uint8_t* page) { ++shared_[page]; }
+  bool shared(uint8_t* page) const { return shared_.count(page) > 0; }
 
   int32_t sequences() const { return sequences_; }
   void opened() { ++sequences_; }
@@ -61,6 +65,7 @@ class KeyValuePool {
   CacheShape shape_;
   int64_t pages_, page_bytes_, fresh_ = 0;  // fresh: pages that were taken at least once
   std::vector<uint8_t*> returned_;
+  std::unordered_map<uint8_t*, int32_t> shared_;  // how many have a page beside the first
   int32_t sequences_ = 0;
   size_t mapped_ = 0;
   uint8_t* mapping_ = nullptr;
@@ -87,7 +92,12 @@ class SequenceCache {
   // head_dim; its own inverse. Nothing where the cache has none.
   void transform(int32_t layer, float* heads, int32_t count) const;
 
-  // Positions that are filled. Setting it returns all pages behind it.
+  // Another sequence that begins with the first `length` positions of this one, as far as they fill whole pages, which both
+  // then have.
+  std::unique_ptr<SequenceCache> fork(int32_t length) const;
+
+  // Positions that are filled. Setting it returns all pages behind it; what remains ends in front of a page that others have
+  // too, where it would end inside of it, so that nobody writes there.
   int32_t length() const { return length_; }
   void set_length(int32_t length);
   void filled(int32_t length) { length_ = length > length_ ? length : length_; }

@@ -111,7 +111,10 @@ class Pool:
         """An empty one; ``wide``: as float32, in twice the pages of a float16 pool."""
 
 class Sequence:
-    """Keys and values of one sequence. ``length`` can be cut back, which returns pages; ``rotary`` changed while it is 0."""
+    """Keys and values of one sequence. ``length`` can be cut back, which returns pages; ``rotary`` changed while it is 0.
+
+    Cut back into a page that it shares with another one, it ends in front of that page.
+    """
 
     length: int
     rotary: int
@@ -125,6 +128,9 @@ class Sequence:
     @property
     def room(self) -> int:
         """Positions that fit, in its own pages and in free ones."""
+
+    def fork(self, length: int) -> Sequence:
+        """Another one that begins with the first ``length`` positions, as far as they fill whole pages, which both have."""
 
     def reserve(self, length: int) -> bool:
         """Take pages for so many positions; False, and none is taken, where there are too few."""

@@ -26,6 +26,7 @@ from quern.cli.quantize import quantize
 from quern.cli.recipes import recipes
 from quern.cli.recommend import recommend
 from quern.cli.report import report
+from quern.cli.serve import serve
 from quern.cli.status import status
 from quern.cli.streams import forget_impossible_width, open_standard
 from quern.cli.train import train
@@ -44,6 +45,7 @@ VERBS: tuple[Callable[..., Any], ...] = (
     status,
     generate,
     chat,
+    serve,
     probe,
     recipes,
 )

@@ -23,6 +23,11 @@ class Sequence(Protocol):
         """Forget all but the first ``length`` tokens."""
         ...
 
+    def fork(self, length: int) -> Sequence:
+        """Another one that begins with the first ``length`` tokens, or with as many of them as both can have without
+        reading them again: its ``length`` says."""
+        ...
+
     def close(self) -> None:
         """Give its room in the pool back; it cannot be fed any more."""
         ...

@@ -28,10 +28,10 @@ class CpuSequence:
     text that grew too long for its rotary frequencies, values that float16 cannot hold) all of it is computed again.
     """
 
-    def __init__(self, model: CpuModel) -> None:
+    def __init__(self, model: CpuModel, cache: _native.Sequence | None = None, ids: Sequence[int] = ()) -> None:
         self._model = model
-        self._cache: _native.Sequence | None = model.pool.open()
-        self.ids: list[int] = []
+        self._cache: _native.Sequence | None = model.pool.open() if cache is None else cache
+        self.ids: list[int] = list(ids)
 
     @property
     def cache(self) -> _native.Sequence:
@@ -61,6 +61,13 @@ class CpuSequence:
         assert 0 <= length <= len(self.ids)
         del self.ids[length:]
         self.trim()
+
+    def fork(self, length: int) -> CpuSequence:
+        """Another one that begins with the first ``length`` tokens, as far as they fill whole pages; both have these."""
+        assert 0 <= length <= len(self.ids)
+        shared = 0 if self.cache.overflowed else min(length, self.cache.length)
+        cache = self.cache.fork(shared)
+        return CpuSequence(self._model, cache, self.ids[: cache.length])
 
     def close(self) -> None:
         """Give all pages back to the pool."""

@@ -47,6 +47,11 @@ class ReferenceSequence:
         """Tokens fed so far."""
         return len(self._ids)
 
+    def fork(self, length: int) -> ReferenceSequence:
+        """Another one, which shares nothing."""
+        assert 0 <= length <= len(self._ids)
+        return ReferenceSequence(self._model)
+
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` tokens."""
         assert 0 <= length <= len(self._ids)

@@ -1,0 +1,1 @@
+"""A server: requests of many people on one model, over the protocols that their clients speak."""

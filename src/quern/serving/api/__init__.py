@@ -1,0 +1,1 @@
+"""The protocols: OpenAI's, Anthropic's, and what runs beside them."""
