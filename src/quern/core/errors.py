@@ -56,3 +56,7 @@ class OutOfMemoryCapError(UserError):
     def __init__(self, message: str, least_bytes: int) -> None:
         self.least_bytes = least_bytes
         super().__init__(message)
+
+
+class UnhealthyError(UserError):
+    """What came of a block is not fit for use, and the job was to stop there. What was finished is kept."""

@@ -279,6 +279,7 @@ class Gguf(Format):
     suffix = SUFFIX
     opened_as_values = True
     runtimes: ClassVar[tuple[Target, ...]] = ("llama.cpp", "quern")
+    activations_dtype = "float32"
     writer = GgufWriter
 
     @classmethod

@@ -168,6 +168,7 @@ class Onnx(Format):
     method = METHOD
     opened = False
     runtimes: ClassVar[tuple[Target, ...]] = ("onnxruntime",)
+    activations_dtype = "float32"
     writer = OnnxWriter
     reader = OnnxReader
 
