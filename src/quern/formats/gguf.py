@@ -280,6 +280,7 @@ class Gguf(Format):
     opened_as_values = True
     runtimes: ClassVar[tuple[Target, ...]] = ("llama.cpp", "quern")
     activations_dtype = "float32"
+    joins_stages = True
     writer = GgufWriter
 
     @classmethod

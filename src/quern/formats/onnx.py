@@ -169,6 +169,7 @@ class Onnx(Format):
     opened = False
     runtimes: ClassVar[tuple[Target, ...]] = ("onnxruntime",)
     activations_dtype = "float32"
+    joins_stages = True
     writer = OnnxWriter
     reader = OnnxReader
 

@@ -15,7 +15,7 @@ from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import CalibratedInputs
-from quern.core.errors import OutOfMemoryCapError, UserError
+from quern.core.errors import NotEnoughDiskError, OutOfMemoryCapError, UserError
 from quern.core.machine.memory import forget_peak, peak_rss
 from quern.core.machine.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
@@ -24,10 +24,11 @@ from quern.core.results import LayerError, TunedBlock
 from quern.formats.mixes.base import settled
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_original
-from quern.pipeline.blockwise import gate, memory_plan, sensitivity, tuning
+from quern.pipeline.blockwise import disk_plan, gate, memory_plan, sensitivity, tuning
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.gate import findings_of, replaced_plans
+from quern.pipeline.blockwise.given_weights import FILES, check_weights, refuse_changed
 from quern.pipeline.blockwise.job import Job, OnUnhealthy, check_kept, kept_note, plan_of, stand_in_note
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.blockwise.reference_stream import start_stream
@@ -139,6 +140,8 @@ def quantize(
     forget_peak()
     sequences = tuning.checked(calibration_sequences(architecture, text, seed), chosen)
     wanted = {**fingerprint, **arithmetic(), **writer.coder()}
+    if not fresh:
+        refuse_changed(target.work, checkpoint, fingerprint["model_sha256"])
     with WorkFolder.open(target.work, wanted, fresh) as work, deterministic_workers(threads) as workers:
         if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:
             work.remove()
@@ -148,11 +151,13 @@ def quantize(
         job = Job(checkpoint, architecture, chosen, plan, writer, sequences, seed, work, workers, told, where, policy)
         try:
             memory_plan.check(job, memory)
-        except OutOfMemoryCapError:
+            disk_plan.check(job)
+        except (OutOfMemoryCapError, NotEnoughDiskError):
             if not resumed:
                 work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
             raise
-        work.finish("started", [], {})
+        work.finish("started", [], {FILES: checkpoint.hashed})
+        check_weights(job)
         spared = _carry_out(job, cache, fingerprint)
         layers = _write_metadata(job, fingerprint, notes := [*text_notes, *(text.notes if text else ())])
         publish(work, target, fresh)

@@ -23,6 +23,7 @@ from quern.core.plan import LinearPlan
 from quern.core.recipe_parts import Transform
 from quern.core.results import TunedBlock
 from quern.pipeline.blockwise import sensitivity
+from quern.pipeline.blockwise.disk_plan import DiskWatch
 from quern.pipeline.blockwise.gate import Gate
 from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.reference_stream import ReferenceStream, references
@@ -55,7 +56,9 @@ def quantize_blocks(job: Job) -> None:
     layers = job.architecture.layers
     pending = [index for index in range(layers) if job.work.done(f"block {index}") is None]
     task = job.progress.task("quantizing blocks", layers, layers - len(pending))
+    disk = DiskWatch(job)
     for index in pending:
+        disk.before(index)
         quantize_block(job, index)
         task.advance()
     task.done()
