@@ -12,7 +12,7 @@ import quern
 from quern.cli.main import app
 from quern.core.errors import UnhealthyError, UserError
 from quern.core.progress import Silent
-from quern.pipeline.blockwise import gate
+from quern.pipeline.blockwise.safeguards import gate
 from quern.quantization.health import Standing
 
 DOWN = "model.layers.{}.mlp.down_proj"

@@ -42,7 +42,7 @@ class InputSummary(BaseModel):
 
 
 class Finding(BaseModel):
-    """What the health gate found of one tensor; ``pipeline/blockwise/gate.py``."""
+    """What the health gate found of one tensor; ``pipeline/blockwise/safeguards/gate.py``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -24,14 +24,14 @@ from quern.core.results import LayerError, TunedBlock
 from quern.formats.mixes.base import settled
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_original
-from quern.pipeline.blockwise import disk_plan, gate, memory_plan, sensitivity, tuning
+from quern.pipeline.blockwise import disk_plan, memory_plan, sensitivity, tuning
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
-from quern.pipeline.blockwise.gate import findings_of, replaced_plans
-from quern.pipeline.blockwise.given_weights import FILES, check_weights, refuse_changed
 from quern.pipeline.blockwise.job import Job, OnUnhealthy, check_kept, kept_note, plan_of, stand_in_note
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.blockwise.reference_stream import start_stream
+from quern.pipeline.blockwise.safeguards.gate import TOLD, findings_of, replaced_plans
+from quern.pipeline.blockwise.safeguards.given_weights import FILES, check_weights, refuse_changed
 from quern.pipeline.output import (
     artifact_size,
     finished_layers,
@@ -149,13 +149,7 @@ def quantize(
         resumed = work.done("started") is not None
         told = work.telling(progress)
         job = Job(checkpoint, architecture, chosen, plan, writer, sequences, seed, work, workers, told, where, policy)
-        try:
-            memory_plan.check(job, memory)
-            disk_plan.check(job)
-        except (OutOfMemoryCapError, NotEnoughDiskError):
-            if not resumed:
-                work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
-            raise
+        _check_room(job, memory, resumed)
         work.finish("started", [], {FILES: checkpoint.hashed})
         check_weights(job)
         spared = _carry_out(job, cache, fingerprint)
@@ -164,6 +158,17 @@ def quantize(
     before = planned.seconds if planned else 0.0
     seconds = time.perf_counter() - started + (before or spared)  # planning computes the token weights too
     return _report(output, chosen, checkpoint, seconds, layers, resumed, [*notes, *writer.notes()], planned)
+
+
+def _check_room(job: Job, memory: int | None, resumed: bool) -> None:
+    """Raise ``OutOfMemoryCapError`` or ``NotEnoughDiskError`` where the job does not fit."""
+    try:
+        memory_plan.check(job, memory)
+        disk_plan.check(job)
+    except (OutOfMemoryCapError, NotEnoughDiskError):
+        if not resumed:
+            job.work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
+        raise
 
 
 def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) -> float:
@@ -223,7 +228,7 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
         provenance["inputs"] = CalibratedInputs.model_validate(seen).model_dump(mode="json")
     if tuned:
         provenance["tuning"] = tuned
-    if lasting_health := [one.model_dump(mode="json") for one in health if one.kind not in gate.TOLD]:
+    if lasting_health := [one.model_dump(mode="json") for one in health if one.kind not in TOLD]:
         provenance["health"] = lasting_health
     job.writer.accompany(job.work, provenance, job.checkpoint)
     return errors

@@ -24,9 +24,9 @@ from quern.core.recipe_parts import Transform
 from quern.core.results import TunedBlock
 from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.disk_plan import DiskWatch
-from quern.pipeline.blockwise.gate import Gate
 from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.reference_stream import ReferenceStream, references
+from quern.pipeline.blockwise.safeguards.gate import Gate
 from quern.pipeline.blockwise.tuning import BlockTuning, token_weights
 from quern.quantization.block import RoundedLinear, round_linears, turn_back
 from quern.quantization.calibration.activations import ActivationFile
