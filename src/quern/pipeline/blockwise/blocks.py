@@ -22,7 +22,8 @@ from quern.core.machine.heap import release_freed
 from quern.core.plan import LinearPlan
 from quern.core.recipe_parts import Transform
 from quern.core.results import TunedBlock
-from quern.pipeline.blockwise import sensitivity
+from quern.core.time_left import Work
+from quern.pipeline.blockwise import sensitivity, work_units
 from quern.pipeline.blockwise.disk_plan import DiskWatch
 from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.reference_stream import ReferenceStream, references
@@ -55,13 +56,19 @@ def quantize_blocks(job: Job) -> None:
     """All blocks that are not done yet; each leaves a stage of the artifact and the next one's inputs."""
     layers = job.architecture.layers
     pending = [index for index in range(layers) if job.work.done(f"block {index}") is None]
-    task = job.progress.task("quantizing blocks", layers, layers - len(pending))
+    task = job.progress.task("quantizing blocks", layers, layers - len(pending), _in_order(job, pending))
     disk = DiskWatch(job)
     for index in pending:
         disk.before(index)
         quantize_block(job, index)
         task.advance()
     task.done()
+
+
+def _in_order(job: Job, pending: Sequence[int]) -> list[Work]:
+    """Of the blocks that are done, and then of those that are not."""
+    work = work_units.blocks(job)
+    return [*(one for index, one in enumerate(work) if index not in pending), *(work[index] for index in pending)]
 
 
 def quantize_block(job: Job, index: int) -> None:

@@ -26,7 +26,7 @@ from quern.checkpoint.safetensors_file import read_tensors
 from quern.core.errors import BadFileError, UserError
 from quern.core.machine.heap import release_freed
 from quern.core.progress import Task
-from quern.pipeline.blockwise import output_gradients
+from quern.pipeline.blockwise import output_gradients, work_units
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration import token_weights as passes
@@ -201,7 +201,7 @@ def _put_into(shared: Path, job: Job, kind: str, seconds: float) -> None:
 
 def _compute(job: Job, sample: Sample | None = None) -> None:
     layers, again = job.architecture.layers, output_gradients.recomputes(job)
-    task = job.progress.task("token weights", 2 * layers + 1, _behind(job))
+    task = job.progress.task("token weights", 2 * layers + 1, _behind(job), work_units.token_weights(job))
     _forward(job, task)
     if not _has_output_gradients(job):
         _output_gradients(job)
