@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from quern.core.time_left import Pace, Work
+from quern.core.machine.time_left import Pace, Work
 
 WITHIN = 0.15
 

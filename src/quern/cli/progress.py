@@ -20,8 +20,8 @@ from rich.progress import (
 from rich.progress import Task as RichTaskState
 from rich.text import Text
 
+from quern.core.machine.time_left import Pace, Work
 from quern.core.progress import Task
-from quern.core.time_left import Pace, Work
 
 LINE_INTERVAL_S = 10.0
 """Least time between two lines where there is no terminal."""
@@ -56,7 +56,7 @@ class RichTask:
 
 
 class TimeLeft(ProgressColumn):
-    """What the steps of a task so far say of the rest (``core/time_left.py``)."""
+    """What the steps of a task so far say of the rest (``core/machine/time_left.py``)."""
 
     def render(self, task: RichTaskState) -> Text:
         left = task.fields["pace"].left(time.monotonic())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from quern.core.time_left import Work
+from quern.core.machine.time_left import Work
 
 
 class Task(Protocol):

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quern.core.machine.time_left import Pace, Work
 from quern.core.progress import Progress, Task
-from quern.core.time_left import Pace, Work
 
 INTERVAL_S = 1.0
 """Least time between two writings; the disk is not synced for them."""

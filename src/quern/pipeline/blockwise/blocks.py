@@ -19,10 +19,10 @@ from quern.architectures.base import LinearGroup
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import Codec, codec_of
 from quern.core.machine.heap import release_freed
+from quern.core.machine.time_left import Work
 from quern.core.plan import LinearPlan
 from quern.core.recipe_parts import Transform
 from quern.core.results import TunedBlock
-from quern.core.time_left import Work
 from quern.pipeline.blockwise import sensitivity, work_units
 from quern.pipeline.blockwise.disk_plan import DiskWatch
 from quern.pipeline.blockwise.job import Job

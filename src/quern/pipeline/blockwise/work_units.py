@@ -6,7 +6,7 @@ A kind of blocks that was seen is foretold by what it took, so that only kinds t
 from __future__ import annotations
 
 from quern.architectures.base import BlockSpec
-from quern.core.time_left import Work
+from quern.core.machine.time_left import Work
 from quern.pipeline.blockwise import output_gradients
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.rounding.base import ROUNDINGS
