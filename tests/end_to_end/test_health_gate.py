@@ -12,6 +12,7 @@ import quern
 from quern.cli.main import app
 from quern.core.errors import UnhealthyError, UserError
 from quern.core.progress import Silent
+from quern.pipeline.blockwise import blocks
 from quern.pipeline.blockwise.safeguards import gate
 from quern.quantization.health import Standing
 
@@ -194,6 +195,30 @@ def test_squares_that_overflow_are_rounded_to_nearest_if_wanted(tmp_path):
     assert (found["tensor"], found["kind"]) == (DOWN.format(1), "no Hessian")
     assert "rounded to nearest" in found["remedy"]
     assert report.resumed
+
+
+def test_weights_that_are_no_numbers_are_rounded_another_way_or_end_the_run(tmp_path, monkeypatch):
+    """As if error feedback had gone astray in one linear of the second block."""
+    rounded = blocks.round_linears
+
+    def astray(weights, plans, *given):
+        found = rounded(weights, plans, *given)
+        for linear in found:
+            if given[3] == "model.layers.1." and "up_proj" in linear.name and linear.plan.rounding.method == "gptq":
+                linear.decoded[3, 5] = float("nan")
+        return found
+
+    monkeypatch.setattr(blocks, "round_linears", astray)
+    model = model_with(tmp_path / "model", lambda weights: None, num_hidden_layers=2)
+    for policy in ("stop", "warn"):
+        with pytest.raises(UnhealthyError, match=r"layers\.1\.mlp\.up_proj: 1 of its 6,144 weights are NaN") as caught:
+            run(model, tmp_path / "out", policy, recipe=FINE)
+        assert "repair" in str(caught.value)
+        assert "warn" not in str(caught.value)
+    run(model, tmp_path / "out", "repair", recipe=FINE)
+    (found,) = json.loads((tmp_path / "out" / "quern.json").read_text("utf-8"))["health"]
+    assert (found["tensor"], found["kind"]) == ("model.layers.1.mlp.up_proj", "not finite")
+    assert found["remedy"] == "it was stored as integer 8 bits, granularity channel, rounded to nearest"
 
 
 def test_outputs_that_are_no_numbers_end_the_run_even_where_it_repairs(tmp_path):

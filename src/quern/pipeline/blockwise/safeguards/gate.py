@@ -98,8 +98,10 @@ class Gate:
     def finish(self, rounded: Sequence[RoundedLinear]) -> None:
         """Last looks at the block that is going to be recorded, of the ``rounded`` linears as tuning has left them."""
         for linear in rounded:
-            if (wrong := count_wrong(linear.decoded, self.job.workers)) and linear.name not in self._told():
-                self._stop_or_tell(self._finding(linear.name, "not finite", _wrong_text(wrong, linear)))
+            if wrong := count_wrong(linear.decoded, self.job.workers):
+                raise self._stopped(
+                    self.prefix + linear.name, _wrong_text(wrong, linear), "Leave tuning out of the recipe"
+                )
         if self._greatest > FLOAT16_GREATEST and hands_on_float16(self.job):
             problem = (
                 f"values up to {significant(self._greatest)} are handed from layer to layer on the calibration text, format "
@@ -119,7 +121,7 @@ class Gate:
         if wrong := count_wrong(linear.decoded, self.job.workers):
             return self._finding(linear.name, "not finite", _wrong_text(wrong, linear))
         if not math.isfinite(linear.relative_loss):
-            return self._finding(linear.name, "damaged", "its error is no number")
+            return self._finding(linear.name, "not finite", "its error is no number")
         found = standing(linear.relative_loss, linear.name, self._before, len(self.job.plan.quantized()))
         if found.state == "healthy":
             return None
@@ -211,7 +213,7 @@ class Gate:
         self._tell(problem.model_copy(update={"remedy": f"it was stored {stored}{also}"}))
 
     def _stop_or_tell(self, problem: Finding) -> None:
-        if problem.kind not in TOLD and self.job.on_unhealthy == "stop":
+        if problem.kind == "not finite" or (problem.kind not in TOLD and self.job.on_unhealthy == "stop"):
             raise self._stopped(problem.tensor, problem.problem, self._advice(*_helping(problem)))
         self._tell(problem)
 
@@ -221,9 +223,6 @@ class Gate:
 
     def _finding(self, name: str, kind: Any, problem: str) -> Finding:
         return Finding(tensor=self.prefix + name, kind=kind, problem=problem)
-
-    def _told(self) -> set[str]:
-        return {one.tensor.removeprefix(self.prefix) for one in self.findings if one.kind not in TOLD}
 
     def _full(self) -> dict[str, LinearPlan]:
         return {self.prefix + name: plan for name, plan in self.replaced.items()}
@@ -272,5 +271,7 @@ def _wrong_text(count: int, linear: RoundedLinear) -> str:
 
 
 def _helping(problem: Finding) -> tuple[str, ...]:
-    """Policies that go on in spite of it."""
+    """Policies that help."""
+    if problem.kind == "not finite":
+        return ("repair",)
     return ("warn",) if problem.kind == "beyond float16" else ("repair", "warn")
