@@ -3,8 +3,9 @@
     python benchmarks/kills.py [MODEL] [--recipe compact] [--tokens 2048] [--kills 20] [--seed 0] [-o FOLDER]
 
 MODEL (default: the bundled one) is quantized whole, once. Then the same job is started again and again and killed (SIGKILL)
-some random part of half that time after it has begun to work, until there were so many kills; when an artifact is finished
-on the way it is compared file by file, and the next one begins. Each second kill goes to a run on another number of threads.
+some random part of half that time after the first line that it wrote into its journal, until there were so many kills. When
+an artifact is finished on the way it is compared file by file, and the next one begins. Every second process has another
+number of threads.
 Exit code 1 where a byte differs, or where something unfinished looks finished. The result is results/kills_*.json.
 """
 
@@ -49,7 +50,7 @@ def main() -> int:
     options.output.mkdir(parents=True)
     whole = run(options, "whole", 2, None)
     expected = hashes(options.output / "whole")
-    print(f"undisturbed: {whole['seconds']:.1f} s, {whole['lines']} steps, {len(expected)} files", flush=True)
+    print(f"undisturbed: {whole['seconds']:.1f} s of work, {whole['lines']} steps, {len(expected)} files", flush=True)
     kills, artifacts = kill(options, whole["seconds"], expected)
     differing = sum(not one["identical"] for one in artifacts)
     write_result(
@@ -95,27 +96,33 @@ def kill(
 
 
 def run(options: argparse.Namespace, name: str, threads: int, delay: float | None) -> dict[str, Any]:
-    """One process that works on the artifact ``name``, killed ``delay`` seconds after it was ready to work."""
+    """One process that works on the artifact ``name``, killed ``delay`` seconds after its first line in the journal."""
     request = {
         "model": str(options.model), "output": str(options.output / name), "recipe": options.recipe,
         "calibration_tokens": options.tokens, "threads": threads,
     }  # fmt: skip
+    work = options.output / f"{name}.quern-work"
     process = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdout.readline()
-    started = time.monotonic()
+    before = len(journal(work))
+    begin = started = time.monotonic()
     process.stdin.write(json.dumps(request))
     process.stdin.close()
     lines: list[str] = []
     while process.poll() is None:
-        lines = journal(options.output / f"{name}.quern-work") or lines
+        lines = journal(work) or lines
+        if len(lines) <= before:
+            started = time.monotonic()
         if time.monotonic() - started > (MOST_SECONDS if delay is None else delay):
             process.send_signal(signal.SIGKILL)
             break
+        if time.monotonic() - begin > MOST_SECONDS:
+            raise SystemExit(f"quantizing {name} takes more than {MOST_SECONDS:.0f} s")
         time.sleep(0.005)
     code = process.wait()
-    lines = journal(options.output / f"{name}.quern-work") or lines
+    lines = journal(work) or lines
     if code not in (0, -signal.SIGKILL) or (code and delay is None):
         raise SystemExit(f"quantizing {name} ended with {code}")
     return {

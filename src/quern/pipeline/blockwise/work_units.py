@@ -11,8 +11,9 @@ from quern.pipeline.blockwise import output_gradients
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.rounding.base import ROUNDINGS
 
-ENCODING = 200
-"""What finding the code of a weight costs beside the feedback; a trellis and a search for scales take about so much."""
+ENCODING = 15_000
+"""What finding the code of one weight takes, in the time of so many multiplications and additions of a float32 product.
+Measured on AVX2 were 3,000 to 70,000 of the shipped recipes, and 400,000 of ggml's codebooks of 2 bits."""
 
 
 def blocks(job: Job) -> list[Work]:
@@ -47,8 +48,13 @@ def _kind(job: Job, block: BlockSpec) -> tuple[object, ...]:
 
 def _block(job: Job, block: BlockSpec) -> float:
     tokens, streams = _tokens(job), 1 + job.follows_stream
-    passes = (len(block.stages) + 1) * streams * 2 * tokens * _weights(block)
-    rounding = 0
+    run, before, rounding = _weights(block), 0, 0
+    for stage in block.stages:
+        names = [name for group in stage for name in group.linears]
+        if any(job.plan[block.prefix + name].quantized for name in names):
+            run += before  # what it reads is captured, by a run that ends there
+        before += sum(block.linear(name).shape[0] * block.linear(name).shape[1] for name in names)
+    passes = 2 * tokens * streams * run
     for linear in block.linears:
         rows, columns = linear.shape
         plan = job.plan[block.prefix + linear.name]

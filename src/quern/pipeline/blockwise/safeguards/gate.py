@@ -83,11 +83,8 @@ class Gate:
         most = greatest(hidden)
         if not math.isfinite(most):
             wrong = count_wrong(hidden, self.job.workers)
-            wider = (
-                ""
-                if self.job.compute_dtype == torch.float32
-                else ", or compute in calibration: {compute_dtype: float32}"
-            )
+            narrow = self.job.compute_dtype != torch.float32
+            wider = ", or compute in calibration: {compute_dtype: float32}" if narrow else ""
             raise self._stopped(
                 f"block {self.index} ({self.prefix.removesuffix('.')})",
                 f"{wrong:,} of {hidden.numel():,} outputs are NaN or infinite for calibration tokens",
@@ -96,8 +93,8 @@ class Gate:
         self._greatest = max(self._greatest, most, inputs)
 
     def finish(self, rounded: Sequence[RoundedLinear]) -> None:
-        """Last looks at the block that is going to be recorded, of the ``rounded`` linears as tuning has left them."""
-        for linear in rounded:
+        """Last looks at the block that is going to be recorded; ``rounded``: as tuning has left them, where there is one."""
+        for linear in rounded if self.job.recipe.tuning is not None else ():
             if wrong := count_wrong(linear.decoded, self.job.workers):
                 raise self._stopped(
                     self.prefix + linear.name, _wrong_text(wrong, linear), "Leave tuning out of the recipe"
@@ -202,14 +199,9 @@ class Gate:
 
     def _replace(self, linears: Sequence[str], plan: LinearPlan, problem: Finding) -> None:
         self.replaced |= dict.fromkeys(linears, plan)
-        stored = (
-            "as it was, unquantized" if not plan.quantized else f"as {scheme_text(plan.scheme)}, rounded to nearest"
-        )
-        also = (
-            f", as were {' and '.join(one for one in linears if self.prefix + one != problem.tensor)}"
-            if linears[1:]
-            else ""
-        )
+        others = [one for one in linears if self.prefix + one != problem.tensor]
+        also = f", as were {' and '.join(others)}" if others else ""
+        stored = f"as {scheme_text(plan.scheme)}, rounded to nearest" if plan.quantized else "as it was, unquantized"
         self._tell(problem.model_copy(update={"remedy": f"it was stored {stored}{also}"}))
 
     def _stop_or_tell(self, problem: Finding) -> None:

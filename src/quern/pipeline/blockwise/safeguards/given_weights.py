@@ -9,6 +9,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
 from quern.checkpoint.jobs.journal import parse_journal
 from quern.core.errors import BadFileError, option
+from quern.core.machine.heap import release_freed
 from quern.pipeline.blockwise.job import Job
 
 CHECKED = "weights checked"
@@ -29,6 +30,7 @@ def check_weights(job: Job) -> None:
             checkpoint.read(name, finite=True)
         task.advance(checkpoint.info(name).elements)
     task.done()
+    release_freed()
     job.work.finish(CHECKED, [], {})
 
 
