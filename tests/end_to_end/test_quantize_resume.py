@@ -20,7 +20,7 @@ RECIPE = {
     "calibration": {"tokens": 256, "sequence_length": 32, "token_weight": "fisher"},
 }
 STAGES = {
-    "embedding and head": ("started", "outer"),
+    "embedding and head": ("started", "weights checked", "outer"),
     "forward pass": ("inputs",),
     "backward pass": ("gradients", "weights"),
     "blocks": ("chain", "unquantized", "block"),
@@ -70,7 +70,7 @@ def whole(run, place) -> tuple[dict[str, str], list[str], float]:
 
 
 def stage(steps: list[str]) -> str:
-    kind = steps[-1].split(" ")[0]
+    kind = steps[-1] if steps[-1] in STAGES["embedding and head"] else steps[-1].split(" ")[0]
     return next((name for name, kinds in STAGES.items() if kind in kinds), "publication")
 
 

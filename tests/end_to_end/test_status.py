@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from artifacts import small_recipe
 from tiny_model import calibration_text, tiny_config, write_model
 from typer.testing import CliRunner
 
@@ -20,8 +21,10 @@ class Watcher(Silent):
     def __init__(self, output, at, interrupts):
         self.output, self.at, self.interrupts = output, at, interrupts
         self.seen = []
+        self.work = {}
 
-    def task(self, description, total, done=0):
+    def task(self, description, total, done=0, work=None):
+        self.work[description] = total, work
         return Step(self, description, done)
 
 
@@ -76,6 +79,23 @@ def test_a_stopped_job_says_that_nobody_works_on_it(jobs):
     assert job.seconds_ago < 600
 
 
+def test_work_is_told_of_every_step(place, tmp_path):
+    watcher = Watcher(tmp_path / "out", None, False)
+    recipe = small_recipe(rounding={"method": "gptq"}, overrides=[{"pattern": "*.1.mlp.*", "codec": "none"}])
+    quern.quantize(place / "model", tmp_path / "out", recipe=recipe, calibration=[place / "text.txt"], progress=watcher)
+    total, (first, second, third) = watcher.work["quantizing blocks"]
+    assert total == 3
+    assert first == third
+    assert second.kind != first.kind
+    assert 0 < second.size < first.size, "what is not rounded takes less"
+    total, work = watcher.work["token weights"]
+    assert total == len(work) == 7
+    assert [one.kind if one.kind == "head" else one.kind[0] for one in work] == [
+        *["forward"] * 3, "head", *["backward"] * 3,
+    ]  # fmt: skip
+    assert work[6].size > work[0].size > 0
+
+
 def test_a_finished_one_leaves_no_job(jobs):
     assert (jobs[2].finished, jobs[2].jobs) == (True, [])
 
@@ -98,9 +118,18 @@ def test_the_time_left_is_that_of_this_runs_pace(tmp_path):
         assert quern.status(tmp_path / "out").jobs[0].tasks[0].seconds_left is None
         path = work.path("progress.json")
         content = json.loads(path.read_text("utf-8"))
-        content["tasks"][0] |= {"done": 65, "seconds": 100.0}
+        content["tasks"][0] |= {"done": 65, "seconds": 100.0, "left": 300.0}
         path.write_text(json.dumps(content), "utf-8")
-        assert quern.status(tmp_path / "out").jobs[0].tasks[0].seconds_left == pytest.approx(300)
+        assert 240 < quern.status(tmp_path / "out").jobs[0].tasks[0].seconds_left <= 300
+        content["since_boot"] -= 200  # so long ago; the clock on the wall was set meanwhile
+        content["updated"] += 86400
+        path.write_text(json.dumps(content), "utf-8")
+        (job,) = quern.status(tmp_path / "out").jobs
+        assert 40 < job.tasks[0].seconds_left <= 100
+        assert 200 <= job.seconds_ago < 260
+        content["since_boot"] -= 200
+        path.write_text(json.dumps(content), "utf-8")
+        assert quern.status(tmp_path / "out").jobs[0].tasks[0].seconds_left == 0
         task.done()
         assert quern.status(tmp_path / "out").jobs[0].tasks == []
 
@@ -127,7 +156,36 @@ def test_what_a_person_sees(place, tmp_path):
     assert json.loads(read.stdout)["jobs"][0]["tasks"][0]["total"] == 80
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"updated": 1, "tasks": [{"unknown": 1}]}', b"\xff"])
+@pytest.mark.parametrize(("boot", "wall", "ago"), [("another", -50, 50), ("another", 3600, None), (None, -50, 50)])
+def test_a_clock_that_jumped_makes_no_absurd_times(tmp_path, boot, wall, ago):
+    """After a reboot only the clock on the wall is left, and where that says the future nobody knows."""
+    with WorkFolder.open(tmp_path / "out.quern-work", {}) as work:
+        work.telling(Silent()).task("quantizing blocks", 80, 60)
+        path = work.path("progress.json")
+        content = json.loads(path.read_text("utf-8"))
+        content |= {"boot": boot, "updated": content["updated"] + wall}
+        content["tasks"][0] |= {"left": 300.0}
+        path.write_text(json.dumps(content), "utf-8")
+        (job,) = quern.status(tmp_path / "out").jobs
+        shown = CliRunner().invoke(app, ["status", str(tmp_path / "out")])
+    if ago is None:
+        assert job.seconds_ago is None
+        assert "as of" not in shown.output
+    else:
+        assert ago <= job.seconds_ago < ago + 60
+    assert 0 <= job.tasks[0].seconds_left <= 300
+
+
+WRONG = [
+    b"", b"[]", b"{}", b"null", b'{"updated": 1, "tasks": [{"unknown": 1}]}', b"\xff",
+    b'{"updated": "x", "tasks": []}', b'{"updated": 1, "tasks": 5}', b'{"updated": 1, "tasks": [5]}',
+    *(b'{"updated": 1, "tasks": [{"description": "a", "total": 4, "done": %s, "before": 0, "seconds": 1}]}' % value
+      for value in (b"-1", b"NaN", b"1e300", b'"x"', b"null", b"[]")),
+    b'{"updated": 1, "tasks": [{"description": 5, "total": 4, "done": 1, "before": 0, "seconds": 1}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", WRONG)
 def test_a_damaged_file_is_named(tmp_path, content):
     with WorkFolder.open(tmp_path / "out.quern-work", {}) as work:
         work.path("progress.json").write_bytes(content)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,9 @@ from quern.checkpoint.head import EMBEDDING, HEAD, with_true_head
 from quern.checkpoint.hub import download, is_hub_id
 from quern.checkpoint.safetensors_file import TensorInfo
 from quern.checkpoint.strangers import cached_snapshot, single_file
+from quern.checkpoint.synthetic import SyntheticSource
 from quern.checkpoint.tokenizer import tokenizer_files
+from quern.checkpoint.unchanged import Stamp, check_unchanged, stamps_of
 from quern.core.errors import BadFileError, UserError
 from quern.core.progress import Progress, Silent
 
@@ -71,6 +73,10 @@ class Checkpoint:
     """What whoever measures or quantizes the model should know of it."""
     lasting_notes: tuple[str, ...] = field(default=())
     """Those of them that hold for whatever is made from the model too."""
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    """Of its files when they were opened; one that changes is read no more."""
+    hashed: dict[str, str] = field(default_factory=dict, compare=False)
+    """Once ``sha256`` was asked for: by file, in order, the digest of everything up to its end."""
 
     @property
     def model_type(self) -> str:
@@ -93,14 +99,22 @@ class Checkpoint:
         With ``finite`` a tensor that holds NaN or infinity is refused. Raises ``BadFileError``.
         """
         self.info(name)
+        place = self.source.place(name)
+        check_unchanged(place, self.stamps)
         tensor = self.source.read(name)
+        check_unchanged(place, self.stamps)
         if finite and (count := count_non_finite(tensor)):
             raise BadFileError(
-                self.source.place(name),
+                place,
                 f"tensor {name!r} holds {count} NaN or infinite values among {tensor.numel()}",
                 "The weights are damaged or overflowed their dtype; get the checkpoint again",
             )
         return tensor
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its weights lie in no file but are drawn from a seed."""
+        return isinstance(self.source, SyntheticSource)
 
     @cached_property
     def parameters(self) -> int:
@@ -134,6 +148,7 @@ class Checkpoint:
         for path in paths:
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             sha256_into(digest, path, advance=task.advance)
+            self.hashed[path.name] = digest.hexdigest()
         task.done()
         return digest.hexdigest()
 
@@ -175,7 +190,8 @@ def open_checkpoint(
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    """The same, unless its configuration counts what no model has."""
+    """The same, to be held to its files, unless its configuration counts what no model has."""
+    checkpoint = replace(checkpoint, stamps=stamps_of(checkpoint.source.weight_files))
     config, tensors = checkpoint.config, len(checkpoint.source.infos)
     check_counts(checkpoint.path, config)
     if config.get("num_hidden_layers", 1) > tensors:

@@ -31,7 +31,7 @@ _LONGEST_NAME = 240
 """Bytes of a file's name that leave room for the ending of a temporary one (Linux: 255)."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _LARGEST_POINTER = 1024
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -192,6 +192,11 @@ def explain_write_errors(path: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise _full(path, needed) from error
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"cannot write {path}: no file may be so large there. Raise the limit (`ulimit -f`), or choose a folder on "
+                "a file system that takes large files; what is finished is kept"
+            ) from error
         if error.errno in _NO_PERMISSION:
             raise UserError(
                 f"cannot write {path}: {error.strerror}. Choose another folder or change the permissions of this one"

@@ -110,6 +110,10 @@ Seed = Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over: discard unfinished work and replace what is in the output folder.")
 ]
+OnUnhealthy = Annotated[
+    Literal["stop", "repair", "warn"],
+    typer.Option(help="Where a block is not fit for use: stop there, store that linear otherwise, or go on as it is."),
+]
 NoSpeed = Annotated[
     bool, typer.Option("--no-speed", help="Leave out the timed rounds: size, accuracy and memory are measured.")
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -102,6 +103,10 @@ def _errors_as_messages(resumes: bool) -> Iterator[None]:
         fail(f"error: {error.on_command_line}", error.exit_code)
     except OSError as error:
         _maybe_reraise()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            continues = CONTINUES if resumes else ""
+            fail(f"error: the disk is full{where}: {error.strerror}. Free some space.{continues}", 2)
         fail(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
     except MemoryError:
         _maybe_reraise()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -12,16 +12,17 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.progress import Task as RichTaskState
+from rich.text import Text
 
+from quern.core.machine.time_left import Pace, Work
 from quern.core.progress import Task
 
-SPEED_WINDOW_S = 24 * 3600
-"""A step of a large model takes minutes, so the time left is estimated from all steps, not from the last seconds."""
 LINE_INTERVAL_S = 10.0
 """Least time between two lines where there is no terminal."""
 FIRST_LINE_S = 2.0
@@ -38,18 +39,28 @@ def progress_on(console: Console) -> RichProgress | LineProgress:
 class RichTask:
     """One bar (the ``Task`` of core/progress.py)."""
 
-    def __init__(self, bars: Progress, identifier: TaskID) -> None:
+    def __init__(self, bars: Progress, identifier: TaskID, pace: Pace) -> None:
         self._bars = bars
         self._identifier = identifier
+        self._pace = pace
 
     def advance(self, steps: float = 1) -> None:
         """Move the bar on."""
+        self._pace.advance(steps, time.monotonic())
         self._bars.advance(self._identifier, steps)
 
     def done(self) -> None:
         """Take the bar away."""
         self._bars.update(self._identifier, visible=False)
         self._bars.stop_task(self._identifier)
+
+
+class TimeLeft(ProgressColumn):
+    """What the steps of a task so far say of the rest (``core/machine/time_left.py``)."""
+
+    def render(self, task: RichTaskState) -> Text:
+        left = task.fields["pace"].left(time.monotonic())
+        return Text("-" if left is None else _duration(left))
 
 
 class RichProgress:
@@ -63,10 +74,9 @@ class RichProgress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TimeLeft(),
             console=console,
             transient=True,
-            speed_estimate_period=SPEED_WINDOW_S,
         )
 
     def __enter__(self) -> RichProgress:
@@ -78,9 +88,10 @@ class RichProgress:
     ) -> None:
         self._bars.stop()
 
-    def task(self, description: str, total: float, done: float = 0) -> Task:
+    def task(self, description: str, total: float, done: float = 0, work: Sequence[Work] | None = None) -> Task:
         """A new bar."""
-        return RichTask(self._bars, self._bars.add_task(description, total=total, completed=int(done)))
+        pace = Pace(total, done, time.monotonic(), work)
+        return RichTask(self._bars, self._bars.add_task(description, total=total, completed=int(done), pace=pace), pace)
 
     def log(self, message: str) -> None:
         """A line above the bars."""
@@ -90,33 +101,24 @@ class RichProgress:
 class LineTask:
     """A task shown as lines of text."""
 
-    def __init__(self, lines: LineProgress, description: str, total: float, done: float) -> None:
+    def __init__(self, lines: LineProgress, description: str, pace: Pace) -> None:
         self._lines = lines
         self._description = description
-        self._total = total
-        self._done = self._begin = done
-        self._started = time.monotonic()
-        self._lock = threading.Lock()
+        self._pace = pace
         lines.tell(self._line)
 
     def advance(self, steps: float = 1) -> None:
         """Tell it, if it is time."""
-        with self._lock:  # scoring advances one task from several threads
-            self._done += steps
+        self._pace.advance(steps, time.monotonic())
         self._lines.tell(self._line)
 
     def done(self) -> None:
         """Nothing more to tell."""
 
     def _line(self) -> str:
-        worked, left = self._done - self._begin, self._total - self._done
-        elapsed = time.monotonic() - self._started
-        far = (
-            f"{self._done:,.0f} of {self._total:,.0f}"
-            if self._total < _COUNTABLE
-            else f"{100 * self._done / self._total:.0f} %"
-        )
-        remaining = f", about {_duration(elapsed / worked * left)} left" if worked > 0 and left > 0 else ""
+        done, total, left = self._pace.done, self._pace.total, self._pace.left(time.monotonic())
+        far = f"{done:,.0f} of {total:,.0f}" if total < _COUNTABLE else f"{100 * done / total:.0f} %"
+        remaining = f", about {_duration(left)} left" if left is not None and done < total else ""
         return f"{self._description}: {far}{remaining}"
 
 
@@ -136,9 +138,9 @@ class LineProgress:
     ) -> None:
         pass
 
-    def task(self, description: str, total: float, done: float = 0) -> Task:
+    def task(self, description: str, total: float, done: float = 0, work: Sequence[Work] | None = None) -> Task:
         """A task to be told of."""
-        return LineTask(self, description, total, done)
+        return LineTask(self, description, Pace(total, done, time.monotonic(), work))
 
     def log(self, message: str) -> None:
         """A line, whenever it comes."""

@@ -43,6 +43,7 @@ def quantize(
     seed: options.Seed = 0,
     fresh: options.Fresh = False,
     threads: options.Threads = None,
+    on_unhealthy: options.OnUnhealthy = "stop",
     format: Annotated[
         str | None,
         typer.Option(metavar="F", help="Format to write (see quern recipes).", show_default="the recipe's"),
@@ -73,6 +74,7 @@ def quantize(
             seed=seed,
             fresh=fresh,
             threads=threads,
+            on_unhealthy=on_unhealthy,
             format=format,
             format_options=options.pairs(format_option, "--format-option"),
             cache=cache,

@@ -54,6 +54,7 @@ def train(
     seed: options.Seed = 0,
     fresh: options.Fresh = False,
     threads: options.Threads = None,
+    on_unhealthy: options.OnUnhealthy = "stop",
     json: options.Json = False,
 ) -> None:
     """Train what a recipe makes of MODEL, at the same bytes, towards MODEL's own predictions.
@@ -79,6 +80,7 @@ def train(
             seed=seed,
             fresh=fresh,
             threads=threads,
+            on_unhealthy=on_unhealthy,
             progress=progress,
         )
     show(report, json, train_report)

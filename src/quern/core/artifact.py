@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -39,6 +39,25 @@ class InputSummary(BaseModel):
     """What static activations cut |x| at; None for others, and where inputs are rotated first."""
     clipped: Annotated[float, Field(ge=0, le=1)] | None
     """The share of |x| beyond that."""
+
+
+class Finding(BaseModel):
+    """What the health gate found of one tensor; ``pipeline/blockwise/safeguards/gate.py``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tensor: str
+    """Full name of a linear, or of a block where its outputs are meant."""
+    kind: Literal["damaged", "out of line", "not finite", "no Hessian", "beyond float16", "silent inputs"]
+    problem: str
+    """A clause about it."""
+    remedy: str | None = None
+    """What it has become instead of what the recipe asks for; None where it was left as it is."""
+
+    @property
+    def text(self) -> str:
+        """A sentence for notes."""
+        return f"{self.tensor}: {self.problem}" + (f"; {self.remedy}" if self.remedy else "")
 
 
 class CalibratedInputs(BaseModel):

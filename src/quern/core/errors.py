@@ -56,3 +56,15 @@ class OutOfMemoryCapError(UserError):
     def __init__(self, message: str, least_bytes: int) -> None:
         self.least_bytes = least_bytes
         super().__init__(message)
+
+
+class NotEnoughDiskError(UserError):
+    """The disk has not room for the work. ``missing_bytes`` more would do. What was finished is kept."""
+
+    def __init__(self, message: str, missing_bytes: int) -> None:
+        self.missing_bytes = missing_bytes
+        super().__init__(message)
+
+
+class UnhealthyError(UserError):
+    """What came of a block is not fit for use, and the job was to stop there. What was finished is kept."""

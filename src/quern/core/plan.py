@@ -60,6 +60,10 @@ class Plan(Mapping[str, LinearPlan]):
         """The plan with other dtypes for the scales of some modules."""
         return Plan({**self._plans, **{name: self[name].with_scale_dtype(d) for name, d in scale_dtypes.items()}})
 
+    def replaced(self, plans: Mapping[str, LinearPlan]) -> Plan:
+        """The plan with others for some modules."""
+        return Plan({**self._plans, **plans})
+
 
 def make_plan(recipe: Recipe, linears: Iterable[str], embedding: str, head: str | None) -> Plan:
     """The plan of ``recipe`` for the decoder linears of these full names; ``head`` None: the embedding is the head."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
+
+from quern.core.machine.time_left import Work
 
 
 class Task(Protocol):
@@ -23,8 +25,9 @@ class Task(Protocol):
 class Progress(Protocol):
     """Where work reports how far it has got."""
 
-    def task(self, description: str, total: float, done: float = 0) -> Task:
-        """A new bar of ``total`` steps, of which an earlier run has ``done`` some: the time left is that of the rest."""
+    def task(self, description: str, total: float, done: float = 0, work: Sequence[Work] | None = None) -> Task:
+        """A new bar of ``total`` steps, of which an earlier run has ``done`` some: the time left is that of the rest.
+        ``work`` says of each step, those included, how much it is; None: all are alike."""
         ...
 
     def log(self, message: str) -> None:
@@ -43,7 +46,7 @@ class _SilentTask:
 class Silent:
     """Listens to nothing."""
 
-    def task(self, description: str, total: float, done: float = 0) -> Task:
+    def task(self, description: str, total: float, done: float = 0, work: Sequence[Work] | None = None) -> Task:
         return _SilentTask()
 
     def log(self, message: str) -> None:

@@ -79,6 +79,7 @@ class Awq(Format):
     opened_as_values = True
     runtimes: ClassVar[tuple[Target, ...]] = ("vllm", "transformers", "quern")
     joins = True
+    activations_dtype = "float16"
     writer = AwqWriter
 
     @classmethod

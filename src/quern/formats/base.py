@@ -238,6 +238,10 @@ class Format(ABC):
     """What loads it where nothing stands in the way."""
     joins: ClassVar[bool] = False
     """Whether linears that a runtime joins (``LinearSpec.fused_with``) must have one scheme."""
+    joins_stages: ClassVar[bool] = False
+    """Whether finished stages become one file, beside which they lie until it is whole."""
+    activations_dtype: ClassVar[str | None] = None
+    """The dtype in which what runs its artifacts hands values from layer to layer; None: that of config.json."""
     writer: ClassVar[type[ArtifactWriter]]
     reader: ClassVar[type[ArtifactReader]]
     """Of a format that is not opened as values."""

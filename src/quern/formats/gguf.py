@@ -279,6 +279,8 @@ class Gguf(Format):
     suffix = SUFFIX
     opened_as_values = True
     runtimes: ClassVar[tuple[Target, ...]] = ("llama.cpp", "quern")
+    activations_dtype = "float32"
+    joins_stages = True
     writer = GgufWriter
 
     @classmethod

@@ -168,6 +168,8 @@ class Onnx(Format):
     method = METHOD
     opened = False
     runtimes: ClassVar[tuple[Target, ...]] = ("onnxruntime",)
+    activations_dtype = "float32"
+    joins_stages = True
     writer = OnnxWriter
     reader = OnnxReader
 

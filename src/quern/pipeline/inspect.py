@@ -22,6 +22,7 @@ from quern.engines.cpu import cache_sizes
 from quern.formats.base import CodedPart, StoredWeight, format_of, reader_of
 from quern.formats.fit import FLOATS
 from quern.loading.fitting import fitted, model_config, open_stored, read_methods
+from quern.pipeline.output import health_notes
 
 NO_GRANULARITY = "-"
 _SMALL_PARTS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
@@ -108,7 +109,7 @@ def inspect(path: str | Path) -> Inspection:
         recipe=recipe,
         cache_bytes_per_token=_cache_sizes(checkpoint),
         context=context if type(context) is int and context > 0 else None,
-        notes=(*checkpoint.notes, *notes),
+        notes=(*checkpoint.notes, *notes, *health_notes(checkpoint.path)),
         loaded_bytes=loaded_bytes(checkpoint) if coded else None,
     )
 
@@ -134,7 +135,7 @@ def _inspect_decoded(checkpoint: Checkpoint, method: str) -> Inspection:
         bits_per_weight=bits_per_weight(weight_bytes(checkpoint), checkpoint.parameters),
         parameters=checkpoint.parameters,
         recipe=None,
-        notes=(*checkpoint.notes, *_notes(checkpoint, {})),
+        notes=(*checkpoint.notes, *_notes(checkpoint, {}), *health_notes(checkpoint.path)),
     )
 
 

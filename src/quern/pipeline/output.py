@@ -10,7 +10,7 @@ from quern.checkpoint.files import read_json
 from quern.checkpoint.jobs.output_place import OutputFile, OutputFolder, output_folder
 from quern.checkpoint.jobs.work_folder import WorkFolder, check_work_folder, differences, publication
 from quern.checkpoint.tokenizer import COPIED
-from quern.core.artifact import PROVENANCE
+from quern.core.artifact import PROVENANCE, Finding
 from quern.core.errors import BadFileError, UserError, option
 from quern.core.results import TunedBlock
 from quern.formats.base import FORMATS, UNNAMED, artifact_files, file_provenance
@@ -130,8 +130,16 @@ def finished_layers(target: Target, fingerprint: dict[str, Any], fresh: bool) ->
 def provenance_notes(artifact: Path) -> list[str]:
     """What should be known of how an artifact's weights are stored, as it was noted when they were made."""
     try:
-        return [str(note) for note in _said(artifact)["notes"]]
+        return [*(str(note) for note in _said(artifact)["notes"]), *health_notes(artifact)]
     except (BadFileError, KeyError, TypeError):  # of an older version
+        return []
+
+
+def health_notes(artifact: Path) -> list[str]:
+    """What the health gate found where an artifact was made, and what was stored otherwise because of it."""
+    try:
+        return [Finding.model_validate(one).text for one in _said(artifact).get("health", [])]
+    except (BadFileError, KeyError, TypeError, ValueError):
         return []
 
 

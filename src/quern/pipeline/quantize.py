@@ -15,7 +15,7 @@ from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import CalibratedInputs
-from quern.core.errors import OutOfMemoryCapError, UserError
+from quern.core.errors import NotEnoughDiskError, OutOfMemoryCapError, UserError
 from quern.core.machine.memory import forget_peak, peak_rss
 from quern.core.machine.parallel import deterministic_workers
 from quern.core.progress import Progress, Silent
@@ -24,12 +24,14 @@ from quern.core.results import LayerError, TunedBlock
 from quern.formats.mixes.base import settled
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_original
-from quern.pipeline.blockwise import memory_plan, sensitivity, tuning
+from quern.pipeline.blockwise import disk_plan, memory_plan, sensitivity, tuning
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
-from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of, stand_in_note
+from quern.pipeline.blockwise.job import Job, OnUnhealthy, check_kept, kept_note, plan_of, stand_in_note
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
 from quern.pipeline.blockwise.reference_stream import start_stream
+from quern.pipeline.blockwise.safeguards.gate import TOLD, findings_of, replaced_plans
+from quern.pipeline.blockwise.safeguards.given_weights import FILES, check_weights, refuse_changed
 from quern.pipeline.output import (
     artifact_size,
     finished_layers,
@@ -49,6 +51,7 @@ from quern.pipeline.request import (
     chosen_recipe,
     device_named,
     fingerprint_of,
+    policy_named,
 )
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.scale_dtypes import note as scale_note
@@ -94,6 +97,7 @@ def quantize(
     format: str | None = None,
     format_options: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
+    on_unhealthy: OnUnhealthy = "stop",
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``, or the file of a format
@@ -104,11 +108,12 @@ def quantize(
     library), ``calibration_tokens`` of them (default: as the recipe says; ``auto``: as many as are worth it, found within
     ``calibration_time`` seconds where that is given). ``memory``: cap of the resident set in bytes. ``format_options``:
     choices that the format has besides (docs/gguf.md, docs/onnx.md). ``cache``: a folder for what other recipes can use
-    again for the same model and calibration; the time that this spares counts in the report's ``seconds``. An interrupted
+    again for the same model and calibration; the time that this spares counts in the report's ``seconds``. ``on_unhealthy``:
+    what becomes of a block that is not fit for use (docs/long-runs.md): ``stop``, ``repair`` or ``warn``. An interrupted
     run continues where it stopped; the same arguments give the same bytes at any number of ``threads``. Raises
     ``UserError`` for requests that cannot be met, ``BadFileError`` for damage.
     """
-    progress = progress or Silent()
+    progress, policy = progress or Silent(), policy_named(on_unhealthy)
     chosen = chosen_recipe(recipe, format, calibration_tokens)
     target, output = output_target(output, model, fresh, chosen.format), Path(os.path.expanduser(output))
     checkpoint = open_original(model, progress=progress)
@@ -135,26 +140,35 @@ def quantize(
     forget_peak()
     sequences = tuning.checked(calibration_sequences(architecture, text, seed), chosen)
     wanted = {**fingerprint, **arithmetic(), **writer.coder()}
+    if not fresh:
+        refuse_changed(target.work, checkpoint, fingerprint["model_sha256"])
     with WorkFolder.open(target.work, wanted, fresh) as work, deterministic_workers(threads) as workers:
         if work.finish_publishing() is not None and (layers := finished_layers(target, fingerprint, False)) is not None:
             work.remove()
             return _finished(output, chosen, checkpoint, layers, planned)
         resumed = work.done("started") is not None
         told = work.telling(progress)
-        job = Job(checkpoint, architecture, chosen, plan, writer, sequences, seed, work, workers, told, where)
-        try:
-            memory_plan.check(job, memory)
-        except OutOfMemoryCapError:
-            if not resumed:
-                work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
-            raise
-        work.finish("started", [], {})
+        job = Job(checkpoint, architecture, chosen, plan, writer, sequences, seed, work, workers, told, where, policy)
+        _check_room(job, memory, resumed)
+        work.finish("started", [], {FILES: checkpoint.hashed})
+        check_weights(job)
         spared = _carry_out(job, cache, fingerprint)
         layers = _write_metadata(job, fingerprint, notes := [*text_notes, *(text.notes if text else ())])
         publish(work, target, fresh)
     before = planned.seconds if planned else 0.0
     seconds = time.perf_counter() - started + (before or spared)  # planning computes the token weights too
     return _report(output, chosen, checkpoint, seconds, layers, resumed, [*notes, *writer.notes()], planned)
+
+
+def _check_room(job: Job, memory: int | None, resumed: bool) -> None:
+    """Raise ``OutOfMemoryCapError`` or ``NotEnoughDiskError`` where the job does not fit."""
+    try:
+        memory_plan.check(job, memory)
+        disk_plan.check(job)
+    except (OutOfMemoryCapError, NotEnoughDiskError):
+        if not resumed:
+            job.work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
+        raise
 
 
 def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) -> float:
@@ -189,19 +203,23 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     inputs: list[dict[str, Any]] = []
     tuned: list[dict[str, Any]] = []
     dtypes: dict[str, str] = {}
+    records: list[dict[str, Any]] = []
     for step in ("outer 0", *(f"block {index}" for index in range(layers)), f"outer {layers + 1}"):
         record = job.work.done(step)
         if record is None:
             raise UserError(f"the work folder lost step {step!r}; run the same command again")
+        records.append(record)
         errors += record["layers"]
         dtypes |= record.get("scale_dtypes", {})
         inputs += record.get("inputs", [])
         tuned += [record["tuning"]] if "tuning" in record else []
-    job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes))
+    replaced, health = replaced_plans(job, records), findings_of(records)
+    dtypes = {name: dtype for name, dtype in dtypes.items() if name not in replaced}
+    job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes).replaced(replaced))
     instead = stand_in_note(job.recipe, job.plan, job.architecture)
     stopped = tuning.notes([TunedBlock.model_validate(block) for block in tuned])
     stored_otherwise = [*kept_note(job.plan), *instead, *scale_note(dtypes), *stopped]
-    notes += stored_otherwise
+    notes += [*stored_otherwise, *(one.text for one in health)]
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
     provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": []}
     if inputs and job.sequences is not None:
@@ -210,6 +228,8 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
         provenance["inputs"] = CalibratedInputs.model_validate(seen).model_dump(mode="json")
     if tuned:
         provenance["tuning"] = tuned
+    if lasting_health := [one.model_dump(mode="json") for one in health if one.kind not in TOLD]:
+        provenance["health"] = lasting_health
     job.writer.accompany(job.work, provenance, job.checkpoint)
     return errors
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from quern.core.plan import Plan
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe, load_recipe
 from quern.core.recipe_parts import ROTATION, TEXT_AUTO
+from quern.core.text.suggest import did_you_mean
 from quern.formats.base import FORMATS, ArtifactWriter
 from quern.observers.base import OBSERVERS
 from quern.pipeline.blockwise import tuning
 from quern.pipeline.blockwise.calibration_text import CalibrationText
-from quern.pipeline.blockwise.job import keeping
+from quern.pipeline.blockwise.job import OnUnhealthy, keeping
 from quern.quantization.rounding.base import ROUNDINGS
 from quern.quantization.transforms.base import TRANSFORMS
 
@@ -146,6 +147,15 @@ def device_named(name: str) -> torch.device:
         instead = option("device='cpu'", "--device cpu")
         raise UserError(f"the device cuda was asked for, but torch sees no CUDA device here. Use {instead}")
     return torch.device(name)
+
+
+def policy_named(name: str) -> OnUnhealthy:
+    """What becomes of unhealthy blocks. Raises ``UserError``."""
+    known = get_args(OnUnhealthy)
+    if name not in known:
+        named = option("on_unhealthy", "--on-unhealthy")
+        raise UserError(f"{named} is {name!r}; it must be one of {', '.join(known)}{did_you_mean(name, known)}")
+    return cast(OnUnhealthy, name)
 
 
 def calibration_sequences(

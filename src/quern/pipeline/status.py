@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from quern.checkpoint.jobs.output_place import BESIDE
+from quern.checkpoint.jobs.progress_file import TaskState
 from quern.checkpoint.jobs.work_state import WorkState, is_work_folder, state_of
 from quern.core.errors import UserError
 
@@ -27,7 +27,7 @@ class TaskStatus:
     seconds: float
     """Since it began in this run."""
     seconds_left: float | None
-    """At the pace of this run; None before its first step."""
+    """By what its steps have taken in this run; None before the first one, and where nobody works on it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class JobStatus:
     process: int | None
     """Who works on it now; None where nobody does."""
     seconds_ago: float | None
-    """When the tasks were written."""
+    """When the tasks were written; None where no clock tells."""
     tasks: list[TaskStatus]
     """What is in hand, or was when the last process ended; the outermost first."""
 
@@ -100,6 +100,13 @@ def _job(state: WorkState) -> JobStatus:
         last_step=state.steps[-1] if state.steps else None,
         bytes=state.bytes,
         process=state.process,
-        seconds_ago=None if state.updated is None else max(0.0, time.time() - state.updated),
-        tasks=[TaskStatus(t.description, t.done, t.total, t.seconds, t.seconds_left) for t in state.tasks],
+        seconds_ago=state.seconds_ago,
+        tasks=[TaskStatus(t.description, t.done, t.total, t.seconds, _left(t, state)) for t in state.tasks],
     )
+
+
+def _left(task: TaskState, state: WorkState) -> float | None:
+    """Since it was written down, time went by."""
+    if task.left is None or state.process is None:
+        return None
+    return max(0.0, task.left - (state.seconds_ago or 0.0))

@@ -34,10 +34,10 @@ from quern.core.units import significant
 from quern.formats.base import ArtifactWriter
 from quern.formats.quern import METHOD
 from quern.loading.fitting import open_original
-from quern.pipeline.blockwise.job import plan_of
+from quern.pipeline.blockwise.job import OnUnhealthy, plan_of
 from quern.pipeline.output import Target, finished_layers, output_target, provenance_notes, publish
 from quern.pipeline.quantize import quantize
-from quern.pipeline.request import checked_writer, chosen_recipe, refuse_files
+from quern.pipeline.request import checked_writer, chosen_recipe, policy_named, refuse_files
 from quern.pipeline.training import memory as memory_plan
 from quern.pipeline.training.artifact import Start, check_trainable, linear_schemes, make_student
 from quern.pipeline.training.result import write_artifact, write_metadata
@@ -98,6 +98,7 @@ def train(
     seed: int = 0,
     fresh: bool = False,
     threads: int | None = None,
+    on_unhealthy: OnUnhealthy = "stop",
     progress: Progress | None = None,
 ) -> TrainReport:
     """Train what ``recipe`` makes of ``model``, or the ``artifact`` that was made of it, into the new folder ``output``.
@@ -105,11 +106,12 @@ def train(
     ``train``: ``scales`` moves no code and trains factors of rows, norms, biases and tables; ``codes`` trains latent weights
     and the scales of the grid too. ``texts``: what to train on (default: as for calibration), ``tokens`` of them, one eighth
     held out, gone through ``passes`` times. ``learning_rate``: of numbers without a unit. ``memory``: cap of the resident
-    set in bytes. An interrupted run continues where it stopped; the same arguments give the same bytes at any number of
-    ``threads``. Raises ``UserError`` for requests that cannot be met and ``BadFileError`` for damaged input.
+    set in bytes. ``on_unhealthy``: of the quantization, see ``quantize``. An interrupted run continues where it stopped; the
+    same arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met and
+    ``BadFileError`` for damaged input.
     """
     progress = progress or Silent()
-    settings = _settings(train, tokens, passes, learning_rate, seed)
+    settings, policy = _settings(train, tokens, passes, learning_rate, seed), policy_named(on_unhealthy)
     if (recipe is None) == (artifact is None):
         both = f"{option('recipe', '--recipe')} and {option('artifact', '--from')}"
         raise UserError(f"training begins with what a recipe makes, or with an artifact: give one of {both}")
@@ -143,7 +145,7 @@ def train(
     if finished_layers(target, asked, fresh) is not None:
         finish_removal(target.work, target.path)
         return _report(output, None, True, ["was finished already", *provenance_notes(output)])
-    request = _Request(original, text, settings, chosen, given, asked, target, memory, threads, progress)
+    request = _Request(original, text, settings, chosen, given, asked, target, memory, threads, progress, policy)
     started = time.perf_counter()
     forget_peak()
     resumed, notes = request.carry_out(texts, fresh)
@@ -192,6 +194,7 @@ class _Request:
     memory: int | None
     threads: int | None
     progress: Progress
+    on_unhealthy: OnUnhealthy
 
     def carry_out(self, texts: Sequence[str | Path | Text], fresh: bool) -> tuple[bool, list[str]]:
         """Whether an earlier run was continued, and notes."""
@@ -244,6 +247,7 @@ class _Request:
                 memory=self.memory,
                 seed=seed,
                 threads=self.threads,
+                on_unhealthy=self.on_unhealthy,
                 progress=self.progress,
             )
         except UserError:

@@ -19,7 +19,7 @@ from quern.quantization import scale_dtypes
 from quern.quantization.calibration.statistics import GroupStatistics
 from quern.quantization.drift_targets import shift_of
 from quern.quantization.rounding.base import ROUNDINGS, SLAB
-from quern.quantization.rounding.factor import Factor, factorize
+from quern.quantization.rounding.factor import Factor, UnusableHessianError, factorize
 from quern.quantization.row_damping import damped
 from quern.rotation.rotation import rotate, rotate_back
 
@@ -67,14 +67,16 @@ def round_linears(
     workers: Workers,
     signs: Tensor | None = None,
     prefix: str = "",
+    turned: bool = False,
 ) -> list[RoundedLinear]:
     """Round ``weights`` ``(rows, columns)`` by ``plans``, both by name, in order. ``weights`` are overwritten.
 
-    ``signs``: packed signs of the rotation that all their inputs get. A linear without statistics of its own takes those of
+    ``signs``: packed signs of the rotation that all their inputs get; ``turned`` says that weights are rotated so already,
+    as this function leaves them. A linear without statistics of its own takes those of
     the one before it that wants them factorized alike; Hessians are used up. Raises ``UserError`` for weights that cannot be
-    rounded so, whose name gets ``prefix``.
+    rounded so, whose name gets ``prefix``, and ``UnusableHessianError``.
     """
-    for weight in weights.values():
+    for weight in weights.values() if not turned else ():
         _turn(weight, signs, rotate, workers)
     roundings = {name: ROUNDINGS.get(plans[name].rounding.method)(plans[name].rounding) for name in weights}
     codecs = {name: codec_of(plans[name].scheme) for name in weights}
@@ -124,8 +126,15 @@ def about(module: str) -> Iterator[None]:
     """Whatever cannot be rounded is refused by its name."""
     try:
         yield
+    except UnusableHessianError as error:
+        raise UnusableHessianError(f"{module}: {error.message}") from error
     except UserError as error:
         raise UserError(f"{module}: {error.message}") from error
+
+
+def turn_back(weight: Tensor, signs: Tensor | None, workers: Workers) -> None:
+    """Undo in place what ``round_linears`` makes of a weight before it rounds it."""
+    _turn(weight, signs, rotate_back, workers)
 
 
 def static_scale(plan: LinearPlan, statistics: GroupStatistics) -> float | None:

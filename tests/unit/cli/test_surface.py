@@ -44,12 +44,12 @@ SURFACE = {
             "--device",
             "--seed",
         ),
-        *("--fresh", "--threads", "--format", "--format-option", "--json"),
+        *("--fresh", "--threads", "--format", "--format-option", "--json", "--on-unhealthy"),
         *TARGET,
     },
     "train": {
         *("MODEL", "--output", "-o", "--recipe", "--from", "--text", "--train", "--tokens", "--passes"),
-        *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json"),
+        *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json", "--on-unhealthy"),
     },
     "export": {"PATH", "--output", "-o", "--format", "--format-option", "--fresh", "--json"},
     "evaluate": {

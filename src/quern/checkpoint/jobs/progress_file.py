@@ -6,14 +6,52 @@ import json
 import os
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from quern.core.machine.time_left import Pace, Work
 from quern.core.progress import Progress, Task
 
 INTERVAL_S = 1.0
 """Least time between two writings; the disk is not synced for them."""
+_ABSURD = 1e15
+"""No count of steps or bytes, and no time in seconds, that makes sense is so large."""
+
+
+def _is_sane(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < _ABSURD  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a file was written, so that another process can tell how long ago: by the clock on the wall, which may be set
+    meanwhile, and by one that only a reboot sets back."""
+
+    updated: float
+    """Seconds since the epoch."""
+    boot: str | None = None
+    """What the kernel calls the time since it started; None where it does not say."""
+    since_boot: float | None = None
+
+    @classmethod
+    def now(cls) -> Moment:
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+            return cls(time.time(), boot, time.clock_gettime(time.CLOCK_BOOTTIME))
+        except (OSError, AttributeError):  # no Linux
+            return cls(time.time())
+
+    def ago(self, now: Moment) -> float | None:
+        """Seconds from it to ``now``; None where both clocks make no sense of it."""
+        seconds = now.updated - self.updated
+        if self.boot is not None and self.boot == now.boot and None not in (self.since_boot, now.since_boot):
+            assert now.since_boot is not None
+            assert self.since_boot is not None
+            seconds = now.since_boot - self.since_boot
+        return seconds if _is_sane(seconds) else None
 
 
 @dataclass
@@ -28,12 +66,17 @@ class TaskState:
     """Those of them that an earlier run did."""
     seconds: float = 0.0
     """Since the task began in this run."""
+    left: float | None = None
+    """Seconds, as of when it was written; None before the first step of this run."""
 
-    @property
-    def seconds_left(self) -> float | None:
-        """At the pace of this run so far; None before its first step."""
-        own = self.done - self.before
-        return self.seconds / own * (self.total - self.done) if own > 0 else None
+    @classmethod
+    def parse(cls, values: Any) -> TaskState:
+        """What a file says of a task. Raises ``ValueError`` for numbers that are none, or absurd."""
+        state = cls(**values)
+        numbers = [state.total, state.done, state.before, state.seconds, *([] if state.left is None else [state.left])]
+        if not isinstance(state.description, str) or not all(map(_is_sane, numbers)):
+            raise ValueError(f"a task says {str(values)[:200]}")
+        return state
 
 
 class ProgressFile:
@@ -45,9 +88,14 @@ class ProgressFile:
         self._tasks: list[_FileTask] = []
         self._written = -INTERVAL_S
 
-    def task(self, description: str, total: float, done: float = 0) -> _FileTask:
+    def task(self, description: str, total: float, done: float = 0, work: Sequence[Work] | None = None) -> _FileTask:
         """The listener's task, noted."""
-        task = _FileTask(self, TaskState(description, total, done, done), self._listener.task(description, total, done))
+        task = _FileTask(
+            self,
+            TaskState(description, total, done, done),
+            self._listener.task(description, total, done, work),
+            Pace(total, done, time.monotonic(), work),
+        )
         with self._lock:
             self._tasks.append(task)
         self.write(at_once=True)
@@ -71,8 +119,9 @@ class ProgressFile:
                 return
             self._written = now
             for task in self._tasks:
-                task.state.seconds = now - task.started
-            content = json.dumps({"updated": time.time(), "tasks": [asdict(task.state) for task in self._tasks]})
+                task.state.seconds, task.state.left = now - task.started, task.pace.left(now)
+            tasks = [asdict(task.state) for task in self._tasks]
+            content = json.dumps({**asdict(Moment.now()), "tasks": tasks})
             unfinished = self._path.with_name(f".{self._path.name}")
             with suppress(OSError):
                 unfinished.write_text(content, "utf-8")
@@ -80,12 +129,13 @@ class ProgressFile:
 
 
 class _FileTask:
-    def __init__(self, file: ProgressFile, state: TaskState, listener: Task) -> None:
-        self._file, self.state, self._listener = file, state, listener
+    def __init__(self, file: ProgressFile, state: TaskState, listener: Task, pace: Pace) -> None:
+        self._file, self.state, self._listener, self.pace = file, state, listener, pace
         self.started = time.monotonic()
 
     def advance(self, steps: float = 1) -> None:
         self.state.done += steps
+        self.pace.advance(steps, time.monotonic())
         self._listener.advance(steps)
         self._file.write()
 

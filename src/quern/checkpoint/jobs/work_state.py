@@ -11,7 +11,7 @@ from typing import Any
 from quern.checkpoint.files import read_json
 from quern.checkpoint.jobs.journal import parse_journal
 from quern.checkpoint.jobs.lock import holder
-from quern.checkpoint.jobs.progress_file import TaskState
+from quern.checkpoint.jobs.progress_file import Moment, TaskState
 from quern.core.errors import BadFileError
 
 
@@ -28,8 +28,8 @@ class WorkState:
     """Who works there now."""
     bytes: int
     """Of all its files."""
-    updated: float | None
-    """Seconds since the epoch when ``tasks`` were written."""
+    seconds_ago: float | None
+    """Since ``tasks`` were written; None where they never were, or no clock tells."""
     tasks: list[TaskState]
     """The open ones of the last process, the outermost first."""
 
@@ -45,14 +45,14 @@ def state_of(folder: Path) -> WorkState:
     """The state of the work folder ``folder``. Raises ``BadFileError`` where its files hold something else."""
     known, journal = folder / "fingerprint.json", folder / "journal.jsonl"
     steps, _ = parse_journal(journal.read_bytes() if journal.is_file() else b"")
-    updated, tasks = _progress(folder / "progress.json")
+    ago, tasks = _progress(folder / "progress.json")
     return WorkState(
         folder,
         read_json(known) if known.is_file() else {},
         list(steps),
         holder(folder / "lock"),
         sum(_size(Path(base, name)) for base, _, names in os.walk(folder) for name in names),
-        updated,
+        ago,
         tasks,
     )
 
@@ -69,8 +69,9 @@ def _progress(path: Path) -> tuple[float | None, list[TaskState]]:
         return None, []
     try:
         content = json.loads(path.read_bytes()[:1_000_000])
-        return float(content["updated"]), [TaskState(**task) for task in content["tasks"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tasks = [TaskState.parse(task) for task in content.pop("tasks")]
+        return Moment(**content).ago(Moment.now()), tasks
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadFileError(
             path, f"is not what a job writes there: {error}", "Remove it; the job does not need it"
         ) from None

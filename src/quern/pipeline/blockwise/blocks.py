@@ -19,14 +19,17 @@ from quern.architectures.base import LinearGroup
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import Codec, codec_of
 from quern.core.machine.heap import release_freed
+from quern.core.machine.time_left import Work
 from quern.core.plan import LinearPlan
 from quern.core.recipe_parts import Transform
 from quern.core.results import TunedBlock
-from quern.pipeline.blockwise import sensitivity
+from quern.pipeline.blockwise import sensitivity, work_units
+from quern.pipeline.blockwise.disk_plan import DiskWatch
 from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.reference_stream import ReferenceStream, references
+from quern.pipeline.blockwise.safeguards.gate import Gate
 from quern.pipeline.blockwise.tuning import BlockTuning, token_weights
-from quern.quantization.block import RoundedLinear, round_linears
+from quern.quantization.block import RoundedLinear, round_linears, turn_back
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block, Tap
 from quern.quantization.calibration.sketch import Sketches, kept_of
@@ -53,11 +56,19 @@ def quantize_blocks(job: Job) -> None:
     """All blocks that are not done yet; each leaves a stage of the artifact and the next one's inputs."""
     layers = job.architecture.layers
     pending = [index for index in range(layers) if job.work.done(f"block {index}") is None]
-    task = job.progress.task("quantizing blocks", layers, layers - len(pending))
+    task = job.progress.task("quantizing blocks", layers, layers - len(pending), _in_order(job, pending))
+    disk = DiskWatch(job)
     for index in pending:
+        disk.before(index)
         quantize_block(job, index)
         task.advance()
     task.done()
+
+
+def _in_order(job: Job, pending: Sequence[int]) -> list[Work]:
+    """Of the blocks that are done, and then of those that are not."""
+    work = work_units.blocks(job)
+    return [*(one for index, one in enumerate(work) if index not in pending), *(work[index] for index in pending)]
 
 
 def quantize_block(job: Job, index: int) -> None:
@@ -78,7 +89,9 @@ def quantize_block(job: Job, index: int) -> None:
     release_freed()
     files = work.store()
     inputs = [] if work.source is None else work.run(work.source)
-    record = {**record_of(job, work.rounded, work.prefix), "inputs": inputs, "seconds": time.perf_counter() - started}
+    work.gate.finish(work.rounded)
+    record = {**record_of(job, work.rounded, work.prefix), **work.gate.record(), "inputs": inputs}
+    record["seconds"] = time.perf_counter() - started
     if tuned is not None:
         record["tuning"] = tuned.model_dump(mode="json")
     job.work.finish(f"block {index}", files, record)
@@ -117,6 +130,7 @@ class _BlockWork:
         transforms = [TRANSFORMS.get(settings.method)(settings) for settings in job.recipe.transforms]
         self.scalings = [transform for transform in transforms if isinstance(transform, ChannelScaling)]
         self.rounded: list[RoundedLinear] = []
+        self.gate = Gate(job, index)
         self.reference: ReferenceStream | None = None
         self.tuning: BlockTuning | None = None
 
@@ -158,10 +172,24 @@ class _BlockWork:
             weights = {name: self.block.linear(name).weight.data for name in part.linears}
             if self.tuning is not None:
                 self.tuning.remember(weights)
-            given = weights, self.plans, statistics, self.job.workers, part.wanted.signs, self.prefix
-            for linear in round_linears(*given):
-                self.block.linear(linear.name).weight.data = linear.decoded
-                self.rounded.append(linear)
+            self.gate.look_at_inputs(part.linears, statistics)
+            self._round(weights, statistics, part.wanted.signs)
+
+    def _round(self, weights: dict[str, Tensor], statistics: GroupStatistics, signs: Tensor | None) -> None:
+        """Round linears that share an input, as far as the gate lets them pass."""
+
+        def rounded(plans: Mapping[str, LinearPlan], turned: bool) -> list[RoundedLinear]:
+            chosen = {name: weights[name] for name in plans}
+            known = GroupStatistics(histogram=statistics.histogram) if turned else statistics  # the rest was used up
+            return round_linears(chosen, plans, known, self.job.workers, signs, self.prefix, turned)
+
+        passed = self.gate.passed({name: self.plans[name] for name in weights}, rounded)
+        for linear in passed:
+            self.block.linear(linear.name).weight.data = linear.decoded
+            self.rounded.append(linear)
+        for name in set(weights) - {linear.name for linear in passed}:
+            turn_back(weights[name], signs, self.job.workers)
+            del self.plans[name], self.codecs[name]
 
     def _alike(self, group: LinearGroup) -> list[_Alike]:
         """The quantized linears of a group, those together that read their input rotated alike, or as it is."""
@@ -279,6 +307,8 @@ class _BlockWork:
             hidden = source.read(start, stop)
             found, sketches = self.block.watch(list(first), hidden, self.job.workers, Sketches.of)
             seen.extend(sketches)
+            read = [float(one.greatest.max()) for by_linear in sketches for one in by_linear.values()]
+            self.gate.look_at_outputs(found, max(read, default=0.0))
             return found
 
         if self.index + 1 < self.job.architecture.layers:

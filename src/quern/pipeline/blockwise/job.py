@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from quern.quantization.block import about
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.rounding.base import ROUNDINGS
 
+OnUnhealthy = Literal["stop", "repair", "warn"]
 LARGE = 10**9
 """From so many parameters on, ``compute_dtype: auto`` means bfloat16, unless weights are to keep their values."""
 
@@ -45,6 +47,8 @@ class Job:
     workers: Workers
     progress: Progress
     device: torch.device
+    on_unhealthy: OnUnhealthy = "stop"
+    """What becomes of a block that is not fit for use (``gate.py``)."""
 
     @property
     def compute_dtype(self) -> torch.dtype:

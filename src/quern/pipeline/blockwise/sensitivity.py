@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quern.checkpoint.files import explain_write_errors, read_json, write_json
+from quern.checkpoint.files import read_json, write_json
 from quern.checkpoint.safetensors_file import read_tensors
-from quern.core.errors import BadFileError
+from quern.core.errors import BadFileError, UserError
 from quern.core.machine.heap import release_freed
 from quern.core.progress import Task
-from quern.pipeline.blockwise import output_gradients
+from quern.pipeline.blockwise import output_gradients, work_units
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration import token_weights as passes
@@ -187,22 +187,21 @@ def _take_over(job: Job, shared: Path) -> float:
 
 
 def _put_into(shared: Path, job: Job, kind: str, seconds: float) -> None:
-    """Whole or not at all; what another process put there meanwhile stays."""
+    """Whole or not at all; what another process put there meanwhile stays. A job goes on without a place for it."""
     unfinished = shared.with_name(f".{shared.name}.{os.getpid()}")
-    with explain_write_errors(shared, 0):
+    try:
         shutil.copytree(job.work.path(kind), unfinished, dirs_exist_ok=True)
         write_json(unfinished / _TIMING, {"seconds": seconds})
-        try:
-            os.rename(unfinished, shared)
-        except OSError:
-            shutil.rmtree(unfinished)
-            if not shared.is_dir():
-                raise
+        os.rename(unfinished, shared)
+    except (OSError, UserError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not shared.is_dir():
+            job.progress.log(f"token weights are not kept in {shared.parent} for other recipes: {error}")
 
 
 def _compute(job: Job, sample: Sample | None = None) -> None:
     layers, again = job.architecture.layers, output_gradients.recomputes(job)
-    task = job.progress.task("token weights", 2 * layers + 1, _behind(job))
+    task = job.progress.task("token weights", 2 * layers + 1, _behind(job), work_units.token_weights(job))
     _forward(job, task)
     if not _has_output_gradients(job):
         _output_gradients(job)

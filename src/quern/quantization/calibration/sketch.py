@@ -51,7 +51,9 @@ class Sketches:
         keys = sizes.view(torch.int32).bitwise_right_shift(MANTISSA_BITS - 3).sub_((127 + LOWEST) * PER_OCTAVE)
         counts = torch.bincount(keys.clamp_(0, BINS - 1).reshape(-1), minlength=BINS)
         top = sizes.amax().double() if sizes.numel() else torch.zeros((), dtype=torch.float64)
-        channels = sizes.square_().sum(0).double()
+        channels = sizes.square().sum(0).double()
+        if not bool(channels.isfinite().all()):
+            channels = sizes.double().square_().sum(0)
         runs = torch.stack([run.sum() for run in channels.tensor_split(RUNS)])
         return cls(counts.cpu()[None], runs.cpu()[None], top.cpu()[None])
 

@@ -73,6 +73,8 @@ class GroupStatistics:
     drifts: dict[str, Drift] = field(default_factory=dict)
     outputs: dict[str, OutputStatistics] = field(default_factory=dict)
     """By linear: of the gradients at its outputs."""
+    silent: Tensor | None = None
+    """Which inputs, as the block hands them out, were zero for all tokens so far: bool ``(columns,)``."""
 
 
 def collector(wanted: Wanted, columns: int, device: torch.device) -> GroupStatistics:
@@ -87,6 +89,7 @@ def collector(wanted: Wanted, columns: int, device: torch.device) -> GroupStatis
             name: Drift(weight, torch.zeros(weight.shape, device=device), wanted.moved.get(name))
             for name, weight in wanted.drifts.items()
         },
+        silent=torch.ones(columns, dtype=torch.bool, device=device),
     )
 
 
@@ -104,6 +107,8 @@ def add_tap(
     calibration text is cut and on nothing else.
     """
     inputs = tap.inputs
+    if found.silent is not None:
+        found.silent &= ~inputs.any(0)
     if wanted.signs is not None:
         signs = wanted.signs
         inputs = torch.cat(workers.map(lambda part: rotate(part, signs), torch.split(inputs, ROTATED_TOKENS)))

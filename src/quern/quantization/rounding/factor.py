@@ -73,6 +73,10 @@ class KeptHessian:
         return [(max(start, tile), min(stop, tile + TILE), tile) for tile in tiles]
 
 
+class UnusableHessianError(UserError):
+    """Error feedback is not possible with what calibration counted; rounding to nearest is."""
+
+
 @dataclass(frozen=True)
 class Factor:
     """The factorization of a damped, perhaps reordered Hessian."""
@@ -92,12 +96,12 @@ def factorize(hessian: Tensor, damping: float, activation_order: bool, workers: 
 
     ``damping`` times the mean of the diagonal is added to the diagonal. Inputs that never fire keep the
     damping alone, which makes them round to nearest. With ``keep`` the factor holds the damped Hessian too. Raises
-    ``UserError`` where the diagonal is not finite.
+    ``UnusableHessianError`` where the diagonal is not finite, or damping does not make the matrix positive definite.
     """
     diagonal = hessian.diagonal()
     # |x_i x_j| is never above the greater square: where anything overflows, the diagonal does.
     if not bool(diagonal.isfinite().all()):
-        raise UserError(
+        raise UnusableHessianError(
             "what calibration counts of a linear's inputs is not finite: the model's values are so large that their squares "
             "overflow float32. Check the checkpoint, or set rounding: {method: nearest}, which needs no calibration"
         )
@@ -149,7 +153,10 @@ def _cholesky_corner(corner: Tensor) -> Tensor:
         if not failed:
             upper: Tensor = lower.flip(0, 1).to(torch.float32)
             return upper
-    raise ArithmeticError("the Hessian is not positive definite even after damping")
+    raise UnusableHessianError(
+        "the Hessian of a linear's inputs is not positive definite even after damping. Set rounding: {damping: ...} to "
+        "more, or rounding: {method: nearest}, which needs no calibration"
+    )
 
 
 def quadratic_size(weight: Tensor, factor: Factor) -> float:
