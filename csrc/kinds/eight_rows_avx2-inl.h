@@ -1,0 +1,224 @@
+// Products of eight rows and few tokens, for kinds whose scales lie among their codes in super-blocks: lanes are rows, so the
+// sums of a group of eight rows are added to eight outputs at once, and a register of inputs meets eight rows.
+//
+// No include guard and no linkage: for the AVX2 files of such kinds. A type says, beside what superblock-inl.h wants,
+//   OFFSET  what the registers of codes are greater than the codes by: they are unsigned; or SIGNED
+//   EXACT   how often two sums of two products can be added in 16 bits
+//   values(Type, Register<I>, block)  the codes of columns 32 * I ... of a super-block
+//   numbers_of(Type, blocks)  a struct of the scales of a super-block of eight rows, with scale<G>() and, where the type has
+//           minimums, minimum<G>(): whole numbers, and d and d_min
+#include "kernels/common_avx2.h"
+#include "kinds/kinds.h"
+#include "kinds/superblock-inl.h"
+
+namespace quern {
+namespace {
+
+constexpr int ROWS = 8;
+constexpr int64_t AHEAD = 1536;  // bytes of a row between a super-block and the one that is fetched meanwhile
+
+// A super-block of each of eight rows.
+struct Blocks {
+  const uint8_t* row[ROWS];
+};
+
+// Columns 32 * I ... of a super-block.
+template <int I>
+struct Register {};
+
+INLINE __m256i widen(__m256i v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
+
+template <bool NARROW>
+INLINE __m256i add(__m256i a, __m256i b) {
+  return NARROW ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
+}
+
+// Sums of eight registers, one a row, of 16 bits in the beginning: GROUP 32: found[0] has those of eight rows; GROUP 16: found[0]
+// of their lower halves, found[1] of the others.
+template <int EXACT, int GROUP>
+INLINE void add_lanes(__m256i* v, __m256i* found) {
+#pragma GCC unroll 8
+  for (int i = 0; EXACT == 0 && i < 8; ++i) v[i] = widen(v[i]);
+  __m256i two[4], four[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256i a = v[2 * i], b = v[2 * i + 1];
+    two[i] = add<(EXACT > 0)>(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    if (EXACT == 1) two[i] = widen(two[i]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256i a = two[2 * i], b = two[2 * i + 1];
+    four[i] = add<(EXACT > 1)>(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+    if (EXACT == 2 || (EXACT > 2 && GROUP == 16)) four[i] = widen(four[i]);
+  }
+  const __m256i low = _mm256_permute2x128_si256(four[0], four[1], 0x20);
+  const __m256i high = _mm256_permute2x128_si256(four[0], four[1], 0x31);
+  found[0] = low;
+  if (GROUP == 16) {
+    found[1] = high;
+  } else {
+    found[0] = add<(EXACT > 2)>(low, high);
+    if (EXACT > 2) found[0] = widen(found[0]);
+  }
+}
+
+// Sums of two neighbouring products in 16 bits.
+template <bool SIGNED>
+INLINE __m256i pair_products(__m256i codes, __m256i inputs) {
+  if (!SIGNED) return _mm256_maddubs_epi16(codes, inputs);
+  return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(inputs, codes));
+}
+
+// outputs of eight rows += columns 32 * I ... of a super-block. `at`: its first group.
+template <typename Type, int I, int TOKENS, typename Numbers>
+INLINE void add_register(const Blocks& blocks, const Numbers& numbers, const Inputs& in, int32_t column, const float (*totals)[16],
+                         __m256* out, __m256* low) {
+  constexpr int EACH = 32 / Type::GROUP, G = I * EACH;
+  __m256i codes[ROWS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) codes[r] = values(Type{}, Register<I>{}, blocks.row[r]);
+  __m256 ws[EACH], least[EACH];
+  ws[0] = numbers.template scale<G>();
+  if constexpr (EACH == 2) ws[1] = numbers.template scale<G + 1>();
+  if constexpr (Type::MINIMUMS) {
+    least[0] = numbers.template minimum<G>();
+    if constexpr (EACH == 2) least[1] = numbers.template minimum<G + 1>();
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < TOKENS; ++t) {
+    const __m256i x = load(in.values + t * in.stride + column + 32 * I);
+    __m256i v[ROWS], found[2];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) v[r] = pair_products<Type::SIGNED>(codes[r], x);
+    add_lanes<Type::EXACT, Type::GROUP>(v, found);
+    const int64_t at = static_cast<int64_t>(t) * in.groups + column / Type::GROUP + G;
+#pragma GCC unroll 2
+    for (int g = 0; g < EACH; ++g) {
+      if (Type::OFFSET != 0) found[g] = _mm256_sub_epi32(found[g], _mm256_set1_epi32(Type::OFFSET * in.sums[at + g]));
+      out[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(found[g]), _mm256_mul_ps(ws[g], _mm256_set1_ps(in.scale[at + g])), out[t]);
+      if (Type::MINIMUMS) low[t] = _mm256_fmadd_ps(least[g], _mm256_set1_ps(totals[t][G + g]), low[t]);
+    }
+  }
+}
+
+template <typename Type, int TOKENS>
+INLINE void add_block(const Blocks& blocks, const Inputs& in, int32_t column, __m256* out, __m256* low) {
+  alignas(32) float totals[TOKENS][16];
+  for (int t = 0; Type::MINIMUMS && t < TOKENS; ++t)
+    for (int g = 0; g < SUPER / Type::GROUP; g += 8) {
+      const int64_t at = static_cast<int64_t>(t) * in.groups + column / Type::GROUP + g;
+      _mm256_store_ps(totals[t] + g, _mm256_mul_ps(_mm256_cvtepi32_ps(load(in.sums + at)), _mm256_loadu_ps(in.scale + at)));
+    }
+  const auto numbers = numbers_of(Type{}, blocks);
+  add_register<Type, 0, TOKENS>(blocks, numbers, in, column, totals, out, low);
+  add_register<Type, 1, TOKENS>(blocks, numbers, in, column, totals, out, low);
+  add_register<Type, 2, TOKENS>(blocks, numbers, in, column, totals, out, low);
+  add_register<Type, 3, TOKENS>(blocks, numbers, in, column, totals, out, low);
+  add_register<Type, 4, TOKENS>(blocks, numbers, in, column, totals, out, low);
+  add_register<Type, 5, TOKENS>(blocks, numbers, in, column, totals, out, low);
+  add_register<Type, 6, TOKENS>(blocks, numbers, in, column, totals, out, low);
+  add_register<Type, 7, TOKENS>(blocks, numbers, in, column, totals, out, low);
+}
+
+template <typename Type, int TOKENS>
+void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
+  const int64_t ahead = weight.row_bytes < AHEAD ? weight.row_bytes : AHEAD;
+  for (int32_t row = first; row < last; row += ROWS) {
+    const int32_t rows = least(last - row, ROWS);
+    Blocks blocks;
+    for (int r = 0; r < ROWS; ++r) blocks.row[r] = blocks_of(weight, row + least(r, rows - 1));
+    __m256 out[TOKENS], low[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) out[t] = low[t] = _mm256_setzero_ps();
+    int64_t left = weight.row_bytes;
+    for (int32_t column = 0; column < in.columns; column += SUPER, left -= Type::BYTES) {
+      // Behind the end of these rows come the next eight.
+      const int64_t next = left > ahead ? ahead : ahead + (ROWS - 1) * weight.row_bytes;
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r)
+        for (int i = 0; i < Type::BYTES; i += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(blocks.row[r] + next + i), _MM_HINT_T0);
+      add_block<Type, TOKENS>(blocks, in, column, out, low);
+      for (int r = 0; r < ROWS; ++r) blocks.row[r] += Type::BYTES;
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+      alignas(32) float found[ROWS];
+      _mm256_store_ps(found, Type::MINIMUMS ? _mm256_add_ps(out[t], low[t]) : out[t]);
+      __builtin_memcpy(outputs + t * in.rows + row, found, sizeof(float) * static_cast<size_t>(rows));
+    }
+  }
+}
+
+template <typename Type>
+void rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
+  Inputs part = in;
+  for (int32_t t = 0; t < in.tokens; t += part.tokens) {
+    part.tokens = in.tokens - t >= 4 ? 4 : 1;
+    part.values = in.values + t * in.stride;
+    part.scale = in.scale + static_cast<int64_t>(t) * in.groups;
+    part.sums = in.sums + static_cast<int64_t>(t) * in.groups;
+    if (part.tokens == 4) multiply_rows<Type, 4>(weight, part, first, last, outputs + t * in.rows);
+    if (part.tokens == 1) multiply_rows<Type, 1>(weight, part, first, last, outputs + t * in.rows);
+  }
+}
+
+// Sixteen bytes of each row's super-block as four registers: dword j of row r in lane r of words[j].
+INLINE void load_words(const Blocks& blocks, int at, __m256i* words) {
+  __m256i v[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks.row[i] + at));
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(blocks.row[i + 4] + at));
+    v[i] = _mm256_set_m128i(high, low);
+  }
+  const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
+  const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+  words[0] = _mm256_unpacklo_epi64(a, b);
+  words[1] = _mm256_unpackhi_epi64(a, b);
+  words[2] = _mm256_unpacklo_epi64(c, d);
+  words[3] = _mm256_unpackhi_epi64(c, d);
+}
+
+// The lower halves of dwords, as float16.
+INLINE __m256 lower_halves(__m256i words) {
+  const __m256i halves = _mm256_and_si256(words, _mm256_set1_epi32(0xffff));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 0x08);
+  return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+}
+
+INLINE __m256 upper_halves(__m256i words) { return lower_halves(_mm256_srli_epi32(words, 16)); }
+
+// The float16 number at `at` of every row's super-block.
+INLINE __m256 halves_at(const Blocks& blocks, int at) {
+  __m128i found = _mm_setzero_si128();
+  const auto half = [&](int r) {
+    int16_t bits;
+    __builtin_memcpy(&bits, blocks.row[r] + at, 2);
+    return bits;
+  };
+  found = _mm_insert_epi16(found, half(0), 0);
+  found = _mm_insert_epi16(found, half(1), 1);
+  found = _mm_insert_epi16(found, half(2), 2);
+  found = _mm_insert_epi16(found, half(3), 3);
+  found = _mm_insert_epi16(found, half(4), 4);
+  found = _mm_insert_epi16(found, half(5), 5);
+  found = _mm_insert_epi16(found, half(6), 6);
+  found = _mm_insert_epi16(found, half(7), 7);
+  return _mm256_cvtph_ps(found);
+}
+
+// Whole numbers of fields of dwords: unsigned ones of `mask` from bit SHIFT on, and signed bytes.
+template <int SHIFT>
+INLINE __m256 field(__m256i words, int mask) {
+  const __m256i shifted = SHIFT == 0 ? words : _mm256_srli_epi32(words, SHIFT);
+  return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(mask)));
+}
+
+template <int BYTE>
+INLINE __m256 signed_byte(__m256i words) {
+  const __m256i shifted = BYTE == 3 ? words : _mm256_slli_epi32(words, 24 - 8 * BYTE);
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(shifted, 24));
+}
+
+}  // namespace
+}  // namespace quern
