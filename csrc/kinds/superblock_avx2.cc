@@ -1,5 +1,5 @@
 // ggml's super-blocks; see eight_rows_avx2-inl.h.
-#include "kinds/eight_rows_avx2-inl.h"
+#include "kinds/eight_rows_panel_avx2-inl.h"
 
 namespace quern {
 namespace {
@@ -64,11 +64,11 @@ struct NibbleNumbers {  // Q2_K
   __m256i words[4];
   __m256 d, d_min;
   template <int G>
-  __attribute__((always_inline)) __m256 scale() const {
+  INLINE_MEMBER __m256 scale() const {
     return _mm256_mul_ps(field<G % 4 * 8>(words[G / 4], 15), d);
   }
   template <int G>
-  __attribute__((always_inline)) __m256 minimum() const {
+  INLINE_MEMBER __m256 minimum() const {
     return _mm256_mul_ps(field<G % 4 * 8 + 4>(words[G / 4], 15), d_min);
   }
 };
@@ -87,11 +87,11 @@ struct SixBitNumbers {  // Q4_K, Q5_K: bytes of six bits, four groups a word
   __m256i scales[2], minimums[2];
   __m256 d, d_min;
   template <int G>
-  __attribute__((always_inline)) __m256 scale() const {
+  INLINE_MEMBER __m256 scale() const {
     return _mm256_mul_ps(field<G % 4 * 8>(scales[G / 4], 255), d);
   }
   template <int G>
-  __attribute__((always_inline)) __m256 minimum() const {
+  INLINE_MEMBER __m256 minimum() const {
     return _mm256_mul_ps(field<G % 4 * 8>(minimums[G / 4], 255), d_min);
   }
 };
@@ -124,7 +124,7 @@ struct SignedNumbers {  // Q3_K, Q6_K: signed bytes
   __m256i words[4];
   __m256 d;
   template <int G>
-  __attribute__((always_inline)) __m256 scale() const {
+  INLINE_MEMBER __m256 scale() const {
     return _mm256_mul_ps(signed_byte<G % 4>(words[G / 4]), d);
   }
 };
@@ -160,7 +160,7 @@ struct IQ4XSNumbers {
   __m256i low, high;
   __m256 d;
   template <int G>
-  __attribute__((always_inline)) __m256 scale() const {
+  INLINE_MEMBER __m256 scale() const {
     const __m256i four = _mm256_and_si256(G == 0 ? low : _mm256_srli_epi32(low, 4 * G), _mm256_set1_epi32(15));
     const __m256i two = _mm256_and_si256(_mm256_srli_epi32(high, 12 + 2 * G), _mm256_set1_epi32(48));
     const __m256i whole = _mm256_sub_epi32(_mm256_or_si256(four, two), _mm256_set1_epi32(32));
@@ -180,11 +180,11 @@ INLINE IQ4XSNumbers numbers_of(IQ4XS, const Blocks& blocks) {
 
 }  // namespace
 
-const KindKernels q2_k_avx2 = {rows<Q2KRows>, nullptr, nullptr};
-const KindKernels q3_k_avx2 = {rows<Q3KRows>, nullptr, nullptr};
-const KindKernels q4_k_avx2 = {rows<Q4KRows>, nullptr, nullptr};
-const KindKernels q5_k_avx2 = {rows<Q5KRows>, nullptr, nullptr};
-const KindKernels q6_k_avx2 = {rows<Q6KRows>, nullptr, nullptr};
-const KindKernels iq4_xs_avx2 = {rows<IQ4XSRows>, nullptr, nullptr};
+const KindKernels q2_k_avx2 = {rows<Q2KRows>, nullptr, panel<Q2KRows>, numbers<Q2KRows>};
+const KindKernels q3_k_avx2 = {rows<Q3KRows>, nullptr, panel<Q3KRows>, numbers<Q3KRows>};
+const KindKernels q4_k_avx2 = {rows<Q4KRows>, nullptr, panel<Q4KRows>, numbers<Q4KRows>};
+const KindKernels q5_k_avx2 = {rows<Q5KRows>, nullptr, panel<Q5KRows>, numbers<Q5KRows>};
+const KindKernels q6_k_avx2 = {rows<Q6KRows>, nullptr, panel<Q6KRows>, numbers<Q6KRows>};
+const KindKernels iq4_xs_avx2 = {rows<IQ4XSRows>, nullptr, panel<IQ4XSRows>, numbers<IQ4XSRows>};
 
 }  // namespace quern
