@@ -54,8 +54,8 @@ void flush(const int32_t* sums, int32_t row_groups, int32_t tokens, const float*
       }
 }
 
-// Whole numbers of a panel, which decide how they are multiplied: made unsigned by `bias` where the greatest is then at most 129,
-// two products fit 16 bits, and of fewer bits some more of such sums.
+// Numbers of a panel, which decide how they are multiplied: made unsigned by `bias`, two products of the greatest and an input may
+// fit 16 bits, or two such sums. (Four would too at 4 bits, but then there are too few registers.)
 struct Range {
   int32_t bias, greatest;
 };
@@ -81,13 +81,15 @@ INLINE Range range_of(const int8_t* panel, int64_t bytes) {
 // Sums of 16 rows and TOKENS tokens over `steps` registers. EXACT registers at a time are added in 16 bits; 0: signed values.
 template <int TOKENS, int EXACT>
 INLINE void add_steps(const int8_t* w, int32_t steps, const int8_t* x, int64_t stride, __m256i bias, __m256i (*total)[2]) {
-  constexpr int EACH = EXACT == 0 ? 1 : EXACT;
+  constexpr int EACH = EXACT == 2 ? 2 : 1;
   const __m256i one = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
   for (int t = 0; t < TOKENS; ++t) total[t][0] = total[t][1] = _mm256_setzero_si256();
   for (int32_t b = 0; b < steps; b += EACH) {
     __m256i some[TOKENS][2];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) some[t][0] = some[t][1] = _mm256_setzero_si256();
+#pragma GCC unroll 2
     for (int i = 0; i < EACH; ++i) {
       const __m256i low = _mm256_add_epi8(load(w + 64 * (b + i)), bias), high = _mm256_add_epi8(load(w + 64 * (b + i) + 32), bias);
 #pragma GCC unroll 4
@@ -98,9 +100,8 @@ INLINE void add_steps(const int8_t* w, int32_t steps, const int8_t* x, int64_t s
           total[t][1] = _mm256_add_epi32(total[t][1], products(high, inputs));
           continue;
         }
-        const __m256i a = _mm256_maddubs_epi16(low, inputs), c = _mm256_maddubs_epi16(high, inputs);
-        some[t][0] = i == 0 ? a : _mm256_add_epi16(some[t][0], a);
-        some[t][1] = i == 0 ? c : _mm256_add_epi16(some[t][1], c);
+        some[t][0] = _mm256_add_epi16(some[t][0], _mm256_maddubs_epi16(low, inputs));
+        some[t][1] = _mm256_add_epi16(some[t][1], _mm256_maddubs_epi16(high, inputs));
       }
     }
     if (EXACT == 0) continue;
@@ -162,40 +163,53 @@ void grouped(const int8_t* panel, int32_t row_groups, int32_t blocks, int32_t gr
   const Grouped in{group, groups, x, stride, ws, xs, xsum, token_stride};
   const Range range = range_of(panel, static_cast<int64_t>(row_groups) * blocks * LANES);
   const auto fits = [&](int32_t exact) { return range.greatest * 2 * 127 * exact <= INT16_MAX && group / 4 % exact == 0; };
-  if (fits(8)) return add_grouped<8>(panel, row_groups, blocks, range.bias, in, tokens, out);
-  if (fits(4)) return add_grouped<4>(panel, row_groups, blocks, range.bias, in, tokens, out);
   if (fits(2)) return add_grouped<2>(panel, row_groups, blocks, range.bias, in, tokens, out);
   if (fits(1)) return add_grouped<1>(panel, row_groups, blocks, range.bias, in, tokens, out);
   add_grouped<0>(panel, row_groups, blocks, 0, in, tokens, out);
 }
 
-// Eight rows of TOKENS tokens at once: each output is a chain of additions.
+constexpr int32_t CHUNK = 64;  // groups whose sums of inputs are made numbers at once
+
+// Of TOKENS tokens; each output is a chain of additions, which goes on in `low` from chunk to chunk of groups.
 template <int TOKENS>
-INLINE void add_minimums(const float* minimums, int32_t groups, const float* xs, const int32_t* xsum, float* out) {
-  __m256 low[TOKENS];
-  for (int t = 0; t < TOKENS; ++t) low[t] = _mm256_setzero_ps();
-  for (int32_t g = 0; g < groups; ++g) {
-    const __m256 least = _mm256_loadu_ps(minimums + static_cast<int64_t>(g) * TILE_ROWS);
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t) {
-      const int64_t at = static_cast<int64_t>(t) * groups + g;
-      low[t] = _mm256_fmadd_ps(least, _mm256_set1_ps(static_cast<float>(xsum[at]) * xs[at]), low[t]);
+INLINE void add_minimums(const float* minimums, int32_t row_groups, int32_t groups, const float* xs, const int32_t* xsum,
+                         float* out, int64_t row_group_size) {
+  __m256 low[TILE_ROWS / 8][TOKENS];
+  for (int32_t r = 0; r < 2 * row_groups; ++r)
+    for (int t = 0; t < TOKENS; ++t) low[r][t] = _mm256_setzero_ps();
+  for (int32_t first = 0; first < groups; first += CHUNK) {
+    const int32_t count = least(groups - first, CHUNK);
+    float totals[CHUNK][TOKENS];
+    for (int t = 0; t < TOKENS; ++t)
+      for (int32_t g = 0; g < count; ++g) {
+        const int64_t at = static_cast<int64_t>(t) * groups + first + g;
+        totals[g][t] = static_cast<float>(xsum[at]) * xs[at];
+      }
+    for (int32_t r = 0; r < 2 * row_groups; ++r) {
+      __m256 mine[TOKENS];
+      for (int t = 0; t < TOKENS; ++t) mine[t] = low[r][t];
+      for (int32_t g = 0; g < count; ++g) {
+        const __m256 minimum = _mm256_loadu_ps(minimums + static_cast<int64_t>(first + g) * TILE_ROWS + 8 * r);
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) mine[t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(totals[g][t]), mine[t]);
+      }
+      for (int t = 0; t < TOKENS; ++t) low[r][t] = mine[t];
     }
   }
-  for (int t = 0; t < TOKENS; ++t) _mm256_storeu_ps(out + 16 * t, _mm256_add_ps(_mm256_loadu_ps(out + 16 * t), low[t]));
+  for (int32_t r = 0; r < 2 * row_groups; ++r)
+    for (int t = 0; t < TOKENS; ++t) {
+      float* to = out + r / 2 * row_group_size + 16 * t + r % 2 * 8;
+      _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), low[r][t]));
+    }
 }
 
 void minimums(const float* minimums, int32_t row_groups, int32_t tokens, int32_t groups, const float* xs,
               const int32_t* xsum, float* out) {
-  const int64_t stride = groups;
-  for (int32_t r = 0; r < 16 * row_groups; r += 8) {
-    float* to = out + static_cast<int64_t>(r / 16) * tokens * 16 + r % 16;
-    int32_t t = 0;
-    for (; t + 4 <= tokens; t += 4)
-      add_minimums<4>(minimums + r, groups, xs + t * stride, xsum + t * stride, to + 16 * t);
-    for (; t < tokens; ++t)
-      add_minimums<1>(minimums + r, groups, xs + t * stride, xsum + t * stride, to + 16 * t);
-  }
+  const int64_t stride = groups, size = static_cast<int64_t>(tokens) * 16;
+  int32_t t = 0;
+  for (; t + 8 <= tokens; t += 8)
+    add_minimums<8>(minimums, row_groups, groups, xs + t * stride, xsum + t * stride, out + 16 * t, size);
+  for (; t < tokens; ++t) add_minimums<1>(minimums, row_groups, groups, xs + t * stride, xsum + t * stride, out + 16 * t, size);
 }
 
 }  // namespace
