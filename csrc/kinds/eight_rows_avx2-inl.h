@@ -2,9 +2,9 @@
 // sums of a group of eight rows are added to eight outputs at once, and a register of inputs meets eight rows.
 //
 // No include guard and no linkage: for the AVX2 files of such kinds. A type says, beside what superblock-inl.h wants,
-//   OFFSET  what the registers of codes are greater than the codes by: they are unsigned; or SIGNED
+//   OFFSET  what the registers of codes are greater than the codes by, so that they are unsigned; or SIGNED
 //   EXACT   how often two sums of two products can be added in 16 bits
-//   values(Type, Register<I>, block)  the codes of columns 32 * I ... of a super-block
+//   values(Type, Register<I>, block)  the codes of columns 32 * I ... of a super-block; of types with points there is a table behind
 //   numbers_of(Type, blocks)  a struct of the scales of a super-block of eight rows, with scale<G>() and, where the type has
 //           minimums, minimum<G>(): whole numbers, and d and d_min
 #include "kernels/common_avx2.h"
@@ -19,6 +19,23 @@ constexpr int ROWS = 8;
 // A super-block of each of eight rows.
 struct Blocks {
   const uint8_t* row[ROWS];
+  const int8_t* table;  // of types with points
+};
+
+// Those `offset` bytes behind the beginning of `rows` rows; the last of them again where there are fewer than eight.
+INLINE Blocks blocks_at(const Weight& weight, int32_t row, int32_t rows, int64_t offset) {
+  Blocks blocks;
+  for (int r = 0; r < ROWS; ++r) blocks.row[r] = blocks_of(weight, row + least(r, rows - 1)) + offset;
+  blocks.table = weight.table;
+  return blocks;
+}
+
+// A type of superblock-inl.h, with what is said above of its registers.
+template <typename Base, int32_t OFFSET_, int EXACT_, bool SIGNED_ = false>
+struct Rows : Base {
+  static constexpr int32_t OFFSET = OFFSET_;
+  static constexpr int EXACT = EXACT_;
+  static constexpr bool SIGNED = SIGNED_;
 };
 
 // Columns 32 * I ... of a super-block.
@@ -69,6 +86,15 @@ INLINE __m256i pair_products(__m256i codes, __m256i inputs) {
   return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(inputs, codes));
 }
 
+template <typename Type, int I>
+INLINE __m256i codes_of(const Blocks& blocks, int row) {
+  if constexpr (Type::POINTS != 0) {
+    return values(Type{}, Register<I>{}, blocks.row[row], blocks.table);
+  } else {
+    return values(Type{}, Register<I>{}, blocks.row[row]);
+  }
+}
+
 // outputs of eight rows += columns 32 * I ... of a super-block. `at`: its first group.
 template <typename Type, int I, int TOKENS, typename Numbers>
 INLINE void add_register(const Blocks& blocks, const Numbers& numbers, const Inputs& in, int32_t column, const float (*totals)[16],
@@ -76,7 +102,7 @@ INLINE void add_register(const Blocks& blocks, const Numbers& numbers, const Inp
   constexpr int EACH = 32 / Type::GROUP, G = I * EACH;
   __m256i codes[ROWS];
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) codes[r] = values(Type{}, Register<I>{}, blocks.row[r]);
+  for (int r = 0; r < ROWS; ++r) codes[r] = codes_of<Type, I>(blocks, r);
   __m256 ws[EACH], least[EACH];
   ws[0] = numbers.template scale<G>();
   if constexpr (EACH == 2) ws[1] = numbers.template scale<G + 1>();
@@ -103,21 +129,25 @@ INLINE void add_register(const Blocks& blocks, const Numbers& numbers, const Inp
 
 template <typename Type, int TOKENS>
 INLINE void add_block(const Blocks& blocks, const Inputs& in, int32_t column, __m256* out, __m256* low) {
+  constexpr int GROUPS = Type::COLUMNS / Type::GROUP;
   alignas(32) float totals[TOKENS][16];
-  for (int t = 0; Type::MINIMUMS && t < TOKENS; ++t)
-    for (int g = 0; g < SUPER / Type::GROUP; g += 8) {
-      const int64_t at = static_cast<int64_t>(t) * in.groups + column / Type::GROUP + g;
-      _mm256_store_ps(totals[t] + g, _mm256_mul_ps(_mm256_cvtepi32_ps(load(in.sums + at)), _mm256_loadu_ps(in.scale + at)));
-    }
+  for (int t = 0; Type::MINIMUMS && t < TOKENS; ++t) {
+    const int64_t at = static_cast<int64_t>(t) * in.groups + column / Type::GROUP;
+    for (int g = 0; g + 8 <= GROUPS; g += 8)
+      _mm256_store_ps(totals[t] + g, _mm256_mul_ps(_mm256_cvtepi32_ps(load(in.sums + at + g)), _mm256_loadu_ps(in.scale + at + g)));
+    if (GROUPS == 1) totals[t][0] = static_cast<float>(in.sums[at]) * in.scale[at];
+  }
   const auto numbers = numbers_of(Type{}, blocks);
   add_register<Type, 0, TOKENS>(blocks, numbers, in, column, totals, out, low);
-  add_register<Type, 1, TOKENS>(blocks, numbers, in, column, totals, out, low);
-  add_register<Type, 2, TOKENS>(blocks, numbers, in, column, totals, out, low);
-  add_register<Type, 3, TOKENS>(blocks, numbers, in, column, totals, out, low);
-  add_register<Type, 4, TOKENS>(blocks, numbers, in, column, totals, out, low);
-  add_register<Type, 5, TOKENS>(blocks, numbers, in, column, totals, out, low);
-  add_register<Type, 6, TOKENS>(blocks, numbers, in, column, totals, out, low);
-  add_register<Type, 7, TOKENS>(blocks, numbers, in, column, totals, out, low);
+  if constexpr (Type::COLUMNS == SUPER) {
+    add_register<Type, 1, TOKENS>(blocks, numbers, in, column, totals, out, low);
+    add_register<Type, 2, TOKENS>(blocks, numbers, in, column, totals, out, low);
+    add_register<Type, 3, TOKENS>(blocks, numbers, in, column, totals, out, low);
+    add_register<Type, 4, TOKENS>(blocks, numbers, in, column, totals, out, low);
+    add_register<Type, 5, TOKENS>(blocks, numbers, in, column, totals, out, low);
+    add_register<Type, 6, TOKENS>(blocks, numbers, in, column, totals, out, low);
+    add_register<Type, 7, TOKENS>(blocks, numbers, in, column, totals, out, low);
+  }
 }
 
 // What is fetched into the L2 cache while a super-block of eight rows is computed. Short rows: as many bytes of the next eight rows,
@@ -150,12 +180,11 @@ void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_
   const Ahead ahead(weight.row_bytes);
   for (int32_t row = first; row < last; row += ROWS) {
     const int32_t rows = least(last - row, ROWS);
-    Blocks blocks;
-    for (int r = 0; r < ROWS; ++r) blocks.row[r] = blocks_of(weight, row + least(r, rows - 1));
+    Blocks blocks = blocks_at(weight, row, rows, 0);
     __m256 out[TOKENS], low[TOKENS];
     for (int t = 0; t < TOKENS; ++t) out[t] = low[t] = _mm256_setzero_ps();
     int64_t at = 0;
-    for (int32_t column = 0; column < in.columns; column += SUPER, at += Type::BYTES) {
+    for (int32_t column = 0; column < in.columns; column += Type::COLUMNS, at += Type::BYTES) {
       ahead.template fetch<Type::BYTES>(blocks, at);
       add_block<Type, TOKENS>(blocks, in, column, out, low);
       for (int r = 0; r < ROWS; ++r) blocks.row[r] += Type::BYTES;
@@ -205,25 +234,21 @@ INLINE __m256 lower_halves(__m256i words) {
   return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
 }
 
+// Four bytes at `at` of each row's block.
+INLINE __m256i words_at(const Blocks& blocks, int at) {
+  int32_t words[ROWS];
+  for (int r = 0; r < ROWS; ++r) __builtin_memcpy(words + r, blocks.row[r] + at, 4);
+  return _mm256_setr_epi32(words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]);
+}
+
 INLINE __m256 upper_halves(__m256i words) { return lower_halves(_mm256_srli_epi32(words, 16)); }
 
 // The float16 number at `at` of every row's super-block.
 INLINE __m256 halves_at(const Blocks& blocks, int at) {
-  __m128i found = _mm_setzero_si128();
-  const auto half = [&](int r) {
-    int16_t bits;
-    __builtin_memcpy(&bits, blocks.row[r] + at, 2);
-    return bits;
-  };
-  found = _mm_insert_epi16(found, half(0), 0);
-  found = _mm_insert_epi16(found, half(1), 1);
-  found = _mm_insert_epi16(found, half(2), 2);
-  found = _mm_insert_epi16(found, half(3), 3);
-  found = _mm_insert_epi16(found, half(4), 4);
-  found = _mm_insert_epi16(found, half(5), 5);
-  found = _mm_insert_epi16(found, half(6), 6);
-  found = _mm_insert_epi16(found, half(7), 7);
-  return _mm256_cvtph_ps(found);
+  int16_t halves[ROWS];
+  for (int r = 0; r < ROWS; ++r) __builtin_memcpy(halves + r, blocks.row[r] + at, 2);
+  return _mm256_cvtph_ps(
+      _mm_setr_epi16(halves[0], halves[1], halves[2], halves[3], halves[4], halves[5], halves[6], halves[7]));
 }
 
 // Whole numbers of fields of dwords: unsigned ones of `mask` from bit SHIFT on, and signed bytes.
@@ -237,6 +262,15 @@ template <int BYTE>
 INLINE __m256 signed_byte(__m256i words) {
   const __m256i shifted = BYTE == 3 ? words : _mm256_slli_epi32(words, 24 - 8 * BYTE);
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(shifted, 24));
+}
+
+// Fields of every byte; see `field`.
+template <int SHIFT>
+INLINE __m256i word_bits(__m256i words, int each) {
+  __m256i shifted = words;
+  if constexpr (SHIFT > 0) shifted = _mm256_srli_epi32(words, SHIFT);
+  if constexpr (SHIFT < 0) shifted = _mm256_slli_epi32(words, -SHIFT);
+  return _mm256_and_si256(shifted, _mm256_set1_epi8(static_cast<char>(each)));
 }
 
 }  // namespace

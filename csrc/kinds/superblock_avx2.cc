@@ -4,13 +4,6 @@
 namespace quern {
 namespace {
 
-template <typename Base, int32_t OFFSET_, int EXACT_, bool SIGNED_ = false>
-struct Rows : Base {
-  static constexpr int32_t OFFSET = OFFSET_;
-  static constexpr int EXACT = EXACT_;
-  static constexpr bool SIGNED = SIGNED_;
-};
-
 using Q2KRows = Rows<Q2K, 0, 3>;
 using Q3KRows = Rows<Q3K, 4, 3>;
 using Q4KRows = Rows<Q4K, 0, 3>;   // 8 * 2 * 15 * 127 = 30480
@@ -95,14 +88,6 @@ struct SixBitNumbers {  // Q4_K, Q5_K: bytes of six bits, four groups a word
     return _mm256_mul_ps(field<G % 4 * 8>(minimums[G / 4], 255), d_min);
   }
 };
-
-template <int SHIFT>
-INLINE __m256i word_bits(__m256i words, int each) {
-  __m256i shifted = words;
-  if constexpr (SHIFT > 0) shifted = _mm256_srli_epi32(words, SHIFT);
-  if constexpr (SHIFT < 0) shifted = _mm256_slli_epi32(words, -SHIFT);
-  return _mm256_and_si256(shifted, _mm256_set1_epi8(static_cast<char>(each)));
-}
 
 INLINE SixBitNumbers six_bit_numbers(const Blocks& blocks) {
   SixBitNumbers n;
