@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from quern.codecs.blocks.plain import IQ4
-from quern.codecs.packing import ggml_super
+from quern.codecs.blocks.points import OCTET, TYPES, grid_of
+from quern.codecs.packing import ggml, ggml_super
 
 TILE = 256
 SCALE_TYPES = ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e8m0fnu")
@@ -26,6 +27,8 @@ SUPERBLOCKS = {
     "iq4_xs": (4, 32, 6, False, np.array(IQ4, np.int64)),
 }
 """Bits of a code, columns of a group, bits of a whole number of a scale, whether there are minimums, and levels."""
+POINTS = {name.lower(): kind for name, kind in TYPES.items()}
+AFFINE = {"q4_1": 4, "q5_1": 5}
 assert np.finfo(np.longdouble).nmant >= 63, "the emulation of fma needs 80-bit numbers"
 
 
@@ -292,6 +295,38 @@ class Maker:
         elif levels is None:
             values = values - (1 << bits - 1)
         return Packed(kind, rows, columns, {"codes": data}, values, scale, group, {}, minimum)
+
+    def affine_blocks(self, kind, rows, columns) -> Packed:
+        """ggml's blocks of 32 columns with minimums."""
+        bits, groups = AFFINE[kind], columns // ggml.BLOCK
+        codes = self.codes(1 << bits, (rows, columns))
+        (_, scale), (_, low) = (self.scales(rows, groups, "float16", False) for _ in range(2))
+        minimum = low * self.random.choice(np.array([-1, 1], np.float32), low.shape)
+        fields = (torch.from_numpy(np.array(field)) for field in (codes, scale, minimum))
+        data = ggml.affine_blocks(*fields, bits).numpy()
+        return Packed(kind, rows, columns, {"codes": data}, codes.astype(np.int64), scale, ggml.BLOCK, {}, minimum)
+
+    def points(self, kind, rows, columns) -> Packed:
+        """ggml's super-blocks of points of a grid with signs."""
+        of = POINTS[kind]
+        grid = grid_of(of.name, torch.device("cpu"))
+        supers, octets, each = columns // 256, columns // OCTET, 256 // of.group
+        points = self.random.integers(0, 1 << of.point_bits, (rows, columns // of.width))
+        if self.extreme:
+            points[:] = int(grid.points.sum(1).argmax())
+        signs = self.codes(256, (rows, octets))
+        if of.even:
+            odd = np.unpackbits(signs[..., None] & 127, axis=-1).sum(-1) % 2
+            signs = (signs & 127 | odd << 7).astype(np.uint8)
+        whole = self.codes(16, (rows, supers * each))
+        d = np.exp2(self.random.uniform(-22, -6, (rows, supers))).astype(np.float16)
+        halves = torch.from_numpy(d.view(np.uint8).reshape(rows, supers, 2))
+        fields = (torch.from_numpy(field.reshape(rows, supers, -1)) for field in (points, signs, whole))
+        data = of.pack(*fields, halves).numpy()
+        values = grid.decode(*(torch.from_numpy(field) for field in (points.reshape(rows, octets, -1), signs.astype(np.int64))))
+        scale = np.repeat(d.astype(np.float32), each, axis=1) * np.float32(of.unit) * (2 * whole.astype(np.float32) + 1)
+        arrays = {"codes": data, "table": grid.points.numpy().astype(np.int8)}
+        return Packed(kind, rows, columns, arrays, values.flatten(1).numpy().astype(np.int64), scale, of.group)
 
     def trellis(self, rows, columns, bits=2, window=6, tables=1, lag=0, fits=True, scale_type="float16") -> Packed:
         blocks = -(-columns // 4)

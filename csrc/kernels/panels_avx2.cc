@@ -54,39 +54,168 @@ void flush(const int32_t* sums, int32_t row_groups, int32_t tokens, const float*
       }
 }
 
-// Eight rows of TOKENS tokens at once: each output is a chain of additions.
-template <int TOKENS>
-INLINE void add_minimums(const float* minimums, int32_t groups, const float* xs, const int32_t* xsum, float* out) {
-  __m256 low[TOKENS];
-  for (int t = 0; t < TOKENS; ++t) low[t] = _mm256_setzero_ps();
-  for (int32_t g = 0; g < groups; ++g) {
-    const __m256 least = _mm256_loadu_ps(minimums + static_cast<int64_t>(g) * TILE_ROWS);
+// Numbers of a panel, which decide how they are multiplied: made unsigned by `bias`, two products of the greatest and an input may
+// fit 16 bits, or two such sums. (Four would too at 4 bits, but then there are too few registers.)
+struct Range {
+  int32_t bias, greatest;
+};
+
+INLINE Range range_of(const int8_t* panel, int64_t bytes) {
+  __m256i low = load(panel), high = low;
+  for (int64_t i = 32; i < bytes; i += 32) {
+    const __m256i v = load(panel + i);
+    low = _mm256_min_epi8(low, v);
+    high = _mm256_max_epi8(high, v);
+  }
+  alignas(32) int8_t lows[32], highs[32];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lows), low);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(highs), high);
+  int32_t smallest = 0, greatest = 0;
+  for (int i = 0; i < 32; ++i) {
+    smallest = lows[i] < smallest ? lows[i] : smallest;
+    greatest = highs[i] > greatest ? highs[i] : greatest;
+  }
+  return {-smallest, greatest - smallest};
+}
+
+// Sums of 16 rows and TOKENS tokens over `steps` registers. EXACT registers at a time are added in 16 bits; 0: signed values.
+template <int TOKENS, int EXACT>
+INLINE void add_steps(const int8_t* w, int32_t steps, const int8_t* x, int64_t stride, __m256i bias, __m256i (*total)[2]) {
+  constexpr int EACH = EXACT == 2 ? 2 : 1;
+  const __m256i one = _mm256_set1_epi16(1);
+#pragma GCC unroll 4
+  for (int t = 0; t < TOKENS; ++t) total[t][0] = total[t][1] = _mm256_setzero_si256();
+  for (int32_t b = 0; b < steps; b += EACH) {
+    __m256i some[TOKENS][2];
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) some[t][0] = some[t][1] = _mm256_setzero_si256();
+#pragma GCC unroll 2
+    for (int i = 0; i < EACH; ++i) {
+      const __m256i low = _mm256_add_epi8(load(w + 64 * (b + i)), bias), high = _mm256_add_epi8(load(w + 64 * (b + i) + 32), bias);
+#pragma GCC unroll 4
+      for (int t = 0; t < TOKENS; ++t) {
+        const __m256i inputs = four_inputs(x + t * stride + 4 * (b + i));
+        if (EXACT == 0) {
+          total[t][0] = _mm256_add_epi32(total[t][0], products(low, inputs));
+          total[t][1] = _mm256_add_epi32(total[t][1], products(high, inputs));
+          continue;
+        }
+        some[t][0] = _mm256_add_epi16(some[t][0], _mm256_maddubs_epi16(low, inputs));
+        some[t][1] = _mm256_add_epi16(some[t][1], _mm256_maddubs_epi16(high, inputs));
+      }
+    }
+    if (EXACT == 0) continue;
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+        total[t][half] = _mm256_add_epi32(total[t][half], _mm256_madd_epi16(some[t][half], one));
+  }
+}
+
+// What `grouped` is told of its inputs.
+struct Grouped {
+  int32_t group, groups;
+  const int8_t* x;
+  int64_t stride;
+  const float *ws, *xs;
+  const int32_t* xsum;
+  int64_t token_stride;
+};
+
+template <int TOKENS, int EXACT>
+INLINE void add_groups(const int8_t* w, int32_t bias, const Grouped& in, int32_t first, const float* ws, float* out) {
+  const __m256i biases = _mm256_set1_epi8(static_cast<char>(bias));
+  const int8_t* x = in.x + first * in.stride;
+  for (int32_t g = 0; g < in.groups; ++g) {
+    __m256i total[TOKENS][2];
+    add_steps<TOKENS, EXACT>(w + 16 * static_cast<int64_t>(g) * in.group, in.group / 4, x + g * in.group, in.stride, biases, total);
+    const __m256 scales[2] = {_mm256_loadu_ps(ws + g * TILE_ROWS), _mm256_loadu_ps(ws + g * TILE_ROWS + 8)};
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) {
-      const int64_t at = static_cast<int64_t>(t) * groups + g;
-      low[t] = _mm256_fmadd_ps(least, _mm256_set1_ps(static_cast<float>(xsum[at]) * xs[at]), low[t]);
+      const int64_t at = (first + t) * in.token_stride + g;
+      const __m256i shift = _mm256_set1_epi32(EXACT == 0 ? 0 : bias * in.xsum[at]);
+      const __m256 xs = _mm256_set1_ps(in.xs[at]);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m256 value = _mm256_cvtepi32_ps(_mm256_sub_epi32(total[t][half], shift));
+        float* to = out + 16 * t + 8 * half;
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(value, _mm256_mul_ps(scales[half], xs), _mm256_loadu_ps(to)));
+      }
     }
   }
-  for (int t = 0; t < TOKENS; ++t) _mm256_storeu_ps(out + 16 * t, _mm256_add_ps(_mm256_loadu_ps(out + 16 * t), low[t]));
+}
+
+template <int EXACT>
+void add_grouped(const int8_t* panel, int32_t row_groups, int32_t blocks, int32_t bias, const Grouped& in, int32_t tokens, float* out) {
+  for (int32_t r = 0; r < row_groups; ++r) {
+    const int8_t* w = panel + static_cast<int64_t>(r) * blocks * LANES;
+    float* to = out + static_cast<int64_t>(r) * tokens * 16;
+    int32_t t = 0;
+    for (; t + 4 <= tokens; t += 4) add_groups<4, EXACT>(w, bias, in, t, in.ws + 16 * r, to + 16 * t);
+    for (; t < tokens; ++t) add_groups<1, EXACT>(w, bias, in, t, in.ws + 16 * r, to + 16 * t);
+  }
+}
+
+void grouped(const int8_t* panel, int32_t row_groups, int32_t blocks, int32_t group, int32_t groups, const int8_t* x,
+             int64_t stride, int32_t tokens, const float* ws, const float* xs, const int32_t* xsum, int64_t token_stride,
+             float* out) {
+  const Grouped in{group, groups, x, stride, ws, xs, xsum, token_stride};
+  const Range range = range_of(panel, static_cast<int64_t>(row_groups) * blocks * LANES);
+  const auto fits = [&](int32_t exact) { return range.greatest * 2 * 127 * exact <= INT16_MAX && group / 4 % exact == 0; };
+  if (fits(2)) return add_grouped<2>(panel, row_groups, blocks, range.bias, in, tokens, out);
+  if (fits(1)) return add_grouped<1>(panel, row_groups, blocks, range.bias, in, tokens, out);
+  add_grouped<0>(panel, row_groups, blocks, 0, in, tokens, out);
+}
+
+constexpr int32_t CHUNK = 64;  // groups whose sums of inputs are made numbers at once
+
+// Of TOKENS tokens; each output is a chain of additions, which goes on in `low` from chunk to chunk of groups.
+template <int TOKENS>
+INLINE void add_minimums(const float* minimums, int32_t row_groups, int32_t groups, const float* xs, const int32_t* xsum,
+                         float* out, int64_t row_group_size) {
+  __m256 low[TILE_ROWS / 8][TOKENS];
+  for (int32_t r = 0; r < 2 * row_groups; ++r)
+    for (int t = 0; t < TOKENS; ++t) low[r][t] = _mm256_setzero_ps();
+  for (int32_t first = 0; first < groups; first += CHUNK) {
+    const int32_t count = least(groups - first, CHUNK);
+    float totals[CHUNK][TOKENS];
+    for (int t = 0; t < TOKENS; ++t)
+      for (int32_t g = 0; g < count; ++g) {
+        const int64_t at = static_cast<int64_t>(t) * groups + first + g;
+        totals[g][t] = static_cast<float>(xsum[at]) * xs[at];
+      }
+    for (int32_t r = 0; r < 2 * row_groups; ++r) {
+      __m256 mine[TOKENS];
+      for (int t = 0; t < TOKENS; ++t) mine[t] = low[r][t];
+      for (int32_t g = 0; g < count; ++g) {
+        const __m256 minimum = _mm256_loadu_ps(minimums + static_cast<int64_t>(first + g) * TILE_ROWS + 8 * r);
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t) mine[t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(totals[g][t]), mine[t]);
+      }
+      for (int t = 0; t < TOKENS; ++t) low[r][t] = mine[t];
+    }
+  }
+  for (int32_t r = 0; r < 2 * row_groups; ++r)
+    for (int t = 0; t < TOKENS; ++t) {
+      float* to = out + r / 2 * row_group_size + 16 * t + r % 2 * 8;
+      _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), low[r][t]));
+    }
 }
 
 void minimums(const float* minimums, int32_t row_groups, int32_t tokens, int32_t groups, const float* xs,
               const int32_t* xsum, float* out) {
-  const int64_t stride = groups;
-  for (int32_t r = 0; r < 16 * row_groups; r += 8) {
-    float* to = out + static_cast<int64_t>(r / 16) * tokens * 16 + r % 16;
-    int32_t t = 0;
-    for (; t + 4 <= tokens; t += 4)
-      add_minimums<4>(minimums + r, groups, xs + t * stride, xsum + t * stride, to + 16 * t);
-    for (; t < tokens; ++t)
-      add_minimums<1>(minimums + r, groups, xs + t * stride, xsum + t * stride, to + 16 * t);
-  }
+  const int64_t stride = groups, size = static_cast<int64_t>(tokens) * 16;
+  int32_t t = 0;
+  for (; t + 8 <= tokens; t += 8)
+    add_minimums<8>(minimums, row_groups, groups, xs + t * stride, xsum + t * stride, out + 16 * t, size);
+  for (; t < tokens; ++t) add_minimums<1>(minimums, row_groups, groups, xs + t * stride, xsum + t * stride, out + 16 * t, size);
 }
 
 }  // namespace
 
 const Kernels panels_avx2 = {
-    "avx2", nullptr, nullptr, nullptr, nullptr, 0, panel, flush, nullptr, minimums, nullptr,
+    "avx2", nullptr, nullptr, nullptr, nullptr, 0, panel, flush, grouped, minimums, nullptr,
 };
 
 }  // namespace quern

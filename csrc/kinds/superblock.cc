@@ -1,4 +1,4 @@
-// ggml's super-blocks, as a GGUF file holds them: scales of 16 or 32 columns are whole numbers times one of the block.
+// ggml's blocks, as a GGUF file holds them: in super-blocks scales of 16 or 32 columns are whole numbers times one of the block.
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -16,11 +16,11 @@ struct Numbers {
 
 template <typename Type>
 Numbers numbers_of(const Weight& weight, int32_t row, int32_t group) {
-  constexpr int32_t GROUPS = SUPER / Type::GROUP;
+  constexpr int32_t GROUPS = Type::COLUMNS / Type::GROUP;
   const uint8_t* block = blocks_of(weight, row) + group / GROUPS * static_cast<int64_t>(Type::BYTES);
   const int32_t place = group % GROUPS;
   Numbers found{};
-  found.scale = scalar::number(block + Type::D_AT, Float::float16, 0) * static_cast<float>(Type::scale(block, place));
+  found.scale = scalar::number(block + Type::D_AT, Float::float16, 0) * Type::UNIT * static_cast<float>(Type::scale(block, place));
   if (Type::MINIMUMS)
     found.minimum = -(scalar::number(block + Type::MINIMUM_AT, Float::float16, 0) *
                       static_cast<float>(Type::minimum(block, place)));
@@ -29,7 +29,12 @@ Numbers numbers_of(const Weight& weight, int32_t row, int32_t group) {
 
 template <typename Type>
 int32_t value(const Weight& weight, int32_t row, int32_t column) {
-  return Type::code(blocks_of(weight, row) + column / SUPER * static_cast<int64_t>(Type::BYTES), column % SUPER);
+  const uint8_t* block = blocks_of(weight, row) + column / Type::COLUMNS * static_cast<int64_t>(Type::BYTES);
+  if constexpr (Type::POINTS != 0) {
+    return Type::code(weight.table, block, column % Type::COLUMNS);
+  } else {
+    return Type::code(block, column % Type::COLUMNS);
+  }
 }
 
 template <typename Type>
@@ -79,24 +84,29 @@ void decode(const Weight& weight, int32_t row, float* out) {
 
 template <typename Type>
 int64_t row_bytes(int64_t columns) {
-  return (columns + SUPER - 1) / SUPER * Type::BYTES;
+  return (columns + Type::COLUMNS - 1) / Type::COLUMNS * Type::BYTES;
 }
 
 template <typename Type>
 void check(const Weight& weight) {
-  if (weight.columns % SUPER == 0 && weight.group == Type::GROUP) return;
-  throw std::invalid_argument("a matrix of " + std::string(weight.kind->name) + " has whole super-blocks of " +
-                              std::to_string(SUPER) + " columns in groups of " + std::to_string(Type::GROUP) +
+  if (weight.columns % Type::COLUMNS == 0 && weight.group == Type::GROUP) return;
+  throw std::invalid_argument("a matrix of " + std::string(weight.kind->name) + " has whole blocks of " +
+                              std::to_string(Type::COLUMNS) + " columns in groups of " + std::to_string(Type::GROUP) +
                               "; this one has " + std::to_string(weight.columns) + " columns in groups of " +
                               std::to_string(weight.group));
+}
+
+template <typename Type>
+int64_t table_bytes(const Weight&) {
+  return Type::POINTS * Type::WIDTH;
 }
 
 template <typename Type>
 constexpr KindKernels SCALAR = {rows<Type>, nullptr, panel<Type>, numbers<Type>};
 
 template <typename Type>
-constexpr WeightKind kind(const char* name, const KindKernels* avx2, const KindKernels* avx512) {
-  return {name, false, false, false, 1, row_bytes<Type>, nullptr, nullptr, check<Type>, decode<Type>,
+constexpr WeightKind kind(const char* name, const KindKernels* avx2, const KindKernels* avx512 = nullptr) {
+  return {name, false, false, false, 1, row_bytes<Type>, nullptr, Type::POINTS == 0 ? nullptr : table_bytes<Type>, check<Type>, decode<Type>,
           {&SCALAR<Type>, avx2, avx512, nullptr}, Type::MINIMUMS};
 }
 
@@ -108,5 +118,12 @@ const WeightKind q4_k = kind<Q4K>("q4_k", X86_KERNELS(q4_k_avx2), X86_KERNELS(q4
 const WeightKind q5_k = kind<Q5K>("q5_k", X86_KERNELS(q5_k_avx2), X86_KERNELS(q5_k_avx512));
 const WeightKind q6_k = kind<Q6K>("q6_k", X86_KERNELS(q6_k_avx2), X86_KERNELS(q6_k_avx512));
 const WeightKind iq4_xs = kind<IQ4XS>("iq4_xs", X86_KERNELS(iq4_xs_avx2), X86_KERNELS(iq4_xs_avx512));
+const WeightKind q4_1 = kind<Q41>("q4_1", X86_KERNELS(q4_1_avx2));
+const WeightKind q5_1 = kind<Q51>("q5_1", X86_KERNELS(q5_1_avx2));
+const WeightKind iq2_xxs = kind<IQ2XXS>("iq2_xxs", X86_KERNELS(iq2_xxs_avx2));
+const WeightKind iq2_xs = kind<IQ2XS>("iq2_xs", X86_KERNELS(iq2_xs_avx2));
+const WeightKind iq2_s = kind<IQ2S>("iq2_s", X86_KERNELS(iq2_s_avx2));
+const WeightKind iq3_xxs = kind<IQ3XXS>("iq3_xxs", X86_KERNELS(iq3_xxs_avx2));
+const WeightKind iq3_s = kind<IQ3S>("iq3_s", X86_KERNELS(iq3_s_avx2));
 
 }  // namespace quern

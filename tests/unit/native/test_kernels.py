@@ -152,7 +152,7 @@ def test_superblocks_at_their_ends(isa, kind, sign):
 def test_superblocks_are_whole(isa):
     packed = Maker(82).superblocks("q4_k", 4, 512)
     for change in ({"columns": 500}, {"group": 64}, {"group": None}):
-        with pytest.raises(ValueError, match="a matrix of q4_k has whole super-blocks of 256 columns in groups of 32"):
+        with pytest.raises(ValueError, match="a matrix of q4_k has whole blocks of 256 columns in groups of 32"):
             native.Matrix(**{**packed.keywords(), **change}, codes=packed.arrays["codes"].reshape(-1))
 
 

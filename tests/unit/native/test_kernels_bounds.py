@@ -20,7 +20,7 @@ TESTS = Path(__file__).parents[2]
 PROGRAM = """
 import ctypes, mmap, sys
 import numpy as np
-from packed_matrices import SUPERBLOCKS, Maker
+from packed_matrices import AFFINE, POINTS, SUPERBLOCKS, Maker
 from quern import _native as native
 
 PAGE, NONE, BOTH = mmap.PAGESIZE, 0, 3
@@ -72,6 +72,12 @@ def cases():
     for kind in SUPERBLOCKS:
         yield maker.superblocks(kind, 1, 256)
         yield maker.superblocks(kind, 18, 768)
+    for kind in AFFINE:
+        yield maker.affine_blocks(kind, 1, 32)
+        yield maker.affine_blocks(kind, 18, 288)
+    for kind in POINTS:
+        yield maker.points(kind, 1, 256)
+        yield maker.points(kind, 18, 768)
 
 
 native.use_isa(sys.argv[1])

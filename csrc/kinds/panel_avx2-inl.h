@@ -1,0 +1,43 @@
+// Decoding into panels, eight rows at a time; for <kind>_avx2.cc alone, without a guard or linkage.
+#include "kernels/common_avx2.h"
+#include "kernels/kernels.h"
+
+namespace quern {
+namespace {
+
+// Eight registers of eight double words, rows and columns exchanged.
+INLINE void transpose(__m256i* v) {
+  __m256i a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+    a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+  }
+}
+
+// 32 columns of eight rows, of which `v` has a register each, from column `column` of the matrix on; as far as they are of the part.
+// `row`: the first of them, counted from that of the part, a multiple of 8.
+INLINE void store_panel(__m256i* v, const Part& part, int32_t row, int32_t column, __m256i flips, int8_t* panel) {
+  transpose(v);
+  int8_t* to = panel + row / 16 * static_cast<int64_t>(part.blocks) * LANES + row % 16 / 8 * 32;
+  const int32_t first = (column - part.first_column) / 4, count = (part.columns + 3) / 4;
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j)
+    if (first + j >= 0 && first + j < count)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (first + j) * static_cast<int64_t>(LANES)), _mm256_xor_si256(v[j], flips));
+}
+
+}  // namespace
+}  // namespace quern
