@@ -71,6 +71,8 @@ class Checkpoint:
     """What whoever measures or quantizes the model should know of it."""
     lasting_notes: tuple[str, ...] = field(default=())
     """Those of them that hold for whatever is made from the model too."""
+    numbers: int | None = None
+    """How many the model has, where the source has others besides; None: those of the source."""
 
     @property
     def model_type(self) -> str:
@@ -105,6 +107,8 @@ class Checkpoint:
     @cached_property
     def parameters(self) -> int:
         """Stored numbers; a head that is tied to the embedding counts once even where it is stored twice."""
+        if self.numbers is not None:
+            return self.numbers
         return sum(info.elements for name, info in self.source.infos.items() if not self._repeats_embedding(name))
 
     def _repeats_embedding(self, name: str) -> bool:

@@ -22,6 +22,7 @@ from quern.engines.cpu import cache_sizes
 from quern.formats.base import CodedPart, StoredWeight, format_of, reader_of
 from quern.formats.fit import FLOATS
 from quern.loading.fitting import fitted, model_config, open_stored, read_methods
+from quern.loading.padding import original_shapes, padding_note
 
 NO_GRANULARITY = "-"
 _SMALL_PARTS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
@@ -80,6 +81,10 @@ def inspect(path: str | Path) -> Inspection:
     with a note.
     """
     checkpoint = open_stored(path)
+    return _without_padding(_inspect(checkpoint), checkpoint)
+
+
+def _inspect(checkpoint: Checkpoint) -> Inspection:
     found = checkpoint.config.get("quantization_config")
     config: dict[str, Any] = found if isinstance(found, dict) else {}
     method = config.get("quant_method")
@@ -110,6 +115,22 @@ def inspect(path: str | Path) -> Inspection:
         context=context if type(context) is int and context > 0 else None,
         notes=(*checkpoint.notes, *notes),
         loaded_bytes=loaded_bytes(checkpoint) if coded else None,
+    )
+
+
+def _without_padding(found: Inspection, checkpoint: Checkpoint) -> Inspection:
+    """With the shapes of the model's own, and a note, where quern padded it."""
+    shapes = original_shapes(checkpoint)
+    if not shapes:
+        return found
+    added = sum(math.prod(row.shape) - math.prod(shapes[row.name]) for row in found.tensors if row.name in shapes)
+    parameters = found.parameters - added
+    return replace(
+        found,
+        tensors=[replace(row, shape=shapes.get(row.name, row.shape)) for row in found.tensors],
+        bits_per_weight=found.bits_per_weight * found.parameters / parameters,
+        parameters=parameters,
+        notes=(*found.notes, padding_note(checkpoint)),
     )
 
 

@@ -24,11 +24,13 @@ from quern.core.results import LayerError, TunedBlock
 from quern.formats.mixes.base import settled
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_original
+from quern.loading.padding import padded, padding_record
 from quern.pipeline.blockwise import memory_plan, sensitivity, tuning
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, check_kept, kept_note, plan_of, stand_in_note
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
+from quern.pipeline.blockwise.padding import padded_plan
 from quern.pipeline.blockwise.reference_stream import start_stream
 from quern.pipeline.output import (
     artifact_size,
@@ -111,7 +113,7 @@ def quantize(
     progress = progress or Silent()
     chosen = chosen_recipe(recipe, format, calibration_tokens)
     target, output = output_target(output, model, fresh, chosen.format), Path(os.path.expanduser(output))
-    checkpoint = open_original(model, progress=progress)
+    checkpoint = padded(open_original(model, progress=progress), chosen.padding)
     given: dict[str, Any] = {"device": device, "seed": seed, "threads": threads, "progress": progress}
     chosen, text_notes = settled_recipe(
         chosen, checkpoint, calibration, calibration_tokens, calibration_time, cache=cache, **given)  # fmt: skip
@@ -120,7 +122,7 @@ def quantize(
     planned = _planned(checkpoint, chosen, calibration, memory=memory, cache=cache, format_options=extra, **given)
     architecture = architecture_of(checkpoint.config)
     chosen = settled(chosen, architecture) if planned is None else planned.recipe
-    plan, where = plan_of(chosen, architecture), device_named(device)
+    plan, where = padded_plan(plan_of(chosen, architecture), architecture, checkpoint), device_named(device)
     writer = checked_writer(chosen, plan, architecture)
     tokenizer = usable_tokenizer(checkpoint.path, chosen.needs_calibration)
     named_ends(checkpoint)  # the artifact takes the file over and could not generate with a bad one
@@ -204,6 +206,7 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     notes += stored_otherwise
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
     provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": []}
+    provenance |= padding_record(job.checkpoint)
     if inputs and job.sequences is not None:
         tokens, sequences = job.sequences.numel(), len(job.sequences)
         seen = {"tokens": tokens, "sequences": sequences, "groups": inputs}

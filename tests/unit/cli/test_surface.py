@@ -51,7 +51,7 @@ SURFACE = {
         *("MODEL", "--output", "-o", "--recipe", "--from", "--text", "--train", "--tokens", "--passes"),
         *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json"),
     },
-    "export": {"PATH", "--output", "-o", "--format", "--format-option", "--fresh", "--json"},
+    "export": {"PATH", "--output", "-o", "--format", "--format-option", "--keep-padding", "--fresh", "--json"},
     "evaluate": {
         *("MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--engine", "--seed", "--json"),
         *("--no-speed", "--tasks", "--tasks-path", "--limit", "--cache"),

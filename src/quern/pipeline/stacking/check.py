@@ -15,6 +15,7 @@ from quern.engines.base import ENGINES
 from quern.engines.cpu import cache_named
 from quern.formats.base import FORMATS
 from quern.loading.fitting import model_config, open_original
+from quern.loading.padding import padded
 from quern.pipeline.blockwise.job import keeping
 from quern.pipeline.stacking.answer import ordinary_architecture, plain_reason, use_obstacle, writer_for
 from quern.pipeline.stacking.matrix import Cell, cell_of
@@ -58,7 +59,7 @@ def check(
     notes: list[str] = []
     problems: list[str] = []
     if model is not None:
-        checkpoint = open_original(model, progress=progress)
+        checkpoint = padded(open_original(model, progress=progress), chosen.padding)
         architecture = architecture_of(model_config(checkpoint))
         notes += checkpoint.notes
         if runtime == "cpu" and (unknown := ENGINES.get("cpu")().runs(checkpoint)) is not None:
