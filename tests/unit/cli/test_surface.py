@@ -102,7 +102,7 @@ SURFACE = {
     },
     "probe": {"--json"},
     "recipes": {"--json"},
-    "check": {"[RECIPE]", "--for", "--cache", "--model", "--matrix", "--json"},
+    "check": {"[RECIPE]", "--for", "--cache", "--model", "--tensor-parallel", "--matrix", "--json"},
 }
 PEERS = {"list": {"--json"}, "install": {"NAME...", "--json"}, "remove": {"NAME...", "--json"}, "doctor": {"--json"}}
 BEFORE_THE_VERB = {"--debug", "--version"}
