@@ -12,6 +12,7 @@ from typing import Any, Literal
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
+from quern.checkpoint.streaming import forget_shards, streamed
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import CalibratedInputs
@@ -96,6 +97,7 @@ def quantize(
     format: str | None = None,
     format_options: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``, or the file of a format
@@ -106,14 +108,16 @@ def quantize(
     library), ``calibration_tokens`` of them (default: as the recipe says; ``auto``: as many as are worth it, found within
     ``calibration_time`` seconds where that is given). ``memory``: cap of the resident set in bytes. ``format_options``:
     choices that the format has besides (docs/gguf.md, docs/onnx.md). ``cache``: a folder for what other recipes can use
-    again for the same model and calibration; the time that this spares counts in the report's ``seconds``. An interrupted
-    run continues where it stopped; the same arguments give the same bytes at any number of ``threads``. Raises
-    ``UserError`` for requests that cannot be met, ``BadFileError`` for damage.
+    again for the same model and calibration; the time that this spares counts in the report's ``seconds``. ``stream``: of a
+    Hub model fetch shards when they are needed, and delete them. An interrupted run continues where it stopped; the same
+    arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met,
+    ``BadFileError`` for damage.
     """
     progress = progress or Silent()
     chosen = chosen_recipe(recipe, format, calibration_tokens)
     target, output = output_target(output, model, fresh, chosen.format), Path(os.path.expanduser(output))
-    checkpoint = padded(open_original(model, progress=progress), chosen.padding)
+    found = streamed(model, progress) if stream else model
+    checkpoint = padded(open_original(found, progress=progress), chosen.padding)
     given: dict[str, Any] = {"device": device, "seed": seed, "threads": threads, "progress": progress}
     chosen, text_notes = settled_recipe(
         chosen, checkpoint, calibration, calibration_tokens, calibration_time, cache=cache, **given)  # fmt: skip
@@ -170,6 +174,7 @@ def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) 
     if job.follows_stream:
         start_stream(job)
     quantize_blocks(job)
+    forget_shards(job.checkpoint)
     return spared
 
 

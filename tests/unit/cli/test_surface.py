@@ -44,7 +44,7 @@ SURFACE = {
             "--device",
             "--seed",
         ),
-        *("--fresh", "--threads", "--format", "--format-option", "--json"),
+        *("--fresh", "--threads", "--format", "--format-option", "--stream", "--json"),
         *TARGET,
     },
     "train": {
@@ -90,7 +90,7 @@ SURFACE = {
         *("RESULTS.json", "--scenario", "--weights", "--max-size", "--max-memory", "--max-loss", "--min-agreement"),
         *("--min-speed", "--for", "--licence", "--json", "--context"),
     },
-    "inspect": {"PATH", "--json"},
+    "inspect": {"PATH", "--stream", "--json"},
     "status": {"OUT", "--json"},
     "generate": {
         *("PATH", "--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
