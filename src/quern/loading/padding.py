@@ -134,10 +134,14 @@ def original_size(checkpoint: Checkpoint) -> int | None:
 _AGAIN = "The artifact is damaged or belongs to another config.json; quantize the model again"
 
 
-def padding_note(checkpoint: Checkpoint) -> str:
-    """What whoever looks at an artifact that was padded should know."""
-    before, after = original_size(checkpoint), checkpoint.config[SIZE]
-    return f"{SIZE} {before} is stored as {after}: rows of gate and up and columns of down are padded with zeros"
+def padding_notes(checkpoint: Checkpoint) -> list[str]:
+    """What whoever looks at a model should know where it is padded, or an artifact that was."""
+    source = checkpoint.source
+    before = source.before if isinstance(source, ResizedSource) else original_size(checkpoint)
+    after = checkpoint.config.get(SIZE)
+    if before is None or after is None or before >= after:
+        return []
+    return [f"{SIZE} {before} is stored as {after}: rows of gate and up and columns of down are padded with zeros"]
 
 
 def original_shapes(checkpoint: Checkpoint) -> Shapes:

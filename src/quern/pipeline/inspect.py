@@ -23,7 +23,7 @@ from quern.engines.cpu import cache_sizes
 from quern.formats.base import CodedPart, StoredWeight, format_of, reader_of
 from quern.formats.fit import FLOATS
 from quern.loading.fitting import fitted, model_config, open_stored, read_methods
-from quern.loading.padding import original_shapes, padding_note
+from quern.loading.padding import original_shapes, padding_notes
 
 NO_GRANULARITY = "-"
 _SMALL_PARTS = ("weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale")
@@ -131,7 +131,7 @@ def _without_padding(found: Inspection, checkpoint: Checkpoint) -> Inspection:
         tensors=[replace(row, shape=shapes.get(row.name, row.shape)) for row in found.tensors],
         bits_per_weight=found.bits_per_weight * found.parameters / parameters,
         parameters=parameters,
-        notes=(*found.notes, padding_note(checkpoint)),
+        notes=(*found.notes, *padding_notes(checkpoint)),
     )
 
 

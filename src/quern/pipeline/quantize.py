@@ -25,7 +25,7 @@ from quern.core.results import LayerError, TunedBlock
 from quern.formats.mixes.base import settled
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_original
-from quern.loading.padding import padded, padding_record
+from quern.loading.padding import padded, padding_notes, padding_record
 from quern.pipeline.blockwise import memory_plan, sensitivity, tuning
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
@@ -257,5 +257,7 @@ def _report(
         ],
         tuning=tuned_blocks(output),
         resumed=resumed,
-        notes=list(dict.fromkeys([*checkpoint.notes, *source_notes(checkpoint, size), *notes])),
+        notes=list(
+            dict.fromkeys([*checkpoint.notes, *source_notes(checkpoint, size), *padding_notes(checkpoint), *notes])
+        ),
     )
