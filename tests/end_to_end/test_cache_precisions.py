@@ -1,9 +1,12 @@
 """The precision of the key/value cache through the commands: what it costs as rows, what it takes, what is refused."""
 
+import json
 import re
 
 import pytest
+import torch
 from artifacts import INT8, small_recipe
+from repository_tools import load_tool
 from tiny_model import calibration_text, tiny_config, write_model
 from typer.testing import CliRunner
 
@@ -102,3 +105,33 @@ def test_inspect_says_what_a_token_takes(model):
 
 def test_the_reference_engine_does_not_tell(model):
     assert not hasattr(load_reference(model), "cache_bytes_per_token")
+
+
+def test_large_key_biases_cost_integer_caches_nothing(tmp_path):
+    """Biases as large as Qwen2's would take most of the steps of a key, were they stored with it: the same model without them
+    loses as much. What one run differs by is far below a tenth."""
+    tool = load_tool("make_synthetic_checkpoint")
+    config = tiny_config(
+        "qwen2", hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, head_dim=64,
+        rope_theta=1e6, max_position_embeddings=512, vocab_size=256, eos_token_id=None,
+    )  # fmt: skip
+    ids = torch.randint(0, 256, (2, 256), generator=torch.Generator().manual_seed(0))
+    losses = {}
+    for kind in ("biased", "plain"):
+        folder = tool.make(tmp_path / kind, config)
+        said = json.loads((folder / "synthetic.json").read_text("utf-8"))
+        biases = [tensor for name, tensor in said["tensors"].items() if name.endswith("k_proj.bias")]
+        assert all(abs(factor) == tool.KEY_BIAS for tensor in biases for _, factor in tensor["rows"])
+        if kind == "plain":
+            for tensor in biases:
+                tensor.update(rows=[], distribution="constant")
+            (folder / "synthetic.json").write_text(json.dumps(said), "utf-8")
+        logs = {
+            cache: CpuEngine().load(folder, cache=cache).logits(ids).double().log_softmax(-1)
+            for cache in ("float32", "int8", "int4")
+        }
+        exact = logs.pop("float32")
+        losses[kind] = {cache: float((exact.exp() * (exact - found)).sum(-1).mean()) for cache, found in logs.items()}
+    for cache, limit in (("int8", 0.002), ("int4", 0.1)):
+        assert 0 < losses["biased"][cache] < limit
+        assert losses["biased"][cache] == pytest.approx(losses["plain"][cache], rel=0.1)

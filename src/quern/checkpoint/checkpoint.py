@@ -77,6 +77,8 @@ class Checkpoint:
     """Of its files when they were opened; one that changes is read no more."""
     hashed: dict[str, str] = field(default_factory=dict, compare=False)
     """Once ``sha256`` was asked for: by file, in order, the digest of everything up to its end."""
+    numbers: int | None = None
+    """How many the model has, where the source has others besides; None: those of the source."""
 
     @property
     def model_type(self) -> str:
@@ -119,6 +121,8 @@ class Checkpoint:
     @cached_property
     def parameters(self) -> int:
         """Stored numbers; a head that is tied to the embedding counts once even where it is stored twice."""
+        if self.numbers is not None:
+            return self.numbers
         return sum(info.elements for name, info in self.source.infos.items() if not self._repeats_embedding(name))
 
     def _repeats_embedding(self, name: str) -> bool:

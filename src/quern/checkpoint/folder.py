@@ -1,5 +1,5 @@
 """Hugging Face folders: ``config.json`` and the weights in one safetensors file or in shards, with an index or without; or
-the seed that they are drawn from (``synthetic.py``)."""
+the seed that they are drawn from (``synthetic.py``), or shards that come from the Hub when they are read (``stream.py``)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from quern.checkpoint.files import read_json
 from quern.checkpoint.safetensors_file import HEADER_LIMIT, TensorInfo, read_header, read_tensor
 from quern.checkpoint.strangers import ADAPTER_WEIGHTS, CONSOLIDATED, what_else
+from quern.checkpoint.stream import STREAM, open_stream
 from quern.checkpoint.synthetic import SYNTHETIC, open_synthetic
 from quern.core.errors import BadFileError
 
@@ -68,7 +69,11 @@ def open_folder(folder: Path, open_container: OpenContainer = no_container) -> t
         raise BadFileError(folder / CONFIG, "names no model_type", "Give the config.json that belongs to the weights")
     if config.get("quantization_config", config) is None:
         del config["quantization_config"]  # some tools write null for none
-    source = open_synthetic(folder) if (folder / SYNTHETIC).is_file() else open_container(folder, config)
+    if (folder / SYNTHETIC).is_file():
+        return config, open_synthetic(folder)
+    if (folder / STREAM).is_file():
+        return config, open_stream(folder)
+    source = open_container(folder, config)
     return config, open_tensors(folder) if source is None else source
 
 

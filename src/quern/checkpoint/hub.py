@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from quern.core.errors import UserError
@@ -27,12 +28,21 @@ def is_hub_id(text: str) -> bool:
 def download(repository: str, progress: Progress) -> Path:
     """The local snapshot folder of a Hub model, downloaded where it is not cached. Raises ``UserError``."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     progress.log(f"getting {repository} from the Hugging Face Hub")
+    with explained(repository), _telling_what_came(repository, progress):
+        return Path(snapshot_download(repository, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+
+
+@contextmanager
+def explained(repository: str) -> Iterator[None]:
+    """What the Hub's library raises as ``UserError`` with the next step."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
     try:
-        with _telling_what_came(repository, progress):
-            return Path(snapshot_download(repository, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        yield
+    except UserError:
+        raise
     except GatedRepoError:
         raise UserError(
             f"the Hub model {repository} is gated. Accept its licence on https://huggingface.co/{repository} and run "
@@ -48,7 +58,7 @@ def download(repository: str, progress: Progress) -> Path:
     except Exception as error:
         # Network libraries raise exceptions of their own; whichever it is, the person needs the same next step.
         raise UserError(
-            f"MODEL {repository!r} is no local folder, and getting it from the Hub failed: {_first_line(error)}. Check "
+            f"MODEL {repository!r} is no local folder, and getting it from the Hub failed: {first_line(error)}. Check "
             "the network and the free space, or give the path of a folder; what was downloaded is kept"
         ) from None
 
@@ -77,5 +87,6 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of its message, or its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -14,7 +14,8 @@ from quern.core.errors import UserError
 @verb("quern check balanced --for vllm")
 def check(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a recipe file.", show_default=False)
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A shipped recipe, a recipe file or an artifact.", show_default=False),
     ] = None,
     runtime: Annotated[
         str | None,
@@ -33,6 +34,10 @@ def check(
         str | None,
         typer.Option("--model", metavar="MODEL", help="Check it for this model.", show_default="an ordinary decoder"),
     ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option("--tensor-parallel", metavar="N", help="On so many GPUs, with --for vllm.", show_default="any"),
+    ] = None,
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Show every ordered pair of parts; with RECIPE, of its parts.")
     ] = False,
@@ -47,9 +52,10 @@ def check(
     from quern.cli.views import check as render_check
 
     if matrix:
-        if model is not None or (recipe is None and (runtime, cache) != (None, None)):
+        if model is not None or tensor_parallel is not None or (recipe is None and (runtime, cache) != (None, None)):
             raise UserError(
-                "--matrix shows pairs of parts; --model is for RECIPE alone, --for and --cache go with RECIPE"
+                "--matrix shows pairs of parts; --model and --tensor-parallel are for RECIPE alone, "
+                "--for and --cache go with RECIPE"
             )
         from quern.core.recipe import load_recipe
         from quern.pipeline.stacking.check import refuse_unknown
@@ -64,7 +70,9 @@ def check(
 
     assert recipe is not None
     with working() as progress:
-        report = api(recipe, runtime=runtime, cache=cache, model=model, progress=progress)
+        report = api(
+            recipe, runtime=runtime, cache=cache, model=model, tensor_parallel=tensor_parallel, progress=progress
+        )
     show(report, json, render_check.report)
     if report.label == "refuses":
         raise typer.Exit(1)

@@ -19,6 +19,9 @@ def export(
     ],
     format: Annotated[str, typer.Option(metavar="F", help="Format to write (see quern recipes).")] = "gguf",
     format_option: options.FormatOption = None,
+    keep_padding: Annotated[
+        bool, typer.Option("--keep-padding", help="Keep the zeros that the recipe's padding added.")
+    ] = False,
     fresh: options.Fresh = False,
     json: options.Json = False,
 ) -> None:
@@ -32,6 +35,7 @@ def export(
             output,
             format=format,
             format_options=options.pairs(format_option, "--format-option"),
+            keep_padding=keep_padding,
             fresh=fresh,
             progress=progress,
         )

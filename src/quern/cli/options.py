@@ -107,6 +107,9 @@ TopP = Annotated[
 Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.", show_default="all cores")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Of a Hub model, fetch shards when they are needed, and delete them.")
+]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over: discard unfinished work and replace what is in the output folder.")
 ]

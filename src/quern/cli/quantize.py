@@ -50,6 +50,7 @@ def quantize(
     ] = None,
     format_option: options.FormatOption = None,
     cache: targets.Cache = None,
+    stream: options.Stream = False,
     json: options.Json = False,
 ) -> None:
     """Quantize MODEL into OUT. The same command continues after an interruption.
@@ -78,6 +79,7 @@ def quantize(
             format=format,
             format_options=options.pairs(format_option, "--format-option"),
             cache=cache,
+            stream=stream,
             progress=progress,
         )
     show(report, json, render.quantize_report)

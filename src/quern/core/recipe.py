@@ -30,6 +30,7 @@ from quern.core.recipe_parts import (
     ROUNDINGS,
     Activations,
     Calibration,
+    Padding,
     Rounding,
     Strict,
     Transform,
@@ -121,13 +122,17 @@ class Recipe(Strict):
     """Schemes that linears may get, to be chosen for a model by a target; null: all schemes are said above."""
     tuning: Tuning | None = None
     """What of each block is trained once it is rounded; null: nothing."""
+    padding: Padding | None = None
+    """Zeros that make an odd size fit a format or a runtime; null: none."""
 
     @model_serializer(mode="wrap")
     def _without_later_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Recipes are older than these keys: without them they stay what they were, in artifacts and fingerprints."""
         data: dict[str, Any] = dump(self)
         nearest = NEAREST.model_dump(mode="json")
-        usual = {"storage": "plain", "allocation": None, "tuning": None, "head_rounding": nearest, "mix": None}
+        usual = {"storage": "plain", "head_rounding": nearest} | dict.fromkeys(
+            ("allocation", "tuning", "mix", "padding")
+        )
         return {key: value for key, value in data.items() if key not in usual or value != usual[key]}
 
     @model_validator(mode="before")

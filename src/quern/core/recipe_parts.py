@@ -154,3 +154,10 @@ class Tuning(Strict):
     """The same after each stage of linears but the last, when what is not rounded yet is trained to make up for it."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of numbers without a unit; None: the usual one."""
+
+
+class Padding(Strict):
+    """Rows and columns of zeros that a model gets before it is quantized, and with which it computes the same."""
+
+    intermediate: Annotated[int, Field(ge=2, le=65536)]
+    """What divides the intermediate size: zeros are added up to the next multiple."""

@@ -18,6 +18,7 @@ from quern.core.errors import BadFileError, UserError
 from quern.core.progress import Progress
 from quern.formats.base import format_of, open_container, reader_of
 from quern.formats.fit import differences, plain
+from quern.loading.padding import unpadded
 
 _SHOWN = 5
 _ROUNDED = ("weight_scale_inv", "weight_scale", "qweight", "qzeros", "scales", "absmax", "SCB", "weight_packed")
@@ -50,7 +51,7 @@ def open_model(model: str | Path, *, progress: Progress | None = None) -> Checkp
 
 
 def open_original(model: str | Path, *, progress: Progress | None = None) -> Checkpoint:
-    """Open a model that is to be quantized: unquantized, or what another tool quantized, decoded.
+    """Open a model that is to be quantized: unquantized, or what another tool quantized, decoded; without what quern padded.
 
     Raises as ``open_model`` does, and ``UserError`` for quern's own artifacts and for what nobody here reads.
     """
@@ -58,7 +59,7 @@ def open_original(model: str | Path, *, progress: Progress | None = None) -> Che
     ours = (checkpoint.path / PROVENANCE).is_file() and format_of(_method(checkpoint)) is not None
     checkpoint = fitted(checkpoint if ours else decoded(checkpoint))
     _require_unquantized(checkpoint)
-    return checkpoint
+    return unpadded(checkpoint)
 
 
 def _method(checkpoint: Checkpoint) -> object:

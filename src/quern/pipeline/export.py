@@ -25,9 +25,12 @@ from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.recipe_parts import ROTATION, Activations, Transform
 from quern.core.scheme import UNQUANTIZED
+from quern.core.text.scheme_text import scheme_text
 from quern.formats.base import FORMATS, ArtifactReader, ArtifactWriter, StoredModule, reader_of
 from quern.formats.quern import INPUT_SCALE, INPUT_SIGNS
+from quern.formats.writing.cut import cut
 from quern.loading.fitting import model_config, open_model
+from quern.loading.padding import unpadded
 from quern.pipeline.output import artifact_size, finished_layers, opened_by, output_target, publish, tensor_bytes
 
 AS_IT_IS = Recipe(name="unquantized", weights=UNQUANTIZED)
@@ -61,14 +64,18 @@ class _Source:
     stored: dict[str, StoredModule]
     recipe: Recipe
     provenance: dict[str, Any]
+    kept: Architecture
+    """As it is stored, with zeros that quern padded it with."""
 
     @classmethod
-    def open(cls, path: str | Path, format: str, progress: Progress) -> _Source:
+    def open(cls, path: str | Path, format: str, keep_padding: bool, progress: Progress) -> _Source:
         """Raises ``UserError`` for what is neither an artifact of quern's own format nor unquantized."""
-        checkpoint = open_model(path, progress=progress)
+        stored = open_model(path, progress=progress)
+        checkpoint = stored if keep_padding else unpadded(stored)
         quantization = quantization_of(checkpoint.config)
         architecture = architecture_of(model_config(checkpoint))
-        reader = reader_of(quantization, architecture)
+        kept = architecture_of(model_config(stored))
+        reader = reader_of(quantization, kept)
         if quantization is not None and (reader is None or reader.through_transformers):
             raise UserError(
                 f"{path} is in the format {quantization.get('quant_method')}; export begins with artifacts of format quern "
@@ -76,9 +83,25 @@ class _Source:
                 f"with rounding stored and {option(f'format={format!r}', f'--format {format}')}"
             )
         if reader is None:
-            return cls(checkpoint, architecture, None, {}, AS_IT_IS, _no_provenance(checkpoint))
+            return cls(checkpoint, architecture, None, {}, AS_IT_IS, _no_provenance(checkpoint), kept)
         recipe = parse_recipe(reader.quantization.get("recipe"), "of the artifact")
-        return cls(checkpoint, architecture, reader, reader.plan(), recipe, _provenance(checkpoint))
+        provenance = _provenance(checkpoint)
+        if checkpoint is not stored:
+            del provenance["padding"]
+            recipe = recipe.model_copy(update={"padding": None})
+        return cls(checkpoint, architecture, reader, reader.plan(), recipe, provenance, kept)
+
+    def check(self, writer: ArtifactWriter) -> None:
+        """Raise ``UserError`` with the reasons for what the format cannot store."""
+        try:
+            writer.check()
+        except UserError as error:
+            if self.kept.module_shapes() == self.architecture.module_shapes():
+                raise
+            keep = option("keep_padding=True", "--keep-padding")
+            raise UserError(
+                f"{error.message}. The artifact was padded with zeros, which {keep} leaves where they are"
+            ) from None
 
     def plan(self) -> Plan:
         """What every matrix is stored as."""
@@ -90,8 +113,18 @@ class _Source:
         assert self.reader is not None
         stored, parts = self.stored[module], self.reader.parts(self.checkpoint, module)
         scale, signs = parts.pop(INPUT_SCALE, None), parts.pop(INPUT_SIGNS, None)
-        rows, columns = self.architecture.module_shapes()[f"{module}.weight"]
+        rows, columns = self.kept.module_shapes()[f"{module}.weight"]
         weight = QuantizedWeight(stored.scheme, (rows, columns), parts)
+        rows, columns = self.architecture.module_shapes()[f"{module}.weight"]
+        if weight.shape != (rows, columns):
+            found = cut(weight, (rows, columns)) if signs is None or weight.shape[1] == columns else None
+            if found is None:
+                keep = option("keep_padding=True", "--keep-padding")
+                raise UserError(
+                    f"{module} was padded with zeros, and its codes ({scheme_text(stored.scheme)}) do not fit its own shape "
+                    f"{rows} x {columns}. Pass {keep} to write it as it is stored"
+                )
+            weight = found
         return PackedLinear(weight, stored.activations, None if scale is None else float(scale), signs)
 
 
@@ -101,29 +134,32 @@ def export(
     *,
     format: str = "gguf",
     format_options: Mapping[str, str] | None = None,
+    keep_padding: bool = False,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write ``artifact`` (a folder of format quern, or an unquantized model) in another ``format``.
 
-    Every stored value stays what it is; where the format's scales cannot hold one, notes say so. ``format_options``: see
-    docs/gguf.md and docs/onnx.md. One block is in memory at a time. Raises ``UserError`` with the reasons for what the
-    format cannot store, ``BadFileError`` for damage.
+    Every stored value stays what it is; where the format's scales cannot hold one, notes say so. Zeros that the recipe
+    padded the model with are cut off unless ``keep_padding``. ``format_options``: see docs/gguf.md and docs/onnx.md.
+    One block is in memory at a time. Raises ``UserError`` with the reasons for what the format cannot store,
+    ``BadFileError`` for damage.
     """
     progress = progress or Silent()
     target = output_target(output, artifact, fresh, format)
     output = Path(os.path.expanduser(output))
-    source = _Source.open(artifact, format, progress)
+    source = _Source.open(artifact, format, keep_padding, progress)
     usable_tokenizer(source.checkpoint.path, False)
     recipe = source.recipe.model_copy(update={"format": format, "storage": "plain"})
     writer = FORMATS.get(format).writer(recipe, source.plan(), source.architecture)
-    writer.check()
+    source.check(writer)
     writer.prepare(source.checkpoint, format_options or {})
     asked = {
         "quern": quern.__version__,
         "model_sha256": source.checkpoint.sha256(progress),
         "recipe": recipe.to_json(),
         "format_options": dict(format_options or {}),
+        **({"keep_padding": True} if keep_padding else {}),
     }
     if finished_layers(target, asked, fresh) is not None:
         finish_removal(target.work, target.path)

@@ -15,6 +15,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.foreign.decoded import decoded, foreign_weights
 from quern.checkpoint.gguf.file import GgufSource
 from quern.checkpoint.safetensors_file import DTYPES
+from quern.checkpoint.streaming import streamed
 from quern.comparison.artifact_size import artifact_bytes, loaded_bytes, weight_bytes
 from quern.core.errors import UserError
 from quern.core.metrics import bits_per_weight
@@ -22,6 +23,7 @@ from quern.engines.cpu import cache_sizes
 from quern.formats.base import CodedPart, StoredWeight, format_of, reader_of
 from quern.formats.fit import FLOATS
 from quern.loading.fitting import fitted, model_config, open_stored, read_methods
+from quern.loading.padding import original_shapes, padding_notes
 from quern.pipeline.output import health_notes
 
 NO_GRANULARITY = "-"
@@ -72,15 +74,19 @@ class Inspection:
     """Of the tensors in memory, as they are read; None where that is what they take in the files."""
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, *, stream: bool = False) -> Inspection:
     """How the model at ``path`` (artifact, folder, Hub id or GGUF file) is stored. Reads headers; of weights only those that
-    are entropy-coded, all of them.
+    are entropy-coded, all of them. ``stream``: of a Hub model only the headers of its shards are fetched.
 
     Raises ``UserError`` or ``BadFileError`` for what is no model, and for an artifact whose ``config.json`` and tensors
     contradict each other or coded tensors are damaged. An unquantized model that does not fit its configuration is shown,
     with a note.
     """
-    checkpoint = open_stored(path)
+    checkpoint = open_stored(streamed(path) if stream else path)
+    return _without_padding(_inspect(checkpoint), checkpoint)
+
+
+def _inspect(checkpoint: Checkpoint) -> Inspection:
     found = checkpoint.config.get("quantization_config")
     config: dict[str, Any] = found if isinstance(found, dict) else {}
     method = config.get("quant_method")
@@ -111,6 +117,22 @@ def inspect(path: str | Path) -> Inspection:
         context=context if type(context) is int and context > 0 else None,
         notes=(*checkpoint.notes, *notes, *health_notes(checkpoint.path)),
         loaded_bytes=loaded_bytes(checkpoint) if coded else None,
+    )
+
+
+def _without_padding(found: Inspection, checkpoint: Checkpoint) -> Inspection:
+    """With the shapes of the model's own, and a note, where quern padded it."""
+    shapes = original_shapes(checkpoint)
+    if not shapes:
+        return found
+    added = sum(math.prod(row.shape) - math.prod(shapes[row.name]) for row in found.tensors if row.name in shapes)
+    parameters = found.parameters - added
+    return replace(
+        found,
+        tensors=[replace(row, shape=shapes.get(row.name, row.shape)) for row in found.tensors],
+        bits_per_weight=found.bits_per_weight * found.parameters / parameters,
+        parameters=parameters,
+        notes=(*found.notes, *padding_notes(checkpoint)),
     )
 
 
@@ -202,11 +224,10 @@ def _quantized_row(
 
 def _plain_row(checkpoint: Checkpoint, name: str, coded: Mapping[str, CodedPart]) -> TensorRow:
     info = checkpoint.info(name)
-    stored = DTYPES[info.dtype].itemsize * info.elements if name in coded else info.stored_bytes
-    bits = 8 * stored / info.elements if info.elements else 0
-    row = TensorRow(
-        name, info.shape, _dtype(checkpoint, name).lower(), NO_GRANULARITY, round(bits, 4), info.stored_bytes
-    )
+    loaded = DTYPES[info.dtype].itemsize * info.elements
+    in_file = info.stored_bytes or loaded  # what lies in no file here counts as it is in memory
+    bits = 8 * (loaded if name in coded else in_file) / info.elements if info.elements else 0
+    row = TensorRow(name, info.shape, _dtype(checkpoint, name).lower(), NO_GRANULARITY, round(bits, 4), in_file)
     return _with_entropy(row, [coded[name]] if name in coded else [])
 
 

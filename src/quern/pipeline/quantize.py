@@ -12,6 +12,7 @@ from typing import Any, Literal
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
+from quern.checkpoint.streaming import forget_shards, streamed
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import CalibratedInputs
@@ -24,11 +25,13 @@ from quern.core.results import LayerError, TunedBlock
 from quern.formats.mixes.base import settled
 from quern.generation.stopping import named_ends
 from quern.loading.fitting import open_original
+from quern.loading.padding import padded, padding_notes, padding_record
 from quern.pipeline.blockwise import disk_plan, memory_plan, sensitivity, tuning
 from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, OnUnhealthy, check_kept, kept_note, plan_of, stand_in_note
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
+from quern.pipeline.blockwise.padding import padded_plan
 from quern.pipeline.blockwise.reference_stream import start_stream
 from quern.pipeline.blockwise.safeguards.gate import TOLD, findings_of, replaced_plans
 from quern.pipeline.blockwise.safeguards.given_weights import FILES, check_weights, refuse_changed
@@ -98,6 +101,7 @@ def quantize(
     format_options: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
     on_unhealthy: OnUnhealthy = "stop",
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize ``model`` (folder, Hub id or GGUF file) by ``recipe`` into the new folder ``output``, or the file of a format
@@ -108,15 +112,17 @@ def quantize(
     library), ``calibration_tokens`` of them (default: as the recipe says; ``auto``: as many as are worth it, found within
     ``calibration_time`` seconds where that is given). ``memory``: cap of the resident set in bytes. ``format_options``:
     choices that the format has besides (docs/gguf.md, docs/onnx.md). ``cache``: a folder for what other recipes can use
-    again for the same model and calibration; the time that this spares counts in the report's ``seconds``. ``on_unhealthy``:
-    what becomes of a block that is not fit for use (docs/long-runs.md): ``stop``, ``repair`` or ``warn``. An interrupted
-    run continues where it stopped; the same arguments give the same bytes at any number of ``threads``. Raises
-    ``UserError`` for requests that cannot be met, ``BadFileError`` for damage.
+    again for the same model and calibration; the time that this spares counts in the report's ``seconds``. ``stream``: of a
+    Hub model fetch shards when they are needed, and delete them. ``on_unhealthy``: what becomes of a block that is not fit
+    for use (docs/long-runs.md): ``stop``, ``repair`` or ``warn``. An interrupted run continues where it stopped; the same
+    arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met,
+    ``BadFileError`` for damage.
     """
     progress, policy = progress or Silent(), policy_named(on_unhealthy)
     chosen = chosen_recipe(recipe, format, calibration_tokens)
     target, output = output_target(output, model, fresh, chosen.format), Path(os.path.expanduser(output))
-    checkpoint = open_original(model, progress=progress)
+    found = streamed(model, progress) if stream else model
+    checkpoint = padded(open_original(found, progress=progress), chosen.padding)
     given: dict[str, Any] = {"device": device, "seed": seed, "threads": threads, "progress": progress}
     chosen, text_notes = settled_recipe(
         chosen, checkpoint, calibration, calibration_tokens, calibration_time, cache=cache, **given)  # fmt: skip
@@ -125,7 +131,7 @@ def quantize(
     planned = _planned(checkpoint, chosen, calibration, memory=memory, cache=cache, format_options=extra, **given)
     architecture = architecture_of(checkpoint.config)
     chosen = settled(chosen, architecture) if planned is None else planned.recipe
-    plan, where = plan_of(chosen, architecture), device_named(device)
+    plan, where = padded_plan(plan_of(chosen, architecture), architecture, checkpoint), device_named(device)
     writer = checked_writer(chosen, plan, architecture)
     tokenizer = usable_tokenizer(checkpoint.path, chosen.needs_calibration)
     named_ends(checkpoint)  # the artifact takes the file over and could not generate with a bad one
@@ -182,6 +188,7 @@ def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) 
     if job.follows_stream:
         start_stream(job)
     quantize_blocks(job)
+    forget_shards(job.checkpoint)
     return spared
 
 
@@ -222,6 +229,7 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     notes += [*stored_otherwise, *(one.text for one in health)]
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
     provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": []}
+    provenance |= padding_record(job.checkpoint)
     if inputs and job.sequences is not None:
         tokens, sequences = job.sequences.numel(), len(job.sequences)
         seen = {"tokens": tokens, "sequences": sequences, "groups": inputs}
@@ -269,5 +277,7 @@ def _report(
         ],
         tuning=tuned_blocks(output),
         resumed=resumed,
-        notes=list(dict.fromkeys([*checkpoint.notes, *source_notes(checkpoint, size), *notes])),
+        notes=list(
+            dict.fromkeys([*checkpoint.notes, *source_notes(checkpoint, size), *padding_notes(checkpoint), *notes])
+        ),
     )

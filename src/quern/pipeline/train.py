@@ -34,6 +34,7 @@ from quern.core.units import significant
 from quern.formats.base import ArtifactWriter
 from quern.formats.quern import METHOD
 from quern.loading.fitting import open_original
+from quern.loading.padding import padded
 from quern.pipeline.blockwise.job import OnUnhealthy, plan_of
 from quern.pipeline.output import Target, finished_layers, output_target, provenance_notes, publish
 from quern.pipeline.quantize import quantize
@@ -133,6 +134,7 @@ def train(
         refuse_files(chosen, "training")
     begins_with = chosen if given is None else given.recipe
     assert begins_with is not None
+    original = padded(original, begins_with.padding)
     asked = {
         "quern": quern.__version__,
         "model_sha256": original.sha256(progress),

@@ -44,14 +44,14 @@ SURFACE = {
             "--device",
             "--seed",
         ),
-        *("--fresh", "--threads", "--format", "--format-option", "--json", "--on-unhealthy"),
+        *("--fresh", "--threads", "--format", "--format-option", "--stream", "--json", "--on-unhealthy"),
         *TARGET,
     },
     "train": {
         *("MODEL", "--output", "-o", "--recipe", "--from", "--text", "--train", "--tokens", "--passes"),
         *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json", "--on-unhealthy"),
     },
-    "export": {"PATH", "--output", "-o", "--format", "--format-option", "--fresh", "--json"},
+    "export": {"PATH", "--output", "-o", "--format", "--format-option", "--keep-padding", "--fresh", "--json"},
     "evaluate": {
         *("MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--engine", "--seed", "--json"),
         *("--no-speed", "--tasks", "--tasks-path", "--limit", "--cache"),
@@ -90,7 +90,7 @@ SURFACE = {
         *("RESULTS.json", "--scenario", "--weights", "--max-size", "--max-memory", "--max-loss", "--min-agreement"),
         *("--min-speed", "--for", "--licence", "--json", "--context"),
     },
-    "inspect": {"PATH", "--json"},
+    "inspect": {"PATH", "--stream", "--json"},
     "status": {"OUT", "--json"},
     "generate": {
         *("PATH", "--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
@@ -106,7 +106,7 @@ SURFACE = {
     },
     "probe": {"--json"},
     "recipes": {"--json"},
-    "check": {"[RECIPE]", "--for", "--cache", "--model", "--matrix", "--json"},
+    "check": {"[RECIPE]", "--for", "--cache", "--model", "--tensor-parallel", "--matrix", "--json"},
 }
 PEERS = {"list": {"--json"}, "install": {"NAME...", "--json"}, "remove": {"NAME...", "--json"}, "doctor": {"--json"}}
 BEFORE_THE_VERB = {"--debug", "--version"}

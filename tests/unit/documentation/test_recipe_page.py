@@ -14,7 +14,7 @@ from quern.core.allocation import Allocation, AllocationCandidate, Target
 from quern.core.errors import UserError
 from quern.core.plan import LinearPlan, candidates_for, plan_for
 from quern.core.recipe import Override, Recipe, parse_recipe, profile_names
-from quern.core.recipe_parts import Activations, Calibration, Rounding, Transform, Tuning
+from quern.core.recipe_parts import Activations, Calibration, Padding, Rounding, Transform, Tuning
 from quern.core.scheme import NO_CODEC, USUAL, parse_scheme
 from quern.observers.base import OBSERVERS
 
@@ -42,6 +42,7 @@ SECTIONS = {
     "### `activations`": Activations.model_fields,
     "### `calibration`": Calibration.model_fields,
     "### `tuning`": Tuning.model_fields,
+    "### `padding`": Padding.model_fields,
     "### `allocation`": Allocation.model_fields,
     "### each of `candidates`": beside_a_scheme(AllocationCandidate),
     "### `target`": Target.model_fields,

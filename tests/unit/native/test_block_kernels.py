@@ -86,7 +86,9 @@ def test_any_bytes_are_the_same_everywhere(kind, number):
 
 
 @pytest.mark.parametrize("group", [16, 32, 48, 64])
-@pytest.mark.parametrize("ends", [(0, 15), (0, 64), (-32, 31), (-32, 32), (-64, 65), (-64, 66), (-128, 127), (-128, -128), (127, 127)])
+@pytest.mark.parametrize(
+    "ends", [(0, 15), (0, 64), (-32, 31), (-32, 32), (-64, 65), (-64, 66), (-128, 127), (-128, -128), (127, 127)]
+)
 def test_panels_of_codes_between(isa, ends, group):  # noqa: F811
     """Panels are multiplied by how great their numbers are: at each limit, with all inputs at their ends too."""
     packed = Maker(85).integer8(33, 4 * group, group)

@@ -10,6 +10,7 @@ from rich.text import Text
 from quern.cli.views.columns import add
 from quern.cli.views.columns import table as plain_table
 from quern.core.units import significant
+from quern.pipeline.stacking.tensor_parallel import told
 
 if TYPE_CHECKING:
     from quern.core.stacking import Label, Part
@@ -28,6 +29,7 @@ def report(found: CheckReport) -> RenderableType:
     lines = [Text(f"parts: {', '.join(map(str, found.parts))}", style="dim")]
     lines += [Text(f"refused: {problem}") for problem in found.problems]
     lines += [Text(f"{cell.first} with {cell.second}: {cell.answer.reason}{loss(cell)}") for cell in found.degrading]
+    lines += [Text(f"tensor parallel {one.size}: {told(one)}") for one in found.tensor_parallel]
     lines += [Text(f"note: {note}", style="dim") for note in found.notes]
     return Group(title, *lines)
 

@@ -26,6 +26,7 @@ from quern.checkpoint.safetensors_file import read_tensors
 from quern.core.errors import BadFileError, UserError
 from quern.core.machine.heap import release_freed
 from quern.core.progress import Task
+from quern.loading.padding import padding_record
 from quern.pipeline.blockwise import output_gradients, work_units
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.arithmetic import arithmetic
@@ -81,6 +82,7 @@ def shared_folder(cache: Path, fingerprint: Mapping[str, Any], job: Job) -> Path
     depends = {key: fingerprint[key] for key in ("quern", "model_sha256", "seed", "device")} | arithmetic()
     depends["tokens"] = hashlib.sha256(job.sequences.numpy().tobytes()).hexdigest()
     depends["compute_dtype"] = str(job.compute_dtype)
+    depends |= padding_record(job.checkpoint)  # numbers are added in another order
     depends["holds"] = "squared gradients, and the head's Hessian"
     return cache / f"token-weights-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}"
 

@@ -27,6 +27,7 @@ from quern.core.text.scheme_text import scheme_text
 from quern.core.units import significant
 from quern.formats.base import FORMATS
 from quern.loading.fitting import open_original
+from quern.loading.padding import padded
 from quern.pipeline.blockwise import memory_plan, sensitivity
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, fitting_candidates, fitting_outer, keeping, plan_of
@@ -123,7 +124,7 @@ def plan(
     progress = progress or Silent()
     chosen = chosen_recipe(recipe, format, calibration_tokens)
     chosen = chosen if target is None else chosen.targeting(target)
-    checkpoint = open_original(model, progress=progress)
+    checkpoint = padded(open_original(model, progress=progress), chosen.padding)
     chosen, text_notes = settled_recipe(
         chosen, checkpoint, calibration, calibration_tokens, calibration_time,
         device=device, seed=seed, threads=threads, cache=cache, progress=progress)  # fmt: skip

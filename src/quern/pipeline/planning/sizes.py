@@ -25,6 +25,7 @@ from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
 from quern.core.results import TunedBlock
 from quern.formats.base import FORMATS, SizedWriter
+from quern.loading.padding import padding_record
 from quern.pipeline.blockwise.job import plan_of, stand_in_note
 from quern.pipeline.request import checked_writer
 from quern.quantization.calibration.sketch import RUNS
@@ -97,6 +98,7 @@ class Sizes:
             "layers": [self._layer(name, one) for name, one in plan.quantized().items()],
             "notes": [*self._checkpoint.lasting_notes, *stand_in_note(recipe, plan, self._architecture)],
             "files": [],
+            **padding_record(self._checkpoint),
             **self._inputs(recipe, plan),
             **self._tuning(recipe, plan),
         }

@@ -33,6 +33,7 @@ from quern.core.recipe import Recipe
 from quern.core.recipe_parts import TEXT_AUTO, Rounding
 from quern.core.seeds import generator
 from quern.core.units import percent_text, seconds_text
+from quern.loading.padding import padding_record
 from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, plan_of
@@ -98,7 +99,7 @@ def settled_recipe(
     # What is rounded to does not matter, so all recipes that calibrate alike share the answer.
     probe = Recipe(name="text-budget", rounding=Rounding(method="gptq"), calibration=settings)
     depends = {**fingerprint_of(checkpoint, probe, text, seed, device, progress), **arithmetic(), "seconds": seconds}
-    depends["recipe"] = settings.model_dump(mode="json")
+    depends["recipe"] = settings.model_dump(mode="json") | padding_record(checkpoint)
     place = cache / f"text-budget-{hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]}"
     answer = place.with_suffix(".json")
     if (found := _known(answer)) is None:

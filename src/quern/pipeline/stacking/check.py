@@ -6,19 +6,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quern.architectures.base import Architecture, architecture_of
+from quern.checkpoint.files import read_json
+from quern.core.artifact import PROVENANCE
 from quern.core.errors import UserError, option
 from quern.core.progress import Progress
-from quern.core.recipe import Recipe, load_recipe
+from quern.core.recipe import Recipe, load_recipe, parse_recipe
 from quern.core.stacking import Answer, Label, Part, losing
 from quern.core.text.suggest import did_you_mean
 from quern.engines.base import ENGINES
 from quern.engines.cpu import cache_named
 from quern.formats.base import FORMATS
-from quern.loading.fitting import model_config, open_original
-from quern.pipeline.blockwise.job import keeping
+from quern.loading.fitting import model_config, open_original, open_stored
+from quern.loading.padding import padded
+from quern.pipeline.blockwise.job import keeping, plan_of
 from quern.pipeline.stacking.answer import ordinary_architecture, plain_reason, use_obstacle, writer_for
 from quern.pipeline.stacking.matrix import Cell, cell_of
 from quern.pipeline.stacking.parts import RUNTIMES, parts_of, traits_of
+from quern.pipeline.stacking.tensor_parallel import SIZES, ParallelSize, parallel_sizes, told
+
+VLLM = "vllm"
+MOST_GPUS = 1024
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class CheckReport:
     degrading: list[Cell]
     """Pairs of its parts of which one loses by the other."""
     notes: list[str] = field(default_factory=list)
+    tensor_parallel: list[ParallelSize] = field(default_factory=list)
+    """On how many GPUs vLLM can run it; empty for other runtimes and without a model."""
 
 
 def check(
@@ -45,20 +54,29 @@ def check(
     runtime: str | None = None,
     cache: str | None = None,
     model: str | Path | None = None,
+    tensor_parallel: int | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
     """Whether the parts of ``recipe`` go together, with a key/value ``cache`` and for a ``runtime`` if they are given.
 
-    ``model``: checked for that one (its shapes, biases, tied head) and not for an ordinary decoder; none of its weights are
-    read. Raises ``UserError`` for a recipe that cannot be read and for names that nobody knows.
+    ``recipe`` may also be the folder of an artifact, which has a model of its own. ``model``: checked for that one (its
+    shapes, biases, tied head) and not for an ordinary decoder; none of its weights are read. ``tensor_parallel``: refused
+    unless vLLM can cut the model for so many GPUs. Raises ``UserError`` for a recipe that cannot be read and for names
+    that nobody knows.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     refuse_unknown(runtime, cache)
+    _refuse_parallel(tensor_parallel, runtime)
     architecture = ordinary_architecture()
     notes: list[str] = []
     problems: list[str] = []
+    known = model is not None
+    if not isinstance(recipe, Recipe) and Path(recipe).is_dir():
+        chosen, architecture = _artifact(Path(recipe), model, progress)
+        known = True
+    else:
+        chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if model is not None:
-        checkpoint = open_original(model, progress=progress)
+        checkpoint = padded(open_original(model, progress=progress), chosen.padding)
         architecture = architecture_of(model_config(checkpoint))
         notes += checkpoint.notes
         if runtime == "cpu" and (unknown := ENGINES.get("cpu")().runs(checkpoint)) is not None:
@@ -66,7 +84,9 @@ def check(
     problems += _problems(chosen, architecture, runtime, cache)
     if problems and runtime is not None:
         notes += _elsewhere(chosen, architecture, runtime, cache)
-    elif not problems:
+    parallel = _parallel(chosen, architecture, tensor_parallel) if runtime == VLLM and known else []
+    problems += _parallel_problems(parallel, tensor_parallel)
+    if not problems:
         writer = writer_for(chosen, architecture)
         notes += writer.notes()
         if keeping(writer.plan):
@@ -77,8 +97,50 @@ def check(
     lost = list(losing({part: traits_of(part, chosen) for part in parts}))
     degrading = [replace(cell_of(first, second), answer=Answer("degrades", why)) for first, second, why in lost]
     label: Label = "refuses" if problems else "degrades" if degrading else "works"
-    named = None if model is None else str(model)
-    return CheckReport(chosen.name, runtime, cache, named, label, parts, problems, degrading, notes)
+    named = str(recipe if model is None else model) if known else None
+    return CheckReport(chosen.name, runtime, cache, named, label, parts, problems, degrading, notes, parallel)
+
+
+def _artifact(path: Path, model: str | Path | None, progress: Progress | None) -> tuple[Recipe, Architecture]:
+    """Recipe and architecture of an artifact as it is stored."""
+    if model is not None:
+        raise UserError(
+            f"{path} is an artifact, which has its own model. Leave out {option('model', '--model')}, or name a recipe"
+        )
+    provenance = path / PROVENANCE
+    found = read_json(provenance).get("fingerprint") if provenance.is_file() else None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path} is no artifact: no {PROVENANCE} says how it was made. Name a recipe, or the folder of an artifact"
+        )
+    recipe = parse_recipe(found.get("recipe"), f"of {path}")
+    return recipe, architecture_of(model_config(open_stored(path, progress=progress)))
+
+
+def _refuse_parallel(size: int | None, runtime: str | None) -> None:
+    named = option("tensor_parallel", "--tensor-parallel")
+    if size is not None and (type(size) is not int or not 1 <= size <= MOST_GPUS):
+        raise UserError(f"{named} is {size!r}; it must be a whole number of GPUs from 1 to {MOST_GPUS}")
+    if size is not None and runtime != VLLM:
+        raise UserError(f"{named} is about vLLM. Add {option(f'runtime={VLLM!r}', f'--for {VLLM}')}")
+
+
+def _parallel(recipe: Recipe, architecture: Architecture, size: int | None) -> list[ParallelSize]:
+    sizes = sorted({*SIZES, *([] if size is None else [size])})
+    return parallel_sizes(plan_of(recipe, architecture), architecture, recipe.format, sizes)
+
+
+def _parallel_problems(parallel: list[ParallelSize], size: int | None) -> list[str]:
+    """Why vLLM does not cut the model for so many GPUs."""
+    if size is None:
+        return []
+    if not parallel:
+        named = option("model", "--model")
+        raise UserError(
+            f"which sizes fit depends on the model. Add {named}, or give an artifact in place of the recipe"
+        )
+    (asked,) = [one for one in parallel if one.size == size]
+    return [f"on {size} GPUs: {told(asked).removeprefix('refused: ')}"] if asked.problems else []
 
 
 def refuse_unknown(runtime: str | None, cache: str | None) -> None:
