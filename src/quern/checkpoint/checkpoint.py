@@ -22,6 +22,7 @@ from quern.checkpoint.head import EMBEDDING, HEAD, with_true_head
 from quern.checkpoint.hub import download, is_hub_id
 from quern.checkpoint.safetensors_file import TensorInfo
 from quern.checkpoint.strangers import cached_snapshot, single_file
+from quern.checkpoint.stream import StreamSource
 from quern.checkpoint.synthetic import SyntheticSource
 from quern.checkpoint.tokenizer import tokenizer_files
 from quern.checkpoint.unchanged import Stamp, check_unchanged, stamps_of
@@ -114,9 +115,9 @@ class Checkpoint:
         return tensor
 
     @property
-    def drawn(self) -> bool:
-        """Whether its weights lie in no file but are drawn from a seed."""
-        return isinstance(self.source, SyntheticSource)
+    def at_hand(self) -> bool:
+        """Whether its weights lie in files; others are drawn from a seed or fetched when they are read."""
+        return not isinstance(self.source, SyntheticSource | StreamSource)
 
     @cached_property
     def parameters(self) -> int:

@@ -26,7 +26,7 @@ def check_weights(job: Job) -> None:
     names = [name for name in _read_by(job.architecture) if name in checkpoint.source.infos]
     task = job.progress.task("checking the weights", sum(checkpoint.info(name).elements for name in names))
     for name in names:
-        if not checkpoint.drawn:  # from a seed: they are numbers by construction
+        if checkpoint.at_hand:  # what comes from a seed is numbers; what comes from afar is looked at when it comes
             checkpoint.read(name, finite=True)
         task.advance(checkpoint.info(name).elements)
     task.done()
