@@ -14,24 +14,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
+import transformers.models.qwen2.modeling_qwen2
+import transformers.models.qwen2.tokenization_qwen2  # noqa: F401 - so that the children need not
 from measured import write_result
 
-MODEL = Path(__file__).resolve().parent.parent / "models" / "python-7m"
-CHILD = """
-import json, sys
 from quern.pipeline.quantize import quantize
-print("ready", flush=True)
-quantize(**json.loads(sys.stdin.read()))
-"""
+
+MODEL = Path(__file__).resolve().parent.parent / "models" / "python-7m"
 MOST_SECONDS = 3600.0
 
 
@@ -102,26 +101,23 @@ def run(options: argparse.Namespace, name: str, threads: int, delay: float | Non
         "calibration_tokens": options.tokens, "threads": threads,
     }  # fmt: skip
     work = options.output / f"{name}.quern-work"
-    process = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdout.readline()
     before = len(journal(work))
     begin = started = time.monotonic()
-    process.stdin.write(json.dumps(request))
-    process.stdin.close()
+    process = os.fork()
+    if process == 0:
+        child(request)
     lines: list[str] = []
-    while process.poll() is None:
+    while os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         lines = journal(work) or lines
         if len(lines) <= before:
             started = time.monotonic()
         if time.monotonic() - started > (MOST_SECONDS if delay is None else delay):
-            process.send_signal(signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
             break
         if time.monotonic() - begin > MOST_SECONDS:
             raise SystemExit(f"quantizing {name} takes more than {MOST_SECONDS:.0f} s")
         time.sleep(0.005)
-    code = process.wait()
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     lines = journal(work) or lines
     if code not in (0, -signal.SIGKILL) or (code and delay is None):
         raise SystemExit(f"quantizing {name} ended with {code}")
@@ -129,6 +125,18 @@ def run(options: argparse.Namespace, name: str, threads: int, delay: float | Non
         "killed": code != 0, "seconds": round(time.monotonic() - started, 3), "threads": threads,
         "lines": len(lines), "last_step": lines[-1] if lines else None,
     }  # fmt: skip
+
+
+def child(request: dict[str, Any]) -> None:
+    """A fork of this process, which has everything imported and has computed nothing, carries the request out."""
+    code = 1
+    try:
+        quantize(**request)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def journal(work: Path) -> list[str]:
