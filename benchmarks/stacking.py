@@ -44,7 +44,8 @@ INTRODUCTION = """# Can these be stacked?
 
 `quern check RECIPE [--for cpu|transformers|vllm|llama.cpp|onnxruntime] [--cache int8]` says whether the parts of a recipe
 go together and whether a runtime runs the result, before any work is done; with `--model` for that model's shapes and
-biases. `quern check --matrix` shows the table below for the quern that is installed, `--json` all reasons.
+biases, and on how many GPUs vLLM can run it ([vllm.md](vllm.md#tensor-parallelism)). `quern check --matrix`
+shows the table below for the quern that is installed, `--json` all reasons.
 
 - **works** (`+`): no worse than without it, within noise. **degrades** (`~`): it runs and loses. **refuses** (`x`): it stops
   before work starts.

@@ -93,6 +93,7 @@ def test_both_spellings_exist():
         quern.quantize,
         quern.compare,
         quern.evaluate,
+        quern.export,
         quern.generate,
         quern.recommend,
         quern.train,

@@ -93,6 +93,7 @@ def test_the_tables_name_every_key(tiny_model, tiny_text, tmp_path):
         "inputs",
         "files",
         "tuning",
+        "padding",
     }
     assert set(provenance) == {"fingerprint", "layers", "notes", "inputs", "files"}
     described = table("`quern.json`")["inputs"][0]

@@ -117,6 +117,12 @@ def test_a_recipe_and_an_artifact_are_checked_by_the_command(tmp_path):
     assert "tensor parallel 16: refused: 4 attention heads are no multiple of 16" in shown.stdout.replace("\n", " ")
 
 
+def test_a_folder_called_like_a_shipped_recipe_does_not_hide_it(tmp_path, monkeypatch):
+    (tmp_path / "balanced").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert quern.check("balanced").label == "works"
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["check", "balanced", "--tensor-parallel", "2"], "Add --for vllm"),
     (["check", "balanced", "--for", "vllm", "--tensor-parallel", "0"], "from 1 to 1024"),

@@ -10,7 +10,7 @@ from quern.checkpoint.files import read_json
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import UserError, option
 from quern.core.progress import Progress
-from quern.core.recipe import Recipe, load_recipe, parse_recipe
+from quern.core.recipe import Recipe, load_recipe, parse_recipe, profile_names
 from quern.core.stacking import Answer, Label, Part, losing
 from quern.core.text.suggest import did_you_mean
 from quern.engines.base import ENGINES
@@ -70,7 +70,7 @@ def check(
     notes: list[str] = []
     problems: list[str] = []
     known = model is not None
-    if not isinstance(recipe, Recipe) and Path(recipe).is_dir():
+    if not isinstance(recipe, Recipe) and str(recipe) not in profile_names() and Path(recipe).is_dir():
         chosen, architecture = _artifact(Path(recipe), model, progress)
         known = True
     else:
