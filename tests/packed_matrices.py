@@ -323,7 +323,9 @@ class Maker:
         halves = torch.from_numpy(d.view(np.uint8).reshape(rows, supers, 2))
         fields = (torch.from_numpy(field.reshape(rows, supers, -1)) for field in (points, signs, whole))
         data = of.pack(*fields, halves).numpy()
-        values = grid.decode(*(torch.from_numpy(field) for field in (points.reshape(rows, octets, -1), signs.astype(np.int64))))
+        values = grid.decode(
+            *(torch.from_numpy(field) for field in (points.reshape(rows, octets, -1), signs.astype(np.int64)))
+        )
         scale = np.repeat(d.astype(np.float32), each, axis=1) * np.float32(of.unit) * (2 * whole.astype(np.float32) + 1)
         arrays = {"codes": data, "table": grid.points.numpy().astype(np.int8)}
         return Packed(kind, rows, columns, arrays, values.flatten(1).numpy().astype(np.int64), scale, of.group)
