@@ -13,6 +13,7 @@ the row; ``scale`` float16 ``(rows, super-blocks)``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -239,6 +240,8 @@ class PointBlocks(Codec):
         }
 
     def kernel(self, shape: tuple[int, int]) -> KernelForm | str:
+        if find_spec("gguf") is None:
+            return f"it has the grid of {self.kind.name} from the package gguf, which is not installed"
         options = {"table": table_of(self.kind.name)}
         return KernelForm(self.kind.name.lower(), {}, options, group=self.kind.group, blocks=True)
 
