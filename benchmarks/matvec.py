@@ -58,6 +58,16 @@ PACKINGS = [
     Packing("q5_k", "q5_k", 5, group=32, super_bytes=176),
     Packing("q6_k", "q6_k", 6, group=16, super_bytes=210),
     Packing("iq4_xs", "iq4_xs", 4, group=32, super_bytes=136),
+    Packing("q4_0", "integer4", 4, group=32),
+    Packing("q8_0", "integer8", 8, group=32),
+    Packing("iq4_nl", "codebook4", 4, group=32),
+    Packing("q4_1", "q4_1", 4, group=32, super_bytes=160),
+    Packing("q5_1", "q5_1", 5, group=32, super_bytes=192),
+    Packing("iq2_xxs", "iq2_xxs", 2, group=32, super_bytes=66, table_bytes=2048),
+    Packing("iq2_xs", "iq2_xs", 2, group=16, super_bytes=74, table_bytes=4096),
+    Packing("iq2_s", "iq2_s", 2, group=16, super_bytes=82, table_bytes=8192),
+    Packing("iq3_xxs", "iq3_xxs", 3, group=32, super_bytes=98, table_bytes=1024),
+    Packing("iq3_s", "iq3_s", 3, group=32, super_bytes=110, table_bytes=2048),
 ]
 
 

@@ -36,6 +36,8 @@ class Packing:
     scale_type: str = "float16"
     super_bytes: int = 0
     """Bytes of a super-block of 256 weights, in which scales lie with the codes; 0: other kinds."""
+    table_bytes: int = 0
+    """Sizes of the points of a grid, of super-blocks of such points."""
 
     def code_bytes(self, rows: int, columns: int) -> int:
         """Bytes of the codes alone, or of super-blocks with all that is in them."""
@@ -56,7 +58,9 @@ class Packing:
     def matrix(self, rows: int, columns: int, codes: np.ndarray) -> _native.Matrix:
         """The matrix of ``codes`` (uint8) with scales of one."""
         if self.super_bytes:
-            return _native.Matrix(self.kind, rows, columns, codes, group=self.group)
+            sizes = np.random.default_rng(0).integers(1, 62, self.table_bytes).astype(np.int8)
+            table = sizes if self.table_bytes else None
+            return _native.Matrix(self.kind, rows, columns, codes, group=self.group, table=table)
         groups = -(-columns // (self.group or columns))
         ones = np.ones(rows * groups, np.float16).view(np.uint8)
         if self.scale_bytes == 1:

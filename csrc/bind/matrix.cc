@@ -70,9 +70,10 @@ Matrix::Matrix(const std::string& kind, int32_t rows, int32_t columns, Bytes cod
   if (tabled) {
     w.table = table_->data();
     const int64_t one = k.table_bytes(w), found = static_cast<int64_t>(table_->nbytes());
-    if (!k.tiled() && found == one * rows) {
+    const bool rows_own = !k.tiled() && k.scaled;  // may have tables of their own
+    if (rows_own && found == one * rows) {
       w.table_row = one;
-    } else if (!k.tiled() && found == one * rows * groups) {  // a table for each scale
+    } else if (rows_own && found == one * rows * groups) {  // a table for each scale
       w.table_row = groups * one;
       w.table_group = one;
     } else {

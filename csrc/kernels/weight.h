@@ -25,6 +25,9 @@ static inline int64_t bytes_of(Float type) { return type == Float::float32 ? 4 :
 //   q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs
 //              code * scale[row][group] + minimum[row][group], of super-blocks as a GGUF file holds them (kinds/superblock-inl.h):
 //              float32 products of the block's float16 numbers and the group's whole ones; groups are of 16 or 32 columns
+//   q4_1, q5_1 the same of blocks of 32 columns, whose scale and minimum are float16 numbers
+//   iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s
+//              size * sign * scale[row][group], of super-blocks: points of 8 or 4 columns, whose sizes are in `table`, and signs
 //   bfloat16, float32  plain numbers
 //
 // Trellis layout. Rows are cut into tiles of 256 (the last one may have fewer), columns into blocks of 4 (the last one is
@@ -47,7 +50,7 @@ struct Weight {
   int64_t scale_stride;    // scales from one row to the next: 0 where all rows share one (granularity tensor)
   const int32_t* zeros;    // integer4: zero points, packed down the rows like codes along them, (ceil(rows / 8), groups);
                            // null: 8 for every group
-  const int8_t* table;     // codebooks: 2^bits entries; trellis: tables x 2^window
+  const int8_t* table;     // codebooks: 2^bits entries; trellis: tables x 2^window; of points: their sizes
   int64_t table_row;       // codebooks: entries from one row's table to the next one's, and from one group's; 0: they share one
   int64_t table_group;
   int32_t bits;            // trellis: bits of a weight, 2, 3 or 4

@@ -1,5 +1,6 @@
 // Codes that tables have values for; see rows_avx2-inl.h and codebook_avx512.cc.
 #include "kinds/codebook-inl.h"
+#include "kinds/panel_avx2-inl.h"
 #include "kinds/rows_avx2-inl.h"
 
 namespace quern {
@@ -17,6 +18,7 @@ template <int BITS>
 struct Code {
   static constexpr int PER_BYTE = CODES<BITS>;
   static constexpr bool NARROW = false;
+  static constexpr bool SQUARES = BITS == 4;
   __m256i low, high;  // entries of codes below 4, and from there on; where codes have 3 bits
   const uint8_t* codes;
   int32_t columns;
@@ -75,10 +77,28 @@ void rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, f
   }
 }
 
+// Four bits.
+void panel(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) {
+  decode_rows(part, flip, panel, [&](int32_t row, int32_t column) __attribute__((always_inline)) {
+    const __m256i codes = nibbles_of(weight, row, column);
+    const int32_t last = least(column + 31, weight.columns - 1);
+    if (weight.table_group == 0 || column / weight.group == last / weight.group) {
+      const int8_t* entries = table_of(weight, row, column / weight.group);
+      const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entries));
+      return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
+    }
+    alignas(32) uint8_t each[32];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(each), codes);
+    for (int32_t c = column; c <= last; ++c)
+      each[c - column] = static_cast<uint8_t>(table_of(weight, row, c / weight.group)[each[c - column]]);
+    return load(each);
+  });
+}
+
 }  // namespace
 
 const KindKernels codebook2_avx2 = {rows<2>, nullptr, nullptr};
 const KindKernels codebook3_avx2 = {rows<3>, nullptr, nullptr};
-const KindKernels codebook4_avx2 = {rows<4>, nullptr, nullptr};
+const KindKernels codebook4_avx2 = {rows<4>, nullptr, panel};
 
 }  // namespace quern

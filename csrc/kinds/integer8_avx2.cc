@@ -1,4 +1,5 @@
 // 8-bit integers; see rows_avx2-inl.h.
+#include "kinds/panel_avx2-inl.h"
 #include "kinds/rows_avx2-inl.h"
 
 namespace quern {
@@ -7,6 +8,7 @@ namespace {
 struct Code {
   static constexpr int PER_BYTE = 1;
   static constexpr bool NARROW = false;
+  static constexpr bool SQUARES = false;
   INLINE Code make(const Weight&, int32_t) { return {}; }
 
   template <int TOKENS>
@@ -17,8 +19,15 @@ struct Code {
   }
 };
 
+void panel(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) {
+  decode_rows(part, flip, panel, [&](int32_t row, int32_t column) __attribute__((always_inline)) {
+    const int8_t* codes = static_cast<const int8_t*>(weight.codes) + row * weight.row_bytes + column;
+    return weight.columns - column >= 32 ? load(codes) : load_some(codes, weight.columns - column);
+  });
+}
+
 }  // namespace
 
-const KindKernels integer8_avx2 = {multiply<Code>, nullptr, nullptr};
+const KindKernels integer8_avx2 = {multiply<Code>, nullptr, panel};
 
 }  // namespace quern

@@ -6,7 +6,8 @@
 namespace quern {
 
 extern const WeightKind integer4, integer8, codebook2, codebook3, codebook4, trellis, bfloat16, float32, float8_e4m3,
-    float8_e5m2, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs, q4_1, q5_1, iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s;
+    float8_e5m2, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs, q4_1,
+    q5_1, iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s;
 
 extern const KindKernels codebook2_scalar, codebook3_scalar, codebook4_scalar;
 

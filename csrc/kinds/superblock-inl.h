@@ -1,8 +1,8 @@
-// Where numbers lie in ggml's super-blocks of 256 weights (ggml-common.h of https://github.com/ggml-org/ggml), with internal
-// linkage; see kernels/common_avx512.h; and in blocks of 32. A group of GROUP columns has a whole number of a scale and, where MINIMUMS, one of a
-// minimum; the float16 numbers at D_AT and MINIMUM_AT multiply them:
+// Where numbers lie in ggml's super-blocks of 256 weights and blocks of 32 (ggml-common.h of https://github.com/ggml-org/ggml),
+// with internal linkage; see kernels/common_avx512.h. A group of GROUP columns has a whole number of a scale and, where MINIMUMS,
+// one of a minimum; the float16 numbers at D_AT and MINIMUM_AT multiply them:
 //     value = code(column) * scale(group) * d * UNIT - minimum(group) * d_min
-// Codes of types with POINTS are sizes that a table has, of as many points as one of 8 or 4 columns, and signs.
+// Codes of types with POINTS are sizes that a table has, of as many points as one of WIDTH columns, times signs.
 #pragma once
 
 #include <cstdint>

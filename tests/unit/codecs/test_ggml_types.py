@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -218,3 +220,13 @@ def test_unknown_types_and_keys_are_refused_with_the_known_ones():
     for keys, said in (({"type": "q4_x"}, "q4_k"), ({"type": "q4_k", "bits": 4}, "bits")):
         with pytest.raises(UserError, match=said):
             parse_recipe({"name": "x", "weights": {"codec": "ggml", **keys}}, "x")
+
+
+def test_grids_that_are_not_installed_are_said_to_be_missing(monkeypatch):
+    form = codec_of_type("iq2_xs").kernel((4, 256))
+    assert form.kind == "iq2_xs"
+    assert len(form.options["table"]) == 512 * 8
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert codec_of_type("iq2_xs").kernel((4, 256)) == (
+        "it has the grid of IQ2_XS from the package gguf, which is not installed"
+    )

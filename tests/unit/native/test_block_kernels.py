@@ -107,3 +107,18 @@ def test_panels_of_codes_between(isa, ends, group):  # noqa: F811
 def test_every_kind_of_blocks_is_tried():
     assert set(HALVES_AT) == {*SUPERBLOCKS, *AFFINE, *POINTS} == set(BYTES)
     assert all(packed_matrices.POINTS[kind].name == kind.upper() for kind in POINTS)
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 256, 32), (25, 1130, 64), (17, 2250, 128), (40, 290, 32), (16, 300, 16), (19, 600, 64)]
+)
+@pytest.mark.parametrize("scale_type", ["float16", "bfloat16", "float32"])
+def test_eight_rows_of_eight_groups(isa, shape, scale_type):  # noqa: F811
+    """One token meets eight rows at a time, as far as there are eight groups; panels begin anywhere."""
+    maker, tokens = Maker(87), (1, 3, 19)
+    check(maker.integer4(*shape, scale_type=scale_type), tokens)
+    check(maker.integer4(*shape, zeros=True, scale_type=scale_type), tokens)
+    check(maker.integer4(*shape, zeros=True, scale_type=scale_type, one_scale=True), tokens)
+    check(maker.integer8(*shape, scale_type=scale_type), tokens)
+    for shared in ("tensor", "row", "group"):
+        check(maker.codebook(4, *shape, scale_type, shared), tokens)

@@ -101,7 +101,7 @@ class AffineBlocks(GroupedCodec):
         return {"codes": self.params.bits}
 
     def kernel(self, shape: tuple[int, int]) -> KernelForm | str:
-        return "it has no kernel for integers with float16 minimums"
+        return KernelForm(f"q{self.params.bits}_1", {}, group=layout.BLOCK, blocks=True)
 
     def fold(self, parts: Parts, factors: Tensor) -> Parts:
         scaled = {

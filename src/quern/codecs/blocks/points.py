@@ -21,7 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quern.codecs.packing import ggml_points as layout
@@ -76,6 +78,12 @@ TYPES = {
 def grid_of(name: str, device: torch.device) -> PointGrid:
     """The grid of the type ``name``."""
     return PointGrid(TYPES[name], device)
+
+
+@cache
+def table_of(name: str) -> NDArray[np.int8]:
+    """Sizes of the points of type ``name``, one after the other, as kernels read them: one array that all matrices share."""
+    return grid_of(name, torch.device("cpu")).points.to(torch.int8).flatten().numpy()
 
 
 def _sign_table(width: int, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ the row; ``scale`` float16 ``(rows, super-blocks)``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.nn.functional import pad
 
 from quern.codecs.base import Codec, Described, Encoder, KernelForm, Parts, nearest_scale
 from quern.codecs.blocks.grids import half, parameters, refuse_overflow
-from quern.codecs.blocks.points import OCTET, PointGrid, PointType, grid_of
+from quern.codecs.blocks.points import OCTET, PointGrid, PointType, grid_of, table_of
 from quern.codecs.packing import bits as dense
 from quern.codecs.packing.ggml import GgmlBlocks, GgmlForm, half_bytes
 from quern.codecs.packing.ggml_super import BLOCK
@@ -239,7 +240,10 @@ class PointBlocks(Codec):
         }
 
     def kernel(self, shape: tuple[int, int]) -> KernelForm | str:
-        return f"it has no kernel for {self.kind.name}"
+        if find_spec("gguf") is None:
+            return f"it has the grid of {self.kind.name} from the package gguf, which is not installed"
+        options = {"table": table_of(self.kind.name)}
+        return KernelForm(self.kind.name.lower(), {}, options, group=self.kind.group, blocks=True)
 
     def fold(self, parts: Parts, factors: Tensor) -> Parts:
         return {**parts, "scale": nearest_scale(parts["scale"].float() * factors[:, None], HALF).to(HALF)}

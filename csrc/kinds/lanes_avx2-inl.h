@@ -1,0 +1,48 @@
+// Sums of eight rows side by side; for the AVX2 files of kinds, without a guard or linkage.
+#include "kernels/common_avx2.h"
+
+namespace quern {
+namespace {
+
+constexpr int ROWS = 8;
+
+INLINE __m256i widen(__m256i v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
+
+template <bool NARROW>
+INLINE __m256i add(__m256i a, __m256i b) {
+  return NARROW ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
+}
+
+// Sums of eight registers, one a row, of 16 bits in the beginning, of which EXACT additions of two stay exact, or where that is
+// negative of 32. GROUP 32: found[0] has those of eight rows; GROUP 16: found[0]
+// of their lower halves, found[1] of the others.
+template <int EXACT, int GROUP>
+INLINE void add_lanes(__m256i* v, __m256i* found) {
+#pragma GCC unroll 8
+  for (int i = 0; EXACT == 0 && i < ROWS; ++i) v[i] = widen(v[i]);
+  __m256i two[4], four[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256i a = v[2 * i], b = v[2 * i + 1];
+    two[i] = add<(EXACT > 0)>(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    if (EXACT == 1) two[i] = widen(two[i]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m256i a = two[2 * i], b = two[2 * i + 1];
+    four[i] = add<(EXACT > 1)>(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+    if (EXACT == 2 || (EXACT > 2 && GROUP == 16)) four[i] = widen(four[i]);
+  }
+  const __m256i low = _mm256_permute2x128_si256(four[0], four[1], 0x20);
+  const __m256i high = _mm256_permute2x128_si256(four[0], four[1], 0x31);
+  found[0] = low;
+  if (GROUP == 16) {
+    found[1] = high;
+  } else {
+    found[0] = add<(EXACT > 2)>(low, high);
+    if (EXACT > 2) found[0] = widen(found[0]);
+  }
+}
+
+}  // namespace
+}  // namespace quern
