@@ -92,6 +92,8 @@ def seconds_of(machine: Machine, work: Work, tokens: int) -> Foretold:
     reference = _reference(machine)
     if isinstance(reference, str) or reference.calibration_share is None:
         return nothing("seconds", reference if isinstance(reference, str) else "no rounding was measured yet")
+    if "float32" not in machine.products:
+        return nothing("seconds", "the file names no rate of products in float32")
     product = 1e9 * reference.calibration_share.value * machine.products["float32"].value
     terms = [
         at_rate("calibration", tokens * (work.token_operations + work.head_operations), product, "op"),

@@ -19,7 +19,7 @@ from quern.advisor.hardware import this_processor
 from quern.core.errors import UserError, option
 from quern.core.machine.foreign_load import ForeignLoad
 from quern.core.machine.memory import total_memory
-from quern.core.machine.parallel import thread_count
+from quern.core.machine.parallel import MOST_THREADS, thread_count
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
 from quern.core.results import FOREIGN_LIMIT
@@ -109,7 +109,7 @@ def _elsewhere(case: Case, machine: Machine, context: int, most: int, threads: i
         artifact_bytes=size.files,
         bits_per_weight=8 * size.data / case.subject.checkpoint.parameters if size.data else None,
         quantize_seconds=elsewhere.seconds_of(machine, case.work, case.tokens),
-        quantize_memory=memory_of(case, machine.cores),
+        quantize_memory=memory_of(case, min(machine.cores, MOST_THREADS)),
         quantize_disk=disk_of(case, size.files, threads),
         run_memory=elsewhere.memory_of(runtime, load),
         prefill=elsewhere.prefill_of(runtime, machine, load),

@@ -40,10 +40,10 @@ MOST_WEIGHTS = 16_000_000
 """Of a block that is quantized as it is; larger ones are divided in width."""
 ROWS = 1024
 """Of the short embedding and head."""
-TOKENS = (512, 1536)
-"""Of the two runs; less than they differ by, and noise would be carried over with them."""
-LENGTH = 256
-"""Of a sequence, so that the shorter run has some for each thread."""
+TOKENS = (1024, 2048)
+"""Of the two runs, about."""
+HELD_OUT = 8
+"""Sequences of the shorter run where a recipe holds some out, one of so many."""
 clock: Callable[[], float] = time.perf_counter
 """What short runs are timed by."""
 BLOCKS, OUTER_STEPS = "quantizing blocks", "token weights"
@@ -116,8 +116,10 @@ def rates_of(case: Case, threads: int) -> Rates:
     made = shrunk(config, layers=1, vocabulary=min(ROWS, int(config["vocab_size"])), divisor=divisor)
     with temporary_folder("forecast") as folder:
         model = write_random_checkpoint(folder / "model", made)
-        counts = TOKENS if case.recipe.needs_calibration else (0,)
-        recipes = [_short(case, tokens) for tokens in counts]
+        length = _length(case)
+        some = [max(1, tokens // length) * length for tokens in TOKENS]
+        counts = tuple(some) if case.recipe.needs_calibration else (0,)
+        recipes = [_short(case, tokens, length) for tokens in counts]
         _run(model, folder / "warm", recipes[0], threads)
         runs = [_run(model, folder / str(tokens), one, threads) for one, tokens in zip(recipes, counts, strict=True)]
         short = case_of(open_subject(model), recipes[0])
@@ -128,13 +130,22 @@ def _architecture(config: dict[str, Any], divisor: int) -> Any:
     return architecture_of(shrunk(config, layers=1, vocabulary=512, divisor=divisor))
 
 
-def _short(case: Case, tokens: int) -> Recipe:
+def _length(case: Case) -> int:
+    """Of a sequence: as long as the recipe has it, for attention takes longer the longer it is."""
+    roundings = [plan.rounding for plan in case.plan.quantized().values()]
+    holds_out = any(one.target == "drift" or one.two_sided for one in roundings) or case.recipe.tuning is not None
+    windows = [block.window for block in case.architecture.blocks if block.window]
+    most = [int(case.architecture.config.max_position_embeddings), *windows]
+    return min(case.recipe.calibration.sequence_length, *most, *([TOKENS[0] // HELD_OUT] if holds_out else []))
+
+
+def _short(case: Case, tokens: int, length: int) -> Recipe:
     """The recipe with so many tokens, and the arithmetic that the whole model's size means."""
     dtype = case.recipe.calibration.compute_dtype
     if dtype == "auto":
         large = case.subject.checkpoint.parameters >= LARGE and not keeping(case.plan)
         dtype = "bfloat16" if large else "float32"
-    settings = {"tokens": max(1, tokens), "sequence_length": LENGTH, "compute_dtype": dtype}
+    settings = {"tokens": max(1, tokens), "sequence_length": length, "compute_dtype": dtype}
     calibration = case.recipe.calibration.model_copy(update=settings)
     overrides = tuple(one for one in case.recipe.overrides if _matches_first(case, one))
     changes = {"calibration": calibration, "overrides": overrides, "format": "quern"}

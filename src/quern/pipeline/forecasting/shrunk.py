@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def shrunk(config: dict[str, Any], *, layers: int, vocabulary: int, divisor: int
     for key in _DIVIDED:
         if isinstance(found.get(key), int):
             found[key] = max(1, found[key] // divisor)
+    if isinstance(found.get("num_key_value_heads"), int):
+        found["num_key_value_heads"] = math.gcd(found["num_attention_heads"], found["num_key_value_heads"])
     for key in _LISTED:
         if isinstance(found.get(key), list):
             found[key] = found[key][:layers]
