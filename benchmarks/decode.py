@@ -22,9 +22,9 @@ from typing import Any
 
 from gguf_models import write_gguf
 from measured import write_result
-from synthetic import write_random_artifact
 
 from quern.core.recipe import load_recipe
+from quern.pipeline.forecasting.random_artifact import write_random_artifact
 
 HERE = Path(__file__).parent
 PROMPT, NEW = 512, 64

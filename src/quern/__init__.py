@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from quern.pipeline.compare import compare
     from quern.pipeline.evaluate import evaluate
     from quern.pipeline.export import export
+    from quern.pipeline.forecasting.forecast import forecast
+    from quern.pipeline.forecasting.placement import place
     from quern.pipeline.inspect import inspect
     from quern.pipeline.planning.plan import plan
     from quern.pipeline.quantize import quantize
@@ -37,10 +39,12 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "forecast",
     "generate",
     "inspect",
     "load_recipe",
     "load_results",
+    "place",
     "plan",
     "probe",
     "quantize",
@@ -57,10 +61,12 @@ _HOMES = {
     "compare": "quern.pipeline.compare",
     "evaluate": "quern.pipeline.evaluate",
     "export": "quern.pipeline.export",
+    "forecast": "quern.pipeline.forecasting.forecast",
     "generate": "quern.generation.generate",
     "inspect": "quern.pipeline.inspect",
     "load_recipe": "quern.core.recipe",
     "load_results": "quern.core.results",
+    "place": "quern.pipeline.forecasting.placement",
     "plan": "quern.pipeline.planning.plan",
     "probe": "quern.advisor.hardware",
     "quantize": "quern.pipeline.quantize",

@@ -79,7 +79,7 @@ def recommend(
     if not rows:
         raise UserError("there is nothing to recommend: the results hold no rows; run `quern compare` first")
     scenario = FORMER_SCENARIOS.get(scenario, scenario)
-    counted = _weights(scenario, weights)
+    counted = weights_of(scenario, weights)
     constraints = Constraints(
         max_size=max_size,
         max_memory=max_memory,
@@ -96,7 +96,8 @@ def recommend(
     return answer
 
 
-def _weights(scenario: Scenario, parts: Mapping[str, float] | None) -> Weights:
+def weights_of(scenario: Scenario, parts: Mapping[str, float] | None) -> Weights:
+    """What counts how much in a scenario. Raises ``UserError`` for an unknown one, and for weights that do not fit it."""
     if scenario not in get_args(Scenario):
         known = get_args(Scenario)
         raise UserError(f"unknown scenario {scenario!r}; known ones: {', '.join(known)}{did_you_mean(scenario, known)}")

@@ -16,6 +16,7 @@ from quern.cli.check import check
 from quern.cli.compare import compare
 from quern.cli.evaluate import evaluate
 from quern.cli.export import export
+from quern.cli.forecast import forecast
 from quern.cli.generate import generate
 from quern.cli.inspect import inspect
 from quern.cli.outcome import end_by_exception, global_options
@@ -33,6 +34,7 @@ from quern.cli.train import train
 
 VERBS: tuple[Callable[..., Any], ...] = (
     check,
+    forecast,
     plan,
     quantize,
     train,

@@ -51,6 +51,7 @@ SURFACE = {
         *("MODEL", "--output", "-o", "--recipe", "--from", "--text", "--train", "--tokens", "--passes"),
         *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json", "--on-unhealthy"),
     },
+    "forecast": {"MODEL", "--recipe", "--on", "--context", "--format", "--calibration-tokens", "--threads", "--json"},
     "export": {"PATH", "--output", "-o", "--format", "--format-option", "--keep-padding", "--fresh", "--json"},
     "evaluate": {
         *("MODEL", "--reference", "--text", "--choice", "--tokens", "--threads", "--engine", "--seed", "--json"),
@@ -88,7 +89,7 @@ SURFACE = {
     "report": {"RESULTS.json", "--output", "-o", "--json"},
     "recommend": {
         *("RESULTS.json", "--scenario", "--weights", "--max-size", "--max-memory", "--max-loss", "--min-agreement"),
-        *("--min-speed", "--for", "--licence", "--json", "--context"),
+        *("--min-speed", "--for", "--licence", "--json", "--context", "--model", "--hardware"),
     },
     "inspect": {"PATH", "--stream", "--json"},
     "status": {"OUT", "--json"},

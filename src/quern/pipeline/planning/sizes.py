@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,10 @@ class ArtifactBytes:
 
 class Sizes:
     """Of the artifacts that recipes make of one model. ``fingerprint`` is that of the job, whatever its recipe."""
+
+    error: ClassVar[float] = LONGEST_ERROR
+    summary: ClassVar[float] = LONGEST_SUMMARY
+    """In place of numbers that only quantizing finds."""
 
     def __init__(
         self, checkpoint: Checkpoint, architecture: Any, writer: object, fingerprint: Mapping[str, Any]
@@ -109,7 +113,7 @@ class Sizes:
         """What calibration will say of the inputs of linears, with numbers whose texts are the longest."""
         if not recipe.needs_calibration:
             return {}
-        number, groups = LONGEST_SUMMARY, []
+        number, groups = self.summary, []
         for block in self._architecture.blocks:
             certain = {linear.name for linear in block.linears if linear.expert is None}
             for group in block.groups:
@@ -128,7 +132,7 @@ class Sizes:
         """What will be said of tuned blocks, with numbers whose texts are the longest."""
         if recipe.tuning is None:
             return {}
-        error, steps = LONGEST_ERROR, recipe.tuning.passes * recipe.calibration.tokens
+        error, steps = self.error, recipe.tuning.passes * recipe.calibration.tokens
         tuned = [
             TunedBlock(block=block.index, before=error, after=error, steps=steps, best_step=steps)
             for block in self._architecture.blocks
@@ -141,7 +145,7 @@ class Sizes:
         self._stored(name, plan)
         stored = _nbytes(codec_of(plan.scheme).part_shapes((rows, columns))) - self._saved[self._key(name, plan)]
         bits = 8 * (stored + (0 if plan.rotation is None else -(-columns // 8))) / (rows * columns)
-        return {"linear": name, "bits_per_weight": bits, "relative_error": LONGEST_ERROR}
+        return {"linear": name, "bits_per_weight": bits, "relative_error": self.error}
 
     def _stages(self, plan: Plan) -> Iterator[Meta]:
         """The tensors of each shard."""
