@@ -3,7 +3,8 @@ written here, and no block is run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -117,6 +118,28 @@ def round_linears(
             )
         )
     return rounded
+
+
+Group = tuple[Mapping[str, Tensor], GroupStatistics, Tensor | None]
+"""Weights, statistics of their inputs, and packed signs of the rotation of these."""
+
+
+def round_groups(
+    groups: Iterable[Group], plans: Mapping[str, LinearPlan], prefix: str, whole: bool, workers: Workers
+) -> Iterator[RoundedLinear]:
+    """``round_linears`` of each. Where ``workers`` are elsewhere they may take ``whole`` groups instead of slabs."""
+    if not (whole and workers.elsewhere):
+        for weights, statistics, signs in groups:
+            yield from round_linears(weights, plans, statistics, workers, signs, prefix)
+        return
+    for linears in workers.spread(_round_group, (plans, prefix), groups):
+        yield from linears
+
+
+def _round_group(shared: tuple[Mapping[str, LinearPlan], str], group: Group) -> list[RoundedLinear]:
+    """On copies: what a piece was handed is not to be changed."""
+    (plans, prefix), (weights, statistics, signs) = shared, copy.deepcopy(group)
+    return round_linears(weights, plans, statistics, Workers(1), signs, prefix)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ block, the Hessians of one stage and one wave of tokens, however many layers and
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +27,13 @@ from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.reference_stream import ReferenceStream, references
 from quern.pipeline.blockwise.tuning import BlockTuning, token_weights
-from quern.quantization.block import RoundedLinear, round_linears
+from quern.quantization.block import Group, RoundedLinear, round_groups
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block, Tap
 from quern.quantization.calibration.sketch import Sketches, kept_of
-from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, collector
+from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, add_up, collector
 from quern.quantization.calibration.token_weights import normalized
-from quern.quantization.rounding.base import ROUNDINGS
+from quern.quantization.rounding.base import ROUNDINGS, SLAB
 from quern.quantization.scale_dtypes import fitting
 from quern.quantization.transforms.base import (
     TRANSFORMS,
@@ -150,6 +151,13 @@ class _BlockWork:
     def quantize_stage(self, stage: Sequence[LinearGroup]) -> None:
         """Round the linears of one stage; their rounded weights replace the block's own."""
         alike = [part for group in stage for part in self._alike(group)]
+        rounded = round_groups(self._groups(alike), self.plans, self.prefix, self._many_small(alike), self.job.workers)
+        for linear in rounded:
+            self.block.linear(linear.name).weight.data = linear.decoded
+            self.rounded.append(linear)
+
+    def _groups(self, alike: Sequence[_Alike]) -> Iterator[Group]:
+        """Weights and statistics of each."""
         for part, statistics in zip(alike, self._statistics(alike), strict=True):
             if self.reference is not None:
                 wanted = [name for name, plan in self.plans.items() if plan.rounding.two_sided]
@@ -158,10 +166,12 @@ class _BlockWork:
             weights = {name: self.block.linear(name).weight.data for name in part.linears}
             if self.tuning is not None:
                 self.tuning.remember(weights)
-            given = weights, self.plans, statistics, self.job.workers, part.wanted.signs, self.prefix
-            for linear in round_linears(*given):
-                self.block.linear(linear.name).weight.data = linear.decoded
-                self.rounded.append(linear)
+            yield weights, statistics, part.wanted.signs
+
+    def _many_small(self, alike: Sequence[_Alike]) -> bool:
+        """Whether there are more groups (of experts, that is) than slabs of the largest of their linears."""
+        rows = [self.block.linear(name).out_features for part in alike for name in part.linears]
+        return len(alike) > max(rows, default=0) // SLAB
 
     def _alike(self, group: LinearGroup) -> list[_Alike]:
         """The quantized linears of a group, those together that read their input rotated alike, or as it is."""
@@ -218,17 +228,40 @@ class _BlockWork:
         first = list(dict.fromkeys(part.linears[0] for part, _ in looked_at))
         drifting = [name for part, _ in looked_at for name in part.wanted.drifts]
         others = {place for name in drifting if (place := self.block.spec.linear(name).added_to) is not None}
-        for start, stop in self.source.waves():
-            taps = self.block.capture(first, self.source.read(start, stop), self.job.workers, sorted(others))
-            unquantized: dict[str, Tap] = {}
-            if drifting:
-                assert self.reference is not None
-                unquantized = self.reference.capture(first, sorted(others), start, stop)
-            for part, statistics in looked_at:
-                tap = taps[part.linears[0]]
-                beside = references(part.linears, self.block, taps, unquantized, start) if part.wanted.drifts else {}
-                add_tap(statistics, part.wanted, start * self.source.shape[1], tap, self.job.workers, beside)
+        reference = self.reference if drifting else None
+        with self._lent(reference):
+            for start, taps, unquantized in self._taps(first, sorted(others), reference):
+                for part, statistics in looked_at:
+                    tap = taps[part.linears[0]]
+                    beside = (
+                        references(part.linears, self.block, taps, unquantized, start) if part.wanted.drifts else {}
+                    )
+                    add_tap(statistics, part.wanted, start * self.source.shape[1], tap, self.job.workers, beside)
+        add_up(found, self.job.workers)
         return found
+
+    def _taps(
+        self, linears: Sequence[str], others: Sequence[str], reference: ReferenceStream | None
+    ) -> Iterator[tuple[int, dict[str, Tap], dict[str, Tap]]]:
+        """Of each wave its first sequence, and what the block and the unquantized one beside it hand out."""
+        source, workers = self.source, self.job.workers
+        assert source is not None
+
+        def wave(start: int, stop: int) -> tuple[int, dict[str, Tap], dict[str, Tap]]:
+            taps = self.block.capture(linears, source.read(start, stop), workers, others)
+            return start, taps, {} if reference is None else reference.capture(linears, others, start, stop)
+
+        return workers.ahead(wave, source.waves())
+
+    @contextmanager
+    def _lent(self, reference: ReferenceStream | None) -> Iterator[None]:
+        """Inside, the block and the one beside it stay as they are."""
+        with self.block.lent(self.job.workers):
+            if reference is None:
+                yield
+                return
+            with reference.block.lent(self.job.workers):
+                yield
 
     def begin_tuning(self, reference: ReferenceStream) -> None:
         """Where the recipe says so."""
@@ -275,19 +308,22 @@ class _BlockWork:
         first = {linears[0]: [self.prefix + name for name in linears] for linears in alike if linears}
         seen: list[dict[str, Sketches]] = []
 
-        def outputs(start: int, stop: int) -> Tensor:
-            hidden = source.read(start, stop)
-            found, sketches = self.block.watch(list(first), hidden, self.job.workers, Sketches.of)
-            seen.extend(sketches)
-            return found
+        def watched(start: int, stop: int) -> tuple[Tensor, list[dict[str, Sketches]]]:
+            return self.block.watch(list(first), source.read(start, stop), self.job.workers, Sketches.of)
 
-        if self.index + 1 < self.job.architecture.layers:
-            following = self.job.activations(CHAIN, self.index + 1)
-            following.write(outputs)
-            self.job.work.finish(f"{CHAIN} {self.index + 1}", [following.path], {})
-        else:
-            for start, stop in source.waves():
-                outputs(start, stop)
+        def outputs() -> Iterator[Tensor]:
+            for found, sketches in self.job.workers.ahead(watched, source.waves()):
+                seen.extend(sketches)
+                yield found
+
+        with self.block.lent(self.job.workers):
+            if self.index + 1 < self.job.architecture.layers:
+                following = self.job.activations(CHAIN, self.index + 1)
+                following.write_all(outputs())
+                self.job.work.finish(f"{CHAIN} {self.index + 1}", [following.path], {})
+            else:
+                for _ in outputs():
+                    pass
         as_they_are = [linear for linear in self.rounded if linear.input_signs is None]
         scales = {linear.name: linear.input_scale for linear in as_they_are if linear.input_scale is not None}
         return [kept.model_dump(mode="json") for kept in kept_of(seen, first, scales)]
