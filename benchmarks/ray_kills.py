@@ -28,10 +28,11 @@ MODEL = Path(__file__).parent.parent / "models" / "python-7m"
 RECIPE = Path(__file__).parent / "recipes" / "gptq4-g64.yaml"
 KILLS, NODES, SEED, TOKENS = 5, 3, 0, 2048
 STORE = 200 << 20
+STEPS = ("token weights", "quantizing blocks")
 
 
 class Killer(Silent):
-    """Kills a node after some of the steps that the job reports."""
+    """Kills a node soon after some of the steps that the job reports."""
 
     def __init__(self, cluster: Cluster, nodes: list[Any], steps: list[tuple[int, float]]) -> None:
         self.cluster, self.nodes, self.steps = cluster, nodes, steps
@@ -42,7 +43,11 @@ class Killer(Silent):
         return _Steps(self, description)
 
     def advanced(self, description: str) -> None:
+        if description not in STEPS:
+            return
         self.step += 1
+        while len(self.nodes) < NODES:  # here, because Ray starts nodes from the main thread only
+            self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=STORE))
         if self.steps and self.step == self.steps[0][0]:
             thread = threading.Timer(self.steps.pop(0)[1], self.kill, (description, self.step))
             thread.start()
@@ -53,7 +58,6 @@ class Killer(Silent):
         self.cluster.remove_node(victim, allow_graceful=False)
         self.kills.append({"during": during, "after_step": step, "seconds": time.perf_counter() - self.started})
         print(self.kills[-1], flush=True)
-        self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=STORE))
 
 
 class _Steps:

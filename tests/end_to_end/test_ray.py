@@ -101,8 +101,10 @@ def test_machines_that_are_not_alike_are_refused_by_name(head, nodes, monkeypatc
         assert node.node_id[:8] in str(refused.value)
 
 
-def test_one_of_three_machines_is_killed_and_the_bytes_are_those_of_one(head, nodes, tiny_text, tmp_path, monkeypatch):
-    model = write_model(tmp_path / "model", tiny_config(tie_word_embeddings=False))
+def test_one_of_three_machines_is_killed_after_ctrl_c_and_the_bytes_are_those_of_one(
+    head, nodes, tiny_text, tmp_path, monkeypatch
+):
+    model = write_model(tmp_path / "model", tiny_config(num_hidden_layers=2, tie_word_embeddings=False))
     recipe = small_recipe(
         weights={"bits": 4, "group_size": 20},
         rounding={"method": "gptq", "target": "drift"},
@@ -116,14 +118,19 @@ def test_one_of_three_machines_is_killed_and_the_bytes_are_those_of_one(head, no
 
     def results(self: RayWorkers, begun: Any) -> list[Any]:
         waits.append(len(begun))
-        if len(waits) == 12:  # pieces of the backward pass, or of a block
+        if len(waits) == 6:
+            raise KeyboardInterrupt
+        if len(waits) == 12:
             head.remove_node(nodes.pop(), allow_graceful=False)
         return wait(self, begun)
 
     wait = RayWorkers._results
     monkeypatch.setattr(RayWorkers, "_results", results)
     with ray_cluster(head.address):
-        quantize(model, tmp_path / "spread", **given)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, tmp_path / "spread", **given)
+        report = quantize(model, tmp_path / "spread", **given)
+    assert report.resumed
     assert len(nodes) == 2
     assert max(waits) > 1
     assert hashes(tmp_path / "alone") == hashes(tmp_path / "spread")

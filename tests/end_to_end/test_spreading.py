@@ -6,6 +6,7 @@ from tiny_model import tiny_config, write_model
 from travelling_workers import TravellingWorkers
 
 from quern.core.machine.parallel import workers_made_by
+from quern.pipeline.planning.plan import plan
 from quern.pipeline.quantize import quantize
 
 EVERYTHING = {"method": "gptq", "target": "drift", "sweeps": 1, "two_sided": True}
@@ -18,6 +19,14 @@ RECIPES = {
     "trellis": {"weights": {"codec": "trellis", "bits": 2, "window": 6, "tables": 1}, "rounding": {"method": "gptq"}},
     "nearest": {"weights": {"codec": "nf4", "group_size": 40}},
     "tuning": {"weights": GRID, "rounding": {"method": "gptq"}, "tuning": {"passes": 1}},
+}
+
+PIECES = {
+    "everything": {"_look", "run_alone", "_gradients", "_sum_of_tile", "_piece"},
+    "whole groups": {"_look", "run_alone", "_gradients", "_sum_of_tile", "_round_group"},
+    "trellis": {"_look", "run_alone", "_gradients", "_sum_of_tile", "_round_group"},
+    "nearest": {"_slab"},
+    "tuning": {"_look", "run_alone", "_gradients", "_sum_of_tile", "_slab"},
 }
 
 
@@ -34,4 +43,19 @@ def test_the_bytes_are_those_of_one_process(name, tiny_text, tmp_path, monkeypat
     with workers_made_by(TravellingWorkers):
         quantize(model, tmp_path / "spread", recipe=recipe, calibration=[tiny_text], threads=2)
     assert hashes(tmp_path / "alone") == hashes(tmp_path / "spread")
-    print(TravellingWorkers.pieces)
+    assert PIECES[name] <= set(TravellingWorkers.pieces)
+
+
+def test_losses_of_candidates_are_those_of_one_process(tiny_model, tiny_text, tmp_path):
+    candidates = [{"bits": bits, "group_size": 32} for bits in (2, 3, 8)]
+    recipe = small_recipe(
+        allocation={"candidates": candidates, "outer": [INT8], "target": {"bits": 4}},
+        rounding={"method": "gptq"},
+        transforms=[{"method": "hadamard"}],
+        calibration={"tokens": 256, "sequence_length": 32, "token_weight": "fisher"},
+    )
+    alone = plan(tiny_model, recipe=recipe, calibration=[tiny_text], threads=1, cache=tmp_path / "alone")
+    with workers_made_by(TravellingWorkers):
+        spread = plan(tiny_model, recipe=recipe, calibration=[tiny_text], threads=2, cache=tmp_path / "spread")
+    assert [(one.choice, one.loss) for one in alone.matrices] == [(one.choice, one.loss) for one in spread.matrices]
+    assert {"_loss", "_look", "_gradients", "_sum_of_tile"} <= set(TravellingWorkers.pieces)

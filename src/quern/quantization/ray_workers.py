@@ -10,6 +10,7 @@ Tensors travel as flat arrays, which the pieces of one machine map read-only fro
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import threading
 import time
@@ -84,24 +85,29 @@ def identity() -> dict[str, str]:
 def ray_cluster(address: str) -> Iterator[None]:
     """Inside, quantizing and planning take their work to the Ray cluster at ``address`` (``auto``, ``HOST:PORT``).
 
-    The machine that asks is a node of the cluster. The bytes of results do not depend on the machines. Raises ``UserError``
-    where Ray is not installed, where there is no cluster or no machine in it that takes work, and where one of them has
-    another version of quern or torch, or other instructions.
+    The machine that asks is a node of the cluster; a process that has called ``ray.init`` stays connected as it is. The
+    bytes of results do not depend on the machines. Raises ``UserError`` where Ray is not installed, where there is no
+    cluster or no machine in it that takes work, and where one has another version of quern or torch, or other instructions.
     """
-    ray = _connected(address)
+    ray, ours = _connected(address)
     try:
         cluster = _Cluster(ray, address)
         with workers_made_by(lambda threads: RayWorkers(cluster, threads)):
             yield
     finally:
-        ray.shutdown()
+        if ours:
+            ray.shutdown()
 
 
-def _connected(address: str) -> Any:
+def _connected(address: str) -> tuple[Any, bool]:
+    """Ray, and whether it was connected here."""
     try:
         import ray
     except ImportError:
         raise UserError(f"{NAMED} {NEEDS}") from None
+    if ray.is_initialized():
+        _register(ray)
+        return ray, False
     asked = f"{NAMED} {address!r}"
     if address != "auto":
         host, _, port = address.rpartition(":")
@@ -114,6 +120,7 @@ def _connected(address: str) -> Any:
             socket.create_connection((host, int(port)), CONNECT_S).close()
         except OSError as error:
             raise UserError(f"{asked}: nothing answers there ({error}). Was {BEGIN} run on that machine?") from None
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, namespace="quern")
     except (ConnectionError, RuntimeError, ValueError, AssertionError, ray.exceptions.RayError) as error:
@@ -121,8 +128,10 @@ def _connected(address: str) -> Any:
             f"{asked}: {str(error).splitlines()[0] if str(error) else type(error).__name__}. Quern runs on a node of the "
             f"cluster: {BEGIN} begins one here, {JOIN} joins one"
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_term)  # Ray has put its own there
     _register(ray)
-    return ray
+    return ray, True
 
 
 class _Cluster:
@@ -244,6 +253,11 @@ class RayWorkers(Workers):
                 self._cluster.look()
             except self._ray.exceptions.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, QuernError) else error) from None
+            except self._ray.exceptions.RayError as error:
+                raise QuernError(
+                    f"the cluster at {self._cluster.address} gave up a piece of work after {RETRIES} retries: "
+                    f"{_reason(error)} What is done is kept: the same request continues, with a cluster or without"
+                ) from error
         raise QuernError("stopped")
 
     def ahead(self, function: Callable[..., Outcome], items: Iterable[tuple[Any, ...]]) -> Iterator[Outcome]:
