@@ -14,6 +14,7 @@ import random
 import tempfile
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def main() -> None:
     layers = 8
     draw = random.Random(SEED)
     # Forward, behind the head, backward, blocks: 3 x layers + 1 steps. After the last one nothing is left to disturb.
-    steps = sorted(draw.sample(range(1, 3 * layers), KILLS))
+    ends = [1 + 3 * layers * part // KILLS for part in range(KILLS + 1)]
+    steps = [draw.randrange(*part) for part in pairwise(ends)]
     with tempfile.TemporaryDirectory(prefix="quern-ray-") as folder:
         alone, spread = Path(folder, "alone"), Path(folder, "spread")
         quern.quantize(MODEL, alone, **given)
