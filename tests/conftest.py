@@ -26,6 +26,7 @@ LONGEST = (
     "end_to_end/test_rounding_choices.py",
     "end_to_end/test_scale_dtypes.py",
     "end_to_end/test_command_line.py",
+    "end_to_end/test_ray.py",
     "unit/documentation/test_readme.py",
     "bad_files/test_fuzz_artifacts.py",
     "end_to_end/test_train.py",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quern.pipeline.stacking.check import check
     from quern.pipeline.status import status
     from quern.pipeline.train import train
+    from quern.quantization.ray_workers import ray_cluster
     from quern.report.html import write_report
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "plan",
     "probe",
     "quantize",
+    "ray_cluster",
     "recommend",
     "status",
     "train",
@@ -70,6 +72,7 @@ _HOMES = {
     "plan": "quern.pipeline.planning.plan",
     "probe": "quern.advisor.hardware",
     "quantize": "quern.pipeline.quantize",
+    "ray_cluster": "quern.quantization.ray_workers",
     "recommend": "quern.advisor.recommend",
     "status": "quern.pipeline.status",
     "train": "quern.pipeline.train",

@@ -74,6 +74,7 @@ def compare(
     scenario: options.ScenarioName = "overall",
     memory: options.Memory = None,
     threads: options.Threads = None,
+    ray: options.Ray = None,
     engine: options.EngineName = "auto",
     cache: Caches = None,
     seed: options.Seed = 0,
@@ -93,7 +94,7 @@ def compare(
     from quern.comparison.inputs import MeasurementSettings
     from quern.pipeline.compare import compare as api
 
-    with working() as progress:
+    with working() as progress, options.shared_over(ray):
         results = api(
             model,
             output,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal, cast, get_args
 
@@ -106,6 +107,15 @@ TopP = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token; 1: as the model says.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.", show_default="all cores")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Share the work with the machines of a Ray cluster: auto or HOST:PORT. Same bytes.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same bytes.")]
 Stream = Annotated[
     bool, typer.Option("--stream", help="Of a Hub model, fetch shards when they are needed, and delete them.")
@@ -227,6 +237,17 @@ def optional_seconds(text: str | None, option: str) -> float | None:
     if found is None or not float(found[1]) > 0:
         raise UserError(f"{option} is {text!r}; it must be a number with s, min or h behind it, such as 30min")
     return float(found[1]) * _UNITS_OF_TIME[found[2]]
+
+
+def shared_over(ray: str | None, device: str = "cpu") -> AbstractContextManager[None]:
+    """Inside, work goes to the cluster that ``--ray`` names, if it names one."""
+    if ray is None:
+        return nullcontext()
+    if device != "cpu":
+        raise UserError(f"--ray shares out the work of processors, and --device is {device}; leave one of them out")
+    from quern.quantization.ray_workers import ray_cluster
+
+    return ray_cluster(ray)
 
 
 def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:

@@ -33,6 +33,7 @@ def plan(
     seed: options.Seed = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Compute the losses of candidates anew.")] = False,
     threads: options.Threads = None,
+    ray: options.Ray = None,
     format: Annotated[
         str | None,
         typer.Option(metavar="F", help="Format to plan for (see quern recipes).", show_default="the recipe's"),
@@ -52,7 +53,7 @@ def plan(
     from quern.cli.views.plan import plan_report
     from quern.pipeline.planning.plan import plan as api
 
-    with working() as progress:
+    with working() as progress, options.shared_over(ray):
         report = api(
             model,
             output,

@@ -44,6 +44,7 @@ def quantize(
     fresh: options.Fresh = False,
     threads: options.Threads = None,
     on_unhealthy: options.OnUnhealthy = "stop",
+    ray: options.Ray = None,
     format: Annotated[
         str | None,
         typer.Option(metavar="F", help="Format to write (see quern recipes).", show_default="the recipe's"),
@@ -62,7 +63,7 @@ def quantize(
     from quern.cli.views import results as render
     from quern.pipeline.quantize import quantize as api
 
-    with working() as progress:
+    with working() as progress, options.shared_over(ray, device):
         report = api(
             model,
             output,

@@ -3,7 +3,9 @@ written here, and no block is run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -119,6 +121,36 @@ def round_linears(
             )
         )
     return rounded
+
+
+Group = tuple[Mapping[str, Tensor], GroupStatistics, Tensor | None]
+"""Weights, statistics of their inputs, and packed signs of the rotation of these."""
+
+
+def round_groups(
+    groups: Iterable[Group], plans: Mapping[str, LinearPlan], prefix: str, whole: bool, workers: Workers
+) -> Iterator[tuple[Group, list[RoundedLinear] | None]]:
+    """Each group, and where ``workers`` are elsewhere and are to take ``whole`` groups instead of slabs, what
+    ``round_linears`` makes of a copy of it."""
+    if not (whole and workers.elsewhere):
+        for group in groups:
+            yield group, None
+        return
+    taken: deque[Group] = deque()
+
+    def noted() -> Iterator[Group]:
+        for group in groups:
+            taken.append(group)
+            yield group
+
+    for linears in workers.spread(_round_group, (plans, prefix), noted()):
+        yield taken.popleft(), linears
+
+
+def _round_group(shared: tuple[Mapping[str, LinearPlan], str], group: Group) -> list[RoundedLinear]:
+    """On copies: what a piece was handed is not to be changed."""
+    (plans, prefix), (weights, statistics, signs) = shared, copy.deepcopy(group)
+    return round_linears(weights, plans, statistics, Workers(1), signs, prefix)
 
 
 @contextmanager

@@ -91,17 +91,32 @@ def candidate_losses(
     scale = float(row_squares.double() @ _squares(weight)) / part if part > 0 else 0.0
     squares = judges.gradients.float().square_()
 
-    def loss(plan: LinearPlan) -> float:
-        if not plan.quantized:
-            return 0.0
-        kind = _kind(plan)
-        rows_, inputs_ = turned[kind[0]]
-        error = rows_ - _rounded(rows_, plan, factors.get(kind))
-        pairs = zip(torch.split(inputs_, PIECE), torch.split(squares, PIECE), strict=True)
-        total = sum(float((each * (some @ error.T).square_()).double().sum()) for some, each in pairs)
-        return scale * total / (2 * judges.tokens)
+    return workers.spread(_loss, _Sampled(turned, factors, squares, scale, judges.tokens), plans)
 
-    return workers.map(loss, plans)
+
+@dataclass(frozen=True)
+class _Sampled:
+    """The rows of a linear that are rounded, and what of them is judged by."""
+
+    turned: dict[bool, tuple[Tensor, Tensor]]
+    """Rotated (True) and not: the rows, and the inputs of the tokens that judge."""
+    factors: dict[_Kind, Factor]
+    squares: Tensor
+    """Of the gradients."""
+    scale: float
+    """Loss of all rows over that of these."""
+    tokens: int
+
+
+def _loss(shared: _Sampled, plan: LinearPlan) -> float:
+    if not plan.quantized:
+        return 0.0
+    kind = _kind(plan)
+    rows, inputs = shared.turned[kind[0]]
+    error = rows - _rounded(rows, plan, shared.factors.get(kind))
+    pairs = zip(torch.split(inputs, PIECE), torch.split(shared.squares, PIECE), strict=True)
+    total = sum(float((each * (some @ error.T).square_()).double().sum()) for some, each in pairs)
+    return shared.scale * total / (2 * shared.tokens)
 
 
 def sampled_rows(rows: int, most: int, seed: int, linear: str) -> Tensor:

@@ -8,7 +8,8 @@ block, the Hessians of one stage and one wave of tokens, however many layers and
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +30,13 @@ from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.reference_stream import ReferenceStream, references
 from quern.pipeline.blockwise.safeguards.gate import Gate
 from quern.pipeline.blockwise.tuning import BlockTuning, token_weights
-from quern.quantization.block import RoundedLinear, round_linears, turn_back
+from quern.quantization.block import Group, RoundedLinear, round_groups, round_linears, turn_back
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block, Tap
 from quern.quantization.calibration.sketch import Sketches, kept_of
-from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, collector
+from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, add_up, collector
 from quern.quantization.calibration.token_weights import normalized
-from quern.quantization.rounding.base import ROUNDINGS
+from quern.quantization.rounding.base import ROUNDINGS, SLAB
 from quern.quantization.scale_dtypes import fitting
 from quern.quantization.transforms.base import (
     TRANSFORMS,
@@ -164,6 +165,12 @@ class _BlockWork:
     def quantize_stage(self, stage: Sequence[LinearGroup]) -> None:
         """Round the linears of one stage; their rounded weights replace the block's own."""
         alike = [part for group in stage for part in self._alike(group)]
+        groups, spread = self._groups(alike), self._many_small(alike)
+        for group, known in round_groups(groups, self.plans, self.prefix, spread, self.job.workers):
+            self._round(group, known)
+
+    def _groups(self, alike: Sequence[_Alike]) -> Iterator[Group]:
+        """Weights and statistics of each."""
         for part, statistics in zip(alike, self._statistics(alike), strict=True):
             if self.reference is not None:
                 wanted = [name for name, plan in self.plans.items() if plan.rounding.two_sided]
@@ -173,23 +180,33 @@ class _BlockWork:
             if self.tuning is not None:
                 self.tuning.remember(weights)
             self.gate.look_at_inputs(part.linears, statistics)
-            self._round(weights, statistics, part.wanted.signs)
+            yield weights, statistics, part.wanted.signs
 
-    def _round(self, weights: dict[str, Tensor], statistics: GroupStatistics, signs: Tensor | None) -> None:
-        """Round linears that share an input, as far as the gate lets them pass."""
+    def _round(self, group: Group, known: Sequence[RoundedLinear] | None) -> None:
+        """Round linears that share an input, unless they are ``known``, as far as the gate lets them pass."""
+        weights, statistics, signs = group
 
-        def rounded(plans: Mapping[str, LinearPlan], turned: bool) -> list[RoundedLinear]:
+        def rounded(plans: Mapping[str, LinearPlan], again: bool) -> list[RoundedLinear]:
+            if known is not None and not again:
+                return list(known)
             chosen = {name: weights[name] for name in plans}
-            known = GroupStatistics(histogram=statistics.histogram) if turned else statistics  # the rest was used up
-            return round_linears(chosen, plans, known, self.job.workers, signs, self.prefix, turned)
+            left = GroupStatistics(histogram=statistics.histogram) if again else statistics  # the rest was used up
+            turned = again and known is None
+            return round_linears(chosen, plans, left, self.job.workers, signs, self.prefix, turned)
 
         passed = self.gate.passed({name: self.plans[name] for name in weights}, rounded)
         for linear in passed:
             self.block.linear(linear.name).weight.data = linear.decoded
             self.rounded.append(linear)
         for name in set(weights) - {linear.name for linear in passed}:
-            turn_back(weights[name], signs, self.job.workers)
+            if known is None:
+                turn_back(weights[name], signs, self.job.workers)
             del self.plans[name], self.codecs[name]
+
+    def _many_small(self, alike: Sequence[_Alike]) -> bool:
+        """Whether there are more groups (of experts, that is) than slabs of the largest of their linears."""
+        rows = [self.block.linear(name).out_features for part in alike for name in part.linears]
+        return len(alike) > max(rows, default=0) // SLAB
 
     def _alike(self, group: LinearGroup) -> list[_Alike]:
         """The quantized linears of a group, those together that read their input rotated alike, or as it is."""
@@ -246,17 +263,40 @@ class _BlockWork:
         first = list(dict.fromkeys(part.linears[0] for part, _ in looked_at))
         drifting = [name for part, _ in looked_at for name in part.wanted.drifts]
         others = {place for name in drifting if (place := self.block.spec.linear(name).added_to) is not None}
-        for start, stop in self.source.waves():
-            taps = self.block.capture(first, self.source.read(start, stop), self.job.workers, sorted(others))
-            unquantized: dict[str, Tap] = {}
-            if drifting:
-                assert self.reference is not None
-                unquantized = self.reference.capture(first, sorted(others), start, stop)
-            for part, statistics in looked_at:
-                tap = taps[part.linears[0]]
-                beside = references(part.linears, self.block, taps, unquantized, start) if part.wanted.drifts else {}
-                add_tap(statistics, part.wanted, start * self.source.shape[1], tap, self.job.workers, beside)
+        reference = self.reference if drifting else None
+        with self._lent(reference):
+            for start, taps, unquantized in self._taps(first, sorted(others), reference):
+                for part, statistics in looked_at:
+                    tap = taps[part.linears[0]]
+                    beside = (
+                        references(part.linears, self.block, taps, unquantized, start) if part.wanted.drifts else {}
+                    )
+                    add_tap(statistics, part.wanted, start * self.source.shape[1], tap, self.job.workers, beside)
+        add_up(found, self.job.workers)
         return found
+
+    def _taps(
+        self, linears: Sequence[str], others: Sequence[str], reference: ReferenceStream | None
+    ) -> Iterator[tuple[int, dict[str, Tap], dict[str, Tap]]]:
+        """Of each wave its first sequence, and what the block and the unquantized one beside it hand out."""
+        source, workers = self.source, self.job.workers
+        assert source is not None
+
+        def wave(start: int, stop: int) -> tuple[int, dict[str, Tap], dict[str, Tap]]:
+            taps = self.block.capture(linears, source.read(start, stop), workers, others)
+            return start, taps, {} if reference is None else reference.capture(linears, others, start, stop)
+
+        return workers.ahead(wave, source.waves())
+
+    @contextmanager
+    def _lent(self, reference: ReferenceStream | None) -> Iterator[None]:
+        """Inside, the block and the one beside it stay as they are."""
+        with self.block.lent(self.job.workers):
+            if reference is None:
+                yield
+                return
+            with reference.block.lent(self.job.workers):
+                yield
 
     def begin_tuning(self, reference: ReferenceStream) -> None:
         """Where the recipe says so."""
@@ -303,21 +343,24 @@ class _BlockWork:
         first = {linears[0]: [self.prefix + name for name in linears] for linears in alike if linears}
         seen: list[dict[str, Sketches]] = []
 
-        def outputs(start: int, stop: int) -> Tensor:
-            hidden = source.read(start, stop)
-            found, sketches = self.block.watch(list(first), hidden, self.job.workers, Sketches.of)
-            seen.extend(sketches)
-            read = [float(one.greatest.max()) for by_linear in sketches for one in by_linear.values()]
-            self.gate.look_at_outputs(found, max(read, default=0.0))
-            return found
+        def watched(start: int, stop: int) -> tuple[Tensor, list[dict[str, Sketches]]]:
+            return self.block.watch(list(first), source.read(start, stop), self.job.workers, Sketches.of)
 
-        if self.index + 1 < self.job.architecture.layers:
-            following = self.job.activations(CHAIN, self.index + 1)
-            following.write(outputs)
-            self.job.work.finish(f"{CHAIN} {self.index + 1}", [following.path], {})
-        else:
-            for start, stop in source.waves():
-                outputs(start, stop)
+        def outputs() -> Iterator[Tensor]:
+            for found, sketches in self.job.workers.ahead(watched, source.waves()):
+                seen.extend(sketches)
+                read = [float(one.greatest.max()) for by_linear in sketches for one in by_linear.values()]
+                self.gate.look_at_outputs(found, max(read, default=0.0))
+                yield found
+
+        with self.block.lent(self.job.workers):
+            if self.index + 1 < self.job.architecture.layers:
+                following = self.job.activations(CHAIN, self.index + 1)
+                following.write_all(outputs())
+                self.job.work.finish(f"{CHAIN} {self.index + 1}", [following.path], {})
+            else:
+                for _ in outputs():
+                    pass
         as_they_are = [linear for linear in self.rounded if linear.input_signs is None]
         scales = {linear.name: linear.input_scale for linear in as_they_are if linear.input_scale is not None}
         return [kept.model_dump(mode="json") for kept in kept_of(seen, first, scales)]

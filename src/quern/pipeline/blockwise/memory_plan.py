@@ -67,6 +67,7 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     calibrated = job.sequences is not None
     # A rotated copy of the activations comes on top.
     wave = (WAVE_COPIES + job.recipe.rotated + 2 * drift) * 4 * WAVE_TOKENS * widest if calibrated else 0
+    wave *= job.workers.waves_at_once
     slabs = job.workers.threads * SLAB_COPIES * 4 * SLAB * widest
     # Codes of the linears done so far, and the rounded copy of the one in hand.
     packed = entries + largest * (itemsize + 1)
@@ -177,4 +178,22 @@ def check(job: Job, cap: int | None, further_hessians: int = 0) -> MemoryPlan:
             f"{job.recipe.name!r} needs {least}. Give at least {enough}, or {less}",
             needed.peak,
         )
+    if job.workers.elsewhere:
+        job.workers.reserve(_piece(job, needed.process), cap)
     return needed
+
+
+def _piece(job: Job, process: int) -> int:
+    """Bytes that a process takes which carries out pieces, with what it shares with others of its machine."""
+    itemsize = job.compute_dtype.itemsize
+    blocks = [_shapes(block.linears) for block in _kinds(job)]
+    widest = max(columns for shapes in blocks for _, columns in shapes)
+    largest = max(rows * columns for shapes in blocks for rows, columns in shapes)
+    rounding = largest * itemsize + SLAB_COPIES * 4 * SLAB * widest
+    if job.sequences is None:
+        return process + rounding
+    rounding += 4 * widest * (widest + min(widest, TILE)) if job.uses_hessians else 0
+    counting = 4 * widest * (TILE + 3 * WAVE_TOKENS)
+    copies = ACTIVATION_COPIES if sensitivity.needed(job) else WAVE_COPIES
+    weights = max(sum(rows * columns for rows, columns in shapes) for shapes in blocks) * itemsize
+    return process + max(rounding, counting, weights + copies * 4 * job.sequences.shape[1] * widest)

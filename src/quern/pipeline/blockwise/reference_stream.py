@@ -79,7 +79,9 @@ class ReferenceStream:
         last = self.index + 1 == self.job.architecture.layers
         if not self.job.follows_stream or (last and self.job.recipe.tuning is None):
             return
-        self.outputs.write(lambda start, stop: self.block.run_each(self.source.read(start, stop), self.job.workers))
+        workers = self.job.workers
+        with self.block.lent(workers):
+            self.outputs.write(lambda start, stop: self.block.run_each(self.source.read(start, stop), workers), workers)
         self.job.work.finish(f"{STREAM} {self.index + 1}", [self.outputs.path], {})
 
 

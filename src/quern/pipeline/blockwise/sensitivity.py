@@ -13,8 +13,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from quern.quantization.calibration.hessian import add_to_hessian
 from quern.quantization.calibration.outputs import OutputStatistics
 from quern.quantization.calibration.statistics import Statistics
 from quern.quantization.calibration.token_weights import (
+    BlockGradients,
     block_gradients,
     normalized,
     output_gradient,
@@ -240,7 +243,8 @@ def _forward(job: Job, task: Task) -> None:
         source, following = job.activations(INPUTS, index), job.activations(INPUTS, index + 1)
         if job.work.done(f"inputs {index + 1}") is None:
             block = _block(job, index)
-            following.write(partial(_run_wave, job, block, source))
+            with block.lent(job.workers):
+                following.write(partial(_run_wave, job, block, source), job.workers)
             job.work.finish(f"inputs {index + 1}", [following.path], {})
             release_freed()
             task.advance()
@@ -266,10 +270,14 @@ def _backward(job: Job, index: int, sample: Sample | None) -> None:
     )
     rows = [] if sample is None else [sample.rows(block.spec.prefix + n, len(total)) for n, total in sums.items()]
 
-    def wave(start: int, stop: int) -> Tensor:
+    lent = job.workers.lend((block, tuple(linears), asked))
+
+    def wave(start: int, stop: int) -> tuple[int, list[BlockGradients]]:
         taken = [rows if sample is not None and sample.takes(place) else [] for place in range(start, stop)]
         triples = list(zip(inputs.read(start, stop), outer.read(start, stop), taken, strict=True))
-        results = job.workers.map(lambda triple: block_gradients(block, *triple, asked), triples)
+        return start, job.workers.spread(_gradients, lent, triples)
+
+    def added(start: int, results: list[BlockGradients]) -> Tensor:
         for place, result in enumerate(results, start=start):
             gradients.add(job, place, result.outputs)
             collected.append(result.squares)
@@ -279,8 +287,8 @@ def _backward(job: Job, index: int, sample: Sample | None) -> None:
                 kept[name].append(some.to(torch.bfloat16).cpu())
         return torch.stack([result.inputs for result in results])
 
-    with block.recording(linears):
-        inner.write(wave)
+    with nullcontext() if job.workers.elsewhere else block.recording(linears):
+        inner.write_all(starmap(added, job.workers.ahead(wave, inputs.waves())))
     squares = torch.cat(collected, dim=1)
     path = job.work.write_tensors(f"{WEIGHTS}/{index:04d}", dict(zip(linears, squares, strict=True)))
     if whole:
@@ -293,6 +301,14 @@ def _backward(job: Job, index: int, sample: Sample | None) -> None:
         ]
         job.work.finish(f"{ROWS} {index}", written, {})
     job.work.finish(f"weights {index}", [path], {})
+
+
+def _gradients(
+    shared: tuple[Block, tuple[str, ...], list[int]], item: tuple[Tensor, Tensor, list[Tensor]]
+) -> BlockGradients:
+    block, linears, asked = shared
+    with block.recording(linears):
+        return block_gradients(block, *item, asked)
 
 
 def _block(job: Job, index: int) -> Block:

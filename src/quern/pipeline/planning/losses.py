@@ -29,7 +29,7 @@ from quern.pipeline.blockwise.job import Job, fitting_candidates
 from quern.pipeline.planning import outer_losses
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration.block import Block, Tap
-from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, collector
+from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, add_up, collector
 from quern.quantization.calibration.token_weights import normalized
 from quern.quantization.candidate_losses import Judges, candidate_losses, sampled_rows
 from quern.quantization.transforms.base import TRANSFORMS, InputRotation
@@ -133,12 +133,13 @@ def _block_losses(job: Job, index: int, task: Task) -> None:
     weights = {name: normalized(values) for name, values in sensitivity.token_weights(job, index).items()}
     gradients = _Gradients(sensitivity.row_squares(job, index), sensitivity.sampled_gradients(job, index))
     losses: dict[str, list[float]] = {}
-    for stage in block.spec.stages:
-        for group, statistics in zip(stage, _statistics(job, block, stage, weights), strict=True):
-            losses |= _group_losses(job, block, group, statistics, gradients, task)
-        release_freed()
     source, following = (job.activations(UNQUANTIZED, place) for place in (index, index + 1))
-    following.write(lambda start, stop: block.run_each(source.read(start, stop), job.workers))
+    with block.lent(job.workers):
+        for stage in block.spec.stages:
+            for group, statistics in zip(stage, _statistics(job, block, stage, weights), strict=True):
+                losses |= _group_losses(job, block, group, statistics, gradients, task)
+            release_freed()
+        following.write(lambda start, stop: block.run_each(source.read(start, stop), job.workers), job.workers)
     job.work.finish(f"{UNQUANTIZED} {index + 1}", [following.path], {})
     job.work.finish(f"losses {index}", [], {"losses": losses, "seconds": time.perf_counter() - started})
     source.path.unlink()
@@ -189,15 +190,19 @@ def _statistics(
     ]
     first = [group.linears[0] for group in stage]
     sequences, time, _ = source.shape
-    for start, stop in source.waves():
-        taps = block.capture(first, source.read(start, stop), job.workers)
-        for place in range(start, stop):
+
+    def captured(start: int, stop: int) -> tuple[range, dict[str, Tap]]:
+        return range(start, stop), block.capture(first, source.read(start, stop), job.workers)
+
+    for wave, taps in job.workers.ahead(captured, source.waves()):
+        for place in wave:
             for want, known, name in zip(wanted, found, first, strict=True):
-                part = taps[name].part((place - start) * time, (place - start + 1) * time)
+                part = taps[name].part((place - wave.start) * time, (place - wave.start + 1) * time)
                 if _judges(place, sequences):
                     known.judging.append(part)
                 if not _judges(place, sequences) or sequences < JUDGES_OF:
                     add_tap(known.rounding, want, place * time, part, job.workers)
+    add_up([known.rounding for known in found], job.workers)
     return found
 
 

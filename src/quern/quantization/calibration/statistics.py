@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from quern.core.machine.parallel import Workers
 from quern.quantization.calibration.block import Tap
 from quern.quantization.calibration.drift import Drift, Reference
-from quern.quantization.calibration.hessian import add_to_hessian, norm_weights
+from quern.quantization.calibration.hessian import Run, add_runs, add_to_hessian, norm_weights
 from quern.quantization.calibration.histogram import InputHistogram
 from quern.quantization.calibration.outputs import OutputStatistics
 from quern.rotation.rotation import rotate
@@ -56,6 +56,8 @@ class Statistics:
     """What token weights were divided by: the Hessian of the loss itself is so many times greater."""
     tokens: int = 0
     """Tokens that met the linear."""
+    runs: list[Run] = field(default_factory=list)
+    """What is still to be added to the Hessian (``add_up``)."""
 
     def take_hessian(self) -> Tensor:
         """The Hessian, which the caller may overwrite; it is gone here."""
@@ -104,9 +106,9 @@ def add_tap(
     """Add what one run of the block handed out; ``start`` is the position of its first token among all calibration tokens.
 
     ``references``: of the linears whose drift is wanted. Sums are added up run by run, so that they depend on how the
-    calibration text is cut and on nothing else.
+    calibration text is cut and on nothing else. When all runs are there, ``add_up`` is called.
     """
-    inputs = tap.inputs
+    inputs, lent = tap.inputs, None
     if found.silent is not None:
         found.silent &= ~inputs.any(0)
     if wanted.signs is not None:
@@ -121,7 +123,20 @@ def add_tap(
         if name in found.by_linear:
             statistics = found.by_linear[name]
             assert statistics.hessian is not None
-            add_to_hessian(statistics.hessian, inputs, weights, workers)
+            if workers.elsewhere:
+                lent = workers.lend(inputs) if lent is None else lent
+                statistics.runs.append(Run(lent, weights))
+            else:
+                add_to_hessian(statistics.hessian, inputs, weights, workers)
             statistics.tokens += len(inputs)
         if name in found.drifts:
             found.drifts[name].add(tap.inputs, inputs, weights, references[name], workers)
+
+
+def add_up(found: Sequence[GroupStatistics], workers: Workers) -> None:
+    """Add what ``add_tap`` left for other processes to add."""
+    late = [one for group in found for one in group.by_linear.values() if one.runs]
+    if late:
+        add_runs([one.hessian for one in late if one.hessian is not None], [one.runs for one in late], workers)
+    for one in late:
+        one.runs.clear()

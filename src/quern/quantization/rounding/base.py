@@ -96,7 +96,7 @@ class Rounding(ABC):
         rows, columns = weight.shape
         if outputs is None:
             where = pieces(rows, self.slab_height(rows, codec))
-            slabs = workers.map(lambda part: self._slab(weight[slice(*part)], weight, codec, factor), where)
+            slabs = workers.spread(_slab, (self, codec, weight, factor), where)
             decoded = torch.cat([slab.decoded for slab in slabs])
             join = codec.join
         else:
@@ -125,16 +125,13 @@ class Rounding(ABC):
         What they decode to is written into ``decoded`` ``(rows, columns)``, and none of the slabs has it.
         """
         assert factor is not None, "feedback among rows goes with feedback among columns"
-        slabs = []
+        slabs, lent = [], workers.lend((self, weight, factor))
         for some, codec in sets:
             rows = weight[some].float()
             target = rows + feedback.due(len(rows))
             height = -(-PIECE // codec.slab_rows) * codec.slab_rows
 
-            def piece(part: tuple[int, int], codec: Codec = codec, target: Tensor = target) -> RoundedSlab:
-                return self.round_slab(target[slice(*part)], weight, codec, factor, native=True)
-
-            found = workers.map(piece, pieces(len(rows), height))
+            found = workers.spread(_piece, lent, [(codec, target[slice(*part)]) for part in pieces(len(rows), height)])
             stored = torch.cat([slab.decoded for slab in found])
             decoded[some] = stored.to(decoded.dtype)
             error = rows - stored
@@ -149,9 +146,18 @@ class Rounding(ABC):
                 slabs.append(slab)
         return slabs
 
-    def _slab(self, rows: Tensor, whole: Tensor, codec: Codec, factor: Factor | None) -> RoundedSlab:
-        slab = self.round_slab(rows.float(), whole, codec, factor)
-        return replace(slab, decoded=slab.decoded.to(rows.dtype))
+
+def _slab(shared: tuple[Rounding, Codec, Tensor, Factor | None], part: tuple[int, int]) -> RoundedSlab:
+    """Some rows of a matrix."""
+    rounding, codec, weight, factor = shared
+    slab = rounding.round_slab(weight[slice(*part)].float(), weight, codec, factor)
+    return replace(slab, decoded=slab.decoded.to(weight.dtype))
+
+
+def _piece(shared: tuple[Rounding, Tensor, Factor], item: tuple[Codec, Tensor]) -> RoundedSlab:
+    """Some rows of a set, towards what makes up for others."""
+    (rounding, weight, factor), (codec, target) = shared, item
+    return rounding.round_slab(target, weight, codec, factor, native=True)
 
 
 ROUNDINGS: Registry[type[Rounding]] = recipe_parts.ROUNDINGS
