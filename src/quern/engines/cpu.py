@@ -23,7 +23,8 @@ from quern.engines._cpu_model import CpuModel
 from quern.engines._cpu_pool import CACHES as CACHES
 from quern.engines._cpu_pool import CachePrecision as CachePrecision
 from quern.engines._cpu_pool import cache_bytes_per_token
-from quern.engines._cpu_weights import MappedWeights, unsupported
+from quern.engines._cpu_weights import MappedWeights as MappedWeights
+from quern.engines._cpu_weights import unsupported
 from quern.engines.base import ENGINES, DtypeName, Engine
 from quern.formats.base import StoredModule, reader_of
 from quern.formats.quern import METHOD

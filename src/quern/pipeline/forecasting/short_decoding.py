@@ -21,8 +21,7 @@ from quern.checkpoint.checkpoint import open_checkpoint
 from quern.core.artifact import quantization_of
 from quern.core.engine import Session
 from quern.core.machine.temporary import temporary_folder
-from quern.engines._cpu_weights import MappedWeights
-from quern.engines.cpu import CpuEngine
+from quern.engines.cpu import CpuEngine, MappedWeights
 from quern.formats.base import reader_of
 from quern.pipeline.forecasting.counted import Case
 from quern.pipeline.forecasting.random_artifact import write_random_artifact
