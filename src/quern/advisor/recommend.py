@@ -29,6 +29,7 @@ from quern.advisor.scoring import WEIGHTS, Scored, Weights, Yardstick, dominator
 from quern.advisor.wording import choice_reasons, dominated_text, elsewhere_text, place_text
 from quern.core.errors import UserError
 from quern.core.results import FORMER_SCENARIOS, Excluded, Ranked, Recommendation, Results, Row, Scenario, Target
+from quern.core.text.language import gettext
 from quern.core.text.suggest import did_you_mean
 
 __all__ = ["pareto_front", "recommend"]
@@ -152,7 +153,7 @@ def _sifted(
     for place, row in enumerate(rows):
         if missed := list(constraints.misses(row, yardstick, small_loss_passes=small_loss_passes)):
             misses[place] = missed
-            refused[place] = "; ".join(miss.text for miss in missed)
+            refused[place] = gettext("; ").join(miss.text for miss in missed)
         elif isinstance(outcome := _score(row, weights, yardstick), str):
             refused[place] = outcome
         else:
@@ -165,13 +166,13 @@ def _score(row: Row, weights: Weights, yardstick: Yardstick) -> Scored | str:
     loss = yardstick.loss_cost(row)
     if loss is None:
         if row.kl_mean is None:
-            return "KL was not measured, so its loss is unknown"
-        return "no perplexity was measured, so its KL cannot be weighed"
+            return gettext("KL was not measured, so its loss is unknown")
+        return gettext("no perplexity was measured, so its KL cannot be weighed")
     speed = yardstick.speed_gain(row)
     if speed is None and weights.speed > 0:
         measured_elsewhere = yardstick.decode is not None or yardstick.first_token is not None
         if measured_elsewhere or weights.size == 0:
-            return "its speed was not measured"
+            return gettext("its speed was not measured")
     size = yardstick.size_gain(row)
     total = weights.size * size + weights.speed * (speed or 0.0) - weights.loss * loss
     return Scored(row, size, speed, loss, total)

@@ -24,6 +24,7 @@ from typing import get_args
 from quern.advisor.drift import favour
 from quern.core.errors import UserError
 from quern.core.results import Row, Scenario, WeightName, unquantized_row
+from quern.core.text.language import translatable
 from quern.core.text.suggest import did_you_mean
 
 SCALING_EXPONENT = 0.076
@@ -199,7 +200,7 @@ class _Cost:
 _DECODE, _LOSS = 1, 2
 """Places in what ``_costs`` returns."""
 _SPEEDS = (_DECODE, 3)
-_NAMES = {_DECODE: "decode speed", _LOSS: "KL"}
+_NAMES = {_DECODE: translatable("decode speed"), _LOSS: "KL"}
 
 
 def _costs(row: Row, *, first_token: bool) -> tuple[_Cost | None, ...]:

@@ -41,7 +41,7 @@ Quick = Annotated[
 ]
 
 
-@verb("quern compare models/python-7m --recipes compact,balanced -o comparison", resumes=True)
+@verb("quern compare models/python-7m --recipes compact,balanced -o comparison", resumes=True, writes_page=True)
 def compare(
     model: options.Model,
     output: Annotated[

@@ -18,6 +18,7 @@ from quern.cli.evaluate import evaluate
 from quern.cli.export import export
 from quern.cli.generate import generate
 from quern.cli.inspect import inspect
+from quern.cli.language import Command, Group, chosen
 from quern.cli.outcome import end_by_exception, global_options
 from quern.cli.peers import app as peers
 from quern.cli.plan import plan
@@ -29,6 +30,7 @@ from quern.cli.report import report
 from quern.cli.status import status
 from quern.cli.streams import forget_impossible_width, open_standard
 from quern.cli.train import train
+from quern.core.text.language import VARIABLE
 
 VERBS: tuple[Callable[..., Any], ...] = (
     check,
@@ -50,6 +52,7 @@ VERBS: tuple[Callable[..., Any], ...] = (
 
 app = typer.Typer(
     name="quern",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -70,13 +73,25 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            "--language",
+            metavar="CODE",
+            envvar=VARIABLE,
+            help="Language of help, answers and reports: en or zh. JSON stays English.",
+            show_default="the locale's",
+            callback=chosen,
+            is_eager=True,
+        ),
+    ] = None,
 ) -> None:
     """Quantize large language models on the machine you have, measure what it cost, and learn which result to use."""
     global_options.debug = debug
 
 
 for _verb in VERBS:
-    app.command(_verb.__name__, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]
+    app.command(_verb.__name__, cls=Command, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]
 
 app.add_typer(peers, name="peers")
 

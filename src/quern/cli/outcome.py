@@ -26,6 +26,7 @@ from rich.text import Text
 from quern.cli.progress import LineProgress, RichProgress, progress_on
 from quern.cli.views.columns import UNLIMITED
 from quern.core.errors import QuernError
+from quern.core.text.language import english
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,16 +65,18 @@ class GlobalOptions:
 global_options = GlobalOptions()
 
 
-def verb(example: str, resumes: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def verb(example: str, resumes: bool = False, writes_page: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function a verb: ``example`` ends its --help, and every error becomes a message and an exit code.
 
-    ``resumes`` says that the same command continues after an interruption.
+    ``resumes`` says that the same command continues after an interruption. With --json, the verb speaks English, since
+    programs read one language, unless it ``writes_page``, which people read all the same.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            with _errors_as_messages(resumes):
+            spoken = english() if kwargs.get("json") and not writes_page else contextlib.nullcontext()
+            with spoken, _errors_as_messages(resumes):
                 return function(*args, **kwargs)
 
         wrapper.example = example  # type: ignore[attr-defined]

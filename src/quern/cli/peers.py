@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from quern.cli import options
+from quern.cli.language import Command, Group
 from quern.cli.outcome import say, show, verb, working
 from quern.core.errors import UserError
 from quern.core.machine.temporary import temporary_folder
@@ -101,10 +102,11 @@ def _known(names: list[str]) -> list[str]:
 
 
 app = typer.Typer(
+    cls=Group,
     name="peers",
     no_args_is_help=True,
     help="Other quantization tools that `quern compare --peers` runs beside quern, each in an environment of its own.",
 )
 VERBS: dict[str, Callable[..., Any]] = {"list": list_peers, "install": install, "remove": remove, "doctor": doctor}
 for _name, _verb in VERBS.items():
-    app.command(_name, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]
+    app.command(_name, cls=Command, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]

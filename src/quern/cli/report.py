@@ -11,7 +11,7 @@ from quern.cli import options
 from quern.cli.outcome import show, verb
 
 
-@verb("quern report demo/results.json -o report.html")
+@verb("quern report demo/results.json -o report.html", writes_page=True)
 def report(
     results: options.ResultsPath,
     output: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from quern.core.errors import UserError
+from quern.core.text.language import gettext, ngettext
 
 _DECIMAL_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -32,7 +33,7 @@ def bytes_text(count: float) -> str:
 def processors_text(load: float) -> str:
     """``0.62 processors``, ``1 processor``: how many of them are kept busy."""
     number = significant(load, 2)
-    return f"{number} processor{'' if number == '1' else 's'}"
+    return ngettext("{number} processor", "{number} processors", 1 if number == "1" else 2, number=number)
 
 
 def rounded_up(count: int) -> int:
@@ -65,8 +66,8 @@ ABOVE_LIMIT = 1.05
 def limit_text(fraction: float) -> str:
     """A fraction of a probed limit: 0.74 -> "74 % of limit"; well above 1 it is no share of anything."""
     if fraction <= ABOVE_LIMIT:
-        return f"{100 * fraction:.0f} % of limit"
-    return f"{significant(fraction, 2)} times the probed rate, which was no limit"
+        return gettext("{share} % of limit", share=format(100 * fraction, ".0f"))
+    return gettext("{factor} times the probed rate, which was no limit", factor=significant(fraction, 2))
 
 
 def signed(value: float) -> str:
