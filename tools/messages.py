@@ -3,7 +3,7 @@
 A catalogue is ``src/quern/locale/<language>/LC_MESSAGES/quern.po``; the ``.mo`` beside it is what the package reads, and is
 committed, because an installation has no Babel. ``update`` keeps translations, empties new ones, and drops what no code says
 any more. Messages are the arguments of ``gettext``, ``ngettext`` and ``translatable``, the help texts of all commands, and
-what measures declare.
+what measures and ``Traits`` declare.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def from_python(file: IO[bytes], keywords: Any, *_: object, **__: object) -> Ite
             texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
             if texts:
                 yield node.lineno, node.func.id, texts[0] if len(texts) == 1 else tuple(texts), []
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Traits":
+            for keyword in node.keywords:
+                clauses = keyword.value.values if isinstance(keyword.value, ast.Dict) else [keyword.value]
+                for clause in clauses:
+                    if isinstance(clause, ast.Constant):
+                        yield clause.lineno, "gettext", clause.value, []
 
 
 METHODS: list[tuple[str, Any]] = [

@@ -68,34 +68,56 @@ class Constraints:
 
     def __post_init__(self) -> None:
         for name, value, zero_allowed in (
-            ("max size (bytes)", self.max_size, False),
-            ("max memory (bytes)", self.max_memory, False),
-            ("max loss (nats a token)", self.max_loss, True),
-            ("min speed (tokens/s)", self.min_speed, False),
+            (gettext("max size (bytes)"), self.max_size, False),
+            (gettext("max memory (bytes)"), self.max_memory, False),
+            (gettext("max loss (nats a token)"), self.max_loss, True),
+            (gettext("min speed (tokens/s)"), self.min_speed, False),
         ):
             if value is not None and not (math.isfinite(value) and (value > 0 or (zero_allowed and value == 0))):
-                raise UserError(
-                    f"{name} must be a finite number {'of at least' if zero_allowed else 'above'} 0; got {value}"
-                )
+                told = {"name": name, "value": value}
+                if zero_allowed:
+                    raise UserError(gettext("{name} must be a finite number of at least 0; got {value}", **told))
+                raise UserError(gettext("{name} must be a finite number above 0; got {value}", **told))
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise UserError(f"min agreement must be a fraction from 0 to 1, such as 0.95; got {self.min_agreement}")
+            raise UserError(
+                gettext(
+                    "min agreement must be a fraction from 0 to 1, such as 0.95; got {min_agreement}",
+                    min_agreement=self.min_agreement,
+                )
+            )
         if self.context is not None and (self.context < 1 or self.max_memory is None):
-            where = f"{option('context', '--context')} counts to {option('max_memory', '--max-memory')}"
-            raise UserError(f"{where}: give both, and at least one token; got {self.context} tokens")
+            raise UserError(
+                gettext(
+                    "{tokens} counts to {memory}: give both, and at least one token; got {context} tokens",
+                    tokens=option("context", "--context"),
+                    memory=option("max_memory", "--max-memory"),
+                    context=self.context,
+                )
+            )
         if self.target is not None and self.target not in get_args(Target):
             raise UserError(
-                f"unknown target runtime {self.target!r}; known ones: {', '.join(get_args(Target))}"
-                f"{did_you_mean(self.target, get_args(Target))}"
+                gettext(
+                    "unknown target runtime {target!r}; known ones: {known}{hint}",
+                    target=self.target,
+                    known=", ".join(get_args(Target)),
+                    hint=did_you_mean(self.target, get_args(Target)),
+                )
             )
         if self.licences is not None and not all(licence.strip() for licence in self.licences or ("",)):
-            raise UserError("licences must name at least one SPDX identifier, such as Apache-2.0, and no empty one")
+            raise UserError(
+                gettext("licences must name at least one SPDX identifier, such as Apache-2.0, and no empty one")
+            )
         for licence in self.licences or ():
             try:
                 canonicalize_license_expression(licence)
             except InvalidLicenseExpression:
                 raise UserError(
-                    f"{licence!r} is no SPDX identifier of a licence, such as {', '.join(USUAL_LICENCES)}"
-                    f"{did_you_mean(licence, USUAL_LICENCES)}"
+                    gettext(
+                        "{licence!r} is no SPDX identifier of a licence, such as {known}{hint}",
+                        licence=licence,
+                        known=", ".join(USUAL_LICENCES),
+                        hint=did_you_mean(licence, USUAL_LICENCES),
+                    )
                 ) from None
 
     @property

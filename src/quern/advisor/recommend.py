@@ -78,7 +78,7 @@ def recommend(
     """
     rows = list(results_or_rows.rows if isinstance(results_or_rows, Results) else results_or_rows)
     if not rows:
-        raise UserError("there is nothing to recommend: the results hold no rows; run `quern compare` first")
+        raise UserError(gettext("there is nothing to recommend: the results hold no rows; run `quern compare` first"))
     scenario = FORMER_SCENARIOS.get(scenario, scenario)
     counted = _weights(scenario, weights)
     constraints = Constraints(
@@ -100,13 +100,25 @@ def recommend(
 def _weights(scenario: Scenario, parts: Mapping[str, float] | None) -> Weights:
     if scenario not in get_args(Scenario):
         known = get_args(Scenario)
-        raise UserError(f"unknown scenario {scenario!r}; known ones: {', '.join(known)}{did_you_mean(scenario, known)}")
+        raise UserError(
+            gettext(
+                "unknown scenario {scenario!r}; known ones: {known}{hint}",
+                scenario=scenario,
+                known=", ".join(known),
+                hint=did_you_mean(scenario, known),
+            )
+        )
     if scenario == "mix":
         if parts is None:
-            raise UserError("the scenario mix needs weights; give them, such as size=1,speed=2,loss=1")
+            raise UserError(gettext("the scenario mix needs weights; give them, such as size=1,speed=2,loss=1"))
         return Weights.mix(parts)
     if parts is not None:
-        raise UserError(f"the scenario {scenario} brings its own weights; to give others, choose the scenario mix")
+        raise UserError(
+            gettext(
+                "the scenario {scenario} brings its own weights; to give others, choose the scenario mix",
+                scenario=scenario,
+            )
+        )
     return WEIGHTS[scenario]
 
 

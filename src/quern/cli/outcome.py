@@ -26,13 +26,13 @@ from rich.text import Text
 from quern.cli.progress import LineProgress, RichProgress, progress_on
 from quern.cli.views.columns import UNLIMITED
 from quern.core.errors import QuernError
-from quern.core.text.language import english
+from quern.core.text.language import english, gettext, translatable
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 INTERRUPTED = 130
-CONTINUES = " The same command continues where this one stopped."
+CONTINUES = translatable(" The same command continues where this one stopped.")
 
 
 class Ended(BaseException):
@@ -93,28 +93,36 @@ def _errors_as_messages(resumes: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        fail("interrupted." + (CONTINUES if resumes else ""), INTERRUPTED)
+        fail(gettext("interrupted.") + (gettext(CONTINUES) if resumes else ""), INTERRUPTED)
     except Ended as error:
-        fail(f"ended by {error.signal.name}." + (CONTINUES if resumes else ""), 128 + error.signal)
+        ended = gettext("ended by {signal}.", signal=error.signal.name)
+        fail(ended + (gettext(CONTINUES) if resumes else ""), 128 + error.signal)
     except BrokenPipeError:
         # Whoever read stdout is gone. Python flushes it once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except QuernError as error:
         _maybe_reraise()
-        fail(f"error: {error.on_command_line}", error.exit_code)
+        fail(gettext("error: {problem}", problem=error.on_command_line), error.exit_code)
     except OSError as error:
         _maybe_reraise()
-        fail(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+        problem = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        fail(gettext("error: {problem}", problem=problem), 1)
     except MemoryError:
         _maybe_reraise()
-        fail("error: out of memory; give a cap with --memory where the verb has it, or close other programs", 1)
+        fail(
+            gettext("error: out of memory; give a cap with --memory where the verb has it, or close other programs"), 1
+        )
     except Exception as error:
         _maybe_reraise()
         said = " ".join(str(error).split())
         fail(
-            f"internal error: {type(error).__name__}: {said}. This is a bug in quern: please report it with the "
-            "command line, the output of `quern probe --json` and the traceback that `quern --debug ...` shows",
+            gettext(
+                "internal error: {type}: {text}. This is a bug in quern: please report it with the command line, the "
+                "output of `quern probe --json` and the traceback that `quern --debug ...` shows",
+                type=type(error).__name__,
+                text=said,
+            ),
             1,
         )
 
@@ -173,7 +181,7 @@ def say(message: str, stderr: bool = False) -> None:
 
 def tell(note: str) -> None:
     """Print a note to stderr."""
-    say(f"note: {note}", stderr=True)
+    say(gettext("note: {note}", note=note), stderr=True)
 
 
 def show(result: object, as_json: bool, render: Callable[[Any], RenderableType]) -> None:

@@ -90,12 +90,21 @@ def parse_size(text: str, option: str) -> int:
     match = _SIZE.fullmatch(text)
     if match and not match[2] and float(match[1]) > 0:
         raise UserError(
-            f"{option} {text!r} has no unit; write {match[1]}GiB (or {match[1]}G), {match[1]}MB or {match[1]}B"
+            gettext(
+                "{option} {text!r} has no unit; write {number}GiB (or {number}G), {number}MB or {number}B",
+                option=option,
+                text=text,
+                number=match[1],
+            )
         )
     factor = _UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * factor) if match and factor else 0
     if size <= 0:
         raise UserError(
-            f"{option} {text!r} is not a size; give a number above zero and a unit, such as 16GiB (or 16G), 24GB, 500M"
+            gettext(
+                "{option} {text!r} is not a size; give a number above zero and a unit, such as 16GiB (or 16G), 24GB, 500M",
+                option=option,
+                text=text,
+            )
         )
     return size

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from repository_tools import load_tool
 
+from quern.cli.options import SCENARIOS
 from quern.core.text.language import languages
 
 pytest.importorskip("babel", reason="babel is not installed (pip install '.[dev]')")
@@ -21,13 +22,25 @@ SOURCE = Path(__file__).parents[3] / "src" / "quern"
 CATALOGUES = messages.catalogues()
 COVERED = (
     *(
+        "advisor/constraints.py",
         "advisor/deployment.py",
         "advisor/drift.py",
         "advisor/machine.py",
         "advisor/no_choice.py",
-        "advisor/placement.py",
     ),
-    *("advisor/wording.py", "report", "cli/views/columns.py", "cli/views/comparison.py", "cli/views/results.py"),
+    *("advisor/placement.py", "advisor/recommend.py", "advisor/scoring.py", "advisor/wording.py", "report"),
+    *(
+        "cli",
+        "cli/views",
+        "core/errors.py",
+        "core/stacking.py",
+        "core/text",
+        "core/units.py",
+        "formats/fit.py",
+        "loading",
+    ),
+    *("checkpoint/checkpoint.py", "checkpoint/files.py", "checkpoint/folder.py", "checkpoint/jobs/output_place.py"),
+    *("pipeline/stacking/answer.py", "pipeline/stacking/check.py", "pipeline/status.py"),
 )
 """Files and folders whose texts are all messages."""
 NO_TEXTS = (
@@ -35,11 +48,15 @@ NO_TEXTS = (
         '(() => {\n"use strict";\n',
         "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; style-src ",
     ),
-    "quern generate ",
+    *("quern generate ", "quern evaluate ", " --reference MODEL", "quern quantize MODEL -o OUT --recipe "),
+    *(" \\((got |model\\.).*\\)$", "(format [\\w-]+) cannot store ", "Change the recipe", "random_signs: false"),
+    *(" tokens/s", SCENARIOS),
 )
-"""Code, and what is typed."""
+"""Code, what is typed, units, and what is part of a message."""
 SHOWN = ("Text", "add", "table", "plain_table", "TableColumn", "fail", "say", "tell")
 """What takes a text for a person to read: even a single word of it is a message."""
+DECLARED = ("Option", "Argument", "verb")
+"""What takes help texts, and examples."""
 MARKS = ("gettext", "ngettext", "pgettext", "translatable")
 
 
@@ -115,7 +132,9 @@ def loose_texts(path):
             told |= {id(arg) for arg in node.args}
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             told.add(id(node.value))  # a docstring
-        if isinstance(node, ast.keyword) and node.arg == "style":
+        if isinstance(node, ast.Call) and called(node) in DECLARED:  # and what they declare is a message as a whole
+            told |= {id(part) for part in ast.walk(node)}
+        if isinstance(node, ast.keyword) and node.arg in ("style", "epilog"):
             told |= {id(part) for part in ast.walk(node.value)}
     found = []
     for node in ast.walk(tree):

@@ -14,9 +14,6 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import TypeVar
 
-from quern.core.errors import UserError
-from quern.core.text.suggest import did_you_mean
-
 Message = TypeVar("Message", bound=str)
 
 ENGLISH = "en"
@@ -69,9 +66,11 @@ def speak(language: str) -> None:
     known = languages()
     code = _code(language)
     if code not in known:
-        raise UserError(
-            f"no language is called {language!r}; there are {', '.join(known)}{did_you_mean(language, known)}"
-        )
+        from quern.core.errors import UserError  # whose messages are made by what stands here
+        from quern.core.text.suggest import did_you_mean
+
+        told = {"code": language, "known": ", ".join(known), "hint": did_you_mean(language, known)}
+        raise UserError(gettext("no language is called {code!r}; there are {known}{hint}", **told))
     if code == ENGLISH:
         _spoken = (ENGLISH, catalogues.NullTranslations())
     elif code != _spoken[0]:
