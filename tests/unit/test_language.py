@@ -84,6 +84,8 @@ class Visible(HTMLParser):
         ({"LANGUAGE": "", "LANG": "zh"}, "zh"),
         ({"LANG": "de_DE@euro"}, "en"),
         ({"LANG": "../../etc"}, "en"),
+        ({"LANG": "zh_CN.UTF-8", "QUERN_LANGUAGE": "en"}, "en"),
+        ({"LANG": "C", "QUERN_LANGUAGE": "zh"}, "zh"),
     ],
 )
 def test_the_locale_says_which_language(environment, code):

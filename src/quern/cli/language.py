@@ -49,7 +49,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """Verbs together; the outermost group finds out the language of the locale before it reads anything."""
+    """Verbs together; the outermost group finds out the language of the environment before it reads anything."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.parent is None:

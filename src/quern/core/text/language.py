@@ -18,7 +18,7 @@ Message = TypeVar("Message", bound=str)
 
 ENGLISH = "en"
 VARIABLE = "QUERN_LANGUAGE"
-_LOCALE = ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")
+_ASKING = (VARIABLE, "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")
 FOLDER = resources.files("quern").joinpath("locale")
 
 _spoken: tuple[str, catalogues.NullTranslations] = (ENGLISH, catalogues.NullTranslations())
@@ -96,8 +96,11 @@ def english() -> contextlib.AbstractContextManager[None]:
 
 
 def of_environment(environment: Mapping[str, str]) -> str:
-    """The language that the variables of the locale ask for: the first known one of the first that is set, or English."""
-    asked = next(filter(None, map(environment.get, _LOCALE)), "")
+    """The language that quern's own variable or the locale asks for: the first known one of the first that is set.
+
+    English where nothing is set, or nothing known.
+    """
+    asked = next(filter(None, map(environment.get, _ASKING)), "")
     known = languages()
     return next((code for code in map(_code, asked.split(":")) if code in known), ENGLISH)
 
