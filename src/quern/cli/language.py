@@ -6,8 +6,10 @@ texts go through the gettext of the standard library, so they are messages of th
 
 from __future__ import annotations
 
+import contextlib
 import gettext as catalogues
 import os
+import re
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -28,7 +30,9 @@ def speak(code: str, environment: MutableMapping[str, str] = os.environ) -> None
         language.speak(code)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--language") from None
-    if language.spoken() != language.ENGLISH:
+    if language.spoken() == language.ENGLISH:
+        catalogues.textdomain("messages")  # the usual one, which has no texts of Typer's
+    else:
         catalogues.bindtextdomain(DOMAIN, str(language.FOLDER))
         catalogues.textdomain(DOMAIN)
         environment["LANGUAGE"] = language.spoken()  # by which that gettext finds the catalogue
@@ -43,6 +47,10 @@ def chosen(code: str | None) -> None:
 class Command(TyperCommand):
     """A verb whose help is shown in the language that is spoken."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _refusals_translated():
+            return super().parse_args(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         _translate(self)
         super().format_help(ctx, formatter)
@@ -54,12 +62,34 @@ class Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.parent is None:
             speak(language.of_environment(os.environ))
-        return super().parse_args(ctx, args)
+        with _refusals_translated():
+            return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         for command in (self, *self.commands.values()):
             _translate(command)
         super().format_help(ctx, formatter)
+
+
+@contextlib.contextmanager
+def _refusals_translated() -> Iterator[None]:
+    """What Typer says of words that it does not take: it is told in English, and known by how it is told."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            told = refusal(error.format_message())
+            error.format_message = lambda: told
+        raise
+
+
+def refusal(text: str) -> str:
+    """A refusal of Typer's in the language that is spoken, as it is where it is not among ``REFUSALS``."""
+    for message in REFUSALS:
+        pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", re.escape(message))
+        if found := re.fullmatch(pattern, text, re.DOTALL):
+            return gettext(message, **{name: refusal(part) for name, part in found.groupdict().items()})
+    return text
 
 
 def _translate(command: Any) -> None:
@@ -86,6 +116,21 @@ def help_texts(command: Any) -> Iterator[str]:
         yield from help_texts(below)
 
 
+REFUSALS = (
+    translatable("No such option: {name} (Possible options: {others})"),
+    translatable("No such option: {name}"),
+    translatable("Missing argument {name}."),
+    translatable("Missing option {name}."),
+    translatable("Option {name} requires an argument."),
+    translatable("Got unexpected extra argument(s) ({words})"),
+    translatable("Invalid value for {name}: {problem}"),
+    translatable("Input should be a valid number, unable to parse string as a number"),
+    translatable("Input should be a valid integer, unable to parse string as an integer"),
+    translatable("Input should be greater than or equal to {least}"),
+    translatable("Input should be less than or equal to {most}"),
+    translatable("file {path} does not exist."),
+)
+"""What Typer says of words that it does not take, the more special first."""
 OF_TYPER = (
     translatable("Show this message and exit."),
     translatable("Arguments"),

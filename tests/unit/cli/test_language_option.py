@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from sample_results import sample_results
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from quern.cli.language import help_texts
+from quern.cli.language import REFUSALS, help_texts, refusal
 from quern.cli.main import VERBS, app
 from quern.cli.views import check as check_view
 from quern.cli.views.plan import plan_report
@@ -95,6 +98,45 @@ def test_errors(results):
     assert shown.stderr == "错误：--max-size '5' 没有单位；请写 5GiB（或 5G）、5MB 或 5B\n"
     beside_json = run("--language", "zh", "recommend", results, "--max-size", "5", "--json")
     assert beside_json.stderr.startswith("error: --max-size '5' has no unit")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "缺少参数 'RESULTS.json'。"),
+        (("x", "y"), "多余的参数（y）"),
+        (("x", "--maxsize", "3"), "没有选项 --maxsize（相近的选项：--max-loss, --max-size）"),
+        (("x", "--max-size"), "选项 '--max-size' 需要一个值。"),
+        (("x", "--min-speed", "a"), "'--min-speed' 的值无效：应为数字，无法解析为数"),
+        (("x", "--context", "0"), "'--context' 的值无效：应不小于 1"),
+        (
+            ("x", "--scenario", "stor"),
+            "--scenario 的值无效：没有名为 'stor' 的场景；可用的有 storage, speed, overall, mix；你是想写 'storage' 吗？",
+        ),
+    ],
+)
+def test_words_that_are_not_taken(words, told):
+    """As the locked Typer words them; another one's words stay English."""
+    shown = run("--language", "zh", "recommend", *words)
+    assert shown.exit_code == 2
+    assert told in shown.stderr
+
+
+def test_refusals_are_as_they_were_in_english():
+    for message in REFUSALS:
+        assert refusal(message) == message
+    assert refusal("whatever else: {x}") == "whatever else: {x}"
+
+
+@pytest.mark.parametrize(("words", "heading"), [([], "─ 选项 ─"), (["--language", "en"], "─ Options ─")])
+def test_typers_own_words_follow(words, heading):
+    """In a process of its own, since Typer keeps what it has looked up."""
+    command = [sys.executable, "-c", "from quern.cli.main import run; run()", *words, "report", "--help"]
+    environment = {name: value for name, value in os.environ.items() if name not in LOCALE} | {"LANG": "zh_CN.UTF-8"}
+    shown = subprocess.run(
+        command, env=environment | {"PYTHONUTF8": "1"}, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert heading in shown.stdout
 
 
 def test_a_page_is_for_people_whatever_is_printed(results, tmp_path):
