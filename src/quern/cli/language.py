@@ -10,7 +10,7 @@ import contextlib
 import gettext as catalogues
 import os
 import re
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import typer
@@ -42,6 +42,16 @@ def chosen(code: str | None) -> None:
     """What ``--language`` says, or its variable; without them the language stays that of the locale."""
     if code is not None:
         speak(code)
+
+
+def language_first(arguments: Sequence[str]) -> list[str]:
+    """The words with ``--language CODE`` in front, where it belongs, if it was given behind the verb."""
+    words = list(arguments)
+    for place, word in enumerate(words[: words.index("--") if "--" in words else None]):
+        if word == "--language" or word.startswith("--language="):
+            behind = place + (2 if word == "--language" else 1)
+            return [*words[place:behind], *words[:place], *words[behind:]]
+    return words
 
 
 class Command(TyperCommand):

@@ -18,7 +18,7 @@ from quern.cli.evaluate import evaluate
 from quern.cli.export import export
 from quern.cli.generate import generate
 from quern.cli.inspect import inspect
-from quern.cli.language import Command, Group, chosen
+from quern.cli.language import Command, Group, chosen, language_first
 from quern.cli.outcome import end_by_exception, global_options
 from quern.cli.peers import app as peers
 from quern.cli.plan import plan
@@ -104,4 +104,4 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what the terminal cannot show comes out escaped instead of failing
             stream.reconfigure(errors="backslashreplace")
-    app(options.repeat_options(sys.argv[1:]))
+    app(options.repeat_options(language_first(sys.argv[1:])))

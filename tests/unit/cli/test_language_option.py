@@ -15,7 +15,7 @@ from sample_results import sample_results
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from quern.cli.language import REFUSALS, help_texts, refusal
+from quern.cli.language import REFUSALS, help_texts, language_first, refusal
 from quern.cli.main import VERBS, app
 from quern.cli.views import check as check_view
 from quern.cli.views.plan import plan_report
@@ -122,6 +122,22 @@ def test_words_that_are_not_taken(words, told):
     assert told in shown.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("recommend r.json --language zh --json", "--language zh recommend r.json --json"),
+        ("recommend --language=zh r.json", "--language=zh recommend r.json"),
+        ("--language zh recommend r.json", "--language zh recommend r.json"),
+        ("recommend r.json --language", "--language recommend r.json"),
+        ("generate m -- --language zh", "generate m -- --language zh"),
+        ("recommend --json", "recommend --json"),
+        ("", ""),
+    ],
+)
+def test_the_option_may_come_behind_the_verb(words, wanted):
+    assert language_first(words.split()) == wanted.split()
+
+
 def test_refusals_are_as_they_were_in_english():
     for message in REFUSALS:
         assert refusal(message) == message
@@ -131,7 +147,7 @@ def test_refusals_are_as_they_were_in_english():
 @pytest.mark.parametrize(("words", "heading"), [([], "─ 选项 ─"), (["--language", "en"], "─ Options ─")])
 def test_typers_own_words_follow(words, heading):
     """In a process of its own, since Typer keeps what it has looked up."""
-    command = [sys.executable, "-c", "from quern.cli.main import run; run()", *words, "report", "--help"]
+    command = [sys.executable, "-c", "from quern.cli.main import run; run()", "report", "--help", *words]
     environment = {name: value for name, value in os.environ.items() if name not in LOCALE} | {"LANG": "zh_CN.UTF-8"}
     shown = subprocess.run(
         command, env=environment | {"PYTHONUTF8": "1"}, capture_output=True, text=True, encoding="utf-8"
