@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-quick check format readme lock lock-peers test-latest test-lowest clean
+.PHONY: help install demo test test-quick check format readme messages messages-compile lock lock-peers test-latest test-lowest clean
 
 # Another Python environment may be active, and its variables must not reach the one made here.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_TARGET PIP_PREFIX
@@ -68,6 +68,12 @@ format: $(VENV)/.installed-dev  ## Let the formatter rewrite the code
 
 readme: $(VENV)/.installed  ## Put the table of demo/results.json into both READMEs
 	@$(BIN)/python tools/update_readme.py demo/results.json
+
+messages: $(VENV)/.installed-dev  ## Bring the catalogues of other languages in line with the texts in the code
+	@$(BIN)/python tools/messages.py update
+
+messages-compile: $(VENV)/.installed-dev  ## Compile the catalogues into what the package reads
+	@$(BIN)/python tools/messages.py compile
 
 # uv in an environment of its own. UPGRADE=1: the newest of everything that pyproject.toml allows.
 LOCKER := .venv-lock/bin/python tools/lock.py

@@ -16,6 +16,8 @@ from warm_workers import Forking
 
 # Threads that spin while they wait take the processors from the other process of tests, and from what tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Messages are looked for in English, whatever the machine speaks.
+os.environ["QUERN_LANGUAGE"] = "en"
 UNLOCKED = departures()
 LONGEST = (
     "end_to_end/test_stacked_pairs.py",

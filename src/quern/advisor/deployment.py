@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from quern.core.errors import UserError
 from quern.core.recipe import Recipe
 from quern.core.results import Row, Target
+from quern.core.text.language import gettext
 from quern.formats.base import obstacles_of, runtimes_of
 
 QUERN_LICENCE = "Apache-2.0"
@@ -53,7 +54,7 @@ def _recipe_of(row: Row) -> Recipe | None:
 
 def runtime_of(row: Row) -> str:
     """In what the row was measured, in words."""
-    return row.tool.runtime if row.tool is not None else f"quern, engine {row.engine}"
+    return row.tool.runtime if row.tool is not None else gettext("quern, engine {engine}", engine=row.engine)
 
 
 def runtime_target(row: Row) -> Target | None:
@@ -62,6 +63,11 @@ def runtime_target(row: Row) -> Target | None:
         return "transformers" if row.engine == "reference" else "quern"
     words = row.tool.runtime.casefold()
     return next((target for beginning, target in _BY_RUNTIME.items() if words.startswith(beginning)), None)
+
+
+def targets_text(row: Row) -> str:
+    """The runtimes that load the row's artifact, in words."""
+    return gettext(", ").join(targets_of(row)) or gettext("nothing that is known")
 
 
 def licence_of(row: Row) -> str | None:

@@ -7,6 +7,7 @@ beside another row may owe a lead over that row to the machine: it has to lead b
 from __future__ import annotations
 
 from quern.core.results import DRIFT_LIMIT, Row
+from quern.core.text.language import gettext
 from quern.core.units import percent_text
 
 
@@ -23,4 +24,5 @@ def favour(row: Row, other: Row) -> float:
 
 def favour_text(row: Row, other: Row) -> str:
     """That the machine ran faster for ``row`` than for another one, and by how much, as a clause."""
-    return f"the machine ran {percent_text(favour(row, other))} faster while {row.name} was timed"
+    faster = percent_text(favour(row, other))
+    return gettext("the machine ran {faster} faster while {name} was timed", faster=faster, name=row.name)

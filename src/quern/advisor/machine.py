@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quern.core.results import MeasuredOn, Results
+from quern.core.text.language import gettext, ngettext
 
 
 def measured_on(results: Results) -> MeasuredOn:
@@ -21,12 +22,13 @@ def measured_on(results: Results) -> MeasuredOn:
 
 def measured_on_text(found: MeasuredOn) -> str:
     """One sentence."""
-    parts = [found.processor or "a processor that the results do not name"]
+    parts = [found.processor or gettext("a processor that the results do not name")]
     if found.cores is not None:
-        parts.append(f"{found.cores} core{'' if found.cores == 1 else 's'}")
+        parts.append(ngettext("{cores} core", "{cores} cores", found.cores, cores=found.cores))
     if found.kernels is not None:
-        parts.append(f"{found.kernels} kernels")
-    return f"Measured on {', '.join(parts)}, {found.created[:10]}."
+        parts.append(gettext("{kernels} kernels", kernels=found.kernels))
+    machine = gettext(", ").join(parts)
+    return gettext("Measured on {machine}, {date}.", machine=machine, date=found.created[:10])
 
 
 def warnings_here(found: MeasuredOn, here: Mapping[str, Any]) -> list[str]:
@@ -35,18 +37,21 @@ def warnings_here(found: MeasuredOn, here: Mapping[str, Any]) -> list[str]:
     What the results do not say, or this machine does not know of itself, is not compared.
     """
     pairs = (
-        ("processor", found.processor, here.get("cpu_model")),
-        ("usable cores", found.cores, here.get("usable_cores")),
-        ("kernels", found.kernels, here.get("kernels_in_use")),
+        (gettext("processor"), found.processor, here.get("cpu_model")),
+        (gettext("usable cores"), found.cores, here.get("usable_cores")),
+        (gettext("kernels"), found.kernels, here.get("kernels_in_use")),
     )
     differing = [
-        f"{name} {there} there, {own} here"
+        gettext("{what} {there} there, {here} here", what=name, there=there, here=own)
         for name, there, own in pairs
         if there is not None and own is not None and there != own
     ]
     if not differing:
         return []
     return [
-        f"The figures come from another machine ({'; '.join(differing)}): sizes and losses hold here too, speeds, and "
-        "with them the order of the rows, may not."
+        gettext(
+            "The figures come from another machine ({differences}): sizes and losses hold here too, speeds, and with them "
+            "the order of the rows, may not.",
+            differences=gettext("; ").join(differing),
+        )
     ]

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from quern.advisor.constraints import Constraints, Miss, memory_of
-from quern.advisor.deployment import licence_of, targets_of
+from quern.advisor.deployment import licence_of, targets_text
 from quern.advisor.scoring import loss_of, positive
 from quern.core.results import Row
+from quern.core.text.language import gettext
 from quern.core.units import bytes_text, rounded_up, significant
 from quern.formats.base import FORMATS
 
@@ -19,25 +20,36 @@ def no_choice_text(
     """Why there is no choice, which row comes nearest to the limits, and how to get the least lossy one."""
     if not misses:
         place = min(refused)
-        return f"No row has the numbers that this scenario weighs; {rows[place].name}, for one: {refused[place]}."
+        return gettext(
+            "No row has the numbers that this scenario weighs; {name}, for one: {reason}.",
+            name=rows[place].name,
+            reason=refused[place],
+        )
 
     def distance(place: int) -> tuple[float, float, str]:
         return sum(miss.doublings for miss in misses[place]), *_loss_first(rows[place])
 
-    default = "the default ceiling of the loss" if constraints.max_loss is None else ""
-    text = f"No row keeps within every limit ({'; '.join(filter(None, [str(constraints), default]))}). "
+    default = gettext("the default ceiling of the loss") if constraints.max_loss is None else ""
+    limits = gettext("; ").join(filter(None, [str(constraints), default]))
+    text = gettext("No row keeps within every limit ({limits}). ", limits=limits)
     comparable = [place for place in misses if all(miss.by_degree for miss in misses[place])]
     if comparable:
         nearest = min(comparable, key=distance)
-        text += f"{rows[nearest].name} comes nearest: {refused[nearest]}. "
+        text += gettext("{name} comes nearest: {reason}. ", name=rows[nearest].name, reason=refused[nearest])
     else:
         text += _out_of_reach(misses, constraints)
     if constraints.max_loss is None:
         only_loss = [place for place in misses if [miss.limit for miss in misses[place]] == ["loss"]]
         if only_loss:
             row = rows[min(only_loss, key=lambda place: _loss_first(rows[place]))]
-            text += f"{row.name} misses only the ceiling of the loss; to accept it, allow {_loss_to_allow(row)}."
-            return text if len(only_loss) == 1 else text[:-1] + ": it loses least of those that miss nothing else."
+            told = {"name": row.name, "loss": _loss_to_allow(row)}
+            if len(only_loss) == 1:
+                return text + gettext("{name} misses only the ceiling of the loss; to accept it, allow {loss}.", **told)
+            return text + gettext(
+                "{name} misses only the ceiling of the loss; to accept it, allow {loss}: it loses least of those that miss "
+                "nothing else.",
+                **told,
+            )
     return text + _least_lossy_text(rows, misses, constraints.context)
 
 
@@ -47,10 +59,13 @@ def _out_of_reach(misses: Mapping[int, Sequence[Miss]], constraints: Constraints
     every = [limit for limit in lacking if all(limit in {miss.limit for miss in missed} for missed in misses.values())]
     if "target" in every:
         writes = [name for name in FORMATS if constraints.target in FORMATS.get(name).runtimes]
-        hint = f"quern writes such in format {' or '.join(writes)}" if writes else "another tool has to make one"
-        return f"None of them loads in {constraints.target}; {hint}. "
+        hint = gettext("another tool has to make one")
+        if writes:
+            hint = gettext("quern writes such in format {formats}", formats=gettext(" or ").join(writes))
+        return gettext("None of them loads in {target}; {hint}. ", target=constraints.target, hint=hint)
     if "licence" in every:
-        return f"None of them was made by a tool under {' or '.join(constraints.licences or ())}. "
+        licences = gettext(" or ").join(constraints.licences or ())
+        return gettext("None of them was made by a tool under {licences}. ", licences=licences)
     return ""
 
 
@@ -65,26 +80,41 @@ def _least_lossy_text(rows: Sequence[Row], misses: Mapping[int, Sequence[Miss]],
     suiting = [place for place in quantized if not {miss.limit for miss in misses[place]} & {"target", "licence"}]
     place = min(suiting or quantized, key=lambda place: _loss_first(rows[place]))
     row, loss = rows[place], loss_of(rows[place])
-    figure = f" (KL {significant(loss)})" if loss is not None else ""
+    figure = gettext(" (KL {loss})", loss=significant(loss)) if loss is not None else ""
     changes = [_change(miss, row, context) for miss in misses[place]]
-    return f"{row.name} loses least{figure}; to accept it, {' and '.join(changes)}."
+    return gettext(
+        "{name} loses least{figure}; to accept it, {changes}.",
+        name=row.name,
+        figure=figure,
+        changes=gettext(" and ").join(changes),
+    )
 
 
 def _change(miss: Miss, row: Row, context: int | None) -> str:
     """What would let ``row`` pass the limit."""
     decode, memory = positive(row.decode_tokens_per_s), memory_of(row, context)
-    changes = {
-        "size": f"allow a size of {bytes_text(rounded_up(row.bytes))}",
-        "memory": f"allow a peak memory of {bytes_text(rounded_up(memory))}" if memory else None,
-        "speed": f"ask for at most {_floor(decode)} tokens/s" if decode else None,
-        "agreement": None
-        if row.top1_agreement is None
-        else f"ask for an agreement of at most {_floor(row.top1_agreement)}",
-        "loss": None if row.kl_mean is None else f"allow a loss of {_loss_to_allow(row)}",
-        "target": f"take another runtime (it loads in {', '.join(targets_of(row)) or 'nothing that is known'})",
-        "licence": f"allow the licence {licence_of(row)}",
-    }
-    return changes[miss.limit] or f"measure its {'KL' if miss.limit == 'loss' else miss.limit}"
+    if miss.limit == "size":
+        return gettext("allow a size of {size}", size=bytes_text(rounded_up(row.bytes)))
+    if miss.limit == "memory":
+        most = bytes_text(rounded_up(memory)) if memory else None
+        return gettext("allow a peak memory of {size}", size=most) if most else gettext("measure its memory")
+    if miss.limit == "speed":
+        return (
+            gettext("ask for at most {rate} tokens/s", rate=_floor(decode)) if decode else gettext("measure its speed")
+        )
+    if miss.limit == "agreement":
+        if row.top1_agreement is None:
+            return gettext("measure its agreement")
+        return gettext("ask for an agreement of at most {share}", share=_floor(row.top1_agreement))
+    if miss.limit == "loss":
+        return (
+            gettext("measure its KL")
+            if row.kl_mean is None
+            else gettext("allow a loss of {loss}", loss=_loss_to_allow(row))
+        )
+    if miss.limit == "target":
+        return gettext("take another runtime (it loads in {targets})", targets=targets_text(row))
+    return gettext("allow the licence {licence}", licence=licence_of(row))
 
 
 def _loss_to_allow(row: Row) -> str:

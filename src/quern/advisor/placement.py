@@ -28,13 +28,22 @@ from quern.advisor.drift import favour, favour_text
 from quern.advisor.scoring import Yardstick, as_fast, dominators, loss_of, missing_figures, positive
 from quern.advisor.wording import figures_against
 from quern.core.results import Row, unquantized_row
+from quern.core.text.language import gettext, ngettext, translatable
 from quern.core.units import bytes_text, percent_text, significant
 
 SMALL = 0.8
 """Compression above which a row is placed at A."""
 
 Kind = Literal["A, B and C", "A", "B", "C", "dominated", "unquantized", "not placed"]
-KINDS: tuple[Kind, ...] = ("A, B and C", "A", "B", "C", "dominated", "unquantized", "not placed")
+KINDS: tuple[Kind, ...] = (
+    translatable("A, B and C"),
+    "A",
+    "B",
+    "C",
+    translatable("dominated"),
+    translatable("unquantized"),
+    translatable("not placed"),
+)
 """In the order in which a table sorts them."""
 
 
@@ -51,7 +60,7 @@ class Placement:
     @property
     def label(self) -> str:
         """The place in a few words."""
-        return f"dominated by {self.by}" if self.kind == "dominated" else self.kind
+        return gettext("dominated by {name}", name=self.by) if self.kind == "dominated" else gettext(self.kind)
 
 
 def small_loss_limit(rows: Sequence[Row]) -> float | None:
@@ -72,8 +81,14 @@ def placements(rows: Sequence[Row]) -> list[Placement]:
         if row.kind == "unquantized":
             found.append(_unquantized(row, winner))
         elif missing[place]:
-            verb = "was" if len(missing[place]) == 1 else "were"
-            found.append(Placement("not placed", f"its {' and its '.join(missing[place])} {verb} not measured"))
+            lacking = [gettext(figure) for figure in missing[place]]
+            reason = ngettext(
+                "its {figures} was not measured",
+                "its {figures} were not measured",
+                len(lacking),
+                figures=gettext(" and its ").join(lacking),
+            )
+            found.append(Placement("not placed", reason))
         elif winner is not None:
             found.append(Placement("dominated", _dominated(row, winner), by=winner.name))
         else:
@@ -121,19 +136,26 @@ class _Fastest:
 
     def reason(self, row: Row) -> str:
         """Why ``row`` is included."""
-        loss, speed = significant(loss_of(row) or 0.0), significant(row.decode_tokens_per_s or 0.0)
+        speed = significant(row.decode_tokens_per_s or 0.0)
         if self.row is None or row.name == self.row.name:
-            first = f"decodes {speed} tokens/s, fastest of the {self.count} of small loss"
-        else:
-            best = significant(self.row.decode_tokens_per_s or 0.0)
-            drifted = favour(self.row, row) > 0
-            first = (
-                f"decodes {speed} tokens/s, which cannot be told from {self.row.name} ({best}), the fastest of small "
-                f"loss: {favour_text(self.row, row)}"
-                if drifted
-                else f"decodes {speed} tokens/s, within the rounds of {self.row.name} ({best}), the fastest of small loss"
+            first = gettext(
+                "decodes {rate} tokens/s, fastest of the {count} of small loss", rate=speed, count=self.count
             )
-        return f"{first}: KL {loss} of at most {significant(self.limit or 0.0)}"
+        else:
+            told = {"rate": speed, "name": self.row.name, "best": significant(self.row.decode_tokens_per_s or 0.0)}
+            first = (
+                gettext(
+                    "decodes {rate} tokens/s, which cannot be told from {name} ({best}), the fastest of small loss: {why}",
+                    **told,
+                    why=favour_text(self.row, row),
+                )
+                if favour(self.row, row) > 0
+                else gettext(
+                    "decodes {rate} tokens/s, within the rounds of {name} ({best}), the fastest of small loss", **told
+                )
+            )
+        loss, limit = significant(loss_of(row) or 0.0), significant(self.limit or 0.0)
+        return gettext("{speed}: KL {loss} of at most {limit}", speed=first, loss=loss, limit=limit)
 
 
 def _on_the_front(row: Row, rows: Sequence[Row], fastest: _Fastest, spared: Row | None) -> Placement:
@@ -144,41 +166,48 @@ def _on_the_front(row: Row, rows: Sequence[Row], fastest: _Fastest, spared: Row 
     why = (
         favour_text(spared, row)
         if favour(spared, row) > 0
-        else "rows that it is compared with were timed while the machine ran faster"
+        else gettext("rows that it is compared with were timed while the machine ran faster")
     )
-    doubt = f"{spared.name} may dominate it, which the speeds do not settle: {why}"
-    return Placement(placed.kind, f"{placed.reason}; {doubt}")
+    doubt = gettext("{name} may dominate it, which the speeds do not settle: {why}", name=spared.name, why=why)
+    return Placement(placed.kind, gettext("; ").join((placed.reason, doubt)))
 
 
 def _placed(row: Row, rows: Sequence[Row], fastest: _Fastest, in_doubt: bool) -> Placement:
-    smaller = f"{bytes_text(row.bytes)}, {percent_text(abs(row.compression))} "
-    smaller += "smaller than bf16" if row.compression >= 0 else "larger than bf16"
+    sizes = {"size": bytes_text(row.bytes), "change": percent_text(abs(row.compression))}
+    smaller = (
+        gettext("{size}, {change} smaller than bf16", **sizes)
+        if row.compression >= 0
+        else gettext("{size}, {change} larger than bf16", **sizes)
+    )
     small, fast = row.compression > SMALL, fastest.includes(row)
     if small and fast:
-        return Placement("A, B and C", f"{smaller}; {fastest.reason(row)}")
+        return Placement("A, B and C", gettext("; ").join((smaller, fastest.reason(row))))
     if fast:
-        return Placement("B", f"{fastest.reason(row)}; {smaller}")
+        return Placement("B", gettext("; ").join((fastest.reason(row), smaller)))
     parts = [smaller]
     if (decode := positive(row.decode_tokens_per_s)) is not None:
-        parts.append(f"decodes {significant(decode)} tokens/s")
+        parts.append(gettext("decodes {rate} tokens/s", rate=significant(decode)))
     loss, ceiling = loss_of(row), Yardstick.of(rows).loss_ceiling(row)
     if loss is not None:
         parts.append(f"KL {significant(loss)}")
         if ceiling is not None and loss > ceiling:
-            parts[-1] += f", more than the {significant(ceiling)} that an unquantized model of this size would lose"
+            parts[-1] += gettext(
+                ", more than the {loss} that an unquantized model of this size would lose", loss=significant(ceiling)
+            )
     if not small and not in_doubt:
-        parts.append("no row is at once no larger, no slower and no less accurate")
-    return Placement("A" if small else "C", "; ".join(parts))
+        parts.append(gettext("no row is at once no larger, no slower and no less accurate"))
+    return Placement("A" if small else "C", gettext("; ").join(parts))
 
 
 def _unquantized(row: Row, winner: Row | None) -> Placement:
-    facts = [f"the model as it is: {bytes_text(row.bytes)}"]
+    facts = [gettext("the model as it is: {size}", size=bytes_text(row.bytes))]
     if (decode := positive(row.decode_tokens_per_s)) is not None:
-        facts.append(f"decodes {significant(decode)} tokens/s")
+        facts.append(gettext("decodes {rate} tokens/s", rate=significant(decode)))
     if winner is not None:
         facts.append(_dominated(row, winner))
-    return Placement("unquantized", "; ".join(facts), by=winner.name if winner else None)
+    return Placement("unquantized", gettext("; ").join(facts), by=winner.name if winner else None)
 
 
 def _dominated(row: Row, winner: Row) -> str:
-    return f"dominated by {winner.name}: {figures_against(row, winner, first_token=False)}"
+    figures = figures_against(row, winner, first_token=False)
+    return gettext("dominated by {name}: {figures}", name=winner.name, figures=figures)

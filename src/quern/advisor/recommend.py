@@ -29,6 +29,7 @@ from quern.advisor.scoring import WEIGHTS, Scored, Weights, Yardstick, dominator
 from quern.advisor.wording import choice_reasons, dominated_text, elsewhere_text, place_text
 from quern.core.errors import UserError
 from quern.core.results import FORMER_SCENARIOS, Excluded, Ranked, Recommendation, Results, Row, Scenario, Target
+from quern.core.text.language import gettext
 from quern.core.text.suggest import did_you_mean
 
 __all__ = ["pareto_front", "recommend"]
@@ -77,7 +78,7 @@ def recommend(
     """
     rows = list(results_or_rows.rows if isinstance(results_or_rows, Results) else results_or_rows)
     if not rows:
-        raise UserError("there is nothing to recommend: the results hold no rows; run `quern compare` first")
+        raise UserError(gettext("there is nothing to recommend: the results hold no rows; run `quern compare` first"))
     scenario = FORMER_SCENARIOS.get(scenario, scenario)
     counted = weights_of(scenario, weights)
     constraints = Constraints(
@@ -100,13 +101,25 @@ def weights_of(scenario: Scenario, parts: Mapping[str, float] | None) -> Weights
     """What counts how much in a scenario. Raises ``UserError`` for an unknown one, and for weights that do not fit it."""
     if scenario not in get_args(Scenario):
         known = get_args(Scenario)
-        raise UserError(f"unknown scenario {scenario!r}; known ones: {', '.join(known)}{did_you_mean(scenario, known)}")
+        raise UserError(
+            gettext(
+                "unknown scenario {scenario!r}; known ones: {known}{hint}",
+                scenario=scenario,
+                known=", ".join(known),
+                hint=did_you_mean(scenario, known),
+            )
+        )
     if scenario == "mix":
         if parts is None:
-            raise UserError("the scenario mix needs weights; give them, such as size=1,speed=2,loss=1")
+            raise UserError(gettext("the scenario mix needs weights; give them, such as size=1,speed=2,loss=1"))
         return Weights.mix(parts)
     if parts is not None:
-        raise UserError(f"the scenario {scenario} brings its own weights; to give others, choose the scenario mix")
+        raise UserError(
+            gettext(
+                "the scenario {scenario} brings its own weights; to give others, choose the scenario mix",
+                scenario=scenario,
+            )
+        )
     return WEIGHTS[scenario]
 
 
@@ -153,7 +166,7 @@ def _sifted(
     for place, row in enumerate(rows):
         if missed := list(constraints.misses(row, yardstick, small_loss_passes=small_loss_passes)):
             misses[place] = missed
-            refused[place] = "; ".join(miss.text for miss in missed)
+            refused[place] = gettext("; ").join(miss.text for miss in missed)
         elif isinstance(outcome := _score(row, weights, yardstick), str):
             refused[place] = outcome
         else:
@@ -166,13 +179,13 @@ def _score(row: Row, weights: Weights, yardstick: Yardstick) -> Scored | str:
     loss = yardstick.loss_cost(row)
     if loss is None:
         if row.kl_mean is None:
-            return "KL was not measured, so its loss is unknown"
-        return "no perplexity was measured, so its KL cannot be weighed"
+            return gettext("KL was not measured, so its loss is unknown")
+        return gettext("no perplexity was measured, so its KL cannot be weighed")
     speed = yardstick.speed_gain(row)
     if speed is None and weights.speed > 0:
         measured_elsewhere = yardstick.decode is not None or yardstick.first_token is not None
         if measured_elsewhere or weights.size == 0:
-            return "its speed was not measured"
+            return gettext("its speed was not measured")
     size = yardstick.size_gain(row)
     total = weights.size * size + weights.speed * (speed or 0.0) - weights.loss * loss
     return Scored(row, size, speed, loss, total)

@@ -24,6 +24,7 @@ from typing import get_args
 from quern.advisor.drift import favour
 from quern.core.errors import UserError
 from quern.core.results import Row, Scenario, WeightName, unquantized_row
+from quern.core.text.language import gettext, translatable
 from quern.core.text.suggest import did_you_mean
 
 SCALING_EXPONENT = 0.076
@@ -49,12 +50,19 @@ class Weights:
         known = get_args(WeightName)
         if unknown := [name for name in parts if name not in known]:
             raise UserError(
-                f"unknown weight {unknown[0]!r}; known ones: {', '.join(known)}{did_you_mean(unknown[0], known)}"
+                gettext(
+                    "unknown weight {name!r}; known ones: {known}{hint}",
+                    name=unknown[0],
+                    known=", ".join(known),
+                    hint=did_you_mean(unknown[0], known),
+                )
             )
         total = sum(parts.values())
         if not (math.isfinite(total) and total > 0 and all(part >= 0 for part in parts.values())):
             said = ", ".join(f"{name}={part:g}" for name, part in parts.items()) or "none"
-            raise UserError(f"weights must be finite, at least 0, and one of them above 0; got {said}")
+            raise UserError(
+                gettext("weights must be finite, at least 0, and one of them above 0; got {said}", said=said)
+            )
         return cls(**{name: parts.get(name, 0.0) / total for name in known})
 
     def to_json(self) -> dict[WeightName, float]:
@@ -199,7 +207,7 @@ class _Cost:
 _DECODE, _LOSS = 1, 2
 """Places in what ``_costs`` returns."""
 _SPEEDS = (_DECODE, 3)
-_NAMES = {_DECODE: "decode speed", _LOSS: "KL"}
+_NAMES = {_DECODE: translatable("decode speed"), _LOSS: "KL"}
 
 
 def _costs(row: Row, *, first_token: bool) -> tuple[_Cost | None, ...]:

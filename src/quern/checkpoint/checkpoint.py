@@ -28,9 +28,10 @@ from quern.checkpoint.tokenizer import tokenizer_files
 from quern.checkpoint.unchanged import Stamp, check_unchanged, stamps_of
 from quern.core.errors import BadFileError, UserError
 from quern.core.progress import Progress, Silent
+from quern.core.text.language import gettext, translatable
 
 _CHUNK = 1 << 22
-_ALLOWED = (
+_ALLOWED = translatable(
     "Give a Hugging Face folder (config.json and *.safetensors), a Hub id such as Qwen/Qwen2.5-0.5B, or a .gguf file"
 )
 
@@ -93,7 +94,11 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of a tensor. Raises ``BadFileError`` for one that the checkpoint lacks."""
         if name not in self.source.infos:
-            raise BadFileError(self.path, f"has no tensor {name!r}", "Check that config.json belongs to these weights")
+            raise BadFileError(
+                self.path,
+                gettext("has no tensor {name!r}", name=name),
+                gettext("Check that config.json belongs to these weights"),
+            )
         return self.source.infos[name]
 
     def read(self, name: str, *, finite: bool = False) -> torch.Tensor:
@@ -109,8 +114,13 @@ class Checkpoint:
         if finite and (count := count_non_finite(tensor)):
             raise BadFileError(
                 place,
-                f"tensor {name!r} holds {count} NaN or infinite values among {tensor.numel()}",
-                "The weights are damaged or overflowed their dtype; get the checkpoint again",
+                gettext(
+                    "tensor {name!r} holds {count} NaN or infinite values among {all}",
+                    name=name,
+                    count=count,
+                    all=tensor.numel(),
+                ),
+                gettext("The weights are damaged or overflowed their dtype; get the checkpoint again"),
             )
         return tensor
 
@@ -180,7 +190,7 @@ def open_checkpoint(
     """
     text = str(model)
     if not text.strip():
-        raise UserError(f"MODEL is empty. {_ALLOWED}")
+        raise UserError(gettext("MODEL is empty. {allowed}", allowed=gettext(_ALLOWED)))
     path = Path(model)
     if path.is_file():
         return _checked(_open_file(path))
@@ -188,8 +198,10 @@ def open_checkpoint(
         path = snapshot
     if not path.is_dir():
         if not is_hub_id(text):
-            problem = "is neither a folder nor a regular file" if path.exists() else "does not exist"
-            raise UserError(f"MODEL {text!r} {problem}. {_ALLOWED}")
+            problem = gettext("is neither a folder nor a regular file") if path.exists() else gettext("does not exist")
+            raise UserError(
+                gettext("MODEL {text!r} {problem}. {allowed}", text=text, problem=problem, allowed=gettext(_ALLOWED))
+            )
         path = download(text, progress or Silent())
     return _checked(Checkpoint(path, *open_folder(path, open_container)))
 
@@ -201,9 +213,14 @@ def _checked(checkpoint: Checkpoint) -> Checkpoint:
     check_counts(checkpoint.path, config)
     if config.get("num_hidden_layers", 1) > tensors:
         raise BadFileError(
-            checkpoint.path, f"its configuration has {config['num_hidden_layers']} layers, its weights {tensors} tensors",
-            "Check that config.json belongs to these weights",
-        )  # fmt: skip
+            checkpoint.path,
+            gettext(
+                "its configuration has {layers} layers, its weights {tensors} tensors",
+                layers=config["num_hidden_layers"],
+                tensors=tensors,
+            ),
+            gettext("Check that config.json belongs to these weights"),
+        )
     return with_true_head(checkpoint)
 
 

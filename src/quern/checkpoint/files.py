@@ -21,12 +21,13 @@ from typing import Any, BinaryIO
 from quern.core.errors import BadFileError, UserError
 from quern.core.machine.temporary import ELSEWHERE, is_temporary
 from quern.core.text.encoding import foreign_encoding
+from quern.core.text.language import gettext, translatable
 from quern.core.units import bytes_text
 
 JSON_LIMIT = 16 * 1024 * 1024
 """Most bytes of a configuration file; real ones have a few thousand."""
 _CHUNK = 1024 * 1024
-_AGAIN = "Download or copy the file again"
+_AGAIN = translatable("Download or copy the file again")
 _LONGEST_NAME = 240
 """Bytes of a file's name that leave room for the ending of a temporary one (Linux: 255)."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -49,12 +50,14 @@ class InputFile:
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise BadFileError(
-                path, f"cannot be read: {error.strerror}", "Check the path and its permissions"
+                path,
+                gettext("cannot be read: {reason}", reason=error.strerror),
+                gettext("Check the path and its permissions"),
             ) from None
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
             os.close(self._descriptor)
-            raise BadFileError(path, "is not a regular file", "Give a file that holds data")
+            raise BadFileError(path, gettext("is not a regular file"), gettext("Give a file that holds data"))
         self.size = status.st_size
 
     def __enter__(self) -> InputFile:
@@ -72,12 +75,18 @@ class InputFile:
                 count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
             except OSError as error:
                 raise BadFileError(
-                    self.path, f"cannot be read at byte {offset + done}: {error.strerror}", "Check the disk"
+                    self.path,
+                    gettext("cannot be read at byte {byte}: {reason}", byte=offset + done, reason=error.strerror),
+                    gettext("Check the disk"),
                 ) from None
             if count == 0:
                 raise BadFileError(
                     self.path,
-                    f"is truncated: ends at byte {offset + done}, {len(buffer) - done} bytes early",
+                    gettext(
+                        "is truncated: ends at byte {byte}, {count} bytes early",
+                        byte=offset + done,
+                        count=len(buffer) - done,
+                    ),
                     _AGAIN,
                 )
             done += count
@@ -87,7 +96,12 @@ class InputFile:
         if length > self.size - offset:
             raise BadFileError(
                 self.path,
-                f"is truncated: {length} bytes are wanted at byte {offset}, but it has {self.size} bytes",
+                gettext(
+                    "is truncated: {length} bytes are wanted at byte {offset}, but it has {size} bytes",
+                    length=length,
+                    offset=offset,
+                    size=self.size,
+                ),
                 _AGAIN,
             )
         buffer = bytearray(length)
@@ -100,8 +114,8 @@ def refuse_pointer(file: InputFile) -> None:
     if file.size <= _LARGEST_POINTER and file.read(0, min(file.size, len(_POINTER))) == _POINTER:
         raise BadFileError(
             file.path,
-            "is only a pointer of git-lfs: the repository was cloned without its large files",
-            "Run `git lfs install` and `git lfs pull` in that folder",
+            gettext("is only a pointer of git-lfs: the repository was cloned without its large files"),
+            gettext("Run `git lfs install` and `git lfs pull` in that folder"),
         )
 
 
@@ -113,29 +127,45 @@ def parse_json_object(path: str | Path, raw: bytes, what: str) -> dict[str, Any]
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise BadFileError(path, f"{what} names {_short(twice)} twice", "Each name may occur once")
+            raise BadFileError(
+                path,
+                gettext("{what} names {name} twice", what=what, name=_short(twice)),
+                gettext("Each name may occur once"),
+            )
         return result
 
     def refuse(constant: str) -> None:
-        raise BadFileError(path, f"{what} holds {constant}, which is not JSON", _AGAIN)
+        raise BadFileError(
+            path, gettext("{what} holds {constant}, which is not JSON", what=what, constant=constant), _AGAIN
+        )
 
     try:
         data = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except UnicodeDecodeError as error:
         if encoding := foreign_encoding(raw):
-            raise BadFileError(path, f"{what} is {encoding}", "Save it as UTF-8") from None
-        raise BadFileError(path, f"{what} is not UTF-8: {error.reason} at byte {error.start}", _AGAIN) from None
+            raise BadFileError(
+                path, gettext("{what} is {encoding}", what=what, encoding=encoding), gettext("Save it as UTF-8")
+            ) from None
+        raise BadFileError(
+            path,
+            gettext("{what} is not UTF-8: {reason} at byte {byte}", what=what, reason=error.reason, byte=error.start),
+            _AGAIN,
+        ) from None
     except RecursionError:
-        raise BadFileError(path, f"{what} is nested too deeply", _AGAIN) from None
+        raise BadFileError(path, gettext("{what} is nested too deeply", what=what), _AGAIN) from None
     except BadFileError:
         raise
     except ValueError as error:
         if raw.startswith(codecs.BOM_UTF8):  # which libraries that read the same file do not take either
-            hint = "Save it as UTF-8 without one"
-            raise BadFileError(path, f"{what} begins with a byte order mark, which JSON must not have", hint) from None
-        raise BadFileError(path, f"{what} is not JSON: {error}", _AGAIN) from None
+            hint = gettext("Save it as UTF-8 without one")
+            raise BadFileError(
+                path, gettext("{what} begins with a byte order mark, which JSON must not have", what=what), hint
+            ) from None
+        raise BadFileError(path, gettext("{what} is not JSON: {error}", what=what, error=error), _AGAIN) from None
     if not isinstance(data, dict):
-        raise BadFileError(path, f"{what} is not a JSON object but a {type(data).__name__}", _AGAIN)
+        raise BadFileError(
+            path, gettext("{what} is not a JSON object but a {type}", what=what, type=type(data).__name__), _AGAIN
+        )
     return data
 
 
@@ -152,10 +182,14 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
         if file.size > limit:
             raise BadFileError(
                 path,
-                f"has {bytes_text(file.size)}, more than the {bytes_text(limit)} that such a file may have",
+                gettext(
+                    "has {size}, more than the {limit} that such a file may have",
+                    size=bytes_text(file.size),
+                    limit=bytes_text(limit),
+                ),
                 _AGAIN,
             )
-        return parse_json_object(path, file.read(0, file.size), "the file")
+        return parse_json_object(path, file.read(0, file.size), gettext("the file"))
 
 
 def sha256_into(
@@ -199,22 +233,34 @@ def explain_write_errors(path: Path, needed: int) -> Iterator[None]:
             ) from error
         if error.errno in _NO_PERMISSION:
             raise UserError(
-                f"cannot write {path}: {error.strerror}. Choose another folder or change the permissions of this one"
+                gettext(
+                    "cannot write {path}: {reason}. Choose another folder or change the permissions of this one",
+                    path=path,
+                    reason=error.strerror,
+                )
             ) from error
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another place to write to") from error
+        told = {"path": path, "reason": error.strerror or error}
+        raise UserError(gettext("cannot write {path}: {reason}. Choose another place to write to", **told)) from error
 
 
 def _full(path: Path, needed: int) -> UserError:
-    there = f"{bytes_text(_free_bytes(path.parent))} are free there"
-    room = f"{bytes_text(needed)} are needed and {there}" if needed else there
-    return UserError(f"not enough room to write {path}: {room}. {room_advice(path)}")
+    told = {"path": path, "free": bytes_text(_free_bytes(path.parent)), "advice": room_advice(path)}
+    if not needed:
+        return UserError(gettext("not enough room to write {path}: {free} are free there. {advice}", **told))
+    return UserError(
+        gettext(
+            "not enough room to write {path}: {needed} are needed and {free} are free there. {advice}",
+            needed=bytes_text(needed),
+            **told,
+        )
+    )
 
 
 def room_advice(path: Path) -> str:
     """What to do where ``path`` does not fit."""
     if is_temporary(path):
-        return f"Free some space, or {ELSEWHERE}"
-    return "Free some space or choose a folder on another disk; what is finished is kept"
+        return gettext("Free some space, or {elsewhere}", elsewhere=gettext(ELSEWHERE))
+    return gettext("Free some space or choose a folder on another disk; what is finished is kept")
 
 
 def _free_bytes(folder: Path) -> int:

@@ -17,11 +17,12 @@ from quern.checkpoint.strangers import ADAPTER_WEIGHTS, CONSOLIDATED, what_else
 from quern.checkpoint.stream import STREAM, open_stream
 from quern.checkpoint.synthetic import SYNTHETIC, open_synthetic
 from quern.core.errors import BadFileError
+from quern.core.text.language import gettext, ngettext, translatable
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_AGAIN = "Download or copy the checkpoint again"
+_AGAIN = translatable("Download or copy the checkpoint again")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", re.DOTALL)
 _MOST_SHARDS = 100_000
 _SHOWN = 5
@@ -63,10 +64,12 @@ def no_container(folder: Path, config: dict[str, Any]) -> None:
 def open_folder(folder: Path, open_container: OpenContainer = no_container) -> tuple[dict[str, Any], Any]:
     """The configuration and the tensors (a ``TensorSource``) of a Hugging Face folder. Raises ``BadFileError``."""
     if not (folder / CONFIG).is_file():
-        raise what_else(folder, f"holds no {CONFIG}")
+        raise what_else(folder, gettext("holds no {file}", file=CONFIG))
     config = read_json(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
-        raise BadFileError(folder / CONFIG, "names no model_type", "Give the config.json that belongs to the weights")
+        raise BadFileError(
+            folder / CONFIG, gettext("names no model_type"), gettext("Give the config.json that belongs to the weights")
+        )
     if config.get("quantization_config", config) is None:
         del config["quantization_config"]  # some tools write null for none
     if (folder / SYNTHETIC).is_file():
@@ -87,7 +90,7 @@ def open_tensors(folder: Path) -> FolderSource:
     else:
         source = _open_without_index(folder)
     if not source.infos:
-        raise BadFileError(folder, "holds no tensors", "Give a folder with weights")
+        raise BadFileError(folder, gettext("holds no tensors"), gettext("Give a folder with weights"))
     return source
 
 
@@ -95,17 +98,25 @@ def _open_indexed(folder: Path) -> FolderSource:
     index = folder / INDEX
     weight_map = read_json(index, HEADER_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise BadFileError(index, "has no weight_map from tensor names to file names", _AGAIN)
+        raise BadFileError(index, gettext("has no weight_map from tensor names to file names"), _AGAIN)
     shards = sorted(set(weight_map.values()))
     _check_shards(index, shards)
     headers = {shard: read_header(folder / shard) for shard in shards}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
-            raise BadFileError(folder / shard, f"lacks tensor {name!r}, which {INDEX} places there", _AGAIN)
+            raise BadFileError(
+                folder / shard,
+                gettext("lacks tensor {name!r}, which {index} places there", name=name, index=INDEX),
+                _AGAIN,
+            )
     for shard, header in headers.items():
         for name in header:
             if weight_map.get(name) != shard:
-                raise BadFileError(index, f"does not place tensor {name!r} in {shard}, which holds it", _AGAIN)
+                raise BadFileError(
+                    index,
+                    gettext("does not place tensor {name!r} in {shard}, which holds it", name=name, shard=shard),
+                    _AGAIN,
+                )
     return FolderSource(
         {name: headers[shard][name] for name, shard in weight_map.items()},
         {name: folder / shard for name, shard in weight_map.items()},
@@ -118,25 +129,34 @@ def _check_shards(index: Path, shards: Iterable[str]) -> None:
         if not shard.endswith(".safetensors") or any(character in shard for character in "/\\\0"):
             raise BadFileError(
                 index,
-                f"names the shard {shard[:200]!r}; only plain *.safetensors names inside the folder are allowed",
+                gettext(
+                    "names the shard {name!r}; only plain *.safetensors names inside the folder are allowed",
+                    name=shard[:200],
+                ),
                 _AGAIN,
             )
         if not (index.parent / shard).exists():
             missing.append(shard[:200])
     if missing:
-        raise BadFileError(index, f"names {_listed(missing)}, which {_is(missing)} missing", _DOWNLOAD)
+        raise BadFileError(
+            index,
+            ngettext(
+                "names {files}, which is missing",
+                "names {files}, which are missing",
+                len(missing),
+                files=_listed(missing),
+            ),
+            _DOWNLOAD,
+        )
 
 
-_DOWNLOAD = "Download the missing files into the same folder"
+_DOWNLOAD = translatable("Download the missing files into the same folder")
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"the shard{'s' if len(names) > 1 else ''} {', '.join(map(repr, names[:_SHOWN]))}{more}"
-
-
-def _is(names: list[str]) -> str:
-    return "are" if len(names) > 1 else "is"
+    more = gettext(" and {count} more", count=len(names) - _SHOWN) if len(names) > _SHOWN else ""
+    shown = ", ".join(map(repr, names[:_SHOWN])) + more
+    return ngettext("the shard {names}", "the shards {names}", len(names), names=shown)
 
 
 def _open_without_index(folder: Path) -> FolderSource:
@@ -147,7 +167,7 @@ def _open_without_index(folder: Path) -> FolderSource:
         if not path.name.startswith((CONSOLIDATED, ADAPTER_WEIGHTS)) and path.is_file()
     )
     if not files:
-        raise what_else(folder, f"holds neither {SINGLE} nor {INDEX}")
+        raise what_else(folder, gettext("holds neither {file} nor {index}", file=SINGLE, index=INDEX))
     _check_numbers(folder, files)
     infos: dict[str, TensorInfo] = {}
     places: dict[str, Path] = {}
@@ -156,8 +176,13 @@ def _open_without_index(folder: Path) -> FolderSource:
             if name in infos:
                 raise BadFileError(
                     folder / file,
-                    f"holds tensor {name[:200]!r}, which {places[name].name} holds too, and no {INDEX} says which counts",
-                    "Remove the file that does not belong to the model, or get its index",
+                    gettext(
+                        "holds tensor {name!r}, which {other} holds too, and no {index} says which counts",
+                        name=name[:200],
+                        other=places[name].name,
+                        index=INDEX,
+                    ),
+                    gettext("Remove the file that does not belong to the model, or get its index"),
                 )
             infos[name], places[name] = info, folder / file
     return FolderSource(infos, places)
@@ -168,7 +193,11 @@ def _check_numbers(folder: Path, files: list[str]) -> None:
     numbered = [match for file in files if (match := _SHARD.fullmatch(file))]
     for stem, count in sorted({(match[1], match[3]) for match in numbered}):
         if int(count) > _MOST_SHARDS:
-            raise BadFileError(folder, f"holds one of {int(count)} shards, which no model has", _AGAIN)
+            raise BadFileError(
+                folder, gettext("holds one of {count} shards, which no model has", count=int(count)), _AGAIN
+            )
         wanted = [f"{stem}-{number + 1:05d}-of-{count}.safetensors" for number in range(int(count))]
         if missing := sorted(set(wanted) - set(files)):
-            raise BadFileError(folder, f"lacks {_listed(missing)} of {int(count)}", _DOWNLOAD)
+            raise BadFileError(
+                folder, gettext("lacks {files} of {count}", files=_listed(missing), count=int(count)), _DOWNLOAD
+            )

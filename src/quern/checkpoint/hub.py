@@ -11,6 +11,7 @@ from pathlib import Path
 
 from quern.core.errors import UserError
 from quern.core.progress import Progress, telling
+from quern.core.text.language import gettext
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
@@ -45,21 +46,37 @@ def explained(repository: str) -> Iterator[None]:
         raise
     except GatedRepoError:
         raise UserError(
-            f"the Hub model {repository} is gated. Accept its licence on https://huggingface.co/{repository} and run "
-            "`hf auth login`"
+            gettext(
+                "the Hub model {repository} is gated. Accept its licence on https://huggingface.co/{repository} and "
+                "run `hf auth login`",
+                repository=repository,
+            )
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"MODEL {repository!r} is neither a local folder nor a model that the Hub shows you. Check the "
-            "spelling; for a private model run `hf auth login`"
+            gettext(
+                "MODEL {repository!r} is neither a local folder nor a model that the Hub shows you. Check the "
+                "spelling; for a private model run `hf auth login`",
+                repository=repository,
+            )
         ) from None
     except HFValidationError as error:
-        raise UserError(f"MODEL {repository!r} is neither a local folder nor a valid Hub id: {error}") from None
+        raise UserError(
+            gettext(
+                "MODEL {repository!r} is neither a local folder nor a valid Hub id: {error}",
+                repository=repository,
+                error=error,
+            )
+        ) from None
     except Exception as error:
         # Network libraries raise exceptions of their own; whichever it is, the person needs the same next step.
         raise UserError(
-            f"MODEL {repository!r} is no local folder, and getting it from the Hub failed: {first_line(error)}. Check "
-            "the network and the free space, or give the path of a folder; what was downloaded is kept"
+            gettext(
+                "MODEL {repository!r} is no local folder, and getting it from the Hub failed: {reason}. Check the "
+                "network and the free space, or give the path of a folder; what was downloaded is kept",
+                repository=repository,
+                reason=first_line(error),
+            )
         ) from None
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from quern.cli import options
 from quern.cli.outcome import say, show, tell, verb, working
 from quern.core.text.encoding import decode_utf8
+from quern.core.text.language import gettext
 
 
 @verb("quern chat quantized --system 'Answer in one sentence.'")
@@ -61,7 +62,7 @@ def _messages() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True, file=sys.stderr)
-        line = decode_utf8("standard input", sys.stdin.buffer.readline())
+        line = decode_utf8(gettext("standard input"), sys.stdin.buffer.readline())
         if not line.strip():
             return
         yield line.rstrip("\r\n")
@@ -73,5 +74,5 @@ def _stream(pieces: Iterator[str]) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        say("[stopped]", stderr=True)
+        say(gettext("[stopped]"), stderr=True)
     print(flush=True)

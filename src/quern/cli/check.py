@@ -9,6 +9,7 @@ import typer
 from quern.cli import options
 from quern.cli.outcome import show, verb, working
 from quern.core.errors import UserError
+from quern.core.text.language import gettext
 
 
 @verb("quern check balanced --for vllm")
@@ -48,14 +49,16 @@ def check(
     Nothing is quantized. Exit code 1: it is refused, with the reason.
     """
     if recipe is None and not matrix:
-        raise UserError("name a recipe (quern recipes lists them) or a recipe file, or give --matrix")
+        raise UserError(gettext("name a recipe (quern recipes lists them) or a recipe file, or give --matrix"))
     from quern.cli.views import check as render_check
 
     if matrix:
         if model is not None or tensor_parallel is not None or (recipe is None and (runtime, cache) != (None, None)):
             raise UserError(
-                "--matrix shows pairs of parts; --model and --tensor-parallel are for RECIPE alone, "
-                "--for and --cache go with RECIPE"
+                gettext(
+                    "--matrix shows pairs of parts; --model and --tensor-parallel are for RECIPE alone, --for and --cache "
+                    "go with RECIPE"
+                )
             )
         from quern.core.recipe import load_recipe
         from quern.pipeline.stacking.check import refuse_unknown

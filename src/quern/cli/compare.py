@@ -10,6 +10,7 @@ import typer
 from quern.cli import options
 from quern.cli.outcome import say, show, verb, working
 from quern.core.errors import UserError
+from quern.core.text.language import gettext
 
 RECIPES = "compact,fast,balanced,rtn4"
 
@@ -41,7 +42,7 @@ Quick = Annotated[
 ]
 
 
-@verb("quern compare models/python-7m --recipes compact,balanced -o comparison", resumes=True)
+@verb("quern compare models/python-7m --recipes compact,balanced -o comparison", resumes=True, writes_page=True)
 def compare(
     model: options.Model,
     output: Annotated[
@@ -86,9 +87,7 @@ def compare(
     Run again after an interruption: what was quantized and measured is kept. Without --text and --calibration, text
     that the running Python carries is used.
     """
-    names, tools = _names(recipes), _names(peers)
-    if not names and not tools:
-        raise UserError(f"--recipes {recipes!r} names no recipe; give names separated by commas, such as {RECIPES}")
+    names, tools = _rows(recipes, peers)
     limit = options.optional_size(memory, "--memory")
     from quern.cli.views import results as render
     from quern.comparison.inputs import MeasurementSettings
@@ -119,7 +118,19 @@ def compare(
             progress=progress,
         )
     show(results, json, render.results)
-    say(f"wrote {output / 'results.json'} and {output / 'report.html'}", stderr=True)
+    paths = {"results": output / "results.json", "report": output / "report.html"}
+    say(gettext("wrote {results} and {report}", **paths), stderr=True)
+
+
+def _rows(recipes: str, peers: str) -> tuple[list[str], list[str]]:
+    """Recipes and tools, at least one of them. Raises ``UserError``."""
+    names, tools = _names(recipes), _names(peers)
+    if not names and not tools:
+        told = {"given": recipes, "known": RECIPES}
+        raise UserError(
+            gettext("--recipes {given!r} names no recipe; give names separated by commas, such as {known}", **told)
+        )
+    return names, tools
 
 
 def _names(text: str) -> list[str]:

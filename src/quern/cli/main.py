@@ -19,6 +19,7 @@ from quern.cli.export import export
 from quern.cli.forecast import forecast
 from quern.cli.generate import generate
 from quern.cli.inspect import inspect
+from quern.cli.language import Command, Group, chosen, language_first
 from quern.cli.outcome import end_by_exception, global_options
 from quern.cli.peers import app as peers
 from quern.cli.plan import plan
@@ -31,6 +32,7 @@ from quern.cli.serve import serve
 from quern.cli.status import status
 from quern.cli.streams import forget_impossible_width, open_standard
 from quern.cli.train import train
+from quern.core.text.language import VARIABLE
 
 VERBS: tuple[Callable[..., Any], ...] = (
     check,
@@ -54,6 +56,7 @@ VERBS: tuple[Callable[..., Any], ...] = (
 
 app = typer.Typer(
     name="quern",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -74,13 +77,25 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            "--language",
+            metavar="CODE",
+            envvar=VARIABLE,
+            help="Language of help, answers and reports: en or zh. JSON stays English.",
+            show_default="the locale's",
+            callback=chosen,
+            is_eager=True,
+        ),
+    ] = None,
 ) -> None:
     """Quantize large language models on the machine you have, measure what it cost, and learn which result to use."""
     global_options.debug = debug
 
 
 for _verb in VERBS:
-    app.command(_verb.__name__, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]
+    app.command(_verb.__name__, cls=Command, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]
 
 app.add_typer(peers, name="peers")
 
@@ -93,4 +108,4 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what the terminal cannot show comes out escaped instead of failing
             stream.reconfigure(errors="backslashreplace")
-    app(options.repeat_options(sys.argv[1:]))
+    app(options.repeat_options(language_first(sys.argv[1:])))

@@ -16,6 +16,7 @@ from quern.core.errors import UserError
 from quern.core.machine.parallel import MOST_THREADS
 from quern.core.recipe_parts import TEXT_AUTO
 from quern.core.results import FORMER_SCENARIOS, Scenario, Target
+from quern.core.text.language import gettext
 from quern.core.text.suggest import did_you_mean
 from quern.core.units import parse_size
 
@@ -138,7 +139,12 @@ def scenario_named(name: str) -> Scenario:
     known = get_args(Scenario)
     if (today := FORMER_SCENARIOS.get(name, name)) not in known:
         raise typer.BadParameter(
-            f"no scenario is called {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}",
+            gettext(
+                "no scenario is called {name!r}; there are {known}{hint}",
+                name=name,
+                known=", ".join(known),
+                hint=did_you_mean(name, known),
+            ),
             param_hint="--scenario",
         )
     return cast(Scenario, today)
@@ -149,7 +155,12 @@ def target_named(name: str) -> Target:
     known = get_args(Target)
     if name not in known:
         raise typer.BadParameter(
-            f"no runtime is called {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}",
+            gettext(
+                "no runtime is called {name!r}; there are {known}{hint}",
+                name=name,
+                known=", ".join(known),
+                hint=did_you_mean(name, known),
+            ),
             param_hint="--for",
         )
     return cast(Target, name)
@@ -197,7 +208,10 @@ def parse_weights(text: str | None) -> dict[str, float] | None:
             number = math.nan
         if not math.isfinite(number) or name in found:
             raise UserError(
-                f"--weights {text!r}: each of size, speed and loss once with a number: size=1,speed=2,loss=1"
+                gettext(
+                    "--weights {text!r}: each of size, speed and loss once with a number: size=1,speed=2,loss=1",
+                    text=text,
+                )
             )
         found[name] = number
     return found
@@ -222,7 +236,13 @@ def calibration_tokens(text: str | None) -> int | Literal["auto"] | None:
     except ValueError:
         number = 0
     if number < 1:
-        raise UserError(f"--calibration-tokens is {text!r}; it must be a whole number from 1 on, or {TEXT_AUTO}")
+        raise UserError(
+            gettext(
+                "--calibration-tokens is {text!r}; it must be a whole number from 1 on, or {text_auto}",
+                text=text,
+                text_auto=TEXT_AUTO,
+            )
+        )
     return number
 
 
@@ -235,7 +255,13 @@ def optional_seconds(text: str | None, option: str) -> float | None:
         return None
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(s|min|h)", text.strip())
     if found is None or not float(found[1]) > 0:
-        raise UserError(f"{option} is {text!r}; it must be a number with s, min or h behind it, such as 30min")
+        raise UserError(
+            gettext(
+                "{option} is {text!r}; it must be a number with s, min or h behind it, such as 30min",
+                option=option,
+                text=text,
+            )
+        )
     return float(found[1]) * _UNITS_OF_TIME[found[2]]
 
 
@@ -256,8 +282,8 @@ def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
     for text in given or ():
         key, equals, value = text.partition("=")
         if not (key and equals):
-            raise UserError(f"{option} {text!r} is no KEY=VALUE")
+            raise UserError(gettext("{option} {text!r} is no KEY=VALUE", option=option, text=text))
         if key in found:
-            raise UserError(f"{option} names {key!r} twice")
+            raise UserError(gettext("{option} names {key!r} twice", option=option, key=key))
         found[key] = value
     return found

@@ -27,12 +27,13 @@ from rich.text import Text
 from quern.cli.progress import LineProgress, RichProgress, progress_on
 from quern.cli.views.columns import UNLIMITED
 from quern.core.errors import QuernError
+from quern.core.text.language import english, gettext, translatable
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 INTERRUPTED = 130
-CONTINUES = " The same command continues where this one stopped."
+CONTINUES = translatable(" The same command continues where this one stopped.")
 
 
 class Ended(BaseException):
@@ -65,16 +66,18 @@ class GlobalOptions:
 global_options = GlobalOptions()
 
 
-def verb(example: str, resumes: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def verb(example: str, resumes: bool = False, writes_page: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a function a verb: ``example`` ends its --help, and every error becomes a message and an exit code.
 
-    ``resumes`` says that the same command continues after an interruption.
+    ``resumes`` says that the same command continues after an interruption. With --json, the verb speaks English, since
+    programs read one language, unless it ``writes_page``, which people read all the same.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            with _errors_as_messages(resumes):
+            spoken = english() if kwargs.get("json") and not writes_page else contextlib.nullcontext()
+            with spoken, _errors_as_messages(resumes):
                 return function(*args, **kwargs)
 
         wrapper.example = example  # type: ignore[attr-defined]
@@ -91,32 +94,41 @@ def _errors_as_messages(resumes: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        fail("interrupted." + (CONTINUES if resumes else ""), INTERRUPTED)
+        fail(gettext("interrupted.") + (gettext(CONTINUES) if resumes else ""), INTERRUPTED)
     except Ended as error:
-        fail(f"ended by {error.signal.name}." + (CONTINUES if resumes else ""), 128 + error.signal)
+        ended = gettext("ended by {signal}.", signal=error.signal.name)
+        fail(ended + (gettext(CONTINUES) if resumes else ""), 128 + error.signal)
     except BrokenPipeError:
         # Whoever read stdout is gone. Python flushes it once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except QuernError as error:
         _maybe_reraise()
-        fail(f"error: {error.on_command_line}", error.exit_code)
+        fail(gettext("error: {problem}", problem=error.on_command_line), error.exit_code)
     except OSError as error:
         _maybe_reraise()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({error.filename})" if error.filename else ""
-            continues = CONTINUES if resumes else ""
-            fail(f"error: the disk is full{where}: {error.strerror}. Free some space.{continues}", 2)
-        fail(f"error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), 1)
+            problem = gettext("the disk is full{where}: {reason}", where=where, reason=error.strerror)
+            advice = gettext(". Free some space.") + (gettext(CONTINUES) if resumes else "")
+            fail(gettext("error: {problem}", problem=problem + advice), 2)
+        problem = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        fail(gettext("error: {problem}", problem=problem), 1)
     except MemoryError:
         _maybe_reraise()
-        fail("error: out of memory; give a cap with --memory where the verb has it, or close other programs", 1)
+        fail(
+            gettext("error: out of memory; give a cap with --memory where the verb has it, or close other programs"), 1
+        )
     except Exception as error:
         _maybe_reraise()
         said = " ".join(str(error).split())
         fail(
-            f"internal error: {type(error).__name__}: {said}. This is a bug in quern: please report it with the "
-            "command line, the output of `quern probe --json` and the traceback that `quern --debug ...` shows",
+            gettext(
+                "internal error: {type}: {text}. This is a bug in quern: please report it with the command line, the "
+                "output of `quern probe --json` and the traceback that `quern --debug ...` shows",
+                type=type(error).__name__,
+                text=said,
+            ),
             1,
         )
 
@@ -175,7 +187,7 @@ def say(message: str, stderr: bool = False) -> None:
 
 def tell(note: str) -> None:
     """Print a note to stderr."""
-    say(f"note: {note}", stderr=True)
+    say(gettext("note: {note}", note=note), stderr=True)
 
 
 def show(result: object, as_json: bool, render: Callable[[Any], RenderableType]) -> None:

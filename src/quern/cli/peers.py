@@ -9,9 +9,11 @@ import typer
 from rich.text import Text
 
 from quern.cli import options
+from quern.cli.language import Command, Group
 from quern.cli.outcome import say, show, verb, working
 from quern.core.errors import UserError
 from quern.core.machine.temporary import temporary_folder
+from quern.core.text.language import gettext
 
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Tools, or all.", show_default=False)]
 
@@ -39,7 +41,7 @@ def install(names: Names, json: options.Json = False) -> None:
             try:
                 installed = Environment.of(name).install(progress)
                 found.append({"name": name, "installed": installed.version, "problem": None})
-                progress.log(f"{name} {installed.version} is installed")
+                progress.log(gettext("{tool} {version} is installed", tool=name, version=installed.version))
             except PeerError as error:
                 found.append({"name": name, "installed": None, "problem": error.on_command_line})
     problems = [one["problem"] for one in found if one["problem"]]
@@ -72,7 +74,7 @@ def doctor(json: options.Json = False) -> None:
     from quern.peers.base import PEERS
 
     with working() as progress, temporary_folder("doctor") as scratch:
-        task = progress.task("starting tools", len(PEERS.names()))
+        task = progress.task(gettext("starting tools"), len(PEERS.names()))
         found = []
         for name in PEERS.names():
             found.append(examine(name, scratch))
@@ -84,7 +86,9 @@ def doctor(json: options.Json = False) -> None:
 
 
 def _removed(one: dict[str, Any]) -> str:
-    return f"{one['name']}: removed" if one["removed"] else f"{one['name']}: was not installed"
+    if one["removed"]:
+        return gettext("{tool}: removed", tool=one["name"])
+    return gettext("{tool}: was not installed", tool=one["name"])
 
 
 def _known(names: list[str]) -> list[str]:
@@ -93,7 +97,7 @@ def _known(names: list[str]) -> list[str]:
 
     if ALL in names:
         if len(names) > 1:
-            raise UserError(f"{ALL} means every tool; give it alone, or names")
+            raise UserError(gettext("{all} means every tool; give it alone, or names", all=ALL))
         return PEERS.names()
     for name in names:
         PEERS.get(name)
@@ -101,10 +105,11 @@ def _known(names: list[str]) -> list[str]:
 
 
 app = typer.Typer(
+    cls=Group,
     name="peers",
     no_args_is_help=True,
     help="Other quantization tools that `quern compare --peers` runs beside quern, each in an environment of its own.",
 )
 VERBS: dict[str, Callable[..., Any]] = {"list": list_peers, "install": install, "remove": remove, "doctor": doctor}
 for _name, _verb in VERBS.items():
-    app.command(_name, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]
+    app.command(_name, cls=Command, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]

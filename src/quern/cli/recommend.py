@@ -11,6 +11,7 @@ from quern.cli import options
 from quern.cli.outcome import show, verb
 from quern.core.errors import UserError
 from quern.core.results import Recommendation, Scenario, Target
+from quern.core.text.language import gettext
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -160,5 +161,5 @@ def _with_machine(answer: Recommendation) -> RenderableType:
     from quern.cli.views import results as render
 
     machine = [Text(measured_on_text(answer.measured_on))] if answer.measured_on is not None else []
-    warnings = [Text(f"warning: {warning}", style="yellow") for warning in answer.warnings]
+    warnings = [Text(gettext("warning: {warning}", warning=warning), style="yellow") for warning in answer.warnings]
     return Group(*machine, *warnings, render.recommendation(answer))

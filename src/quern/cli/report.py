@@ -9,9 +9,10 @@ from rich.text import Text
 
 from quern.cli import options
 from quern.cli.outcome import show, verb
+from quern.core.text.language import gettext
 
 
-@verb("quern report demo/results.json -o report.html")
+@verb("quern report demo/results.json -o report.html", writes_page=True)
 def report(
     results: options.ResultsPath,
     output: Annotated[
@@ -22,4 +23,8 @@ def report(
     """Write RESULTS.json as one HTML page that needs nothing else."""
     from quern.report.html import write_report
 
-    show({"report": write_report(results, output)}, json, lambda written: Text(f"wrote {written['report']}"))
+    show(
+        {"report": write_report(results, output)},
+        json,
+        lambda written: Text(gettext("wrote {path}", path=written["report"])),
+    )

@@ -12,6 +12,7 @@ import typer
 
 from quern.core.errors import UserError
 from quern.core.machine.temporary import ELSEWHERE, temporary_folder
+from quern.core.text.language import gettext
 
 
 def open_standard() -> None:
@@ -49,6 +50,11 @@ def _kept(context: typer.Context, pipe: Path) -> Path:
         context.close()  # which nobody does for a command whose arguments are refused
         reason = error.strerror or error
         raise typer.BadParameter(
-            f"{pipe} cannot be kept in a file: {reason}. Free some space, or {ELSEWHERE}"
+            gettext(
+                "{pipe} cannot be kept in a file: {reason}. Free some space, or {elsewhere}",
+                pipe=pipe,
+                reason=reason,
+                elsewhere=gettext(ELSEWHERE),
+            )
         ) from error
     return kept

@@ -10,6 +10,7 @@ from quern.cli import options
 from quern.core.allocation import Target
 from quern.core.errors import UserError
 from quern.core.recipe import Recipe, load_recipe
+from quern.core.text.language import gettext
 
 ALLOCATING = "auto"
 """The recipe that a target is set for where none is named."""
@@ -54,10 +55,12 @@ def target_of(
     """The target that the options give; None where none was given. Raises ``UserError``."""
     memory = options.optional_size(fit, "--fit")
     if context is not None and memory is None:
-        raise UserError("--context says how long the cache is that --fit counts; give --fit SIZE too, or leave it out")
+        raise UserError(
+            gettext("--context says how long the cache is that --fit counts; give --fit SIZE too, or leave it out")
+        )
     for name, value in (("--bits", bits), ("--max-loss", max_loss), ("--min-speed", min_speed)):
         if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{name} is {value:g}; it must be a number above 0")
+            raise UserError(gettext("{name} is {value:g}; it must be a number above 0", name=name, value=value))
     if bits is None and memory is None and max_loss is None and min_speed is None:
         return None
     return Target(bits=bits, memory=memory, context=context, max_loss=max_loss, min_speed=min_speed)

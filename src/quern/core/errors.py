@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 
+from quern.core.text.language import gettext
+
 _OPTION = re.compile("\x02([^\x02\x03\x1f]*)\x1f([^\x02\x03\x1f]*)\x03")
 
 
@@ -47,7 +49,12 @@ class BadFileError(UserError):
     def __init__(self, path: object, problem: str, hint: str = "") -> None:
         self.path = str(path)
         self.problem = problem
-        super().__init__(f"{path}: {problem}" + (f". {hint}" if hint else ""))
+        told = {"path": path, "problem": gettext(problem)}
+        super().__init__(
+            gettext("{path}: {problem}. {hint}", **told, hint=gettext(hint))
+            if hint
+            else gettext("{path}: {problem}", **told)
+        )
 
 
 class OutOfMemoryCapError(UserError):

@@ -39,6 +39,7 @@ from quern.core.recipe_parts import (
 from quern.core.registry import Registry
 from quern.core.scheme import UNQUANTIZED, CodecScheme, parse_scheme, scheme_keys
 from quern.core.text.encoding import decode_utf8
+from quern.core.text.language import gettext
 from quern.core.text.suggest import did_you_mean
 
 RECIPE_PACKAGE = "quern.recipes"
@@ -205,8 +206,11 @@ class Recipe(Strict):
         """The same with another target of its allocation, and a name that says so. Raises ``UserError`` without one."""
         if self.allocation is None:
             raise UserError(
-                f"recipe {self.name!r} has no allocation, so no target can be set for it: its schemes are fixed. Use the "
-                "recipe auto, or add candidates under allocation"
+                gettext(
+                    "recipe {name!r} has no allocation, so no target can be set for it: its schemes are fixed. Use "
+                    "the recipe auto, or add candidates under allocation",
+                    name=self.name,
+                )
             )
         allocation = self.allocation.model_copy(update={"target": target})
         return self.model_copy(update={"name": f"{self.name}-{target.label}", "allocation": allocation})
@@ -315,8 +319,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         return parse_recipe(with_effort(data, effort, text), text)
     if not path.is_file():
         raise UserError(
-            f"no recipe {text!r}: neither a file nor one of the shipped ones ({', '.join(profile_names())})"
-            f"{did_you_mean(text, profile_names())}"
+            gettext(
+                "no recipe {text!r}: neither a file nor one of the shipped ones ({known}){hint}",
+                text=text,
+                known=", ".join(profile_names()),
+                hint=did_you_mean(text, profile_names()),
+            )
         )
     content = decode_utf8(f"recipe {path}", path.read_bytes())
     try:
@@ -325,12 +333,18 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         else:
             data = yaml.load(content, _UniqueLoader)
     except (ValueError, yaml.YAMLError) as error:  # ValueError: also dates and numbers that Python has not
-        raise UserError(f"recipe {path} is neither YAML nor JSON: {error}") from None
+        raise UserError(gettext("recipe {path} is neither YAML nor JSON: {error}", path=path, error=error)) from None
     except RecursionError:
-        raise UserError(f"recipe {path} is nested too deeply") from None
+        raise UserError(gettext("recipe {path} is nested too deeply", path=path)) from None
     if not isinstance(data, dict):
-        what = "is empty" if data is None else f"is not a set of keys but a {type(data).__name__}"
-        raise UserError(f"recipe {path} {what}. It needs at least a name, such as: name: mine")
+        what = (
+            gettext("is empty")
+            if data is None
+            else gettext("is not a set of keys but a {type}", type=type(data).__name__)
+        )
+        raise UserError(
+            gettext("recipe {path} {what}. It needs at least a name, such as: name: mine", path=path, what=what)
+        )
     return parse_recipe(with_effort(data, effort, text), text)
 
 

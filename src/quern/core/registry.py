@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from quern.core.errors import UserError
+from quern.core.text.language import gettext
 from quern.core.text.suggest import did_you_mean
 
 T = TypeVar("T")
@@ -52,7 +53,15 @@ class Registry(Generic[T]):
         self._load()
         if name not in self._entries:
             known = self.names()
-            raise UserError(f"unknown {self.kind} {name!r}; known: {', '.join(known)}{did_you_mean(name, known)}")
+            raise UserError(
+                gettext(
+                    "unknown {kind} {name!r}; known: {known}{hint}",
+                    kind=self.kind,
+                    name=name,
+                    known=", ".join(known),
+                    hint=did_you_mean(name, known),
+                )
+            )
         return self._entries[name]
 
     def names(self) -> list[str]:

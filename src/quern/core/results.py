@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from quern.core.errors import BadFileError
 from quern.core.former_results import completed
 from quern.core.text.encoding import decode_utf8
+from quern.core.text.language import gettext
 
 METRICS_VERSION = 2
 """Rules of measuring, described in docs/results.md. 2: all options of a choice are scored from one place."""
@@ -359,13 +360,15 @@ def load_results(path: str | Path) -> Results:
         return Results.model_validate_json(decode_utf8(path, Path(path).read_bytes()))
     except OSError as error:
         raise BadFileError(
-            path, f"cannot be read: {error}", "Give the results.json that `quern compare` wrote"
+            path,
+            gettext("cannot be read: {error}", error=error),
+            gettext("Give the results.json that `quern compare` wrote"),
         ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "top level"
         raise BadFileError(
             path,
-            f"is not a results file of this version ({where}: {first['msg']})",
-            "Give the results.json that `quern compare` wrote",
+            gettext("is not a results file of this version ({where}: {problem})", where=where, problem=first["msg"]),
+            gettext("Give the results.json that `quern compare` wrote"),
         ) from None

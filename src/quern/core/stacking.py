@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from quern.core.text.language import gettext, translatable
+
 PartKind = Literal["transform", "rounding", "codec", "activations", "storage", "cache", "format", "runtime"]
 Property = Literal["even columns"]
 """What a component may rely on, of the weights that come to it: columns of a row that are about alike in size."""
@@ -40,6 +42,8 @@ class Traits:
 
 
 NO_TRAITS = Traits()
+_SHOWN = (translatable("even columns"), translatable("works"), translatable("degrades"), translatable("refuses"))
+"""Properties and labels as they are read."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,14 @@ def conflict(first: Part, first_traits: Traits, second: Part, second_traits: Tra
         (second, second_traits.wants, first, first_traits.removes),
     ):
         for what in sorted(set(wants) & set(removes)):
-            return what, f"{wanting.name} relies on {what}, because {wants[what]}; {other.name} {removes[what]}"
+            return what, gettext(
+                "{wanting} relies on {what}, because {why}; {other} {removes}",
+                wanting=wanting.name,
+                what=gettext(what),
+                why=gettext(wants[what]),
+                other=other.name,
+                removes=gettext(removes[what]),
+            )
     return None
 
 

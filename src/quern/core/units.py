@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from quern.core.errors import UserError
+from quern.core.text.language import gettext, ngettext
 
 _DECIMAL_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -32,7 +33,7 @@ def bytes_text(count: float) -> str:
 def processors_text(load: float) -> str:
     """``0.62 processors``, ``1 processor``: how many of them are kept busy."""
     number = significant(load, 2)
-    return f"{number} processor{'' if number == '1' else 's'}"
+    return ngettext("{number} processor", "{number} processors", 1 if number == "1" else 2, number=number)
 
 
 def rounded_up(count: int) -> int:
@@ -65,8 +66,8 @@ ABOVE_LIMIT = 1.05
 def limit_text(fraction: float) -> str:
     """A fraction of a probed limit: 0.74 -> "74 % of limit"; well above 1 it is no share of anything."""
     if fraction <= ABOVE_LIMIT:
-        return f"{100 * fraction:.0f} % of limit"
-    return f"{significant(fraction, 2)} times the probed rate, which was no limit"
+        return gettext("{share} % of limit", share=format(100 * fraction, ".0f"))
+    return gettext("{factor} times the probed rate, which was no limit", factor=significant(fraction, 2))
 
 
 def signed(value: float) -> str:
@@ -89,12 +90,21 @@ def parse_size(text: str, option: str) -> int:
     match = _SIZE.fullmatch(text)
     if match and not match[2] and float(match[1]) > 0:
         raise UserError(
-            f"{option} {text!r} has no unit; write {match[1]}GiB (or {match[1]}G), {match[1]}MB or {match[1]}B"
+            gettext(
+                "{option} {text!r} has no unit; write {number}GiB (or {number}G), {number}MB or {number}B",
+                option=option,
+                text=text,
+                number=match[1],
+            )
         )
     factor = _UNITS.get(match[2].upper()) if match else None
     size = int(float(match[1]) * factor) if match and factor else 0
     if size <= 0:
         raise UserError(
-            f"{option} {text!r} is not a size; give a number above zero and a unit, such as 16GiB (or 16G), 24GB, 500M"
+            gettext(
+                "{option} {text!r} is not a size; give a number above zero and a unit, such as 16GiB (or 16G), 24GB, 500M",
+                option=option,
+                text=text,
+            )
         )
     return size

@@ -23,6 +23,7 @@ from quern.core.packed import PackedLinear
 from quern.core.plan import Plan
 from quern.core.recipe import Recipe
 from quern.core.results import Target
+from quern.core.text.language import gettext
 from quern.formats.base import FORMATS, Format, Obstacle
 from quern.formats.writing.packed_integers import (
     PER_CHANNEL,
@@ -84,4 +85,4 @@ class Awq(Format):
 
     @classmethod
     def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
-        yield Obstacle("transformers", "loads it only where the package gptqmodel is installed beside it")
+        yield Obstacle("transformers", gettext("loads it only where the package gptqmodel is installed beside it"))

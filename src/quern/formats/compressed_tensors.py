@@ -27,6 +27,7 @@ from quern.core.recipe import Recipe
 from quern.core.recipe_parts import Activations
 from quern.core.results import Target
 from quern.core.scheme import CodecScheme
+from quern.core.text.language import gettext
 from quern.formats.base import FORMATS, Format, Obstacle
 from quern.formats.compressed_tensors_reader import METHOD, CompressedTensorsReader
 from quern.formats.sharded import ShardedWriter
@@ -190,44 +191,63 @@ class CompressedTensors(Format):
         if any(_joins_scales(scheme) for scheme in (recipe.weights, *overriding) if scheme is not None):
             yield Obstacle(
                 "vllm",
-                "takes one scale of the whole matrix for linears that it joins (q, k, v; gate, up), and each has its own",
+                gettext(
+                    "takes one scale of the whole matrix for linears that it joins (q, k, v; gate, up), and each has "
+                    "its own"
+                ),
             )
         if any(_is_fp4(scheme) for scheme in (recipe.weights, *overriding, recipe.head) if scheme is not None):
             yield Obstacle(
                 "transformers",
-                "runs FP4 in other dtypes than bfloat16 only by from_pretrained(..., "
-                "quantization_config=CompressedTensorsConfig(dequantize=True))",
+                gettext(
+                    "runs FP4 in other dtypes than bfloat16 only by from_pretrained(..., "
+                    "quantization_config=CompressedTensorsConfig(dequantize=True))"
+                ),
             )
         if any(not params.symmetric for params in scaled):
             yield Obstacle(
                 "transformers",
-                "loads asymmetric weights only by from_pretrained(..., "
-                "quantization_config=CompressedTensorsConfig(dequantize=True)); symmetric ones it loads as they are",
+                gettext(
+                    "loads asymmetric weights only by from_pretrained(..., "
+                    "quantization_config=CompressedTensorsConfig(dequantize=True)); symmetric ones it loads as they "
+                    "are"
+                ),
             )
         if recipe.rotated:
             yield Obstacle(
                 "transformers",
-                "drops the rotation without a word and computes nonsense; docs/compressed-tensors.md has the lines that add "
-                "it",
+                gettext(
+                    "drops the rotation without a word and computes nonsense; docs/compressed-tensors.md has the "
+                    "lines that add it"
+                ),
             )
             yield Obstacle(
                 "vllm",
-                "rotates inputs on one GPU only (read in its source, not tried), and none of a linear that has a bias",
+                gettext(
+                    "rotates inputs on one GPU only (read in its source, not tried), and none of a linear that has a "
+                    "bias"
+                ),
             )
         inside = [(recipe.weights, recipe.activations)]
         inside += [(o.scheme or recipe.weights, o.activations or recipe.activations) for o in recipe.overrides]
         if any(_narrow(scheme, activations) for scheme, activations in inside):
             yield Obstacle(
                 "vllm",
-                "multiplies 4-bit weights by int8 activations on CPUs only, and no other width below 8 (of GPUs read in its "
-                "source, not tried)",
+                gettext(
+                    "multiplies 4-bit weights by int8 activations on CPUs only, and no other width below 8 (of GPUs "
+                    "read in its source, not tried)"
+                ),
             )
         head = recipe.head.params
         packed = scaled if recipe.activations.mode == "none" else [head] if isinstance(head, ScaledParameters) else []
         odd = sorted({params.bits for params in packed} - {*_VLLM_BITS})
         if odd:
             yield Obstacle(
-                "vllm", f"has kernels for packed weights of 4 and 8 bits, not of {' and '.join(map(str, odd))}"
+                "vllm",
+                gettext(
+                    "has kernels for packed weights of 4 and 8 bits, not of {widths}",
+                    widths=" and ".join(map(str, odd)),
+                ),
             )
 
 

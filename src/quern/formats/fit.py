@@ -12,6 +12,7 @@ from quern.architectures.base import Architecture, Shapes
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.head import EMBEDDING, HEAD
 from quern.checkpoint.safetensors_file import DTYPES, TensorInfo
+from quern.core.text.language import gettext
 
 FLOATS = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 """Dtypes of weights that are not quantized."""
@@ -36,7 +37,7 @@ def differences(checkpoint: Checkpoint, architecture: Architecture, wanted: Mapp
     """Clauses about tensors that are missing, left over, or of another shape or dtype."""
     infos = checkpoint.source.infos
     problems = surplus(set(infos) - set(wanted), architecture, infos)
-    problems += [f"tensor {name!r} is missing" for name in sorted(set(wanted) - set(infos))]
+    problems += [gettext("tensor {name!r} is missing", name=name) for name in sorted(set(wanted) - set(infos))]
     for name in sorted(set(wanted) & set(infos)):
         problems += misfit(name, infos[name], wanted[name])
     return problems
@@ -45,10 +46,12 @@ def differences(checkpoint: Checkpoint, architecture: Architecture, wanted: Mapp
 def misfit(name: str, info: TensorInfo, wanted: Expected) -> list[str]:
     """What is wrong with one tensor."""
     if info.shape != wanted.shape:
-        return [f"tensor {name!r} has shape {info.shape}, the config calls for {wanted.shape}"]
+        told = {"name": name, "shape": info.shape, "wanted": wanted.shape}
+        return [gettext("tensor {name!r} has shape {shape}, the config calls for {wanted}", **told)]
     if DTYPES[info.dtype] not in wanted.dtypes:
         named = ", ".join(sorted(key for key, dtype in DTYPES.items() if dtype in wanted.dtypes))
-        return [f"tensor {name!r} has dtype {info.dtype}; there it must be {named}"]
+        told = {"name": name, "dtype": info.dtype, "wanted": named}
+        return [gettext("tensor {name!r} has dtype {dtype}; there it must be {wanted}", **told)]
     return []
 
 
@@ -59,9 +62,10 @@ def surplus(left_over: Iterable[str], architecture: Architecture, infos: Mapping
     problems = []
     if layers and (last := max(layers)) >= architecture.layers:
         beyond = {name for name in names if (m := _LAYER.match(name)) and int(m[1]) >= architecture.layers}
-        problems.append(f"the config says num_hidden_layers {architecture.layers}, the weights have {last + 1} layers")
+        told = {"layers": architecture.layers, "count": last + 1}
+        problems.append(gettext("the config says num_hidden_layers {layers}, the weights have {count} layers", **told))
         names = [name for name in names if name not in beyond]
-    return problems + [f"tensor {name!r} is not part of such a model" for name in names]
+    return problems + [gettext("tensor {name!r} is not part of such a model", name=name) for name in names]
 
 
 def _harmless(name: str, architecture: Architecture, infos: Mapping[str, TensorInfo]) -> bool:

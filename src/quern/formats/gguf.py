@@ -44,6 +44,7 @@ from quern.core.packed import PackedLinear
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
 from quern.core.results import Target
+from quern.core.text.language import gettext
 from quern.core.units import parse_size
 from quern.formats._gguf_file_type import file_type
 from quern.formats.base import FORMATS, UNNAMED, Format, Obstacle, SizedWriter
@@ -304,4 +305,4 @@ class Gguf(Format):
     @classmethod
     def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
         if recipe.activations.mode != "none":
-            yield Obstacle("quern", "runs a GGUF with activations as they are")
+            yield Obstacle("quern", gettext("runs a GGUF with activations as they are"))

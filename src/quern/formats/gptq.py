@@ -30,6 +30,7 @@ from quern.core.packed import PackedLinear
 from quern.core.plan import Plan
 from quern.core.recipe import Recipe
 from quern.core.results import Target
+from quern.core.text.language import gettext
 from quern.formats.base import FORMATS, Format, Obstacle
 from quern.formats.writing.packed_integers import (
     PER_CHANNEL,
@@ -132,17 +133,28 @@ class Gptq(Format):
 
     @classmethod
     def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
-        yield Obstacle("transformers", "loads it only where the packages gptqmodel and optimum are installed beside it")
+        yield Obstacle(
+            "transformers", gettext("loads it only where the packages gptqmodel and optimum are installed beside it")
+        )
         for params in (scheme.params for scheme in (recipe.weights, *(o.scheme for o in recipe.overrides)) if scheme):
             if not isinstance(params, ScaledParameters):
                 continue
             if params.bits not in VLLM_BITS or not params.symmetric:
                 yield Obstacle(
                     "vllm",
-                    f"loads symmetric GPTQ weights of 4 and 8 bits, and these are {_grid(params)} of {params.bits}",
+                    gettext(
+                        "loads symmetric GPTQ weights of 4 and 8 bits, and these are {grid} of {bits}",
+                        grid=_grid(params),
+                        bits=params.bits,
+                    ),
                 )
             if params.granularity == "group" and params.group_size not in VLLM_GROUPS:
                 sizes = ", ".join(map(str, VLLM_GROUPS))
                 yield Obstacle(
-                    "vllm", f"has kernels for GPTQ's groups of {sizes} and for channels, not of {params.group_size}"
+                    "vllm",
+                    gettext(
+                        "has kernels for GPTQ's groups of {sizes} and for channels, not of {group_size}",
+                        sizes=sizes,
+                        group_size=params.group_size,
+                    ),
                 )

@@ -25,6 +25,7 @@ from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.results import Target
 from quern.core.scheme import CodecScheme, parse_scheme
+from quern.core.text.language import gettext, translatable
 from quern.formats.base import FORMATS, ArtifactReader, CodedPart, Format, Obstacle, StoredModule, StoredWeight
 from quern.formats.entropy.coded_source import CodedSource, parse_storage, storage_json
 from quern.formats.entropy.entropy import coder_version, encode, zstandard
@@ -51,7 +52,7 @@ INPUT_SCALE = "input_scale"
 INPUT_SIGNS = "input_signs"
 """The packed signs of the rotation that a module's inputs want."""
 
-OWN_READER = "reads the files itself and does not decode entropy-coded tensors"
+OWN_READER = translatable("reads the files itself and does not decode entropy-coded tensors")
 """Why transformers does not load such artifacts."""
 
 
@@ -283,7 +284,7 @@ class QuernFormat(Format):
     @classmethod
     def obstacles(cls, recipe: Recipe) -> Iterator[Obstacle]:
         if recipe.storage == "entropy":
-            yield Obstacle("transformers", f"{OWN_READER}; leave out storage: entropy")
+            yield Obstacle("transformers", gettext("{reason}; leave out storage: entropy", reason=gettext(OWN_READER)))
 
     @classmethod
     def open_container(cls, folder: Path, config: dict[str, Any]) -> CodedSource | None:

@@ -16,6 +16,7 @@ from quern.checkpoint.foreign.decoded import decoded, foreign_weights, without
 from quern.core.artifact import PROVENANCE, quantization_of
 from quern.core.errors import BadFileError, UserError
 from quern.core.progress import Progress
+from quern.core.text.language import gettext
 from quern.formats.base import format_of, open_container, reader_of
 from quern.formats.fit import differences, plain
 from quern.loading.padding import unpadded
@@ -83,10 +84,14 @@ def fitted(checkpoint: Checkpoint) -> Checkpoint:
     else:
         problems = differences(checkpoint, architecture, plain(architecture.expected_shapes()))
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        more = gettext("; and {count} more", count=len(problems) - _SHOWN) if len(problems) > _SHOWN else ""
         raise BadFileError(
             checkpoint.path,
-            f"config and weights disagree: {'; '.join(problems[:_SHOWN])}{more}",
+            gettext(
+                "config and weights disagree: {problems}{more}",
+                problems=gettext("; ").join(problems[:_SHOWN]),
+                more=more,
+            ),
             _hint(checkpoint, method),
         )
     return checkpoint
@@ -104,10 +109,15 @@ def _require_unquantized(checkpoint: Checkpoint) -> None:
     """Raise ``UserError`` for a checkpoint that somebody has quantized already."""
     quantization = quantization_of(checkpoint.config)
     if quantization is not None:
-        method = str(quantization.get("quant_method", "a method that it does not name"))[:40]
+        method = str(quantization.get("quant_method", gettext("a method that it does not name")))[:40]
         raise UserError(
-            f"{checkpoint.path} is already quantized, by {method} (its config.json has a quantization_config); quern "
-            f"starts from unquantized weights, or from what these wrote: {read_methods()}. Give the original checkpoint"
+            gettext(
+                "{path} is already quantized, by {method} (its config.json has a quantization_config); quern starts "
+                "from unquantized weights, or from what these wrote: {methods}. Give the original checkpoint",
+                path=checkpoint.path,
+                method=method,
+                methods=read_methods(),
+            )
         )
 
 
@@ -123,11 +133,13 @@ def model_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _hint(checkpoint: Checkpoint, method: object) -> str:
     if method is not None:
-        return "The artifact is damaged or belongs to another config.json; get its files again, or quantize again"
+        return gettext(
+            "The artifact is damaged or belongs to another config.json; get its files again, or quantize again"
+        )
     infos = checkpoint.source.infos
     if any(name.endswith(_ROUNDED) for name in infos) or any(info.dtype.startswith("F8_") for info in infos.values()):
-        return (
+        return gettext(
             "The weights were quantized by another tool, and config.json has lost its quantization_config. Get the "
             "unquantized checkpoint, or the config.json that belongs to these weights"
         )
-    return "Check that config.json belongs to these weights"
+    return gettext("Check that config.json belongs to these weights")

@@ -29,6 +29,7 @@ from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
 from quern.core.recipe_parts import TEXT_AUTO, Calibration
 from quern.core.results import METRICS_VERSION, Model, Protocol, Results, Scenario
+from quern.core.text.language import english
 from quern.engines.base import AUTO, engine_for
 from quern.engines.cpu import ORDINARY, CachePrecision, cache_named
 from quern.evaluation.choice import ChoiceSet
@@ -114,20 +115,19 @@ def compare(
     settings = _quick(usual) if quick else usual
     tools = (peer_time_limit, None if environments is None else Path(environments))
     with folder.locked():
-        inputs = prepare_inputs(checkpoint, folder.cache, texts=texts, choices=choices, settings=settings)
-        for note in inputs.taken:
-            progress.log(note)
-        hardware = probe(threads=thread_count(threads))
-        for warning in hardware["warnings"]:
-            progress.log(f"warning: {warning}")
-        making = ArtifactRequest(
-            checkpoint=checkpoint, model_sha256=checkpoint.sha256(progress), folder=folder.path, calibration=calibration,
-            calibration_tokens=tokens_each or Calibration().tokens, memory=memory, fresh=fresh, **given)  # fmt: skip
-        inputs.check_room(reference_key("reference", making.model_sha256, inputs, settings))
-        measurement = _make_and_measure(making, chosen, others, tools, (engine, kept), inputs, settings, hardware)
-        results = _results(making, measurement, inputs, hardware, scenario, _protocol(usual, settings, inputs))
-        results = results.model_copy(update={"stacking": stacking_of(chosen, kept)})
-        write_output(folder.results, (results.model_dump_json(indent=2) + "\n").encode())
+        with english():  # what is measured goes to files
+            inputs = prepare_inputs(checkpoint, folder.cache, texts=texts, choices=choices, settings=settings)
+            hardware = probe(threads=thread_count(threads))
+            for note in (*inputs.taken, *(f"warning: {warning}" for warning in hardware["warnings"])):
+                progress.log(note)
+            making = ArtifactRequest(
+                checkpoint=checkpoint, model_sha256=checkpoint.sha256(progress), folder=folder.path, calibration=calibration,
+                calibration_tokens=tokens_each or Calibration().tokens, memory=memory, fresh=fresh, **given)  # fmt: skip
+            inputs.check_room(reference_key("reference", making.model_sha256, inputs, settings))
+            measurement = _make_and_measure(making, chosen, others, tools, (engine, kept), inputs, settings, hardware)
+            results = _results(making, measurement, inputs, hardware, scenario, _protocol(usual, settings, inputs))
+            results = results.model_copy(update={"stacking": stacking_of(chosen, kept)})
+            write_output(folder.results, (results.model_dump_json(indent=2) + "\n").encode())
         write_output(folder.report, render(results).encode())
     return results
 

@@ -10,6 +10,7 @@ from quern.checkpoint.jobs.output_place import BESIDE
 from quern.checkpoint.jobs.progress_file import TaskState
 from quern.checkpoint.jobs.work_state import WorkState, is_work_folder, state_of
 from quern.core.errors import UserError
+from quern.core.text.language import gettext
 
 _DEPTH = 4
 """How far below an output jobs are looked for: a comparison's are in folders of its own."""
@@ -72,8 +73,13 @@ def status(path: str | Path) -> Status:
     finished = (place.is_file() and place.suffix == ".gguf") or any((place / name).is_file() for name in _FINISHED)
     if not folders and not finished:
         raise UserError(
-            f"nothing is known of {path}: there is no {place.name}{BESIDE}, and no artifact or comparison. Give the output "
-            "(-o) of a `quern quantize`, `train`, `export` or `compare`"
+            gettext(
+                "nothing is known of {path}: there is no {name}{beside}, and no artifact or comparison. Give the "
+                "output (-o) of a `quern quantize`, `train`, `export` or `compare`",
+                path=path,
+                name=place.name,
+                beside=BESIDE,
+            )
         )
     return Status(place, finished, [_job(state_of(folder)) for folder in folders])
 

@@ -124,7 +124,7 @@ function drawNoiseFloor(canvas, x, y, scales, size) {
     ? { class: "floor", x1: at, x2: at, y1: margin.top, y2: bottom }
     : { class: "floor", x1: margin.left, x2: right, y1: at, y2: at }));
   const place = upright ? { x: at + 5, y: bottom - 6 } : { x: margin.left + (right - margin.left) * 0.4, y: at - 5 };
-  const label = shape("text", { class: "floor-label", ...place }, "noise floor");
+  const label = shape("text", { class: "floor-label", ...place }, gettext("noise floor"));
   canvas.append(label);
   const box = label.getBBox();
   return [{ left: box.x, right: box.x + box.width, top: box.y, bottom: box.y + box.height }];
@@ -138,7 +138,7 @@ function drawBetter(canvas, x, y, size) {
   const dx = left ? 1 : -1;
   const dy = low ? -1 : 1;
   canvas.append(shape("path", { class: "better", d: `M${at.x + 16 * dx} ${at.y + 16 * dy}L${at.x} ${at.y}m${8 * dx} 0h${-8 * dx}v${8 * dy}` }));
-  canvas.append(shape("text", { class: "better-label", x: at.x + 22 * dx, y: at.y + 16 * dy + 4, "text-anchor": left ? "start" : "end" }, "better"));
+  canvas.append(shape("text", { class: "better-label", x: at.x + 22 * dx, y: at.y + 16 * dy + 4, "text-anchor": left ? "start" : "end" }, gettext("better")));
 }
 
 function drawFront(canvas, rows, x, y, scales) {
@@ -232,8 +232,8 @@ function drawChart() {
   const rows = wanted.filter((row) => row.values[x.key] !== null && row.values[y.key] !== null);
   const left = wanted.filter((row) => !rows.includes(row)).map((row) => row.name);
   const bubbles = rows.length > 0 && columns.has("decode") && axes.x !== "decode" && axes.y !== "decode";
-  const notes = bubbles ? ["The area of a mark is its decode speed."] : [];
-  if (left.length > 0) notes.push(`Not shown, because not measured: ${left.join(", ")}.`);
+  const notes = bubbles ? [gettext("The area of a mark is its decode speed.")] : [];
+  if (left.length > 0) notes.push(gettext("Not shown, because not measured: {names}.", { names: left.join(", ") }));
   byId("chart-note").textContent = notes.join(" ");
   if (rows.length === 0) return;
   const upright = scaleOf(y, rows, size.height - margin.bottom - 8, margin.top, 6);
@@ -245,8 +245,9 @@ function drawChart() {
   // Large marks first, so that small ones stay within reach; the recommended one on top of all.
   const ordered = [...rows].sort((one, other) => one.choice - other.choice || radiusOf(other, rows) - radiusOf(one, rows));
   const nameless = drawLabels(canvas, ordered.map((row) => drawRow(canvas, row, rows, x, y, scales)), taken, size);
-  if (nameless > 0) notes.push(`${nameless} mark${nameless === 1 ? " has" : "s have"} no room for a name: point at a mark, or move with the Tab key.`);
-  if (scales.x.zero || scales.y.zero) notes.push("Zero has no place on a log scale and stands at its edge.");
+  if (nameless === 1) notes.push(gettext("1 mark has no room for a name: point at a mark, or move with the Tab key."));
+  if (nameless > 1) notes.push(gettext("{count} marks have no room for a name: point at a mark, or move with the Tab key.", { count: nameless }));
+  if (scales.x.zero || scales.y.zero) notes.push(gettext("Zero has no place on a log scale and stands at its edge."));
   byId("chart-note").textContent = notes.join(" ");
 }
 
@@ -264,7 +265,7 @@ function startChart() {
       drawChart();
     });
   }
-  if (mayBeLog("size")) byId("log-text").textContent = "Log scale for KL and size";
+  if (mayBeLog("size")) byId("log-text").textContent = gettext("Log scale for KL and size");
   byId("log").addEventListener("change", drawChart);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") hideTip();

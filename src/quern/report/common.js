@@ -2,6 +2,12 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
+
+// A message in the language of the page, with values in its places in braces.
+function gettext(message, values = {}) {
+  return (data.messages?.[message] ?? message).replace(/\{(\w+)\}/g, (place, name) => values[name] ?? place);
+}
+
 const columns = new Map(data.columns.map((column) => [column.key, column]));
 
 function element(tag, attributes = {}, text = null) {

@@ -1,16 +1,17 @@
-// The table as it is shown (rows, order, filters) as CSV with plain numbers, or as Markdown with the written ones.
+// The table as it is shown (rows, order, filters) as CSV with plain numbers, or as Markdown with the written ones. Headings
+// of the CSV are the same in every language of the page.
 
 function shownRows() {
   return [...byId("rows").tBodies[0].rows].filter((row) => !row.hidden).map((row) => data.rows[Number(row.dataset.id)]);
 }
 
 const origin = [
-  ["Contender", (row) => row.name],
-  ["Tool", (row) => `${row.tool} ${row.version}`.trim()],
-  ["Place", (row) => row.place],
-  ["Licence", (row) => row.licence],
-  ["Ran in", (row) => row.runtime],
-  ["Loads in", (row) => row.targets.join(", ")],
+  ["Contender", (row) => row.name, gettext("Contender")],
+  ["Tool", (row) => `${row.tool} ${row.version}`.trim(), gettext("Tool")],
+  ["Place", (row) => row.place, gettext("Place")],
+  ["Licence", (row) => row.licence, gettext("Licence")],
+  ["Ran in", (row) => row.runtime, gettext("Ran in")],
+  ["Loads in", (row) => row.targets.join(", "), gettext("Loads in")],
 ];
 
 function plainUnit(column) {
@@ -29,10 +30,10 @@ function asCsv() {
   const fields = [...origin, ["Reason for the place", (row) => row.reason]];
   for (const column of data.columns) {
     const unit = plainUnit(column);
-    fields.push([unit ? `${column.label} (${unit})` : column.label, (row) => row.values[column.key]]);
+    fields.push([unit ? `${column.title} (${unit})` : column.title, (row) => row.values[column.key]]);
     if (data.rows.some((row) => row.ranges[column.key])) {
-      fields.push([`${column.label}, low`, (row) => row.ranges[column.key]?.[0]]);
-      fields.push([`${column.label}, high`, (row) => row.ranges[column.key]?.[1]]);
+      fields.push([`${column.title}, low`, (row) => row.ranges[column.key]?.[0]]);
+      fields.push([`${column.title}, high`, (row) => row.ranges[column.key]?.[1]]);
     }
   }
   const lines = [fields.map(([label]) => label), ...rows.map((row) => fields.map(([, read]) => read(row)))];
@@ -40,11 +41,11 @@ function asCsv() {
 }
 
 function asMarkdown() {
-  const fields = [...origin, ...data.columns.map((column) => [column.label, (row) => row.texts[column.key] ?? "-"])];
+  const fields = [...origin, ...data.columns.map((column) => [column.title, (row) => row.texts[column.key] ?? "-", column.label])];
   const cell = (text) => text.replaceAll("\\", "\\\\").replaceAll("|", "\\|").replaceAll("<", "&lt;").replace(/\s+/g, " ");
   const line = (cells) => `| ${cells.map(cell).join(" | ")} |\n`;
   const rule = `|${fields.map((_, place) => (place < origin.length ? "---|" : "---:|")).join("")}\n`;
-  return line(fields.map(([label]) => label)) + rule
+  return line(fields.map(([, , shown]) => shown)) + rule
     + shownRows().map((row) => line(fields.map(([, read]) => read(row)))).join("");
 }
 

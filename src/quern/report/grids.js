@@ -9,7 +9,7 @@ function shadeOf(value, low, high) {
 }
 
 function placeText(grid, cell) {
-  return typeof cell.depth === "number" ? `block ${cell.depth}, ${grid.roles[cell.role]}` : cell.linear;
+  return typeof cell.depth === "number" ? gettext("block {depth}, {role}", { depth: cell.depth, role: grid.roles[cell.role] }) : cell.linear;
 }
 
 // A cell without a depth stands for all of them. `paint` gives a cell's classes and what is written in it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from markupsafe import Markup
 
 from quern.checkpoint.jobs.output_place import output_file, write_output
 from quern.core.results import Results, load_results
+from quern.core.text.language import ENGLISH, gettext, ngettext, spoken
 from quern.report.view import page_data, page_view, unbroken
 
 STYLES = ("page.css", "parts.css", "plans.css", "tools.css", "stacking.css")
@@ -40,6 +42,7 @@ def render(results: Results) -> str:
         lstrip_blocks=True,
     )
     environment.filters["unbroken"] = unbroken
+    environment.globals.update(gettext=gettext, ngettext=ngettext)
     style = "\n".join(_asset(name) for name in STYLES)
     # One function around all files keeps their names out of the page's global scope.
     script = '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS) + "})();\n"
@@ -49,7 +52,7 @@ def render(results: Results) -> str:
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"style-src {_hash(style)}; script-src {_hash(script)}",
-        data=Markup(embedded_json(page_data(results))),
+        data=Markup(embedded_json(page_data(results) | script_messages(script))),
     )
 
 
@@ -76,6 +79,14 @@ def embedded_json(data: dict[str, Any]) -> str:
     """JSON that is safe inside a script element: no character of it can end the element or open a comment."""
     text = json.dumps(data, sort_keys=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def script_messages(script: str) -> dict[str, dict[str, str]]:
+    """The messages that the page's own script shows, with their translations; nothing in English."""
+    if spoken() == ENGLISH:
+        return {}
+    found = re.findall(r'\bgettext\("((?:[^"\\]|\\.)*)"', script)
+    return {"messages": {message: gettext(message) for message in found}}
 
 
 def _asset(name: str) -> str:

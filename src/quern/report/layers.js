@@ -1,15 +1,16 @@
 // The error of every linear: one grid of squares a recipe, one colour scale for all.
 
 function cellText(grid, cell) {
-  return `${placeText(grid, cell)}: ${errorText(cell.error)} at ${significant(cell.bits)} bits/weight`;
+  const figures = { place: placeText(grid, cell), error: errorText(cell.error), bits: significant(cell.bits) };
+  return gettext("{place}: {error} at {bits} bits/weight", figures);
 }
 
 function layersCard(grid) {
   const largest = [...grid.cells, ...grid.outside].reduce((one, other) => (other.error > one.error ? other : one));
-  const worst = element("p", { class: "worst" }, `Largest: ${cellText(grid, largest)}`);
-  const card = gridCard(grid, `Errors of the linears of ${grid.name}; arrow keys move`, worst);
+  const worst = element("p", { class: "worst" }, gettext("Largest: {cell}", { cell: cellText(grid, largest) }));
+  const card = gridCard(grid, gettext("Errors of the linears of {name}; arrow keys move", { name: grid.name }), worst);
   if (grid.outside.length > 0) {
-    const told = grid.outside.map((cell) => cellText(grid, cell)).join("; ");
+    const told = grid.outside.map((cell) => cellText(grid, cell)).join(gettext("; "));
     card.insertBefore(element("p", { class: "outside" }, told), card.querySelector(".readout"));
   }
   return card;

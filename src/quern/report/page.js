@@ -30,8 +30,8 @@ function startTheme() {
   const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : prefersDark.matches);
   const label = () => {
-    byId("theme-label").textContent = isDark() ? "Light" : "Dark";
-    byId("theme").setAttribute("aria-label", `Switch to ${isDark() ? "light" : "dark"} colours`);
+    byId("theme-label").textContent = isDark() ? gettext("Light") : gettext("Dark");
+    byId("theme").setAttribute("aria-label", isDark() ? gettext("Switch to light colours") : gettext("Switch to dark colours"));
   };
   byId("theme").addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";

@@ -2,16 +2,17 @@
 
 function planText(grid, cell) {
   const parts = [grid.schemes[cell.scheme].text];
-  if (cell.bits !== null) parts.push(`${significant(cell.bits)} bits/weight`);
-  if (cell.error !== null) parts.push(`relative error ${errorText(cell.error)}`);
-  if (cell.loss !== null) parts.push(`predicted loss ${errorText(cell.loss)} nats/token`);
-  return `${placeText(grid, cell)}: ${parts.join("; ")}`;
+  if (cell.bits !== null) parts.push(gettext("{bits} bits/weight", { bits: significant(cell.bits) }));
+  if (cell.error !== null) parts.push(gettext("relative error {error}", { error: errorText(cell.error) }));
+  if (cell.loss !== null) parts.push(gettext("predicted loss {loss} nats/token", { loss: errorText(cell.loss) }));
+  return gettext("{place}: {facts}", { place: placeText(grid, cell), facts: parts.join(gettext("; ")) });
 }
 
 function schemeText(scheme) {
   const [low, high] = [scheme.low, scheme.high].map((bits) => (bits === null ? "" : significant(bits)));
-  const bits = low === high ? low : `${low} to ${high}`;
-  return `${scheme.count} × ${scheme.text}${bits ? `: ${bits} bits/weight` : ""}`;
+  const bits = low === high ? low : gettext("{low} to {high}", { low, high });
+  const told = { count: scheme.count, scheme: scheme.text, bits };
+  return bits ? gettext("{count} × {scheme}: {bits} bits/weight", told) : gettext("{count} × {scheme}", told);
 }
 
 function plansCard(grid, shade) {
@@ -25,7 +26,7 @@ function plansCard(grid, shade) {
     line.append(swatch, element("span", {}, schemeText(scheme)));
     legend.append(line);
   }
-  return gridCard(grid, `Bits per weight of the matrices of ${grid.name}; arrow keys move`, legend);
+  return gridCard(grid, gettext("Bits per weight of the matrices of {name}; arrow keys move", { name: grid.name }), legend);
 }
 
 // On paper nothing can be pointed at: the tables are opened for it.
@@ -41,7 +42,7 @@ function startPlans() {
   const low = Math.min(...bits);
   const high = Math.max(...bits);
   const shade = (value) => (value === null ? "kept" : `q${shadeOf(value, low, high)}`);
-  drawScale("plan-scale", bits, (value) => `${significant(value)} bits/weight`);
+  drawScale("plan-scale", bits, (value) => gettext("{bits} bits/weight", { bits: significant(value) }));
   byId("plan-picture").hidden = false;
   window.addEventListener("beforeprint", printTables);
   const cards = data.plans.map((grid) => {

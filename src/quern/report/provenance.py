@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quern.core.results import Results, Row
+from quern.core.text.language import gettext, ngettext
 from quern.core.units import bytes_text, limit_text, seconds_text, significant
 from quern.report.wording import protocol_text
 
@@ -19,9 +20,9 @@ def model_name(results: Results) -> str:
 def model_line(results: Results) -> str:
     """Architecture, number of parameters and size in bf16, as far as known."""
     model = results.model
-    parts = [model.architecture, f"{parameters_text(model.parameters)} parameters"]
+    parts = [model.architecture, gettext("{count} parameters", count=parameters_text(model.parameters))]
     if model.bf16_bytes:
-        parts.append(f"{bytes_text(model.bf16_bytes)} in bf16")
+        parts.append(gettext("{size} in bf16", size=bytes_text(model.bf16_bytes)))
     return " · ".join(filter(None, parts))
 
 
@@ -38,7 +39,9 @@ def machine_line(hardware: Mapping[str, Any]) -> str:
     name, cores = hardware.get("cpu_model"), hardware.get("usable_cores")
     if not isinstance(name, str) or not name:
         return ""
-    return f"{name}, {cores} core{'' if cores == 1 else 's'}" if isinstance(cores, int) else name
+    if not isinstance(cores, int):
+        return name
+    return ngettext("{processor}, {cores} core", "{processor}, {cores} cores", cores, processor=name, cores=cores)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -47,7 +50,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
         name = f"{prefix}{_fact_name(key)}"
         if isinstance(value, Mapping) and value and all(count.isdigit() for count in value):
             rates = [
-                f"{count} thread{'' if count == '1' else 's'}: {_fact(key, rate)}" for count, rate in value.items()
+                ngettext(
+                    "{count} thread: {rate}", "{count} threads: {rate}", int(count), count=count, rate=_fact(key, rate)
+                )
+                for count, rate in value.items()
             ]
             yield name, ", ".join(rates)
         elif isinstance(value, Mapping) and value:
@@ -69,11 +75,11 @@ def _fact_name(key: str) -> str:
 
 def _fact(key: str, value: object) -> str:
     if value is None:
-        return "not measured"
+        return gettext("not measured")
     if isinstance(value, list | tuple | Mapping):
-        return ", ".join(str(item) for item in value) or "none"
+        return ", ".join(str(item) for item in value) or gettext("none")
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return gettext("yes") if value else gettext("no")
     if isinstance(value, int | float):
         if key.endswith("_bytes"):
             return bytes_text(value)
@@ -88,15 +94,22 @@ def limits_text(row: Row) -> str:
     parts = []
     if row.limit_read_gb_s is not None and row.decode_limit_fraction is not None:
         share = limit_text(row.decode_limit_fraction)
-        parts.append(f"decode {share}: reading {significant(row.limit_read_gb_s, 4)} GB/s")
+        rate = significant(row.limit_read_gb_s, 4)
+        parts.append(gettext("decode {share}: reading {rate} GB/s", share=share, rate=rate))
     if row.limit_gemm_gop_s is not None and row.prefill_limit_fraction is not None:
-        rate = f"{significant(row.limit_gemm_gop_s, 4)} x 10^9 operations/s in {row.limit_gemm_dtype}"
-        parts.append(f"prefill {limit_text(row.prefill_limit_fraction)}: {rate}")
+        parts.append(
+            gettext(
+                "prefill {share}: {rate} x 10^9 operations/s in {dtype}",
+                share=limit_text(row.prefill_limit_fraction),
+                rate=significant(row.limit_gemm_gop_s, 4),
+                dtype=row.limit_gemm_dtype,
+            )
+        )
     elif row.tool is not None and row.prefill_tokens_per_s is not None:
-        parts.append("prefill: no limit, because the tool does not declare its arithmetic")
+        parts.append(gettext("prefill: no limit, because the tool does not declare its arithmetic"))
     if row.limit_read_gb_s is not None or row.limit_gemm_gop_s is not None:
-        parts.append("probed in the start of the run that timed this row")
-    return "; ".join(parts)
+        parts.append(gettext("probed in the start of the run that timed this row"))
+    return gettext("; ").join(parts)
 
 
 def recipe_view(row: Row) -> dict[str, Any]:
@@ -109,7 +122,7 @@ def recipe_view(row: Row) -> dict[str, Any]:
         "sha256": row.artifact_sha256,
         "json": text,
         "description": (row.recipe or {}).get("description", ""),
-        "notes": [*row.notes, *([f"Limits: {limits}"] if (limits := limits_text(row)) else [])],
+        "notes": [*row.notes, *([gettext("Limits: {limits}", limits=limits)] if (limits := limits_text(row)) else [])],
     }
 
 
@@ -117,21 +130,21 @@ def _tool(row: Row) -> str:
     """Another tool with its licence, runtime and home page; empty for quern's own rows."""
     if row.tool is None:
         return ""
-    facts = (row.tool.licence, f"measured in {row.tool.runtime}", row.tool.homepage)
+    facts = (row.tool.licence, gettext("measured in {runtime}", runtime=row.tool.runtime), row.tool.homepage)
     return f"{row.tool.name} {row.tool.version} ({', '.join(filter(None, facts))})"
 
 
 def run_facts(results: Results) -> list[tuple[str, str]]:
     """Name and value of what identifies the run."""
     model = results.model
-    measured = [("Measured", protocol_text(results.protocol, results.rows))] if results.protocol else []
+    measured = [(gettext("Measured"), protocol_text(results.protocol, results.rows))] if results.protocol else []
     return [
-        ("Model", model.path),
-        ("Model SHA-256", model.sha256),
-        ("Parameters", f"{model.parameters:,}"),
-        ("Measured at", results.created),
+        (gettext("Model"), model.path),
+        (gettext("Model SHA-256"), model.sha256),
+        (gettext("Parameters"), f"{model.parameters:,}"),
+        (gettext("Measured at"), results.created),
         ("quern", results.quern_version),
-        ("Metrics version", str(results.metrics_version)),
-        ("Seed", str(results.seed)),
+        (gettext("Metrics version"), str(results.metrics_version)),
+        (gettext("Seed"), str(results.seed)),
         *measured,
     ]

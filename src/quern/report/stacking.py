@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quern.core.results import Results
+from quern.core.text.language import gettext
 
 SIGNS = {"works": "+", "degrades": "~", "refuses": "\N{MULTIPLICATION SIGN}"}
 
@@ -21,7 +22,7 @@ def stacking_view(results: Results) -> dict[str, Any] | None:
         for second in found.parts:
             pair = known.get((first, second))
             label = "same" if first == second else pair.label if pair else "works"
-            title = f"{first}, {second}: {label}" + (f" - {pair.reason}" if pair else "")
+            title = f"{first}, {second}: {gettext(label)}" + (f" - {gettext(pair.reason)}" if pair else "")
             cells.append({"label": label, "sign": SIGNS.get(label, ""), "title": "" if first == second else title})
         rows.append({"number": number, "name": first, "cells": cells})
     return {"rows": rows, "reasons": _reasons(results)}
@@ -33,7 +34,11 @@ def _reasons(results: Results) -> list[dict[str, Any]]:
     by_reason: dict[tuple[str, str], list[str]] = {}
     for pair in results.stacking.pairs:
         told = by_reason.setdefault((pair.label, pair.reason), [])
-        if f"{pair.second} with {pair.first}" not in told:
-            told.append(f"{pair.first} with {pair.second}")
+        if _pair(pair.second, pair.first) not in told:
+            told.append(_pair(pair.first, pair.second))
     ordered = sorted(by_reason.items(), key=lambda item: item[0][0])
-    return [{"label": label, "reason": reason, "pairs": pairs} for (label, reason), pairs in ordered]
+    return [{"label": label, "reason": gettext(reason), "pairs": pairs} for (label, reason), pairs in ordered]
+
+
+def _pair(first: str, second: str) -> str:
+    return gettext("{first} with {second}", first=first, second=second)

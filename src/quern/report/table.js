@@ -16,7 +16,7 @@ function applyFilter() {
     row.hidden = !(name.includes(wanted) && tags.every((tag) => own.includes(tag)) && fitsToolFilters(data.rows[Number(row.dataset.id)]));
   }
   const shown = visibleIds().size;
-  byId("count").textContent = `${shown} of ${tableRows.length} shown`;
+  byId("count").textContent = gettext("{shown} of {all} shown", { shown, all: tableRows.length });
   byId("empty").hidden = shown > 0;
   drawChart();
 }

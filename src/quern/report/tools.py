@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from quern.advisor.deployment import has_other_tools, licence_of, maker_of, runtime_of, targets_of
+from quern.advisor.deployment import has_other_tools, licence_of, maker_of, runtime_of, targets_of, targets_text
 from quern.advisor.placement import KINDS, Placement, placements
 from quern.core.results import Results, Row
+from quern.core.text.language import gettext
 from quern.core.units import bytes_text, seconds_text
 from quern.report.provenance import limits_text, model_name
 from quern.report.wording import STAGES, load_text, protocol_text, scale_text, tool_text, under_foreign_load
@@ -28,14 +29,15 @@ def tools_view(results: Results) -> dict[str, Any] | None:
     makers = [maker[0] for row in rows if (maker := maker_of(row, results.quern_version))]
     return {
         "filters": [
-            _filter("tool", "Tool", makers),
-            _filter("target", "Loads in", (target for row in rows for target in targets_of(row))),
-            _filter("licence", "Licence", (licence for row in rows if (licence := licence_of(row)))),
+            _filter("tool", gettext("Tool"), makers),
+            _filter("target", gettext("Loads in"), (target for row in rows for target in targets_of(row))),
+            _filter("licence", gettext("Licence"), (licence for row in rows if (licence := licence_of(row)))),
         ],
         "scale": scale_text(rows),
         "protocol": protocol_text(results.protocol, results.rows) if results.protocol else "",
         "failures": [
-            {"name": f.name, "tool": f.tool, "stage": STAGES[f.stage], "reason": f.reason} for f in results.failures
+            {"name": f.name, "tool": f.tool, "stage": gettext(STAGES[f.stage]), "reason": f.reason}
+            for f in results.failures
         ],
         "file_name": re.sub(r"[^\w.-]+", "-", f"quern-{model_name(results)}").strip("-"),
     }
@@ -58,6 +60,7 @@ def tool_rows(results: Results) -> list[dict[str, Any]]:
                 "runtime": runtime_of(row),
                 "targets": list(targets_of(row)),
                 "place": placed.label,
+                "by": placed.by or "",
                 "kind": placed.kind,
                 "rank": KINDS.index(placed.kind),
                 "reason": placed.reason,
@@ -70,24 +73,27 @@ def tool_rows(results: Results) -> list[dict[str, Any]]:
 
 def _provenance(row: Row, placed: Placement, quern_version: str) -> Iterable[tuple[str, str]]:
     """Name and text of what a reader has to know about one row."""
-    yield "Made by", tool_text(row, quern_version) or "nobody: the checkpoint as it is"
+    yield gettext("Made by"), tool_text(row, quern_version) or gettext("nobody: the checkpoint as it is")
     if licence := licence_of(row):
-        yield "Licence", licence
-    yield "Ran in", runtime_of(row)
-    yield "Loads in", ", ".join(targets_of(row)) or "nothing that is known"
-    yield "Place", f"{placed.label}: {placed.reason}" if placed.kind != "dominated" else placed.reason
+        yield gettext("Licence"), licence
+    yield gettext("Ran in"), runtime_of(row)
+    yield gettext("Loads in"), targets_text(row)
+    reason = placed.reason
+    if placed.kind != "dominated":
+        reason = gettext("{place}: {reason}", place=placed.label, reason=reason)
+    yield gettext("Place"), reason
     if row.recipe is not None:
-        yield "Settings", _settings(row.recipe)
+        yield gettext("Settings"), _settings(row.recipe)
     if row.quantize_seconds is not None:
         peak = row.quantize_peak_rss_bytes
-        memory = f", {bytes_text(peak)} of memory at the peak" if peak is not None else ""
-        yield "Quantized in", seconds_text(row.quantize_seconds) + memory
+        memory = gettext(", {size} of memory at the peak", size=bytes_text(peak)) if peak is not None else ""
+        yield gettext("Quantized in"), seconds_text(row.quantize_seconds) + memory
     if limits := limits_text(row):
-        yield "Limits", limits
+        yield gettext("Limits"), limits
     if row.artifact_sha256 is not None:
-        yield "Artifact SHA-256", row.artifact_sha256
+        yield gettext("Artifact SHA-256"), row.artifact_sha256
     for note in row.notes:
-        yield "Note", note
+        yield gettext("Note"), note
 
 
 def _settings(recipe: dict[str, Any]) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quern.advisor.recommend import pareto_front, recommend
+from quern.advisor.retold import retold
 from quern.advisor.scoring import WEIGHTS
 from quern.core.results import Recommendation, Results, Row, Scenario, unquantized_row
+from quern.core.text.language import gettext, ngettext, spoken, translatable
 from quern.core.units import bytes_text, percent_text, significant
 from quern.evaluation.measures.base import MEASURES, Measure
 from quern.report.columns import columns_of, detail_of, kind_of, text_of
@@ -18,29 +20,42 @@ from quern.report.stacking import stacking_view
 from quern.report.tools import has_tools_view, tool_rows, tools_view
 
 SCENARIO_TEXTS: dict[Scenario, tuple[str, str]] = {
-    "storage": ("Storage", "Many copies, little memory"),
-    "speed": ("Speed", "Real-time translation, voice, customer service"),
-    "overall": ("Overall", "Size, speed and accuracy alike"),
+    "storage": (translatable("Storage"), translatable("Many copies, little memory")),
+    "speed": (translatable("Speed"), translatable("Real-time translation, voice, customer service")),
+    "overall": (translatable("Overall"), translatable("Size, speed and accuracy alike")),
 }
+
+
+HTML_LANGUAGES = {"zh": "zh-Hans"}
+"""What a page says of its language, where that is more than the code."""
 
 
 def page_view(results: Results) -> dict[str, Any]:
     """Everything the template needs."""
+    results = results.model_copy(update={"recommendation": retold(results)})
     front, columns = pareto_front(results.rows), _filled(results)
     made = tool_rows(results) if has_tools_view(results) else [None] * len(results.rows)
     chosen = next((row for row in results.rows if row.name == results.recommendation.choice), None)
     return {
+        "page_language": HTML_LANGUAGES.get(spoken(), spoken()),
+        "lead": _lead(results),
         "title": model_name(results),
         "subtitle": model_line(results),
-        "machine": machine_line(results.hardware),
         "verdict": verdict(chosen, results),
         "tiles": _tiles(chosen, results.rows) if chosen else [],
         "scenario": results.recommendation.scenario,
         "panels": _panels(results),
         "columns": [
-            {"key": c.name, "label": c.title, "unit": c.shown_unit, "help": c.help, "better": c.better} for c in columns
+            {
+                "key": c.name,
+                "label": gettext(c.title),
+                "unit": c.shown_unit,
+                "help": gettext(c.help),
+                "better": c.better,
+            }
+            for c in columns
         ],
-        "unmeasured": [column.title.lower() for column in columns_of(results) if column not in columns],
+        "unmeasured": [gettext(column.title).lower() for column in columns_of(results) if column not in columns],
         "noise_floor": _noise_floor(results.rows),
         "rows": [
             _table_row(place, row, columns, results, on_front=row.name in front) | {"made": made[place]}
@@ -68,7 +83,14 @@ def page_data(results: Results) -> dict[str, Any]:
     made = tool_rows(results) if tools else [{}] * len(results.rows)
     return {
         "columns": [
-            {"key": c.name, "label": c.title, "unit": c.shown_unit, "better": c.better, "kind": kind_of(c)}
+            {
+                "key": c.name,
+                "label": gettext(c.title),
+                "title": c.title,
+                "unit": c.shown_unit,
+                "better": c.better,
+                "kind": kind_of(c),
+            }
             for c in columns
         ],
         "rows": [
@@ -100,18 +122,38 @@ def _filled(results: Results) -> list[Measure]:
 def verdict(chosen: Row | None, results: Results) -> tuple[str, str, str]:
     """The answer in one sentence, in three parts of which the middle one is the name of the choice."""
     if chosen is None:
-        return "Nothing that was measured keeps within the limits.", "", ""
+        return gettext("Nothing that was measured keeps within the limits."), "", ""
     if chosen.kind == "unquantized":
-        return "Stay with the unquantized model: nothing quantized serves better here.", "", ""
+        return gettext("Stay with the unquantized model: nothing quantized serves better here."), "", ""
     gains = []
     if chosen.compression > 0:
-        gains.append(f"{percent_text(chosen.compression)} smaller than bf16")
+        gains.append(gettext("{change} smaller than bf16", change=percent_text(chosen.compression)))
     reference = unquantized_row(results.rows)
     if reference and reference.decode_tokens_per_s and chosen.decode_tokens_per_s:
-        gains.append(f"{chosen.decode_tokens_per_s / reference.decode_tokens_per_s:.2f} times the decode speed")
+        factor = f"{chosen.decode_tokens_per_s / reference.decode_tokens_per_s:.2f}"
+        gains.append(gettext("{factor} times the decode speed", factor=factor))
     if chosen.kl_mean is not None:
         gains.append(f"KL {significant(chosen.kl_mean)}")
-    return "Use ", chosen.name, f": {', '.join(gains)}." if gains else "."
+    rest = gettext(": {gains}.", gains=gettext(", ").join(gains)) if gains else gettext(".")
+    return gettext("Use "), chosen.name, rest
+
+
+def _lead(results: Results) -> str:
+    count, machine = len(results.rows), machine_line(results.hardware)
+    told = {"scenario": results.recommendation.scenario, "count": count, "machine": machine}
+    if not machine:
+        return ngettext(
+            "For the {scenario} scenario, out of {count} contender measured side by side.",
+            "For the {scenario} scenario, out of {count} contenders measured side by side.",
+            count,
+            **told,
+        )
+    return ngettext(
+        "For the {scenario} scenario, out of {count} contender measured side by side on {machine}.",
+        "For the {scenario} scenario, out of {count} contenders measured side by side on {machine}.",
+        count,
+        **told,
+    )
 
 
 def _tiles(chosen: Row, rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -120,7 +162,7 @@ def _tiles(chosen: Row, rows: Sequence[Row]) -> list[dict[str, str]]:
     floor = _noise_floor(rows)
     notes = {
         "size": f"bf16: {bytes_text(chosen.bytes / (1 - chosen.compression))}",
-        "kl": f"noise floor: {significant(floor)}" if floor is not None else "",
+        "kl": gettext("noise floor: {floor}", floor=significant(floor)) if floor is not None else "",
     }
     tiles = []
     for key in ("size", "kl", "decode", "first"):
@@ -129,9 +171,9 @@ def _tiles(chosen: Row, rows: Sequence[Row]) -> list[dict[str, str]]:
         if text is None:
             continue
         compared = text_of(column, reference) if reference else None
-        note = notes.get(key) or (f"unquantized: {compared}" if compared else "")
+        note = notes.get(key) or (gettext("unquantized: {figure}", figure=compared) if compared else "")
         value, _, unit = text.partition(" ")
-        tiles.append({"label": column.title, "value": value, "unit": unit or column.shown_unit, "note": note})
+        tiles.append({"label": gettext(column.title), "value": value, "unit": unit or column.shown_unit, "note": note})
     return tiles
 
 
@@ -147,7 +189,8 @@ def _panel(results: Results, scenario: Scenario) -> dict[str, Any]:
     scores = [entry.score for entry in outcome.ranking]
     low, high = min([0.0, *scores]), max([0.0, *scores])
     span = high - low or 1.0
-    label, purpose = SCENARIO_TEXTS.get(scenario) or ("Mix", _mix_text(outcome))
+    named = SCENARIO_TEXTS.get(scenario)
+    label, purpose = map(gettext, named) if named else (gettext("Mix"), _mix_text(outcome))
     return {
         "key": scenario,
         "label": label,
@@ -170,7 +213,8 @@ def _panel(results: Results, scenario: Scenario) -> dict[str, Any]:
 
 def _mix_text(outcome: Recommendation) -> str:
     shares = (outcome.weights or {}).items()
-    return ", ".join(f"{name} {percent_text(share)}" for name, share in shares).capitalize() or "As weighed"
+    told = gettext(", ").join(f"{gettext(name)} {percent_text(share)}" for name, share in shares)
+    return told.capitalize() or gettext("As weighed")
 
 
 def _table_row(place: int, row: Row, columns: Sequence[Measure], results: Results, *, on_front: bool) -> dict[str, Any]:
@@ -187,7 +231,7 @@ def _table_row(place: int, row: Row, columns: Sequence[Measure], results: Result
         "cells": [
             {
                 "key": column.name,
-                "label": column.title,
+                "label": gettext(column.title),
                 "unit": column.shown_unit,
                 "value": column.value(row),
                 "text": text_of(column, row),
@@ -213,9 +257,9 @@ def best_places(column: Measure, rows: Sequence[Row]) -> set[int]:
 
 
 def _chips(rows: Sequence[Row]) -> list[dict[str, str]]:
-    chips = [{"tag": "front", "label": "Pareto front only"}]
+    chips = [{"tag": "front", "label": gettext("Pareto front only")}]
     if any(row.kind == "unquantized" for row in rows):
-        chips.append({"tag": "quantized", "label": "Quantized only"})
+        chips.append({"tag": "quantized", "label": gettext("Quantized only")})
     return chips
 
 

@@ -8,13 +8,14 @@ from quern.advisor.deployment import maker_of
 from quern.advisor.placement import SMALL, small_loss_limit
 from quern.advisor.scoring import SMALL_LOSS
 from quern.core.results import FOREIGN_LIMIT, Protocol, Results, Row
+from quern.core.text.language import gettext, ngettext, translatable
 from quern.core.units import processors_text, significant
 
 STAGES: dict[str, str] = {
-    "install": "installing it",
-    "quantize": "quantizing",
-    "load": "loading the artifact",
-    "measure": "measuring",
+    "install": translatable("installing it"),
+    "quantize": translatable("quantizing"),
+    "load": translatable("loading the artifact"),
+    "measure": translatable("measuring"),
 }
 """Where a row failed, in words."""
 
@@ -27,38 +28,47 @@ def tool_text(row: Row, quern_version: str) -> str:
 def scale_text(rows: Sequence[Row]) -> str:
     """What the places mean, with the limit that holds for these rows."""
     limit = small_loss_limit(rows)
-    small = f"KL at most {significant(limit)}" if limit is not None else "not known here, for want of a perplexity"
-    return (
-        f"A: over {round(100 * SMALL)} % smaller than bf16. B: fastest at small loss ({small}, {round(100 * SMALL_LOSS)} % "
-        "of the unquantized model's cross entropy or the noise floor). C: on the Pareto front of size, decode speed and "
-        "KL, between the two. Dominated: another row is no worse in all three and better in one; where the machine ran "
-        "faster while that row was timed, it leads by more than that."
+    small = (
+        gettext("KL at most {loss}", loss=significant(limit))
+        if limit is not None
+        else gettext("not known here, for want of a perplexity")
+    )
+    return gettext(
+        "A: over {smaller} % smaller than bf16. B: fastest at small loss ({limit}, {share} % of the unquantized model's "
+        "cross entropy or the noise floor). C: on the Pareto front of size, decode speed and KL, between the two. "
+        "Dominated: another row is no worse in all three and better in one; where the machine ran faster while that row "
+        "was timed, it leads by more than that.",
+        smaller=round(100 * SMALL),
+        limit=small,
+        share=round(100 * SMALL_LOSS),
     )
 
 
 def protocol_text(protocol: Protocol, rows: Sequence[Row]) -> str:
     """How much was measured and, of a quick run, what that does to the intervals."""
+    rounds, threads = protocol.speed_rounds, protocol.threads
     timed = (
-        f"timed a prompt of {protocol.prompt_tokens} tokens and {protocol.decode_tokens} more, "
-        f"{_counted(protocol.speed_rounds, 'round')}, {_counted(protocol.threads, 'thread')}"
-        if protocol.speed_rounds
-        else "speed was left out"
+        gettext(
+            "timed a prompt of {prompt} tokens and {more} more, {rounds}, {threads}",
+            prompt=protocol.prompt_tokens,
+            more=protocol.decode_tokens,
+            rounds=ngettext("{count} round", "{count} rounds", rounds, count=rounds),
+            threads=ngettext("{count} thread", "{count} threads", threads, count=threads),
+        )
+        if rounds
+        else gettext("speed was left out")
     )
-    text = f"Scored {protocol.tokens:,} tokens; {timed}."
+    text = gettext("Scored {tokens} tokens; {timed}.", tokens=format(protocol.tokens, ","), timed=timed)
     return f"{text} {_quick_text(protocol, rows)}" if protocol.quick else text
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _quick_text(protocol: Protocol, rows: Sequence[Row]) -> str:
     """How much less a quick run can tell."""
     if all(row.kl_ci95 is None for row in rows):
-        return "This was a quick run, of too few tokens for intervals."
-    return (
-        f"This was a quick run: its intervals are about {significant(protocol.interval_factor, 2)} times as wide as those "
-        "of the usual number of tokens."
+        return gettext("This was a quick run, of too few tokens for intervals.")
+    return gettext(
+        "This was a quick run: its intervals are about {factor} times as wide as those of the usual number of tokens.",
+        factor=significant(protocol.interval_factor, 2),
     )
 
 
@@ -69,12 +79,18 @@ def under_foreign_load(row: Row) -> bool:
 
 def load_text(row: Row) -> str:
     """How many processors other programs kept busy while the row was timed, in words."""
-    return f"{processors_text(row.foreign_load or 0.0)} kept busy by other programs"
+    return gettext("{processors} kept busy by other programs", processors=processors_text(row.foreign_load or 0.0))
 
 
 def failures_text(results: Results) -> list[str]:
     """One line for each row that could not be made."""
     return [
-        f"{failure.name} ({failure.tool}), while {STAGES[failure.stage]}: {failure.reason}"
+        gettext(
+            "{name} ({tool}), while {stage}: {reason}",
+            name=failure.name,
+            tool=failure.tool,
+            stage=gettext(STAGES[failure.stage]),
+            reason=failure.reason,
+        )
         for failure in results.failures
     ]

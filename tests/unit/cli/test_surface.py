@@ -112,7 +112,7 @@ SURFACE = {
     "check": {"[RECIPE]", "--for", "--cache", "--model", "--tensor-parallel", "--matrix", "--json"},
 }
 PEERS = {"list": {"--json"}, "install": {"NAME...", "--json"}, "remove": {"NAME...", "--json"}, "doctor": {"--json"}}
-BEFORE_THE_VERB = {"--debug", "--version"}
+BEFORE_THE_VERB = {"--debug", "--version", "--language"}
 NAMES = [function.__name__ for function in VERBS]
 
 

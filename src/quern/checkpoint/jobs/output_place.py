@@ -18,6 +18,7 @@ from pathlib import Path
 
 from quern.checkpoint.files import explain_write_errors, write_bytes
 from quern.core.errors import UserError
+from quern.core.text.language import gettext, translatable
 
 BESIDE = ".quern-work"
 """Ending of the work folder beside an output folder, and the name of the one inside."""
@@ -45,12 +46,20 @@ class OutputFolder:
             names = os.listdir(self.path) if self.path.is_dir() else []
         return sorted(name for name in names if name not in _HOUSEKEEPING and not name.startswith(_PROBE))
 
-    def refuse_others(self, own: Collection[str], advice: str = "Choose another output folder") -> None:
+    def refuse_others(self, own: Collection[str], advice: str = translatable("Choose another output folder")) -> None:
         """Raise ``UserError`` for the first entry that is not among ``own``."""
         others = [name for name in self.entries() if name not in own]
         if others:
-            more = f" and {len(others) - 1} more" if others[1:] else ""
-            raise UserError(f"{self.path} holds {others[0]!r}{more}, which quern did not write. {advice}")
+            more = gettext(" and {count} more", count=len(others) - 1) if others[1:] else ""
+            raise UserError(
+                gettext(
+                    "{path} holds {name!r}{more}, which quern did not write. {advice}",
+                    path=self.path,
+                    name=others[0],
+                    more=more,
+                    advice=gettext(advice),
+                )
+            )
 
     def tried(self) -> OutputFolder:
         """This place, once all that publishing will do was tried in it, and nothing left behind.
@@ -84,7 +93,7 @@ class OutputFile:
         """Where the file ``given`` is, tried out by ``output_file``. Raises ``UserError``, for the ``model`` itself too."""
         path = resolved(given)
         if path == resolved(model):
-            raise UserError(f"the output file {path} is the model itself. Choose another output")
+            raise UserError(gettext("the output file {path} is the model itself. Choose another output", path=path))
         path = output_file(given, is_ours)
         return cls(path, path.with_name(f"{path.name}{BESIDE}"))
 
@@ -98,9 +107,11 @@ def output_folder(given: str | Path, model: str | Path | None = None) -> OutputF
     with explain_write_errors(path, 0):
         status = _status(path)
     if status is not None and not stat.S_ISDIR(status.st_mode):
-        raise UserError(f"{path} exists and is no folder. Choose another output folder")
+        raise UserError(gettext("{path} exists and is no folder. Choose another output folder", path=path))
     if model is not None and path == resolved(model):
-        raise UserError(f"the output folder {path} is the model itself. Choose another output folder")
+        raise UserError(
+            gettext("the output folder {path} is the model itself. Choose another output folder", path=path)
+        )
     beside = path.parent / f"{path.name}{BESIDE}"
     if path.name and _possible_name(beside) and (status is None or beside.is_dir()):  # or to be continued there
         return OutputFolder(path, beside)
@@ -117,11 +128,20 @@ def output_file(given: str | Path, is_ours: Callable[[Path], bool]) -> Path:
     with explain_write_errors(path, 0):
         status = _status(path)
         if os.fspath(given).endswith(os.sep) or (status is not None and stat.S_ISDIR(status.st_mode)):
-            raise UserError(f"{os.fspath(given)!r} is a folder, and a file is to be written. Add the file's name to it")
+            raise UserError(
+                gettext(
+                    "{path!r} is a folder, and a file is to be written. Add the file's name to it",
+                    path=os.fspath(given),
+                )
+            )
         if status is not None and not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} exists and is not a regular file. Choose another name for the output")
+            raise UserError(
+                gettext("{path} exists and is not a regular file. Choose another name for the output", path=path)
+            )
         if status is not None and status.st_size > 0 and not is_ours(path):
-            raise UserError(f"{path} exists and was not written by quern. Move it away or choose another output")
+            raise UserError(
+                gettext("{path} exists and was not written by quern. Move it away or choose another output", path=path)
+            )
         try:
             _try_file(path)
         except OSError:
@@ -153,7 +173,7 @@ def resolved(given: str | Path) -> Path:
     """``given`` as an absolute path: ``~`` is the home folder, links are followed. Raises ``UserError`` for no path."""
     text = os.fspath(given)
     if not text or "\0" in text:
-        raise UserError(f"{text!r} is no path to write to. Give the path of a file or folder")
+        raise UserError(gettext("{text!r} is no path to write to. Give the path of a file or folder", text=text))
     return Path(os.path.realpath(os.path.expanduser(text)))
 
 

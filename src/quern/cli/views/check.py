@@ -9,6 +9,7 @@ from rich.text import Text
 
 from quern.cli.views.columns import add
 from quern.cli.views.columns import table as plain_table
+from quern.core.text.language import gettext
 from quern.core.units import significant
 from quern.pipeline.stacking.tensor_parallel import told
 
@@ -23,14 +24,20 @@ SIGNS: dict[Label, str] = {"works": "+", "degrades": "~", "refuses": "x"}
 
 def report(found: CheckReport) -> RenderableType:
     """The label, why, and which pairs lose."""
-    runtime = f" for {found.runtime}" if found.runtime else ""
-    asked = found.recipe + runtime + (f", cache {found.cache}" if found.cache else "")
-    title = Text(f"{asked}: ").append(found.label, style=f"bold {STYLES[found.label]}")
-    lines = [Text(f"parts: {', '.join(map(str, found.parts))}", style="dim")]
-    lines += [Text(f"refused: {problem}") for problem in found.problems]
-    lines += [Text(f"{cell.first} with {cell.second}: {cell.answer.reason}{loss(cell)}") for cell in found.degrading]
-    lines += [Text(f"tensor parallel {one.size}: {told(one)}") for one in found.tensor_parallel]
-    lines += [Text(f"note: {note}", style="dim") for note in found.notes]
+    asked = found.recipe
+    if found.runtime:
+        asked = gettext("{recipe} for {runtime}", recipe=asked, runtime=found.runtime)
+    if found.cache:
+        asked = gettext("{recipe}, cache {cache}", recipe=asked, cache=found.cache)
+    title = Text(gettext("{recipe}: ", recipe=asked)).append(gettext(found.label), style=f"bold {STYLES[found.label]}")
+    lines = [Text(gettext("parts: {parts}", parts=gettext(", ").join(map(str, found.parts))), style="dim")]
+    lines += [Text(gettext("refused: {problem}", problem=problem)) for problem in found.problems]
+    for cell in found.degrading:
+        pair = gettext("{first} with {second}", first=cell.first, second=cell.second)
+        lines.append(Text(gettext("{name}: {reason}", name=pair, reason=cell.answer.reason) + loss(cell)))
+    for one in found.tensor_parallel:
+        lines.append(Text(gettext("tensor parallel {size}: {said}", size=one.size, said=told(one))))
+    lines += [Text(gettext("note: {note}", note=note), style="dim") for note in found.notes]
     return Group(title, *lines)
 
 
@@ -39,7 +46,12 @@ def loss(cell: Cell) -> str:
     if cell.measured is None:
         return ""
     more = cell.measured.kl / cell.measured.bound - 1
-    return f" (KL {significant(cell.measured.kl)}, {more:+.0%} against {significant(cell.measured.bound)})"
+    return gettext(
+        " (KL {loss}, {change} against {bound})",
+        loss=significant(cell.measured.kl),
+        change=format(more, "+.0%"),
+        bound=significant(cell.measured.bound),
+    )
 
 
 def matrix(found: Matrix) -> RenderableType:
@@ -48,9 +60,9 @@ def matrix(found: Matrix) -> RenderableType:
     for number, first in enumerate(found.parts, start=1):
         cells = [Text("") if first == second else _sign(found, first, second) for second in found.parts]
         grid.add_row(Text(f"{number:>2} {first}"), *cells)
-    legend = Text("rows first, columns second: ")
+    legend = Text(gettext("rows first, columns second: "))
     for label, sign in SIGNS.items():
-        legend.append(f" {sign} ", style=f"bold {STYLES[label]}").append(label)
+        legend.append(f" {sign} ", style=f"bold {STYLES[label]}").append(gettext(label))
     return Group(grid, legend, *_reasons(found, "degrades"), *_reasons(found, "refuses"), *_protocol(found))
 
 
@@ -67,10 +79,10 @@ def _reasons(found: Matrix, label: Label) -> list[RenderableType]:
             by_reason.setdefault(cell.answer.reason, []).append(cell)
     if not by_reason:
         return []
-    table = plain_table((label, "why"))
+    table = plain_table((gettext(label), gettext("why")))
     for reason, cells in by_reason.items():
         for cell in [cell for cell in cells if not _told_before(cell, cells)]:
-            add(table, f"{cell.first}, {cell.second}", reason + loss(cell))
+            add(table, gettext(", ").join((str(cell.first), str(cell.second))), reason + loss(cell))
     return [Text(), table]
 
 
@@ -83,4 +95,5 @@ def _protocol(found: Matrix) -> list[RenderableType]:
     on = found.measured_on
     if not on:
         return []
-    return [Text(f"measured on {on['model']}, {on['cpu']}, {on['date']}: docs/stacking.md", style="dim")]
+    where = {"model": on["model"], "processor": on["cpu"], "date": on["date"]}
+    return [Text(gettext("measured on {model}, {processor}, {date}: docs/stacking.md", **where), style="dim")]

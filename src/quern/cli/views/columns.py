@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quern.core.results import Row
+from quern.core.text.language import gettext
 from quern.core.units import bytes_text, percent_text, seconds_text
 
 if TYPE_CHECKING:
@@ -57,12 +58,14 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 def interval(limits: tuple[float, float] | None, form: str) -> str:
     """Lower and upper end."""
-    return NOT_MEASURED if limits is None else f"{limits[0]:{form}} to {limits[1]:{form}}"
+    if limits is None:
+        return NOT_MEASURED
+    return gettext("{low} to {high}", low=format(limits[0], form), high=format(limits[1], form))
 
 
 def comparison_columns() -> list[TableColumn]:
     """The columns of a comparison: the name and every measure that is shown there."""
-    return [TableColumn("name", lambda row: row.name), *_columns("comparison")]
+    return [TableColumn(gettext("name"), lambda row: row.name), *_columns("comparison")]
 
 
 def further_columns() -> list[TableColumn]:
@@ -77,11 +80,15 @@ def _columns(where: str) -> list[TableColumn]:
 
 
 def _columns_of(measure: Measure) -> Iterator[TableColumn]:
-    title = f"{measure.title}, {measure.shown_unit}" if measure.shown_unit else measure.title
+    title = gettext(measure.title)
+    if measure.shown_unit:
+        title = gettext("{title}, {unit}", title=title, unit=measure.shown_unit)
     writer = {"bytes": size, "fraction": percent, "s": duration}.get(measure.unit, partial(number, form=measure.form))
-    yield TableColumn(measure.heading or title, lambda row: writer(measure.value(row)), measure.stage == "rounds")
+    yield TableColumn(
+        gettext(measure.heading) or title, lambda row: writer(measure.value(row)), measure.stage == "rounds"
+    )
     if measure.interval_heading:
-        yield TableColumn(measure.interval_heading, lambda row: interval(measure.range(row), measure.form))
+        yield TableColumn(gettext(measure.interval_heading), lambda row: interval(measure.range(row), measure.form))
 
 
 def heading(column: TableColumn) -> str:

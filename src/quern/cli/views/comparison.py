@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +14,7 @@ from quern.advisor.deployment import has_other_tools
 from quern.advisor.placement import Placement, placements
 from quern.cli.views.columns import TableColumn, add, comparison_columns, table
 from quern.core.results import Results, Row
+from quern.core.text.language import gettext
 from quern.report.wording import (
     failures_text,
     load_text,
@@ -61,7 +63,7 @@ class Comparison:
         the long ones ``whole`` or in parts."""
         names, *others = map(self._marked, comparison_columns())
         name = TableColumn(names.heading, lambda row: names.cell(row) if whole else _in_parts(names.cell(row)))
-        others.append(TableColumn("place", self._place))
+        others.append(TableColumn(gettext("place"), self._place))
         tables, room = [[name]], width - EDGES - self._width(name)
         for column in others:
             taken = self._width(column) + gap
@@ -74,9 +76,9 @@ class Comparison:
 
     def _width(self, column: TableColumn) -> int:
         texts = [_broken(column.heading), *(column.cell(row) for row in self._results.rows)]
-        if column.heading == "name" and self._other_tools:
+        if column.heading == gettext("name") and self._other_tools:
             texts += [tool_text(row, self._results.quern_version) for row in self._results.rows]
-        return max(len(line) for text in texts for line in text.split("\n"))
+        return max(cell_len(line) for text in texts for line in text.split("\n"))
 
     @staticmethod
     def _marked(column: TableColumn) -> TableColumn:
@@ -87,7 +89,7 @@ class Comparison:
 
     def _place(self, row: Row) -> str:
         kind = self._places[row.name].kind
-        return PLACES.get(kind, kind)
+        return gettext(PLACES.get(kind, kind))
 
 
 def _in_parts(name: str) -> str:
@@ -109,20 +111,26 @@ def remarks(results: Results) -> Iterator[Text]:
     """Lines below the table: how much was measured, foreign load, places, failures."""
     if results.protocol is not None:
         yield Text(protocol_text(results.protocol, results.rows), style="dim")
-    disturbed = [f"{row.name} ({load_text(row)})" for row in results.rows if under_foreign_load(row)]
+    disturbed = [
+        gettext("{name} ({load})", name=row.name, load=load_text(row))
+        for row in results.rows
+        if under_foreign_load(row)
+    ]
     if disturbed:
-        yield Text(f"* timed under foreign load: {', '.join(disturbed)}", style="yellow")
+        yield Text(gettext("* timed under foreign load: {rows}", rows=gettext(", ").join(disturbed)), style="yellow")
     yield from _places(results.rows, placements(results.rows))
     for failure in failures_text(results):
-        yield Text(f"Not made: {failure}", style="red")
+        yield Text(gettext("Not made: {failure}", failure=failure), style="red")
 
 
 def _places(rows: Sequence[Row], places: Sequence[Placement]) -> Iterator[Text]:
     if not any(row.kind != "unquantized" for row in rows):
         return
     yield Text()
-    yield Text(f"Places. {scale_text(rows)}", style="dim")
+    yield Text(gettext("Places. {scale}", scale=scale_text(rows)), style="dim")
     for row, place in zip(rows, places, strict=True):
         says_itself = place.kind in ("dominated", "unquantized")
-        reason = place.reason if says_itself else f"{place.kind}: {place.reason}"
-        yield Text(f"  {row.name}: {reason}")
+        reason = place.reason
+        if not says_itself:
+            reason = gettext("{place}: {reason}", place=gettext(place.kind), reason=reason)
+        yield Text("  " + gettext("{name}: {reason}", name=row.name, reason=reason))

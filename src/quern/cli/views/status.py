@@ -9,37 +9,56 @@ from rich.text import Text
 
 from quern.cli.views.columns import add, duration, size
 from quern.cli.views.columns import table as plain_table
+from quern.core.text.language import gettext, ngettext, translatable
 
 if TYPE_CHECKING:
     from quern.pipeline.status import JobStatus, Status, TaskStatus
+
+TASKS = (
+    *(translatable("token weights"), translatable("quantizing blocks"), translatable("losses of candidates")),
+    *(translatable("losses of embedding and head"), translatable("teacher"), translatable("writing blocks")),
+    *(translatable("training"), translatable("timing"), translatable("scoring"), translatable("inputs of linears")),
+    *(translatable("reference logits"), translatable("hashing the checkpoint")),
+)
+"""What jobs call their tasks."""
 
 
 def status(found: Status) -> RenderableType:
     """A table for each job, or the word that all is done."""
     if not found.jobs:
-        return Text(f"{found.path} is finished; no job writes it")
+        return Text(gettext("{path} is finished; no job writes it", path=found.path))
     return Group(*(_job(job) for job in found.jobs))
 
 
 def _job(job: JobStatus) -> RenderableType:
-    facts = plain_table(("job", str(job.output)))
+    facts = plain_table((gettext("job"), str(job.output)))
     if job.recipe is not None:
-        add(facts, "recipe", job.recipe)
+        add(facts, gettext("recipe"), job.recipe)
     running = job.process is not None
-    add(facts, "worked on", f"by process {job.process}" if running else "by nobody; the same command continues it")
+    by = gettext("by process {process}", process=job.process)
+    add(facts, gettext("worked on"), by if running else gettext("by nobody; the same command continues it"))
     if job.last_step is not None:
-        add(facts, "finished", f"{job.blocks} {'block' if job.blocks == 1 else 'blocks'}; last step: {job.last_step}")
+        finished = ngettext(
+            "{count} block; last step: {step}",
+            "{count} blocks; last step: {step}",
+            job.blocks,
+            count=job.blocks,
+            step=job.last_step,
+        )
+        add(facts, gettext("finished"), finished)
     for task in job.tasks:
-        add(facts, task.description, _task(task, running))
+        add(facts, gettext(task.description), _task(task, running))
     if job.seconds_ago is not None:
-        add(facts, "as of", f"{duration(job.seconds_ago)} ago")
-    add(facts, "on the disk", f"{size(job.bytes)} in {job.folder}")
+        add(facts, gettext("as of"), gettext("{time} ago", time=duration(job.seconds_ago)))
+    add(facts, gettext("on the disk"), gettext("{size} in {folder}", size=size(job.bytes), folder=job.folder))
     return facts
 
 
 def _task(task: TaskStatus, running: bool) -> str:
-    done = f"{100 * task.done / task.total:.0f} %" if task.total else "begun"
+    done = f"{100 * task.done / task.total:.0f} %" if task.total else gettext("begun")
     if task.total < 1_000_000:
-        done = f"{task.done:g} of {task.total:g}"
-    left = "" if task.seconds_left is None or not running else f", {duration(task.seconds_left)} left"
-    return f"{done} after {duration(task.seconds)}{left}"
+        done = gettext("{done} of {total}", done=format(task.done, "g"), total=format(task.total, "g"))
+    text = gettext("{done} after {time}", done=done, time=duration(task.seconds))
+    if task.seconds_left is None or not running:
+        return text
+    return gettext("{progress}, {time} left", progress=text, time=duration(task.seconds_left))

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from quern.cli.views.columns import add, duration, size
 from quern.cli.views.columns import table as plain_table
+from quern.core.text.language import gettext
 from quern.core.units import significant
 
 if TYPE_CHECKING:
@@ -18,16 +19,38 @@ if TYPE_CHECKING:
 
 def train_report(report: TrainReport) -> RenderableType:
     """What was written, and how much nearer to the unquantized model it is."""
-    facts = plain_table(("figure", "value"))
-    add(facts, "written to", str(report.path))
-    add(facts, "recipe", f"{report.recipe.name}, format {report.recipe.format}")
-    add(facts, "trained", f"{report.train}, {report.steps} steps on {report.tokens:,} tokens")
-    add(facts, "written state", f"that of step {report.best_step}" if report.best_step else "that before training")
-    add(facts, "held-out KL before", f"{significant(report.kl_before)} nats a token")
-    add(facts, "held-out KL after", f"{significant(report.kl_after)} nats a token")
-    add(facts, "size", size(report.bytes))
-    add(facts, "time", duration(report.seconds) + (" (resumed)" if report.resumed and report.seconds else ""))
-    add(facts, "peak RAM", size(report.peak_rss_bytes))
-    notes = [Text(f"note: {note}", style="dim") for note in report.notes]
-    hint = Text(f"Measure it: quern evaluate {shlex.quote(str(report.path))} --reference MODEL", style="dim")
+    facts = plain_table((gettext("figure"), gettext("value")))
+    add(facts, gettext("written to"), str(report.path))
+    add(
+        facts,
+        gettext("recipe"),
+        gettext("{recipe}, format {format}", recipe=report.recipe.name, format=report.recipe.format),
+    )
+    add(
+        facts,
+        gettext("trained"),
+        gettext(
+            "{what}, {steps} steps on {tokens} tokens",
+            what=report.train,
+            steps=report.steps,
+            tokens=format(report.tokens, ","),
+        ),
+    )
+    add(
+        facts,
+        gettext("written state"),
+        gettext("that of step {step}", step=report.best_step) if report.best_step else gettext("that before training"),
+    )
+    add(facts, gettext("held-out KL before"), gettext("{loss} nats a token", loss=significant(report.kl_before)))
+    add(facts, gettext("held-out KL after"), gettext("{loss} nats a token", loss=significant(report.kl_after)))
+    add(facts, gettext("size"), size(report.bytes))
+    add(
+        facts,
+        gettext("time"),
+        duration(report.seconds) + (gettext(" (resumed)") if report.resumed and report.seconds else ""),
+    )
+    add(facts, gettext("peak RAM"), size(report.peak_rss_bytes))
+    notes = [Text(gettext("note: {note}", note=note), style="dim") for note in report.notes]
+    command = f"quern evaluate {shlex.quote(str(report.path))} --reference MODEL"
+    hint = Text(gettext("Measure it: {command}", command=command), style="dim")
     return Group(facts, *notes, hint)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import IO
 
 from quern.core.errors import UserError
+from quern.core.text.language import gettext, translatable
 
 _PREFIX = "quern-temporary-"
-ELSEWHERE = "set the environment variable TMPDIR to a folder on a disk with more room"
+ELSEWHERE = translatable("set the environment variable TMPDIR to a folder on a disk with more room")
 """The advice where a temporary file did not fit."""
 
 
@@ -40,4 +41,5 @@ def is_temporary(path: Path) -> bool:
 
 
 def _refused(error: OSError) -> UserError:
-    return UserError(f"no temporary files can be written: {error.strerror or error}. Free some space, or {ELSEWHERE}")
+    told = {"reason": error.strerror or error, "elsewhere": gettext(ELSEWHERE)}
+    return UserError(gettext("no temporary files can be written: {reason}. Free some space, or {elsewhere}", **told))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quern.core.errors import BadFileError
+from quern.core.text.language import gettext
 
 _MARKS = (
     (b"\xff\xfe\x00\x00", "UTF-32"),
@@ -28,11 +29,15 @@ def not_utf8(path: object, head: bytes, position: int | None) -> BadFileError:
     """What to say of a text that begins with ``head`` and is not UTF-8 at byte ``position`` (None: all of it)."""
     encoding = foreign_encoding(head)
     if encoding is None and position is None:
-        return BadFileError(path, "holds zero bytes, so it is not text", "Give a text in UTF-8")
-    where = "" if position is None else f" (byte {position})"
-    problem = f"is {encoding} and not UTF-8 text" if encoding else f"is not UTF-8 text{where}"
+        return BadFileError(path, gettext("holds zero bytes, so it is not text"), gettext("Give a text in UTF-8"))
+    if encoding:
+        problem = gettext("is {encoding} and not UTF-8 text", encoding=encoding)
+    else:
+        problem = gettext("is not UTF-8 text (byte {position})", position=position)
     known = encoding or "WINDOWS-1252"
-    return BadFileError(path, problem, f"Convert it to UTF-8, for instance: iconv -f {known} -t UTF-8 OLD > NEW")
+    return BadFileError(
+        path, problem, gettext("Convert it to UTF-8, for instance: iconv -f {known} -t UTF-8 OLD > NEW", known=known)
+    )
 
 
 def decode_utf8(path: object, raw: bytes) -> str:

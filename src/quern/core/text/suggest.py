@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from quern.core.text.language import gettext
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'hqq'?`` for a ``name`` that is like one of ``known``, else nothing; to end a message with.
@@ -15,7 +17,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     wanted = _plain(name)
     begun = [other for other in spelled if wanted and other.startswith(wanted)]
     near = begun if len(begun) == 1 else difflib.get_close_matches(wanted, spelled, n=1)
-    return f"; did you mean {spelled[near[0]]!r}?" if near else ""
+    return gettext("; did you mean {name!r}?", name=spelled[near[0]]) if near else ""
 
 
 def _plain(name: str) -> str:

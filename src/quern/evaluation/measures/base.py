@@ -17,6 +17,7 @@ from typing import Any, Literal
 from quern.core.engine import LoadedModel
 from quern.core.registry import Registry
 from quern.core.results import Figure, Row
+from quern.core.text.language import gettext
 from quern.core.units import significant
 from quern.evaluation.choice import Option, load_options
 from quern.evaluation.energy import Meter
@@ -200,4 +201,4 @@ def range_lines(limits: Range | None, writer: Callable[[float], str] = significa
         return []
     low, high = writer(limits[0]), writer(limits[1])
     number, _, unit = low.partition(" ")
-    return [f"{number if unit == high.partition(' ')[2] else low} to {high}"]
+    return [gettext("{low} to {high}", low=number if unit == high.partition(" ")[2] else low, high=high)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from quern.core import metrics
 from quern.core.engine import LoadedModel
 from quern.core.results import Figure, Row
+from quern.core.text.language import gettext
 from quern.evaluation.choice import score_options
 from quern.evaluation.measures.base import Given, measure, range_lines
 
@@ -25,7 +26,10 @@ def _points(fraction: float) -> str:
 def _difference(row: Row) -> list[str]:
     if row.choice_difference is None:
         return []
-    return [f"{_points(row.choice_difference)} points", *range_lines(row.choice_difference_ci95, _points)]
+    return [
+        gettext("{points} points", points=_points(row.choice_difference)),
+        *range_lines(row.choice_difference_ci95, _points),
+    ]
 
 
 measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quern.core.results import Row
+from quern.core.text.language import gettext
 from quern.evaluation.measures._passes import over_rounds, rate_detail, time_round
 from quern.evaluation.measures.base import measure
 
@@ -19,7 +20,7 @@ def _detail(row: Row) -> list[str]:
     """As of any rate; a tool that does not declare its arithmetic has no limit to be compared with."""
     lines = rate_detail("prefill_tokens_per_s", prefill_fraction)(row)
     undeclared = row.kind == "peer" and row.prefill_tokens_per_s is not None and prefill_fraction(row) is None
-    return [*lines, "- of limit"] if undeclared else lines
+    return [*lines, gettext("- of limit")] if undeclared else lines
 
 
 measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quern.core.results import Row
+from quern.core.text.language import gettext
 from quern.core.units import percent_text
 from quern.evaluation.measures.base import measure
 
@@ -10,7 +11,10 @@ from quern.evaluation.measures.base import measure
 def _smaller(row: Row) -> list[str]:
     if row.kind == "unquantized":
         return []
-    return [f"{percent_text(abs(row.compression))} {'less' if row.compression >= 0 else 'more'}"]
+    change = percent_text(abs(row.compression))
+    return [
+        gettext("{change} less", change=change) if row.compression >= 0 else gettext("{change} more", change=change)
+    ]
 
 
 measure(

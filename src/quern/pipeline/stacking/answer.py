@@ -16,6 +16,7 @@ from quern.architectures.base import Architecture, architecture_of
 from quern.core.errors import UserError
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.stacking import Answer, Part, losing
+from quern.core.text.language import gettext, spoken, translatable
 from quern.engines.base import ENGINES
 from quern.formats.base import FORMATS, ArtifactWriter, obstacles_of, runtimes_of
 from quern.pipeline.blockwise.job import plan_of
@@ -59,11 +60,15 @@ def pairs() -> Iterator[tuple[Part, Part]]:
     return itertools.permutations(all_parts(), 2)
 
 
-@cache
 def together(first: Part, second: Part) -> Together:
     """What becomes of the two in an ordinary decoder."""
+    return _together(first, second, spoken())
+
+
+@cache
+def _together(first: Part, second: Part, language: str) -> Together:
     if first.kind == second.kind and first.kind in _ONE:
-        return Together(first, second, Answer("refuses", _ONE[first.kind]))
+        return Together(first, second, Answer("refuses", gettext(_ONE[first.kind])))
     cache_name = next((part.name for part in (first, second) if part.kind == "cache"), None)
     runtimes = [part.name for part in (first, second) if part.kind == "runtime"]
     refused: list[Together] = []
@@ -79,8 +84,8 @@ def together(first: Part, second: Part) -> Together:
 
 
 _ONE = {
-    "cache": "keys and values of one run are kept in one precision",
-    "format": "an artifact is written in one format; quantize once for each",
+    "cache": translatable("keys and values of one run are kept in one precision"),
+    "format": translatable("an artifact is written in one format; quantize once for each"),
 }
 """Kinds of which a stack has one part, and why."""
 
@@ -143,7 +148,11 @@ def use_obstacle(recipe: Recipe, cache_name: str | None, runtimes: Sequence[str]
     if cache_name is not None:
         others = [name for name in runtimes if name != "cpu"]
         if others:
-            return f"a cache of {cache_name} is the cpu engine's; {others[0]} keeps keys and values in its own way"
+            return gettext(
+                "a cache of {cache} is the cpu engine's; {runtime} keeps keys and values in its own way",
+                cache=cache_name,
+                runtime=others[0],
+            )
         runtimes = ["cpu"]
     return next((why for name in runtimes if (why := runtime_obstacle(recipe, name)) is not None), None)
 
@@ -152,20 +161,19 @@ def runtime_obstacle(recipe: Recipe, runtime: str) -> str | None:
     """Why ``runtime`` does not run an artifact of ``recipe``; None if it does."""
     if runtime == "cpu":
         why = ENGINES.get(runtime)().supports(recipe)
-        return None if why is None else f"the cpu engine does not run it: {why}"
+        return None if why is None else gettext("the cpu engine does not run it: {why}", why=why)
     if runtime in runtimes_of(recipe):
         return None
     known = [obstacle.reason for obstacle in obstacles_of(recipe) if obstacle.target == runtime]
     if known:
-        return f"{runtime} {'; '.join(known)}"
+        return f"{runtime} {gettext('; ').join(known)}"
     readable = [name for name in FORMATS.names() if runtime in FORMATS.get(name).runtimes]
     *others, last = readable or [""]
-    instead = (
-        f"it reads {', '.join(others)}{' and ' if others else ''}{last}"
-        if readable
-        else "no format that quern writes is for it"
-    )
-    return f"{runtime} does not read the format {recipe.format}: {instead}"
+    told = {"runtime": runtime, "format": recipe.format}
+    if not readable:
+        return gettext("{runtime} does not read the format {format}: no format that quern writes is for it", **told)
+    formats = gettext("{first} and {last}", first=gettext(", ").join(others), last=last) if others else last
+    return gettext("{runtime} does not read the format {format}: it reads {formats}", **told, formats=formats)
 
 
 def _accepted(first: Part, second: Part, keys: Keys, recipe: Recipe) -> Answer:
@@ -175,11 +183,12 @@ def _accepted(first: Part, second: Part, keys: Keys, recipe: Recipe) -> Answer:
         parts.append(Part("codec", recipe.weights.codec))  # for whose sake a remedy is there
     for _, _, why in losing({part: traits_of(part, recipe) for part in parts}):
         return Answer("degrades", why)
-    said = [f"{part.name} {acts}" for part in (first, second) if (acts := traits_of(part, recipe).acts)]
+    said = [f"{part.name} {gettext(acts)}" for part in (first, second) if (acts := traits_of(part, recipe).acts)]
     if "overrides" in keys:
-        said.append(f"each has linears of its own, {second.name} those that match {keys['overrides'][0]['pattern']}")
+        told = {"name": second.name, "pattern": keys["overrides"][0]["pattern"]}
+        said.append(gettext("each has linears of its own, {name} those that match {pattern}", **told))
     if "runtime" in (first.kind, second.kind) and "format" not in (first.kind, second.kind):
-        said.append(f"in the format {keys['format']}")
+        said.append(gettext("in the format {format}", format=keys["format"]))
     if any(transform.get("random_signs") is False for transform in keys.get("transforms", ())):
-        said.append("with random_signs: false")
-    return Answer("works", "; ".join(said) or "they do not touch each other")
+        said.append(gettext("with {setting}", setting="random_signs: false"))
+    return Answer("works", gettext("; ").join(said) or gettext("they do not touch each other"))

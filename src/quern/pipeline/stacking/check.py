@@ -12,6 +12,7 @@ from quern.core.errors import UserError, option
 from quern.core.progress import Progress
 from quern.core.recipe import Recipe, load_recipe, parse_recipe, profile_names
 from quern.core.stacking import Answer, Label, Part, losing
+from quern.core.text.language import gettext
 from quern.core.text.suggest import did_you_mean
 from quern.engines.base import ENGINES
 from quern.engines.cpu import cache_named
@@ -80,7 +81,7 @@ def check(
         architecture = architecture_of(model_config(checkpoint))
         notes += checkpoint.notes
         if runtime == "cpu" and (unknown := ENGINES.get("cpu")().runs(checkpoint)) is not None:
-            problems.append(f"the cpu engine does not run it: {unknown}")
+            problems.append(gettext("the cpu engine does not run it: {why}", why=unknown))
     problems += _problems(chosen, architecture, runtime, cache)
     if problems and runtime is not None:
         notes += _elsewhere(chosen, architecture, runtime, cache)
@@ -91,7 +92,7 @@ def check(
         notes += writer.notes()
         if keeping(writer.plan):
             notes.append(
-                "it is for models that are quantized in its schemes already, which no weights were read to see"
+                gettext("it is for models that are quantized in its schemes already, which no weights were read to see")
             )
     parts = parts_of(chosen, cache, runtime)
     lost = list(losing({part: traits_of(part, chosen) for part in parts}))
@@ -147,7 +148,14 @@ def refuse_unknown(runtime: str | None, cache: str | None) -> None:
     """Raises ``UserError`` for a runtime or a key/value cache that nobody knows; None is none."""
     if runtime is not None and runtime not in RUNTIMES:
         given = option(f"runtime={runtime!r}", f"--for {runtime}")
-        raise UserError(f"{given} is not known; known: {', '.join(RUNTIMES)}{did_you_mean(runtime, RUNTIMES)}")
+        raise UserError(
+            gettext(
+                "{given} is not known; known: {known}{hint}",
+                given=given,
+                known=", ".join(RUNTIMES),
+                hint=did_you_mean(runtime, RUNTIMES),
+            )
+        )
     cache_named(cache, "cpu")
 
 
@@ -168,5 +176,9 @@ def _elsewhere(recipe: Recipe, architecture: Architecture, runtime: str, cache: 
         if name == recipe.format or runtime not in FORMATS.get(name).runtimes:
             continue
         why = _problems(recipe.model_copy(update={"format": name}), architecture, runtime, cache)
-        notes.append(f"in the format {name} " + (f"it is refused as well: {'; '.join(why)}" if why else "it works"))
+        notes.append(
+            gettext("in the format {format} it is refused as well: {why}", format=name, why=gettext("; ").join(why))
+            if why
+            else gettext("in the format {format} it works", format=name)
+        )
     return notes

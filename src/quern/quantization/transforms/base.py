@@ -23,6 +23,7 @@ from quern.core.machine.parallel import Workers
 from quern.core.recipe_parts import Transform as Settings
 from quern.core.registry import Registry
 from quern.core.stacking import NO_TRAITS, Traits
+from quern.core.text.language import translatable
 
 LARGEST_EXPONENT = 8
 """Scales stay within 2^-8 ... 2^8, far from the ends of bfloat16 and float16."""
@@ -100,7 +101,7 @@ class Repeat:
         return values.view(self.heads, self.times, -1).mean(1).reshape(-1)
 
 
-FOLDED = "is folded into the weights before anything is measured for their rounding"
+FOLDED = translatable("is folded into the weights before anything is measured for their rounding")
 """When a ``ChannelScaling`` acts, for its traits."""
 TRANSFORMS: Registry[type[Transform]] = Registry("transform", "quern.quantization.transforms")
 
