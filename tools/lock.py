@@ -30,7 +30,7 @@ FOLDER = ROOT / "requirements"
 PEERS = ROOT / "src/quern/peers/locks"
 LEAST_PYTHON = "3.11"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-MACHINES = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28")
+MACHINES = ("x86_64-manylinux_2_31", "aarch64-manylinux_2_31")
 ALL = ("pyproject.toml", "--extra", "dev", "--group", "build")
 UPPER = ("<", "<=", "==", "~=")
 
