@@ -34,7 +34,7 @@ class After(Silent):
     def __init__(self, act):
         self.act = act
 
-    def task(self, description, total, done=0, **_):
+    def task(self, description, total, done=0, work=None):
         return _Step(self.act if description == "quantizing blocks" and not done else lambda: None)
 
 
