@@ -35,7 +35,7 @@ class Watched(Silent):
     def __init__(self, task="", acts=()):
         self.wanted, self.acts, self.said = task, list(acts), []
 
-    def task(self, description, total, done=0, **_):
+    def task(self, description, total, done=0, work=None):
         return _Step(self.acts if description == self.wanted else [])
 
     def log(self, message):
