@@ -176,7 +176,7 @@ class _Cluster:
         if wrong:
             raise UserError(
                 "machines of the cluster that would not give the bytes that this one gives: " + "; ".join(wrong) + ". "
-                "Install the same quern and torch there, or take them out of the cluster (ray stop)"
+                "Install the same quern and torch there, use machines of one kind, or take these out (ray stop)"
             )
         return found
 
