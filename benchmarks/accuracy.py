@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 import quern
-from quern.cli.progress import progress_on
+from quern.cli.terminal.progress import progress_on
 from quern.core.results import Results
 
 HERE = Path(__file__).parent

@@ -25,7 +25,7 @@ from rich.console import Console
 
 import quern
 from quern.checkpoint.checkpoint import Checkpoint
-from quern.cli.progress import progress_on
+from quern.cli.terminal.progress import progress_on
 from quern.comparison.inputs import MeasurementSettings, prepare_inputs
 from quern.core.allocation import Target
 from quern.core.recipe import Recipe, load_recipe

@@ -23,7 +23,7 @@ from rounding import HELD_OUT, mean
 from section_script import parser_of, recipe_called, run
 
 from quern.core.results import METRICS_VERSION
-from quern.core.units import significant
+from quern.core.text.units import significant
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from measured import quantize_in_child, write_result
 from pages import write_section
 
 from quern.core.machine.foreign_load import ForeignLoad
-from quern.core.units import bytes_text, seconds_text, significant
+from quern.core.text.units import bytes_text, seconds_text, significant
 
 ROOT = Path(__file__).resolve().parents[1]
 MINE = ROOT / "benchmarks" / "recipes"

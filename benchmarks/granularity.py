@@ -20,10 +20,10 @@ from rich.console import Console
 from section_script import parser_of, run
 
 import quern
-from quern.cli.progress import progress_on
+from quern.cli.terminal.progress import progress_on
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.results import Results
-from quern.core.units import significant
+from quern.core.text.units import significant
 
 TOKENS = 8192
 OUTER = {"bits": 8, "granularity": "channel"}

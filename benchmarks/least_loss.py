@@ -26,7 +26,7 @@ import quern
 from quern.core.effort import EFFORTS, with_effort
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.results import METRICS_VERSION
-from quern.core.units import significant
+from quern.core.text.units import significant
 
 RECIPES = ("balanced", "trellis3", "trellis2", "compact", "gptq4-g64", "gptq3-g64")
 STAGES = ("plain", *EFFORTS, "trained")

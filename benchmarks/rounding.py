@@ -24,7 +24,7 @@ import quern
 from quern.core.recipe import Recipe
 from quern.core.recipe_parts import Rounding
 from quern.core.results import METRICS_VERSION
-from quern.core.units import significant
+from quern.core.text.units import significant
 
 RECIPES = ("balanced", "trellis3", "trellis2", "compact", "gptq4-g64", "gptq3-g64")
 CHOICES: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ import quern
 from quern.advisor.hardware import probe
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.stacking import Part
-from quern.core.units import significant
+from quern.core.text.units import significant
 from quern.evaluation.heldout import held_out_text
 from quern.evaluation.texts import Window, cut_windows
 from quern.loading.fitting import open_model

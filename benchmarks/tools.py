@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 import quern
-from quern.cli.progress import progress_on
+from quern.cli.terminal.progress import progress_on
 from quern.core.results import Row, load_results
 
 HERE = Path(__file__).parent

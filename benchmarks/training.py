@@ -26,7 +26,7 @@ import quern
 from quern.core.artifact import PROVENANCE
 from quern.core.recipe import Recipe
 from quern.core.results import METRICS_VERSION
-from quern.core.units import significant
+from quern.core.text.units import significant
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from section_script import parser_of, recipe_called, run
 import quern
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.results import METRICS_VERSION
-from quern.core.units import significant
+from quern.core.text.units import significant
 
 RECIPES = ("int2-g64", "gptq3-g64", "trellis2", "compact", "ternary")
 TUNINGS: dict[str, dict[str, Any]] = {

@@ -54,8 +54,8 @@ def declared() -> Iterator[tuple[str, str]]:
     """File and text of what is declared as plain data and translated where it is shown."""
     from typer.main import get_command
 
-    from quern.cli.language import help_texts
     from quern.cli.main import app
+    from quern.cli.terminal.language import help_texts
     from quern.evaluation.measures.base import all_measures
 
     for found in help_texts(get_command(app)):

@@ -13,7 +13,7 @@ from quern.advisor.scoring import Yardstick
 from quern.cli.views.columns import comparison_columns, heading
 from quern.core.errors import QuernError, UserError
 from quern.core.results import Results, load_results
-from quern.core.units import bytes_text, percent_text, signed, significant
+from quern.core.text.units import bytes_text, percent_text, signed, significant
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- demo-table:begin -->", "<!-- demo-table:end -->"

@@ -14,7 +14,7 @@ from quern.advisor.placement import placements
 from quern.cli.views.columns import interval, number, percent, size
 from quern.core.errors import QuernError, UserError
 from quern.core.results import Results, Row, load_results
-from quern.core.units import bytes_text, percent_text, seconds_text, significant
+from quern.core.text.units import bytes_text, percent_text, seconds_text, significant
 from quern.report.provenance import machine_line, model_line, model_name
 from quern.report.wording import STAGES, protocol_text, scale_text, tool_text, under_foreign_load
 

@@ -15,10 +15,10 @@ from tiny_model import calibration_text, tiny_config
 from typer.testing import CliRunner
 
 import quern
-from quern.checkpoint import hub_stream, stream
 from quern.checkpoint.checkpoint import open_checkpoint
-from quern.checkpoint.stream import KEPT
-from quern.checkpoint.streaming import streamed
+from quern.checkpoint.streaming import hub_files, source
+from quern.checkpoint.streaming.folder import streamed
+from quern.checkpoint.streaming.source import KEPT
 from quern.cli.main import app
 from quern.core.errors import BadFileError, UserError
 
@@ -66,8 +66,8 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("passes", ["once", "forward, backward and again"])
 def test_the_artifact_is_the_same_and_few_shards_are_there_at_once(passes, hub, model, text, tmp_path, monkeypatch):
     recipe = small_recipe(weights={"group_size": 32}, rounding={"method": "nearest" if passes == "once" else "gptq"})
-    most, read = [], stream.read_tensor
-    monkeypatch.setattr(stream, "read_tensor", lambda *given: most.append(len(on_disk(tmp_path))) or read(*given))
+    most, read = [], source.read_tensor
+    monkeypatch.setattr(source, "read_tensor", lambda *given: most.append(len(on_disk(tmp_path))) or read(*given))
     whole = quern.quantize(model, tmp_path / "whole", recipe=recipe, calibration=[text], threads=1)
     came = quern.quantize("org/model", tmp_path / "came", recipe=recipe, calibration=[text], threads=1, stream=True)
     assert hashes(came.path) == hashes(whole.path)
@@ -186,9 +186,9 @@ def test_what_cannot_be_streamed_is_refused(hub, model, tmp_path, monkeypatch):
         quern.inspect(model, stream=True)
     with pytest.raises(UserError, match="'org/other' is neither a local folder nor a model that the Hub shows you"):
         streamed("org/other")
-    usage = hub_stream.shutil.disk_usage(tmp_path)._replace(free=100)
+    usage = hub_files.shutil.disk_usage(tmp_path)._replace(free=100)
     with monkeypatch.context() as full:
-        full.setattr(hub_stream.shutil, "disk_usage", lambda _folder: usage)
+        full.setattr(hub_files.shutil, "disk_usage", lambda _folder: usage)
         with pytest.raises(UserError, match=r"not enough room for .* are needed and 100 bytes are free"):
             streamed("org/model")
     index = json.loads(hub.files["model.safetensors.index.json"])

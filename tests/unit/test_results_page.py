@@ -17,7 +17,7 @@ from quern.advisor.scoring import SAME_SIZE, SCALING_EXPONENT, SMALL_LOSS, WEIGH
 from quern.core import results
 from quern.core.errors import UserError
 from quern.core.metrics import RESAMPLES
-from quern.core.units import ABOVE_LIMIT
+from quern.core.text.units import ABOVE_LIMIT
 from quern.evaluation.measures.base import all_measures
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from quern.core.errors import UserError, option
 from quern.core.results import Row, Target
 from quern.core.text.language import gettext
 from quern.core.text.suggest import did_you_mean
-from quern.core.units import bytes_text, percent_text, significant
+from quern.core.text.units import bytes_text, percent_text, significant
 
 USUAL_LICENCES = ("MIT", "Apache-2.0", "BSD-3-Clause", "LGPL-3.0-only", "GPL-3.0-only", "AGPL-3.0-only")
 """What one may have meant who named no identifier of the SPDX list."""

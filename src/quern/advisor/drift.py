@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from quern.core.results import DRIFT_LIMIT, Row
 from quern.core.text.language import gettext
-from quern.core.units import percent_text
+from quern.core.text.units import percent_text
 
 
 def group_speed_of(row: Row) -> float:

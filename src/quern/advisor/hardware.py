@@ -23,7 +23,7 @@ from quern.core.machine.foreign_load import ForeignLoad
 from quern.core.machine.memory import free_memory, total_memory
 from quern.core.machine.parallel import available_threads
 from quern.core.results import FOREIGN_LIMIT
-from quern.core.units import processors_text
+from quern.core.text.units import processors_text
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from quern.advisor.deployment import licence_of, targets_text
 from quern.advisor.scoring import loss_of, positive
 from quern.core.results import Row
 from quern.core.text.language import gettext
-from quern.core.units import bytes_text, rounded_up, significant
+from quern.core.text.units import bytes_text, rounded_up, significant
 from quern.formats.base import FORMATS
 
 

@@ -29,7 +29,7 @@ from quern.advisor.scoring import Yardstick, as_fast, dominators, loss_of, missi
 from quern.advisor.wording import figures_against
 from quern.core.results import Row, unquantized_row
 from quern.core.text.language import gettext, ngettext, translatable
-from quern.core.units import bytes_text, percent_text, significant
+from quern.core.text.units import bytes_text, percent_text, significant
 
 SMALL = 0.8
 """Compression above which a row is placed at A."""

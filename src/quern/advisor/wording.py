@@ -11,7 +11,7 @@ from quern.advisor.drift import favour, favour_text, group_speed_of
 from quern.advisor.scoring import Scored, Weights, Yardstick, loss_of, positive
 from quern.core.results import DRIFT_LIMIT, FOREIGN_LIMIT, Row, Scenario, Target
 from quern.core.text.language import gettext
-from quern.core.units import bytes_text, percent_text, processors_text, seconds_text, signed, significant
+from quern.core.text.units import bytes_text, percent_text, processors_text, seconds_text, signed, significant
 
 
 def dominated_text(row: Row, winner: Row, *, first_token: bool) -> str:

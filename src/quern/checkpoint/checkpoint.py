@@ -22,7 +22,7 @@ from quern.checkpoint.head import EMBEDDING, HEAD, with_true_head
 from quern.checkpoint.hub import download, is_hub_id
 from quern.checkpoint.safetensors_file import TensorInfo
 from quern.checkpoint.strangers import cached_snapshot, single_file
-from quern.checkpoint.stream import StreamSource
+from quern.checkpoint.streaming.source import StreamSource
 from quern.checkpoint.synthetic import SyntheticSource
 from quern.checkpoint.tokenizer import tokenizer_files
 from quern.checkpoint.unchanged import Stamp, check_unchanged, stamps_of

@@ -22,7 +22,7 @@ from quern.core.errors import BadFileError, UserError
 from quern.core.machine.temporary import ELSEWHERE, is_temporary
 from quern.core.text.encoding import foreign_encoding
 from quern.core.text.language import gettext, translatable
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 
 JSON_LIMIT = 16 * 1024 * 1024
 """Most bytes of a configuration file; real ones have a few thousand."""

@@ -1,5 +1,5 @@
 """Hugging Face folders: ``config.json`` and the weights in one safetensors file or in shards, with an index or without; or
-the seed that they are drawn from (``synthetic.py``), or shards that come from the Hub when they are read (``stream.py``)."""
+the seed that they are drawn from (``synthetic.py``), or shards that come from the Hub as they are read (``streaming/``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from quern.checkpoint.files import read_json
 from quern.checkpoint.safetensors_file import HEADER_LIMIT, TensorInfo, read_header, read_tensor
 from quern.checkpoint.strangers import ADAPTER_WEIGHTS, CONSOLIDATED, what_else
-from quern.checkpoint.stream import STREAM, open_stream
+from quern.checkpoint.streaming.source import STREAM, open_stream
 from quern.checkpoint.synthetic import SYNTHETIC, open_synthetic
 from quern.core.errors import BadFileError
 from quern.core.text.language import gettext, ngettext, translatable

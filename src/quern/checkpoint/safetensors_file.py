@@ -28,7 +28,7 @@ import torch
 
 from quern.checkpoint.files import InputFile, atomic_output, parse_json_object, refuse_pointer
 from quern.core.errors import BadFileError, UserError
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 
 HEADER_LIMIT = 100_000_000
 """Most bytes of a header; the limit of the safetensors package too."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quern.core.errors import BadFileError
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 
 _BACK = "What was finished is kept. Put the former file back and run the same command again"
 

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from quern.cli import options
-from quern.cli.outcome import say, show, tell, verb, working
+from quern.cli.terminal.outcome import say, show, tell, verb, working
 from quern.core.text.encoding import decode_utf8
 from quern.core.text.language import gettext
 

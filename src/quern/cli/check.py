@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quern.cli import options
-from quern.cli.outcome import show, verb, working
+from quern.cli.terminal.outcome import show, verb, working
 from quern.core.errors import UserError
 from quern.core.text.language import gettext
 

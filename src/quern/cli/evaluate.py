@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quern.cli import options
-from quern.cli.outcome import show, verb, working
+from quern.cli.terminal.outcome import show, verb, working
 
 
 @verb("quern evaluate quantized --reference models/python-7m --choice models/python-7m/choice.jsonl")

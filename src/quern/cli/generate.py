@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from quern.cli import options
-from quern.cli.outcome import show, tell, verb, working
+from quern.cli.terminal.outcome import show, tell, verb, working
 
 
 @verb('quern generate quantized --prompt "def add(a, b):" --max-tokens 40')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quern.cli import options
-from quern.cli.outcome import show, verb
+from quern.cli.terminal.outcome import show, verb
 
 
 @verb("quern inspect quantized")

@@ -19,8 +19,6 @@ from quern.cli.export import export
 from quern.cli.forecast import forecast
 from quern.cli.generate import generate
 from quern.cli.inspect import inspect
-from quern.cli.language import Command, Group, chosen, language_first
-from quern.cli.outcome import end_by_exception, global_options
 from quern.cli.peers import app as peers
 from quern.cli.plan import plan
 from quern.cli.probe import probe
@@ -30,7 +28,9 @@ from quern.cli.recommend import recommend
 from quern.cli.report import report
 from quern.cli.serve import serve
 from quern.cli.status import status
-from quern.cli.streams import forget_impossible_width, open_standard
+from quern.cli.terminal.language import Command, Group, chosen, language_first
+from quern.cli.terminal.outcome import end_by_exception, global_options
+from quern.cli.terminal.streams import forget_impossible_width, open_standard
 from quern.cli.train import train
 from quern.core.text.language import VARIABLE
 

@@ -11,14 +11,14 @@ from typing import Annotated, Literal, cast, get_args
 
 import typer
 
-from quern.cli.streams import kept_pipes
+from quern.cli.terminal.streams import kept_pipes
 from quern.core.errors import UserError
 from quern.core.machine.parallel import MOST_THREADS
 from quern.core.recipe_parts import TEXT_AUTO
 from quern.core.results import FORMER_SCENARIOS, Scenario, Target
 from quern.core.text.language import gettext
 from quern.core.text.suggest import did_you_mean
-from quern.core.units import parse_size
+from quern.core.text.units import parse_size
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a Hub id or a GGUF file.", show_default=False)

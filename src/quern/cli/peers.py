@@ -9,8 +9,8 @@ import typer
 from rich.text import Text
 
 from quern.cli import options
-from quern.cli.language import Command, Group
-from quern.cli.outcome import say, show, verb, working
+from quern.cli.terminal.language import Command, Group
+from quern.cli.terminal.outcome import say, show, verb, working
 from quern.core.errors import UserError
 from quern.core.machine.temporary import temporary_folder
 from quern.core.text.language import gettext

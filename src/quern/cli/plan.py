@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quern.cli import options, targets
-from quern.cli.outcome import show, verb, working
+from quern.cli.terminal.outcome import show, verb, working
 
 
 @verb("quern plan models/python-7m --bits 3.0 -o plan.yaml", resumes=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from quern.cli import options, targets
-from quern.cli.outcome import show, verb, working
+from quern.cli.terminal.outcome import show, verb, working
 
 
 @verb("quern quantize models/python-7m -o quantized --recipe compact", resumes=True)

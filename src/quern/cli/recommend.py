@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from quern.cli import options
-from quern.cli.outcome import show, verb
+from quern.cli.terminal.outcome import show, verb
 from quern.core.errors import UserError
 from quern.core.results import Recommendation, Scenario, Target
 from quern.core.text.language import gettext

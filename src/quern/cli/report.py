@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from quern.cli import options
-from quern.cli.outcome import show, verb
+from quern.cli.terminal.outcome import show, verb
 from quern.core.text.language import gettext
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quern.cli import options
-from quern.cli.outcome import say, tell, verb, working
+from quern.cli.terminal.outcome import say, tell, verb, working
 from quern.core.errors import UserError
 
 EXTRA = "serving needs packages that are not installed: pip install 'quern[serve]' ({error})"

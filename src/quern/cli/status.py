@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quern.cli import options
-from quern.cli.outcome import show, verb
+from quern.cli.terminal.outcome import show, verb
 
 
 @verb("quern status quantized")

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from quern.cli import options
-from quern.cli.outcome import show, verb, working
-from quern.cli.streams import kept_pipes
+from quern.cli.terminal.outcome import show, verb, working
+from quern.cli.terminal.streams import kept_pipes
 
 
 @verb("quern train models/python-7m -o trained --recipe compact --train scales", resumes=True)

@@ -20,7 +20,7 @@ from quern.checkpoint.gguf.header import read_gguf_header
 from quern.checkpoint.safetensors_file import DTYPES, read_header
 from quern.core.errors import BadFileError
 from quern.core.progress import Progress
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 from quern.loading.fitting import open_any
 
 _RAW = (".bin", ".onnx", ".data", ".onnx_data", ".pt", ".pth")

@@ -26,7 +26,7 @@ from quern.core.errors import BadFileError
 from quern.core.machine.parallel import pieces
 from quern.core.progress import Progress
 from quern.core.results import GroupShift, InputShift
-from quern.core.units import significant
+from quern.core.text.units import significant
 from quern.engines.base import DtypeName
 from quern.engines.reference import load
 from quern.evaluation.texts import Window

@@ -27,7 +27,7 @@ import psutil
 from quern.core.errors import QuernError, UserError
 from quern.core.machine.temporary import temporary_file
 from quern.core.metrics import NonFiniteError
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 
 COMMAND = (sys.executable, "-m", "quern.comparison.worker")
 SILENCE_S = 1800.0

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from quern import _native
 from quern.core.errors import UserError
 from quern.core.machine.memory import free_memory
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 
 CachePrecision = Literal["float32", "float16", "int8", "int4"]
 """From the widest to the narrowest."""

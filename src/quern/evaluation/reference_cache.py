@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from quern.checkpoint.files import explain_write_errors, read_json, room_advice
 from quern.core.errors import BadFileError, UserError, option
 from quern.core.results import METRICS_VERSION
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 
 _KEY, _FILES = "key.json", "files.json"
 

@@ -45,7 +45,7 @@ from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
 from quern.core.results import Target
 from quern.core.text.language import gettext
-from quern.core.units import parse_size
+from quern.core.text.units import parse_size
 from quern.formats._gguf_file_type import file_type
 from quern.formats.base import FORMATS, UNNAMED, Format, Obstacle, SizedWriter
 

@@ -15,7 +15,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.foreign.decoded import decoded, foreign_weights
 from quern.checkpoint.gguf.file import GgufSource
 from quern.checkpoint.safetensors_file import DTYPES
-from quern.checkpoint.streaming import streamed
+from quern.checkpoint.streaming.folder import streamed
 from quern.comparison.artifact_size import artifact_bytes, loaded_bytes, weight_bytes
 from quern.core.errors import UserError
 from quern.core.metrics import bits_per_weight

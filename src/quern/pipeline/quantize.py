@@ -12,7 +12,7 @@ from typing import Any, Literal
 from quern.architectures.base import architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
-from quern.checkpoint.streaming import forget_shards, streamed
+from quern.checkpoint.streaming.folder import forget_shards, streamed
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.comparison.artifact_size import source_notes
 from quern.core.artifact import CalibratedInputs

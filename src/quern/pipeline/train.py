@@ -30,7 +30,7 @@ from quern.core.plan import Plan
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe, parse_recipe
 from quern.core.text.suggest import did_you_mean
-from quern.core.units import significant
+from quern.core.text.units import significant
 from quern.formats.base import ArtifactWriter
 from quern.formats.quern import METHOD
 from quern.loading.fitting import open_original

@@ -29,7 +29,7 @@ import quern
 from quern.core.errors import QuernError, UserError, option
 from quern.core.machine.memory import free_memory
 from quern.core.machine.parallel import Lent, Workers, fetched, workers_made_by
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 from quern.quantization.arithmetic import arithmetic
 
 Item = TypeVar("Item")

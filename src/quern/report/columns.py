@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from quern.core.results import Results, Row
-from quern.core.units import bytes_text, percent_text, seconds_text, significant
+from quern.core.text.units import bytes_text, percent_text, seconds_text, significant
 from quern.evaluation.measures.base import Measure, all_measures, range_lines
 from quern.report.tools import has_tools_view
 

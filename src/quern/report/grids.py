@@ -14,7 +14,7 @@ from quern.core.recipe import WILDCARDS, Recipe
 from quern.core.results import LayerError, Row
 from quern.core.scheme import CodecScheme
 from quern.core.text.scheme_text import scheme_text
-from quern.core.units import significant
+from quern.core.text.units import significant
 
 _DEPTH = re.compile(r"^(?:.*?\.)??(\d{1,6})\.(.+)$")
 """The number of a decoder block in a linear's full name, and the role behind it."""

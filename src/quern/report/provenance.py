@@ -8,7 +8,7 @@ from typing import Any
 
 from quern.core.results import Results, Row
 from quern.core.text.language import gettext, ngettext
-from quern.core.units import bytes_text, limit_text, seconds_text, significant
+from quern.core.text.units import bytes_text, limit_text, seconds_text, significant
 from quern.report.wording import protocol_text
 
 

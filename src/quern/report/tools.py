@@ -11,7 +11,7 @@ from quern.advisor.deployment import has_other_tools, licence_of, maker_of, runt
 from quern.advisor.placement import KINDS, Placement, placements
 from quern.core.results import Results, Row
 from quern.core.text.language import gettext
-from quern.core.units import bytes_text, seconds_text
+from quern.core.text.units import bytes_text, seconds_text
 from quern.report.provenance import limits_text, model_name
 from quern.report.wording import STAGES, load_text, protocol_text, scale_text, tool_text, under_foreign_load
 

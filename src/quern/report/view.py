@@ -11,7 +11,7 @@ from quern.advisor.retold import retold
 from quern.advisor.scoring import WEIGHTS
 from quern.core.results import Recommendation, Results, Row, Scenario, unquantized_row
 from quern.core.text.language import gettext, ngettext, spoken, translatable
-from quern.core.units import bytes_text, percent_text, significant
+from quern.core.text.units import bytes_text, percent_text, significant
 from quern.evaluation.measures.base import MEASURES, Measure
 from quern.report.columns import columns_of, detail_of, kind_of, text_of
 from quern.report.grids import layer_grid, plan_grids, plan_tables

@@ -9,7 +9,7 @@ from quern.advisor.placement import SMALL, small_loss_limit
 from quern.advisor.scoring import SMALL_LOSS
 from quern.core.results import FOREIGN_LIMIT, Protocol, Results, Row
 from quern.core.text.language import gettext, ngettext, translatable
-from quern.core.units import processors_text, significant
+from quern.core.text.units import processors_text, significant
 
 STAGES: dict[str, str] = {
     "install": translatable("installing it"),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from quern.checkpoint.safetensors_file import DTYPES, allocate_bytes, read_header, read_tensor, write_safetensors
 from quern.core.errors import BadFileError, UserError
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 
 
 def one_of_each() -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ from sample_results import sample_results
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from quern.cli.language import REFUSALS, help_texts, language_first, refusal
 from quern.cli.main import VERBS, app
+from quern.cli.terminal.language import REFUSALS, help_texts, language_first, refusal
 from quern.cli.views import check as check_view
 from quern.cli.views.plan import plan_report
 from quern.cli.views.status import status as status_view

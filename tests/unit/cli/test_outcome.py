@@ -16,7 +16,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from quern.cli import main as cli
-from quern.cli.outcome import end_by_exception, global_options, plain, show, verb, working
+from quern.cli.terminal.outcome import end_by_exception, global_options, plain, show, verb, working
 from quern.core.errors import BadFileError, QuernError, UserError
 
 
@@ -177,7 +177,7 @@ def test_as_a_process(tmp_path):
 BROKEN_PIPE = """
 import sys
 import typer
-from quern.cli.outcome import verb
+from quern.cli.terminal.outcome import verb
 app = typer.Typer()
 
 @app.command()
@@ -203,7 +203,7 @@ def test_a_reader_that_leaves_early():
 WORKING = """
 import sys, tempfile
 import typer
-from quern.cli.outcome import end_by_exception, verb, working
+from quern.cli.terminal.outcome import end_by_exception, verb, working
 from quern.comparison.worker_process import Launch, Worker
 app = typer.Typer()
 end_by_exception()

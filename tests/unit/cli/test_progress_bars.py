@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from quern.cli import progress as module
-from quern.cli.progress import LineProgress, RichProgress, progress_on
+from quern.cli.terminal.progress import LineProgress, RichProgress, progress_on
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import quern
 from quern.advisor import hardware
 from quern.cli.main import app
-from quern.cli.outcome import INTERRUPTED
+from quern.cli.terminal.outcome import INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[3]
 READMES = ("README.md", "README.zh-CN.md")

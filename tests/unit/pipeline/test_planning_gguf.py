@@ -8,7 +8,7 @@ from tiny_model import tiny_config, write_model
 from quern.core.allocation import Target
 from quern.core.errors import UserError
 from quern.core.recipe import load_recipe
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 from quern.pipeline.planning.plan import plan
 from quern.pipeline.quantize import quantize
 

@@ -35,7 +35,7 @@ COVERED = (
         "core/errors.py",
         "core/stacking.py",
         "core/text",
-        "core/units.py",
+        "core/text/units.py",
         "formats/fit.py",
         "loading",
     ),

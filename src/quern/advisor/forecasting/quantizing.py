@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quern.advisor.forecasting.results import Basis, Foretold
-from quern.core.units import seconds_text, significant
+from quern.core.text.units import seconds_text, significant
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quern.advisor.forecasting.results import Basis, Foretold
-from quern.core.units import bytes_text, significant
+from quern.core.text.units import bytes_text, significant
 
 
 @dataclass(frozen=True)

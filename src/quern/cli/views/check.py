@@ -10,7 +10,7 @@ from rich.text import Text
 from quern.cli.views.columns import add
 from quern.cli.views.columns import table as plain_table
 from quern.core.text.language import gettext
-from quern.core.units import significant
+from quern.core.text.units import significant
 from quern.pipeline.stacking.tensor_parallel import told
 
 if TYPE_CHECKING:

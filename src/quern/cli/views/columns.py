@@ -15,7 +15,7 @@ from rich.text import Text
 
 from quern.core.results import Row
 from quern.core.text.language import gettext
-from quern.core.units import bytes_text, percent_text, seconds_text
+from quern.core.text.units import bytes_text, percent_text, seconds_text
 
 if TYPE_CHECKING:
     from quern.evaluation.measures.base import Measure

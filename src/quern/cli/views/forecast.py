@@ -8,7 +8,7 @@ from rich.text import Text
 from quern.advisor.forecasting.results import Forecast, Foretold, Placed, Placements, RecipeForecast
 from quern.cli.views.columns import add
 from quern.cli.views.columns import table as plain_table
-from quern.core.units import bytes_text, seconds_text, significant
+from quern.core.text.units import bytes_text, seconds_text, significant
 
 # Every text of this module in one place, so that catalogues can take them over.
 TEXTS = {

@@ -11,7 +11,7 @@ from rich.text import Text
 from quern.cli.views.columns import add, number, percent, size
 from quern.cli.views.columns import table as plain_table
 from quern.core.text.language import gettext, pgettext, translatable
-from quern.core.units import bytes_text, significant
+from quern.core.text.units import bytes_text, significant
 
 if TYPE_CHECKING:
     from quern.core.allocation import Target

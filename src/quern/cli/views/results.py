@@ -25,7 +25,7 @@ from quern.cli.views.columns import table as plain_table
 from quern.cli.views.comparison import Comparison, remarks
 from quern.core.results import Recommendation, Results, Row
 from quern.core.text.language import gettext, ngettext, pgettext
-from quern.core.units import significant
+from quern.core.text.units import significant
 
 if TYPE_CHECKING:
     from quern.pipeline.inspect import Inspection

@@ -11,7 +11,7 @@ from rich.text import Text
 from quern.cli.views.columns import add, duration, size
 from quern.cli.views.columns import table as plain_table
 from quern.core.text.language import gettext
-from quern.core.units import significant
+from quern.core.text.units import significant
 
 if TYPE_CHECKING:
     from quern.pipeline.train import TrainReport

@@ -193,8 +193,8 @@ class PointGrid:
         return _Chosen(point, pattern, self.points[point] * self.signs[pattern], loss)
 
     def _patterns(self, values: Tensor, metric: Tensor, odd: int | None) -> Tensor:
-        """Signs that are tried, int64 ``(n, tried)``: those of the values, with any of the few turned that cost least; ``odd``:
-        negative ones modulo 2, None: any."""
+        """Signs that are tried, int64 ``(n, tried)``: those of the values, with any of the few turned that cost least;
+        ``odd``: negative ones modulo 2, None: any."""
         flips = min(FLIPS if odd is None else FLIPS_EVEN, self.kind.width)
         negative, bits = values < 0, torch.arange(self.kind.width, device=self.device)
         own = (negative << bits).sum(1, keepdim=True)

@@ -10,7 +10,7 @@ import numpy as np
 from quern.core.engine import LoadedModel
 from quern.core.metrics import summarize
 from quern.core.results import Figure, Row
-from quern.core.units import limit_text
+from quern.core.text.units import limit_text
 from quern.evaluation.accuracy import score_windows
 from quern.evaluation.measures.base import Given, Summarize, range_lines
 from quern.evaluation.speed import SpeedRound, speed_round

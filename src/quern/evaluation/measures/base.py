@@ -18,7 +18,7 @@ from quern.core.engine import LoadedModel
 from quern.core.registry import Registry
 from quern.core.results import Figure, Row
 from quern.core.text.language import gettext
-from quern.core.units import significant
+from quern.core.text.units import significant
 from quern.evaluation.choice import Option, load_options
 from quern.evaluation.energy import Meter
 from quern.evaluation.reference_cache import ReferenceKey, ReferenceLogits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quern.core.results import Row
 from quern.core.text.language import gettext
-from quern.core.units import percent_text
+from quern.core.text.units import percent_text
 from quern.evaluation.measures.base import measure
 
 

@@ -27,6 +27,7 @@ from quern.core.results import TunedBlock
 from quern.pipeline.blockwise import sensitivity, work_units
 from quern.pipeline.blockwise.disk_plan import DiskWatch
 from quern.pipeline.blockwise.job import Job
+from quern.pipeline.blockwise.record import record_of
 from quern.pipeline.blockwise.reference_stream import ReferenceStream, references
 from quern.pipeline.blockwise.safeguards.gate import Gate
 from quern.pipeline.blockwise.tuning import BlockTuning, token_weights
@@ -381,26 +382,3 @@ class _BlockWork:
             sample.append(inputs[:: max(1, len(waves) * len(inputs) // SAMPLED_TOKENS)])
             tokens += len(inputs)
         return None if not tokens else ChannelStatistics((total / tokens).float(), largest, torch.cat(sample))
-
-
-def record_of(job: Job, rounded: Sequence[RoundedLinear], prefix: str = "") -> dict[str, Any]:
-    """What the journal keeps of rounded linears, whose names get ``prefix``: their errors (see
-    ``core.results.LayerError``), and ``scale_dtype`` of those where it is not the one asked for."""
-    layers = [
-        {
-            "linear": prefix + linear.name,
-            "bits_per_weight": linear.bits_per_weight
-            - 8 * job.writer.saved_bytes(prefix + linear.name) / linear.decoded.numel(),
-            "relative_error": linear.relative_loss,
-            **({} if linear.drift_share is None else {"drift_share": linear.drift_share}),
-            **({} if linear.rows_left is None else {"rows_left": linear.rows_left}),
-        }
-        for linear in rounded
-    ]
-    dtypes: dict[str, str] = {}
-    for linear in rounded:
-        name = prefix + linear.name
-        carried_out = codec_of(linear.plan.scheme).scale_dtype_name
-        if carried_out is not None and carried_out != codec_of(job.plan[name].scheme).scale_dtype_name:
-            dtypes[name] = carried_out
-    return {"layers": layers, "scale_dtypes": dtypes}

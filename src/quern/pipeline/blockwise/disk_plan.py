@@ -17,7 +17,7 @@ from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import codec_of
 from quern.core.errors import NotEnoughDiskError, option
 from quern.core.plan import LinearPlan
-from quern.core.units import bytes_text, rounded_up
+from quern.core.text.units import bytes_text, rounded_up
 from quern.formats.base import FORMATS
 from quern.pipeline.blockwise import output_gradients, sensitivity
 from quern.pipeline.blockwise.job import Job

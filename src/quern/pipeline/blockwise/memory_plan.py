@@ -10,7 +10,7 @@ import psutil
 from quern.architectures.base import BlockSpec, LinearGroup, LinearSpec
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.core.errors import OutOfMemoryCapError, option
-from quern.core.units import bytes_text, rounded_up
+from quern.core.text.units import bytes_text, rounded_up
 from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.job import Job
 from quern.pipeline.blockwise.output_gradients import AT_ONCE, recomputes
@@ -126,8 +126,8 @@ def _known(job: Job, block: BlockSpec, stage: Sequence[LinearGroup]) -> int:
         found += sum(4 * rows * columns + 4 * MOST_JUDGES * (rows + columns) for rows, columns in met)
     if job.two_sided:
         every = sum(bytes_of(rows) for rows, _ in _shapes(block.linears))
-        own = max(sum(bytes_of(rows) for rows, _ in _shapes(group)) for group in groups)
-        found += own + (every if every <= AT_ONCE else 0)
+        most = max(sum(bytes_of(rows) for rows, _ in _shapes(group)) for group in groups)
+        found += most + (every if every <= AT_ONCE else 0)
     return found
 
 

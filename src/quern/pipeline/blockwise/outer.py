@@ -8,8 +8,9 @@ import torch
 
 from quern.codecs.base import codec_of
 from quern.pipeline.blockwise import sensitivity
-from quern.pipeline.blockwise.blocks import CHAIN, record_of
+from quern.pipeline.blockwise.blocks import CHAIN
 from quern.pipeline.blockwise.job import Job
+from quern.pipeline.blockwise.record import record_of
 from quern.quantization.block import RoundedLinear, round_linears
 from quern.quantization.calibration.statistics import GroupStatistics
 from quern.quantization.rounding.base import ROUNDINGS

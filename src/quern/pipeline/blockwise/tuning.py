@@ -15,7 +15,7 @@ from quern.core.errors import UserError
 from quern.core.plan import Plan
 from quern.core.recipe import Recipe
 from quern.core.results import TunedBlock
-from quern.core.units import significant
+from quern.core.text.units import significant
 from quern.pipeline.blockwise.job import Job, keeping
 from quern.pipeline.blockwise.reference_stream import ReferenceStream
 from quern.quantization.block import RoundedLinear

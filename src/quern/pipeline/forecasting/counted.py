@@ -25,7 +25,7 @@ from quern.core.machine.temporary import temporary_folder
 from quern.core.plan import LinearPlan, Plan
 from quern.core.progress import Silent
 from quern.core.recipe import Recipe
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 from quern.engines.cpu import cache_sizes
 from quern.formats.base import ArtifactWriter, SizedWriter
 from quern.formats.mixes.base import settled

@@ -23,7 +23,7 @@ from quern.core.machine.parallel import MOST_THREADS, thread_count
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
 from quern.core.results import FOREIGN_LIMIT
-from quern.core.units import processors_text
+from quern.core.text.units import processors_text
 from quern.pipeline.forecasting.counted import Bytes, Case, bytes_of, case_of, disk_of, memory_of
 from quern.pipeline.forecasting.here import told_here
 from quern.pipeline.forecasting.short_decoding import PROMPT

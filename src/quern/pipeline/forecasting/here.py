@@ -18,7 +18,7 @@ from quern.advisor.hardware import BUFFER_BYTES, read_bandwidth
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.core.machine.memory import free_memory
 from quern.core.progress import Progress
-from quern.core.units import bytes_text, percent_text, seconds_text, significant
+from quern.core.text.units import bytes_text, percent_text, seconds_text, significant
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.forecasting import short_decoding, short_quantization
 from quern.pipeline.forecasting.counted import Bytes, Case, bytes_of, disk_of, memory_of

@@ -19,7 +19,7 @@ from quern.core.progress import Progress
 from quern.core.recipe import Recipe
 from quern.core.results import FORMER_SCENARIOS, Scenario, Target
 from quern.core.scheme import parse_scheme
-from quern.core.units import bytes_text, percent_text, significant
+from quern.core.text.units import bytes_text, percent_text, significant
 from quern.pipeline.forecasting.counted import Case, bytes_of, case_of
 from quern.pipeline.forecasting.forecast import context_of, load_of
 from quern.pipeline.forecasting.subject import open_subject

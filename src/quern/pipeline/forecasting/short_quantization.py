@@ -22,6 +22,7 @@ from quern.architectures.base import architecture_of
 from quern.checkpoint.synthetic import SyntheticSource
 from quern.core.machine.parallel import deterministic_workers
 from quern.core.machine.temporary import temporary_folder
+from quern.core.machine.time_left import Work
 from quern.core.progress import Task
 from quern.core.recipe import Recipe
 from quern.core.seeds import generator
@@ -59,7 +60,7 @@ class Stopwatch:
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def task(self, description: str, total: float, done: float = 0) -> Task:
+    def task(self, description: str, total: float, done: float = 0, work: Sequence[Work] | None = None) -> Task:
         """Steps are timed from now on."""
         return _Timed(self.seconds[description])
 

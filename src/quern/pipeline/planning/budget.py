@@ -12,7 +12,7 @@ from quern.core.errors import UserError
 from quern.core.plan import LinearPlan, rotation_for
 from quern.core.recipe import Override, Recipe, parse_recipe
 from quern.core.text.scheme_text import scheme_text
-from quern.core.units import bytes_text, significant
+from quern.core.text.units import bytes_text, significant
 from quern.pipeline.planning.sizes import ArtifactBytes, Sizes
 from quern.quantization.allocation.candidate import Candidate, Limits, Option, Problem, totals
 from quern.quantization.allocation.solver import Goal, solve

@@ -24,7 +24,7 @@ from quern.core.plan import LinearPlan, candidates_for
 from quern.core.progress import Progress, Silent
 from quern.core.recipe import Recipe
 from quern.core.text.scheme_text import scheme_text
-from quern.core.units import significant
+from quern.core.text.units import significant
 from quern.formats.base import FORMATS
 from quern.loading.fitting import open_original
 from quern.loading.padding import padded

@@ -32,7 +32,7 @@ from quern.core.progress import Progress
 from quern.core.recipe import Recipe
 from quern.core.recipe_parts import TEXT_AUTO, Rounding
 from quern.core.seeds import generator
-from quern.core.units import percent_text, seconds_text
+from quern.core.text.units import percent_text, seconds_text
 from quern.loading.padding import padding_record
 from quern.pipeline.blockwise import sensitivity
 from quern.pipeline.blockwise.calibration_text import CalibrationText

@@ -11,7 +11,7 @@ from quern.architectures.base import Architecture
 from quern.codecs.base import codec_of
 from quern.core.errors import OutOfMemoryCapError, option
 from quern.core.scheme import CodecScheme
-from quern.core.units import bytes_text, rounded_up
+from quern.core.text.units import bytes_text, rounded_up
 from quern.pipeline.blockwise.memory_plan import LIBRARIES
 from quern.quantization.calibration.token_weights import LOGIT_TOKENS
 from quern.quantization.training.loop import BATCH, Kind

@@ -14,7 +14,7 @@ from quern.codecs.trainable.base import LATENT
 from quern.core.machine.parallel import Workers, pieces
 from quern.core.progress import Progress
 from quern.core.seeds import generator
-from quern.core.units import significant
+from quern.core.text.units import significant
 from quern.quantization.training.adam import Adam
 from quern.quantization.training.model import Student
 

@@ -22,7 +22,7 @@ from quern.core.plan import KEPT, LinearPlan, Plan
 from quern.core.recipe_parts import NEAREST
 from quern.core.scheme import parse_scheme
 from quern.core.text.scheme_text import scheme_text
-from quern.core.units import significant
+from quern.core.text.units import significant
 from quern.formats.base import FORMATS
 from quern.pipeline.blockwise.job import Job
 from quern.quantization.block import RoundedLinear

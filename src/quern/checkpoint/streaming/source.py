@@ -1,6 +1,6 @@
 """Checkpoints of the Hub whose shards are on the disk only while they are in use.
 
-A folder with ``config.json`` and ``stream.json`` is read as any checkpoint is; ``streaming.py`` makes it. ``stream.json``::
+A folder with ``config.json`` and ``stream.json`` is read as any checkpoint is; ``folder.py`` makes it. ``stream.json``::
 
     {"version": 1, "repository": "org/name", "revision": "0a3...", "shards": {NAME: {"size": 3950000000, "sha256": "..."}},
      "tensors": {NAME: {"shard": NAME, "dtype": "BF16", "shape": [8192, 8192]}}}
@@ -24,8 +24,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quern.checkpoint.files import read_json
-from quern.checkpoint.hub_stream import RemoteFile, fetch
 from quern.checkpoint.safetensors_file import DTYPES, TensorInfo, read_header, read_tensor
+from quern.checkpoint.streaming.hub_files import RemoteFile, fetch
 from quern.core.errors import BadFileError, UserError
 
 STREAM = "stream.json"

@@ -1,4 +1,4 @@
-"""A Hub model as a folder without weights, whose shards come when they are read (``stream.py``)."""
+"""A Hub model as a folder without weights, whose shards come when they are read (``source.py``)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json, write_json
 from quern.checkpoint.folder import INDEX, SINGLE
 from quern.checkpoint.hub import UNWANTED, WANTED, explained, is_hub_id
-from quern.checkpoint.hub_stream import RemoteFile, endpoint, fetch
 from quern.checkpoint.safetensors_file import HEADER_LIMIT
 from quern.checkpoint.strangers import ADAPTER_WEIGHTS
-from quern.checkpoint.stream import STREAM, Manifest, Shard, StreamedTensor, StreamSource
+from quern.checkpoint.streaming.hub_files import RemoteFile, endpoint, fetch
+from quern.checkpoint.streaming.source import STREAM, Manifest, Shard, StreamedTensor, StreamSource
 from quern.core.errors import BadFileError, UserError, option
 from quern.core.progress import Progress, Silent
 

@@ -12,7 +12,7 @@ from typing import Any
 from quern.checkpoint.files import explain_write_errors, sha256_into
 from quern.checkpoint.hub import first_line
 from quern.core.errors import BadFileError, UserError
-from quern.core.units import bytes_text
+from quern.core.text.units import bytes_text
 
 _SPARE = 64 << 20
 """Bytes that stay free on the disk."""

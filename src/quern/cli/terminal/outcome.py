@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from quern.cli.progress import LineProgress, RichProgress, progress_on
+from quern.cli.terminal.progress import LineProgress, RichProgress, progress_on
 from quern.cli.views.columns import UNLIMITED
 from quern.core.errors import QuernError
 from quern.core.text.language import english, gettext, translatable

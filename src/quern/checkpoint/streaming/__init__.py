@@ -1,0 +1,1 @@
+"""A Hub model whose shards come when they are read, and go again."""

@@ -1,0 +1,1 @@
+"""The terminal: its language, its streams, progress, how a command ends."""
