@@ -119,6 +119,7 @@ def test_recipes_without_the_key_stay_what_they_were():
         ),
         ({"calibration": {"token_weight": "norm"}}, "head_rounding gptq counts tokens by their gradients"),
         ({"head_rounding": {"method": "gptk"}}, "gptk"),
+        ({"embedding": {"codec": "none"}, "head": {"codec": "none"}}, "head_rounding is of a head that is quantized"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, said):
