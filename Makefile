@@ -27,7 +27,7 @@ QUICK := tests/golden tests/unit/codecs tests/unit/rotation tests/unit/quantizat
 export TORCH TORCH_INDEX
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
 
 install: $(VENV)/.installed  ## Make .venv and install the package into it, all versions as locked
 

@@ -14,6 +14,7 @@ import random
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from measured import write_result
 from ray.cluster_utils import Cluster
 
 import quern
+from quern.core.machine.time_left import Work
 from quern.core.progress import Silent, Task
 
 MODEL = Path(__file__).parent.parent / "models" / "python-7m"
@@ -40,7 +42,7 @@ class Killer(Silent):
         self.step, self.kills, self.started = 0, [], time.perf_counter()
         self.threads: list[threading.Thread] = []
 
-    def task(self, description: str, total: float, done: float = 0) -> Task:
+    def task(self, description: str, total: float, done: float = 0, work: Sequence[Work] | None = None) -> Task:
         return _Steps(self, description)
 
     def advanced(self, description: str) -> None:

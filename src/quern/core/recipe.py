@@ -183,7 +183,9 @@ class Recipe(Strict):
 
     def _check_head_rounding(self) -> None:
         if self.head_rounding != NEAREST and not (self.head.quantized or self.embedding.quantized):
-            raise ValueError("head_rounding is of a head that is quantized: give it a scheme, or leave head_rounding out")
+            raise ValueError(
+                "head_rounding is of a head that is quantized: give it a scheme, or leave head_rounding out"
+            )
         if self.head_rounding.two_sided or self.head_rounding.target != "own":
             raise ValueError("head_rounding knows neither two_sided nor target: drift")
         if ROUNDINGS.get(self.head_rounding.method).needs_hessian and self.calibration.token_weight != "fisher":

@@ -25,7 +25,7 @@ class Listener:
         self.advanced = 0.0
         self.finished = 0
 
-    def task(self, description, total, done=0):
+    def task(self, description, total, done=0, work=None):
         self.total = total
         return self
 

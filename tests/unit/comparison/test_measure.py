@@ -84,7 +84,7 @@ class Counter:
     def __init__(self):
         self.bars = {}
 
-    def task(self, description, total, done=0):
+    def task(self, description, total, done=0, work=None):
         bar = self.bars[description] = [0, total]
 
         class Task:

@@ -50,7 +50,7 @@ def test_bytes_and_the_folder_while_it_is_made(model, tmp_path, recipe):
         def __init__(self):
             self.most = 0
 
-        def task(self, description, total, done=0):
+        def task(self, description, total, done=0, work=None):
             return self
 
         def log(self, message):

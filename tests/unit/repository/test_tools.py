@@ -142,6 +142,8 @@ def test_make_lists_its_targets():
             "check",
             "format",
             "readme",
+            "messages",
+            "messages-compile",
             "lock",
             "lock-peers",
             "test-latest",
