@@ -228,8 +228,11 @@ def explain_write_errors(path: Path, needed: int) -> Iterator[None]:
             raise _full(path, needed) from error
         if error.errno == errno.EFBIG:
             raise UserError(
-                f"cannot write {path}: no file may be so large there. Raise the limit (`ulimit -f`), or choose a folder on "
-                "a file system that takes large files; what is finished is kept"
+                gettext(
+                    "cannot write {path}: no file may be so large there. Raise the limit (`ulimit -f`), or choose a folder "
+                    "on a file system that takes large files; what is finished is kept",
+                    path=path,
+                )
             ) from error
         if error.errno in _NO_PERMISSION:
             raise UserError(

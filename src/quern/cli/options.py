@@ -270,7 +270,12 @@ def shared_over(ray: str | None, device: str = "cpu") -> AbstractContextManager[
     if ray is None:
         return nullcontext()
     if device != "cpu":
-        raise UserError(f"--ray shares out the work of processors, and --device is {device}; leave one of them out")
+        raise UserError(
+            gettext(
+                "--ray shares out the work of processors, and --device is {device}; leave one of them out",
+                device=device,
+            )
+        )
     from quern.quantization.ray_workers import ray_cluster
 
     return ray_cluster(ray)

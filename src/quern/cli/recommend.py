@@ -11,7 +11,7 @@ from quern.cli import options
 from quern.cli.terminal.outcome import show, verb
 from quern.core.errors import UserError
 from quern.core.results import Recommendation, Scenario, Target
-from quern.core.text.language import gettext
+from quern.core.text.language import gettext, pgettext
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -117,7 +117,9 @@ def recommend(
         _placements(model, options.names(hardware), json, scenario=scenario, weights=mix, **limits)
         return
     if results is None:
-        raise UserError("give RESULTS.json, which quern compare wrote, or --model MODEL for what was not measured")
+        raise UserError(
+            gettext("give RESULTS.json, which quern compare wrote, or --model MODEL for what was not measured")
+        )
     _refuse("RESULTS.json", {"--hardware": hardware})
     from quern.advisor.hardware import this_processor
     from quern.advisor.machine import warnings_here
@@ -138,7 +140,10 @@ def recommend(
 def _refuse(given: str, others: dict[str, object]) -> None:
     """Raise ``UserError`` where options were given that do not go with ``given``."""
     if found := [name for name, value in others.items() if value is not None]:
-        raise UserError(f"{' and '.join(found)} cannot be given with {given}. Leave out one of the two")
+        both = pgettext("between options", " and ").join(found)
+        raise UserError(
+            gettext("{options} cannot be given with {given}. Leave out one of the two", options=both, given=given)
+        )
 
 
 def _placements(model: str, hardware: tuple[str, ...] | None, json: bool, **given: Any) -> None:

@@ -10,8 +10,9 @@ import typer
 from quern.cli import options
 from quern.cli.terminal.outcome import say, tell, verb, working
 from quern.core.errors import UserError
+from quern.core.text.language import gettext, translatable
 
-EXTRA = "serving needs packages that are not installed: pip install 'quern[serve]' ({error})"
+EXTRA = translatable("serving needs packages that are not installed: pip install 'quern[serve]' ({error})")
 
 
 @verb("quern serve quantized --port 8080")
@@ -48,7 +49,7 @@ def serve(
     try:
         from quern.serving.server import Served, run
     except ImportError as error:
-        raise UserError(EXTRA.format(error=error)) from None
+        raise UserError(gettext(EXTRA, error=error)) from None
     named = [_named(path) for path in paths]
     with working():
         run(

@@ -24,6 +24,7 @@ from quern.checkpoint.safetensors_file import TensorInfo
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import BadFileError, UserError
 from quern.core.recipe_parts import Padding
+from quern.core.text.language import gettext, translatable
 from quern.formats.base import file_provenance
 
 SIZE = "intermediate_size"
@@ -67,8 +68,12 @@ class ResizedSource:
         if name in self.zero and tensor[shape[0] :].any():
             raise BadFileError(
                 self.place(name),
-                f"tensor {name!r} has other numbers than zeros in the rows that {PROVENANCE} calls padding",
-                "The artifact was changed; quantize the model again",
+                gettext(
+                    "tensor {name!r} has other numbers than zeros in the rows that {provenance} calls padding",
+                    name=name,
+                    provenance=PROVENANCE,
+                ),
+                gettext("The artifact was changed; quantize the model again"),
             )
         result = torch.zeros(shape, dtype=tensor.dtype)
         result[both] = tensor[both]
@@ -87,7 +92,8 @@ def padded(checkpoint: Checkpoint, padding: Padding | None) -> Checkpoint:
         return checkpoint
     size = checkpoint.config.get(SIZE)
     if type(size) is not int:
-        raise UserError(f"padding: the configuration of {checkpoint.path} has no {SIZE}. Leave padding out")
+        told = {"path": checkpoint.path, "size": SIZE}
+        raise UserError(gettext("padding: the configuration of {path} has no {size}. Leave padding out", **told))
     wanted = -(-size // padding.intermediate) * padding.intermediate
     return checkpoint if wanted == size else replace(_resized(checkpoint, wanted), numbers=checkpoint.parameters)
 
@@ -120,18 +126,25 @@ def original_size(checkpoint: Checkpoint) -> int | None:
         return None
     sizes = found.get(SIZE) if isinstance(found, dict) else None
     if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int for size in sizes):
-        raise BadFileError(path, f"has padding {str(found)[:80]!r}; it must be two numbers of {SIZE}", _AGAIN)
+        told = {"found": str(found)[:80], "size": SIZE}
+        raise BadFileError(path, gettext("has padding {found!r}; it must be two numbers of {size}", **told), _AGAIN)
     before, after = int(sizes[0]), int(sizes[1])
     if not 0 < before < after or after != checkpoint.config.get(SIZE):
         raise BadFileError(
             path,
-            f"says that {SIZE} {before} was padded to {after}; config.json says {checkpoint.config.get(SIZE)!r}",
+            gettext(
+                "says that {size} {before} was padded to {after}; config.json says {found!r}",
+                size=SIZE,
+                before=before,
+                after=after,
+                found=checkpoint.config.get(SIZE),
+            ),
             _AGAIN,
         )
     return before
 
 
-_AGAIN = "The artifact is damaged or belongs to another config.json; quantize the model again"
+_AGAIN = translatable("The artifact is damaged or belongs to another config.json; quantize the model again")
 
 
 def padding_notes(checkpoint: Checkpoint) -> list[str]:
@@ -141,7 +154,14 @@ def padding_notes(checkpoint: Checkpoint) -> list[str]:
     after = checkpoint.config.get(SIZE)
     if before is None or after is None or before >= after:
         return []
-    return [f"{SIZE} {before} is stored as {after}: rows of gate and up and columns of down are padded with zeros"]
+    return [
+        gettext(
+            "{size} {before} is stored as {after}: rows of gate and up and columns of down are padded with zeros",
+            size=SIZE,
+            before=before,
+            after=after,
+        )
+    ]
 
 
 def original_shapes(checkpoint: Checkpoint) -> Shapes:
@@ -175,8 +195,11 @@ def _changed(architecture: Architecture, shapes: Shapes) -> list[str]:
     stacked = any(block.sources for block in architecture.blocks)
     if stacked or any(_role(architecture, name) not in PADDED_ROLES for name in changed):
         raise UserError(
-            f"padding knows gate, up and down as matrices of their own; weights of {architecture.model_type} lie otherwise. "
-            "Leave padding out of the recipe"
+            gettext(
+                "padding knows gate, up and down as matrices of their own; weights of {type} lie otherwise. "
+                "Leave padding out of the recipe",
+                type=architecture.model_type,
+            )
         )
     return changed
 

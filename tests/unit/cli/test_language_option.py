@@ -15,20 +15,24 @@ from sample_results import sample_results
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
+from quern.advisor.forecasting.results import Forecast, ForecastMachine, Foretold, RecipeForecast
 from quern.cli.main import VERBS, app
 from quern.cli.terminal.language import REFUSALS, help_texts, language_first, refusal
 from quern.cli.views import check as check_view
+from quern.cli.views.forecast import FIGURES, forecast_view, placements_view
 from quern.cli.views.plan import plan_report
 from quern.cli.views.status import status as status_view
 from quern.core.allocation import Target
 from quern.core.recipe import load_recipe
 from quern.core.text.language import english, gettext, speak, speaking
+from quern.pipeline.forecasting.placement import place
 from quern.pipeline.planning.plan import PlannedMatrix, PlanReport
 from quern.pipeline.stacking.check import check
 from quern.pipeline.stacking.matrix import matrix
 from quern.pipeline.stacking.parts import parts_of
 from quern.pipeline.status import JobStatus, Status, TaskStatus
 
+MODEL = Path(__file__).parents[3] / "models" / "python-7m"
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 LOCALE = ("QUERN_LANGUAGE", "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")
@@ -103,7 +107,8 @@ def test_errors(results):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "缺少参数 'RESULTS.json'。"),
+        ((), "请给出 quern compare 写出的 RESULTS.json；若未曾测量，请给出 --model MODEL"),
+        (("x", "--model", "m", "--licence", "MIT"), "RESULTS.json、--licence 不能与 --model 同时给出。请去掉其中一方"),
         (("x", "y"), "多余的参数（y）"),
         (("x", "--maxsize", "3"), "没有选项 --maxsize（相近的选项：--max-loss, --max-size）"),
         (("x", "--max-size"), "选项 '--max-size' 需要一个值。"),
@@ -120,6 +125,12 @@ def test_words_that_are_not_taken(words, told):
     shown = run("--language", "zh", "recommend", *words)
     assert shown.exit_code == 2
     assert told in shown.stderr
+
+
+def test_an_argument_that_is_missing():
+    shown = run("--language", "zh", "report", "-o", "report.html")
+    assert shown.exit_code == 2
+    assert "缺少参数 'RESULTS.json'。" in shown.stderr
 
 
 @pytest.mark.parametrize(
@@ -199,6 +210,36 @@ def same_numbers(view, *made):
 )
 def test_a_check(recipe, runtime, cache):
     same_numbers(check_view.report, lambda: check(recipe, runtime=runtime, cache=cache))
+
+
+def test_sizes_of_tensor_parallel():
+    found = check("fast", runtime="vllm", model=MODEL, tensor_parallel=3)
+    told = same_numbers(check_view.report, lambda: found)
+    assert "张量并行 1：可行" in told
+
+
+def test_a_forecast():
+    figure = Foretold(value=2048, unit="tokens", basis="predicted", derivation="8 x 256")
+    none = Foretold(value=None, unit="tokens/s", basis="counted", derivation="no engine")
+    one = RecipeForecast(
+        recipe="compact", format="quern", runtime="quern", bits_per_weight=2.87, contexts={"int8": figure}, decode=none,
+        **dict.fromkeys(FIGURES[:-1], figure), notes=["1 note"],
+    )  # fmt: skip
+    machine = ForecastMachine(name="m", kind="cpu", here=False, description="2 cores", memory_bytes=1 << 30)
+    found = Forecast(
+        quern_version="1", created="", model="models/m", architecture="qwen2", parameters=1234, bf16_bytes=2468,
+        machine=machine, threads=2, context=256, recipes=[one], warnings=["1 warning"],
+    )  # fmt: skip
+    told = same_numbers(forecast_view, lambda: found)
+    for text in ("量化所需内存", "最长上下文，int8 缓存", "2,048 个词元", "计数", "预测", "未知", "每个权重 2.87 比特"):
+        assert text in told
+
+
+def test_where_a_model_runs():
+    found = place(MODEL, hardware=["desktop-16-core"], min_speed=7000)
+    told = same_numbers(placements_view, lambda: found)
+    for text in ("overall 场景的选择：", "容纳不下的，最接近的在前：", "别处的 KL"):
+        assert text in told
 
 
 def test_the_matrix():

@@ -23,7 +23,7 @@ from quern.pipeline.blockwise.job import keeping, plan_of
 from quern.pipeline.stacking.answer import ordinary_architecture, plain_reason, use_obstacle, writer_for
 from quern.pipeline.stacking.matrix import Cell, cell_of
 from quern.pipeline.stacking.parts import RUNTIMES, parts_of, traits_of
-from quern.pipeline.stacking.tensor_parallel import SIZES, ParallelSize, parallel_sizes, told
+from quern.pipeline.stacking.tensor_parallel import SIZES, ParallelSize, parallel_sizes, refusal
 
 VLLM = "vllm"
 MOST_GPUS = 1024
@@ -106,13 +106,21 @@ def _artifact(path: Path, model: str | Path | None, progress: Progress | None) -
     """Recipe and architecture of an artifact as it is stored."""
     if model is not None:
         raise UserError(
-            f"{path} is an artifact, which has its own model. Leave out {option('model', '--model')}, or name a recipe"
+            gettext(
+                "{path} is an artifact, which has its own model. Leave out {option}, or name a recipe",
+                path=path,
+                option=option("model", "--model"),
+            )
         )
     provenance = path / PROVENANCE
     found = read_json(provenance).get("fingerprint") if provenance.is_file() else None
     if not isinstance(found, dict):
         raise UserError(
-            f"{path} is no artifact: no {PROVENANCE} says how it was made. Name a recipe, or the folder of an artifact"
+            gettext(
+                "{path} is no artifact: no {provenance} says how it was made. Name a recipe, or the folder of an artifact",
+                path=path,
+                provenance=PROVENANCE,
+            )
         )
     recipe = parse_recipe(found.get("recipe"), f"of {path}")
     return recipe, architecture_of(model_config(open_stored(path, progress=progress)))
@@ -121,9 +129,11 @@ def _artifact(path: Path, model: str | Path | None, progress: Progress | None) -
 def _refuse_parallel(size: int | None, runtime: str | None) -> None:
     named = option("tensor_parallel", "--tensor-parallel")
     if size is not None and (type(size) is not int or not 1 <= size <= MOST_GPUS):
-        raise UserError(f"{named} is {size!r}; it must be a whole number of GPUs from 1 to {MOST_GPUS}")
+        given = {"option": named, "size": size, "most": MOST_GPUS}
+        raise UserError(gettext("{option} is {size!r}; it must be a whole number of GPUs from 1 to {most}", **given))
     if size is not None and runtime != VLLM:
-        raise UserError(f"{named} is about vLLM. Add {option(f'runtime={VLLM!r}', f'--for {VLLM}')}")
+        wanted = option(f"runtime={VLLM!r}", f"--for {VLLM}")
+        raise UserError(gettext("{option} is about vLLM. Add {wanted}", option=named, wanted=wanted))
 
 
 def _parallel(recipe: Recipe, architecture: Architecture, size: int | None) -> list[ParallelSize]:
@@ -138,10 +148,15 @@ def _parallel_problems(parallel: list[ParallelSize], size: int | None) -> list[s
     if not parallel:
         named = option("model", "--model")
         raise UserError(
-            f"which sizes fit depends on the model. Add {named}, or give an artifact in place of the recipe"
+            gettext(
+                "which sizes fit depends on the model. Add {option}, or give an artifact in place of the recipe",
+                option=named,
+            )
         )
     (asked,) = [one for one in parallel if one.size == size]
-    return [f"on {size} GPUs: {told(asked).removeprefix('refused: ')}"] if asked.problems else []
+    if not asked.problems:
+        return []
+    return [gettext("on {size} GPUs: {problem}", size=size, problem=refusal(asked))]
 
 
 def refuse_unknown(runtime: str | None, cache: str | None) -> None:

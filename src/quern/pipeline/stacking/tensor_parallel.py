@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from quern.architectures.base import Architecture, LinearSpec
 from quern.codecs.base import GROUPED
 from quern.core.plan import LinearPlan
+from quern.core.text.language import gettext
 from quern.loading.padding import PADDED_ROLES
 
 SIZES = (1, 2, 4, 8, 16)
@@ -169,7 +170,21 @@ def _rows(linear: LinearSpec, architecture: Architecture, size: int) -> int:
 
 def told(found: ParallelSize) -> str:
     """A sentence about a size, without its full stop."""
-    mend = "" if found.padding is None else f"; padding: {{intermediate: {found.padding}}} in the recipe mends it"
     if found.problems:
-        return f"refused: {'; '.join(found.problems)}{mend}"
-    return f"works, in versions that fill up tiles: {'; '.join(found.tiles)}{mend}" if found.tiles else "works"
+        return gettext("refused: {problem}", problem=refusal(found))
+    if not found.tiles:
+        return gettext("works")
+    return gettext("works, in versions that fill up tiles: {tiles}", tiles=gettext("; ").join(found.tiles)) + _mend(
+        found
+    )
+
+
+def refusal(found: ParallelSize) -> str:
+    """Why vLLM refuses a size, and what would mend it."""
+    return gettext("; ").join(found.problems) + _mend(found)
+
+
+def _mend(found: ParallelSize) -> str:
+    if found.padding is None:
+        return ""
+    return gettext("; padding: {{intermediate: {size}}} in the recipe mends it", size=found.padding)
