@@ -10,7 +10,7 @@ from functools import partial
 
 import uvicorn
 
-from quern.core.errors import UserError
+from quern.core.errors import UserError, option
 from quern.generation.generate import Tell
 from quern.serving.app import make_app
 from quern.serving.model import ServedModel
@@ -87,7 +87,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.listen(2048)
     except OSError as error:
         raise UserError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another --port"
+            f"cannot listen on {host}, port {port}: {error.strerror or error}. Choose another "
+            f"{option('port', '--port')}"
         ) from None
     return listening
 
