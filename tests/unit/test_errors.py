@@ -13,6 +13,7 @@ import quern
 from quern.cli.main import app
 from quern.core.errors import BadFileError, OutOfMemoryCapError, QuernError, UserError, option
 from quern.generation.chat import Chat
+from quern.serving.server import Served
 
 SOURCE = Path(quern.__file__).parent
 
@@ -100,6 +101,7 @@ def test_both_spellings_exist():
         quern.recommend,
         quern.train,
         Chat.__init__,
+        Served.__init__,
     )
     arguments = {name for function in functions for name in inspect.signature(function).parameters}
     spellings = list(_spellings())
