@@ -107,9 +107,8 @@ def test_the_report_has_a_column_of_it(copy, shown):
     assert '<th scope="col" data-key="entropy" data-better="low">' in page
     assert "Mean entropy of the predictions" in page
     data = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
-    assert {"key": "entropy", "label": "Entropy", "unit": "nats/token", "better": "low", "kind": "number"} in data[
-        "columns"
-    ]
+    column = {"key": "entropy", "label": "Entropy", "unit": "nats/token", "better": "low", "kind": "number"}
+    assert {**column, "title": "Entropy"} in data["columns"]
     assert all(
         row["ranges"]["entropy"][0] < row["values"]["entropy"] < row["ranges"]["entropy"][1] for row in data["rows"]
     )

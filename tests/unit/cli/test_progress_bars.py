@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from quern.cli import progress as module
+from quern.cli.terminal import progress as module
 from quern.cli.terminal.progress import LineProgress, RichProgress, progress_on
 
 

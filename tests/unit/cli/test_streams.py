@@ -10,7 +10,8 @@ import typer
 from sample_results import sample_results
 from typer.testing import CliRunner
 
-from quern.cli import options, streams
+from quern.cli import options
+from quern.cli.terminal import streams
 from quern.core.errors import UserError
 
 RECOMMEND = f"'{sys.executable}' -c 'from quern.cli.main import run; run()' recommend results.json"

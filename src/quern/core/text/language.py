@@ -11,7 +11,7 @@ import contextlib
 import gettext as catalogues
 import re
 from collections.abc import Iterator, Mapping
-from importlib import resources
+from pathlib import Path
 from typing import TypeVar
 
 Message = TypeVar("Message", bound=str)
@@ -19,7 +19,8 @@ Message = TypeVar("Message", bound=str)
 ENGLISH = "en"
 VARIABLE = "QUERN_LANGUAGE"
 _ASKING = (VARIABLE, "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")
-FOLDER = resources.files("quern").joinpath("locale")
+FOLDER = Path(__file__).resolve().parents[2] / "locale"
+"""Found by this file: in the environments of other tools there is no package to ask."""
 
 _spoken: tuple[str, catalogues.NullTranslations] = (ENGLISH, catalogues.NullTranslations())
 
@@ -110,5 +111,5 @@ def _code(locale: str) -> str:
     return re.split(r"[-_.@]", locale.strip(), maxsplit=1)[0].lower()
 
 
-def _catalogue(language: str) -> resources.abc.Traversable:
+def _catalogue(language: str) -> Path:
     return FOLDER.joinpath(language, "LC_MESSAGES", "quern.mo")
