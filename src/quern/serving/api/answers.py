@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from quern.serving.api.errors import as_request_error
 from quern.serving.request import Event, Failed, Finished, GenerationRequest, Piece
-from quern.serving.running import Running
 from quern.serving.scheduler import Scheduler
 
 MOST_UNREAD = 256
@@ -22,23 +21,23 @@ class Answer:
         """Submit it. Raises ``QueueFullError`` and ``UserError``. Belongs to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._scheduler, self._unread, self._over = scheduler, 0, False
-        self._running: Running | None = None
+        self._scheduler, self._over = scheduler, False
         self._running = scheduler.submit(request, self._tell)
 
     def _tell(self, event: Event) -> None:
         """In the scheduler's thread."""
-        self._unread += 1
-        if self._unread > MOST_UNREAD and self._running is not None:
-            self._running.paused = True
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._arrived, event)
+
+    def _arrived(self, event: Event) -> None:
+        self._queue.put_nowait(event)
+        if self._queue.qsize() > MOST_UNREAD:
+            self._running.paused = True
 
     async def next(self) -> Piece | Finished:
         """The next event. Raises what made it fail, as ``RequestError``."""
         event = await self._queue.get()
-        self._unread -= 1
-        if self._running is not None and self._running.paused and self._unread <= MOST_UNREAD // 2:
+        if self._running.paused and self._queue.qsize() <= MOST_UNREAD // 2:
             self._running.paused = False
             self._scheduler.wake()
         self._over = not isinstance(event, Piece)
@@ -48,7 +47,7 @@ class Answer:
 
     def close(self) -> None:
         """Nobody reads on."""
-        if not self._over and self._running is not None:
+        if not self._over:
             self._scheduler.cancel(self._running)
 
 
