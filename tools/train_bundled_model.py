@@ -8,6 +8,7 @@ it the script trains a byte-level BPE tokenizer and a Qwen2-shaped model of 7.3 
     python tools/train_bundled_model.py --export      # write the latest checkpoint to the model folder
     python tools/train_bundled_model.py --choices     # write the minimal-pair choice set
     python tools/train_bundled_model.py --evaluate    # held-out bits per byte, against gzip and xz
+    python tools/train_bundled_model.py --name python-12m --out FOLDER    # another shape; not bundled
 
 A run is a function of the seed, the Python version that supplies the text, and the numerics of the
 machine.  What step N reads depends on N alone, so a run that was stopped takes up its newest checkpoint
@@ -34,9 +35,28 @@ from bundled_model_text import END, ROOT, TOKENS_PER_STEP, VOCABULARY, heldout, 
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from quern.core.machine.products import multiplies_half
+
 SHORT, LONG = 512, 2048  # sequence lengths of the first part of the training and of the last
 LONG_SHARE = 0.1  # share of the steps taken at the long length, so that the stated window is a trained one
 PEAK_RATE, FLOOR_RATE, WARMUP = 2e-3, 1e-4, 150
+SHAPES: dict[str, dict[str, int]] = {
+    "python-7m": {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "python-12m": {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+}
+"""The input width of every linear layer is a multiple of 256."""
 
 
 # --- training --------------------------------------------------------------------------------------
@@ -50,16 +70,12 @@ def learning_rate(step: int, steps: int) -> float:
     return FLOOR_RATE + (PEAK_RATE - FLOOR_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def new_model(seed: int) -> Qwen2ForCausalLM:
-    """Return the untrained model; every linear layer's input width is a multiple of 256."""
+def new_model(name: str, seed: int) -> Qwen2ForCausalLM:
+    """Return the untrained model of one of ``SHAPES``."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SHAPES[name],
         max_position_embeddings=LONG,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -85,13 +101,14 @@ def train(options: argparse.Namespace) -> None:
     """Train from the newest checkpoint, if there is one, to the last step."""
     work, device, steps = options.work, torch.device(options.device), options.steps
     stream, digest = prepare(work, options.seed)
-    model = new_model(options.seed).to(device)
+    model = new_model(options.name, options.seed).to(device)
     matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
-    recipe = {"text": digest, "seed": options.seed, "python": sys.version.split()[0]}
+    recipe = {"name": options.name, "text": digest, "seed": options.seed, "python": sys.version.split()[0]}
     loss_of = torch.compile(batch_loss, dynamic=False) if options.compile else batch_loss
+    fast_halves = device.type != "cpu" or multiplies_half()
     checkpoint, step, seconds = work / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -118,7 +135,7 @@ def train(options: argparse.Namespace) -> None:
         began = time.monotonic()
         length = LONG if step >= steps * (1 - LONG_SHARE) else SHORT
         inputs, targets = (part.to(device) for part in stream.read(step, length))
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_halves):
             loss = loss_of(model, inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,10 +161,10 @@ def train(options: argparse.Namespace) -> None:
             kept_at = now
 
 
-def export(work: Path, out: Path) -> None:
+def export(name: str, work: Path, out: Path) -> None:
     """Write the newest checkpoint as a Hugging Face model folder with bf16 weights."""
     state = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
-    model = new_model(0)
+    model = new_model(name, 0)
     model.load_state_dict(state["model"])
     fresh = work / "export"  # written here first, so that the model folder never holds half a file
     model.to(torch.bfloat16).save_pretrained(fresh)
@@ -220,8 +237,9 @@ def evaluate(out: Path, device: str) -> None:
 def main() -> None:
     """Read the command line and do what it asks."""
     parser = argparse.ArgumentParser(description="Train, export or measure the bundled model.")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "train-python-7m", help="checkpoints")
-    parser.add_argument("--out", type=Path, default=ROOT / "models" / "python-7m", help="the model folder")
+    parser.add_argument("--name", choices=SHAPES, default="python-7m", help="which shape")
+    parser.add_argument("--work", type=Path, help="checkpoints (default: build/train-NAME)")
+    parser.add_argument("--out", type=Path, help="the model folder (default: models/python-7m; of others build/NAME)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--steps", type=int, default=1500, help="length of the schedule; may be changed")
     parser.add_argument("--stop-at", type=int, help="stop after this step; a later run carries on from there")
@@ -231,12 +249,14 @@ def main() -> None:
     parser.add_argument("--choices", action="store_true", help="only write the minimal pairs to --out")
     parser.add_argument("--evaluate", action="store_true", help="only measure the model in --out")
     options = parser.parse_args()
+    options.work = options.work or ROOT / "build" / f"train-{options.name}"
+    options.out = options.out or ROOT / ("models" if options.name == "python-7m" else "build") / options.name
     options.work.mkdir(parents=True, exist_ok=True)
     if not (options.export or options.choices or options.evaluate):
         train(options)
         options.export = True
     if options.export:
-        export(options.work, options.out)
+        export(options.name, options.work, options.out)
     if options.choices:
         pairs = choice_pairs(options.seed)
         lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
