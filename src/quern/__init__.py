@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quern.pipeline.stacking.check import check
     from quern.pipeline.status import status
     from quern.pipeline.train import train
+    from quern.pipeline.writing.write_text import write_text
     from quern.quantization.ray_workers import ray_cluster
     from quern.report.html import write_report
 
@@ -54,6 +55,7 @@ __all__ = [
     "status",
     "train",
     "write_report",
+    "write_text",
 ]
 
 _HOMES = {
@@ -77,6 +79,7 @@ _HOMES = {
     "status": "quern.pipeline.status",
     "train": "quern.pipeline.train",
     "write_report": "quern.report.html",
+    "write_text": "quern.pipeline.writing.write_text",
 }
 
 

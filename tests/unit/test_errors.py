@@ -100,6 +100,7 @@ def test_both_spellings_exist():
         quern.place,
         quern.recommend,
         quern.train,
+        quern.write_text,
         Chat.__init__,
         Served.__init__,
     )

@@ -32,6 +32,7 @@ from quern.cli.terminal.language import Command, Group, chosen, language_first
 from quern.cli.terminal.outcome import end_by_exception, global_options
 from quern.cli.terminal.streams import forget_impossible_width, open_standard
 from quern.cli.train import train
+from quern.cli.write import write
 from quern.core.text.language import VARIABLE
 
 VERBS: tuple[Callable[..., Any], ...] = (
@@ -49,6 +50,7 @@ VERBS: tuple[Callable[..., Any], ...] = (
     status,
     generate,
     chat,
+    write,
     serve,
     probe,
     recipes,

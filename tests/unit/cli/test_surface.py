@@ -103,6 +103,10 @@ SURFACE = {
         *("PATH", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
         *("--engine", "--cache"),
     },
+    "write": {
+        *("PATH", "--output", "-o", "--text", "--tokens", "--begin", "--length", "--temperature", "--top-k", "--top-p"),
+        *("--seed", "--fresh", "--threads", "--engine", "--json"),
+    },
     "serve": {
         *("MODEL...", "--host", "--port", "--api-key", "--context", "--parallel", "--queue", "--loaded", "--threads"),
         *("--engine", "--cache"),

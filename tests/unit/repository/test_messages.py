@@ -48,7 +48,8 @@ NO_TEXTS = (
         '(() => {\n"use strict";\n',
         "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; style-src ",
     ),
-    *("quern generate ", "quern evaluate ", " --reference MODEL", "quern quantize MODEL -o OUT --recipe "),
+    *("quern generate ", "quern evaluate ", " --reference MODEL"),
+    *("quern quantize MODEL -o OUT --recipe ", "quern quantize MODEL -o OUT --calibration "),
     *(" \\((got |model\\.).*\\)$", "(format [\\w-]+) cannot store ", "Change the recipe", "random_signs: false"),
     *(" tokens/s", SCENARIOS),
 )
