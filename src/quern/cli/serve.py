@@ -41,6 +41,7 @@ def serve(
         int | None,
         typer.Option(min=1, help="Models in memory at once; others are loaded when asked for.", show_default="all"),
     ] = None,
+    memory: options.Memory = None,
     threads: options.Threads = None,
     engine: options.EngineName = "auto",
     cache: options.CacheName = None,
@@ -50,7 +51,7 @@ def serve(
         from quern.serving.server import Served, run
     except ImportError as error:
         raise UserError(gettext(EXTRA, error=error)) from None
-    named = [_named(path) for path in paths]
+    named, limit = [_named(path) for path in paths], options.optional_size(memory, "--memory")
     with working():
         run(
             Served(
@@ -62,6 +63,7 @@ def serve(
                 parallel=parallel,
                 waiting=queue,
                 loaded=loaded,
+                memory=limit,
                 threads=threads,
                 engine=engine,
                 cache=cache,

@@ -88,6 +88,10 @@ class CachingModel(Protocol):
     cache_bytes_per_token: int
     """Of the keys and values of one token, in all layers."""
 
+    def limit_cache(self, most: int) -> None:
+        """Plan with no more than ``most`` bytes for keys and values, once no sequence is open."""
+        ...
+
 
 class LoadedModel(Protocol):
     """Packed weights ready to run."""

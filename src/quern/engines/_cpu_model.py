@@ -129,6 +129,10 @@ class CpuModel:
         self.vocabulary_size = int(config.vocab_size)
         self.maximum_length = int(config.max_position_embeddings)
 
+    def limit_cache(self, most: int) -> None:
+        """See ``core.engine.CachingModel``."""
+        self.pool.most = most
+
     def logits(self, ids: Tensor) -> Tensor:
         """Logits float32 ``(batch, time, vocabulary)`` for int64 ``(batch, time)``.
 

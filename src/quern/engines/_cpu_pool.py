@@ -37,6 +37,8 @@ class Pool:
         self._page_bytes = decoder.page_bytes(precision)
         self.bytes_per_token = self._page_bytes // BLOCK
         """Of the keys and values of one token, unless a sequence keeps them wider."""
+        self.most: int | None = None
+        """Bytes that it may plan with; None: what is free."""
         self._pages: _native.Pool | None = None
         self._source = ""
 
@@ -71,14 +73,17 @@ class Pool:
         return f"use the {' or '.join(names)} cache, " if names else ""
 
     def _planned(self) -> tuple[_native.Pool, str]:
-        fits = int(SPARE * free_memory()) // self._page_bytes
+        free = int(SPARE * free_memory())
+        limited = self.most is not None and self.most < free
+        source = f"the {'limit of' if limited else 'free'} memory has room for"
+        fits = (self.most if self.most is not None and limited else free) // self._page_bytes
         if fits < 1:
             raise UserError(
-                f"{BLOCK} tokens of a key/value cache take {bytes_text(self._page_bytes)}; the free memory has room for "
+                f"{BLOCK} tokens of a key/value cache take {bytes_text(self._page_bytes)}; {source} "
                 f"0 tokens. To go on, {self._narrower}or free memory"
             )
         try:
-            return self._decoder.pool(fits, self.precision), "the free memory has room for"
+            return self._decoder.pool(fits, self.precision), source
         except MemoryError:
             given = self._given(fits)
         if given == 0:

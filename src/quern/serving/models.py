@@ -5,14 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
+from quern.core.errors import UserError
+from quern.serving.memory import MemoryLimit
 from quern.serving.model import ServedModel
 
 
 class Models:
-    """Models that can be served. At most ``most`` are loaded; the one that was not used for longest goes first."""
+    """Models that can be served. At most ``most`` are loaded, and as many as the ``memory`` holds; the one that was not used
+    for longest goes first."""
 
-    def __init__(self, loaders: Mapping[str, Callable[[], ServedModel]], most: int | None = None) -> None:
-        self._loaders, self._most = dict(loaders), most or len(loaders)
+    def __init__(
+        self,
+        loaders: Mapping[str, Callable[[], ServedModel]],
+        most: int | None = None,
+        memory: MemoryLimit | None = None,
+    ) -> None:
+        self._loaders, self._most, self._memory = dict(loaders), most or len(loaders), memory
         self._loaded: dict[str, ServedModel] = {}  # least recently used first
         self._loading = asyncio.Lock()
 
@@ -31,19 +39,37 @@ class Models:
             return found
         async with self._loading:
             if name not in self._loaded:
-                while len(self._loaded) >= self._most:
-                    await self._unload(next(iter(self._loaded)))
+                while len(self._loaded) >= self._most or (self._loaded and not self._has_room(name)):
+                    await self._unload_oldest()
                 model = await asyncio.to_thread(self._loaders[name])
+                await self._take(model)
                 model.start()
                 self._loaded[name] = model
             return self._loaded[name]
 
-    async def _unload(self, name: str) -> None:
+    def _has_room(self, name: str) -> bool:
+        return self._memory is None or self._memory.has_room(name)
+
+    async def _take(self, model: ServedModel) -> None:
+        """Give a model its room, if others have to go for it."""
+        while self._memory is not None:
+            try:
+                self._memory.take(model)
+                return
+            except UserError:
+                if not self._loaded:
+                    raise
+                await self._unload_oldest()
+
+    async def _unload_oldest(self) -> None:
+        name = next(iter(self._loaded))
         model = self._loaded[name]
         while model.scheduler.running or model.scheduler.waiting:  # it answers what it has begun
             await asyncio.sleep(0.05)
         await asyncio.to_thread(model.stop)
         del self._loaded[name]
+        if self._memory is not None:
+            self._memory.give_back(name)
 
     async def close(self) -> None:
         """End all."""

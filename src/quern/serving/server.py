@@ -13,6 +13,7 @@ import uvicorn
 from quern.core.errors import UserError, option
 from quern.generation.generate import Tell
 from quern.serving.app import make_app
+from quern.serving.memory import MemoryLimit
 from quern.serving.model import ServedModel
 from quern.serving.models import Models
 from quern.serving.scheduler import Limits
@@ -32,6 +33,8 @@ class Served:
     parallel: int = 8
     waiting: int = 64
     loaded: int | None = None
+    memory: int | None = None
+    """Bytes of all models in memory, keys and values included; None: what is free."""
     threads: int | None = None
     engine: str = "auto"
     cache: str | None = None
@@ -62,7 +65,12 @@ def _serve(served: Served, listening: socket.socket, tell: Tell, say: Callable[[
     }
     first = next(iter(loaders))
     loaded = {first: loaders[first]()}  # before the server begins, so that its errors are those of a command
-    models = Models({name: partial(_taken, loaded, name, load) for name, load in loaders.items()}, served.loaded)
+    memory = None if served.memory is None else MemoryLimit(served.memory, served.models, served.parallel)
+    if memory is not None:
+        memory.take(loaded[first])
+    models = Models(
+        {name: partial(_taken, loaded, name, load) for name, load in loaders.items()}, served.loaded, memory
+    )
     app = make_app(models, served.key)
     host, port = listening.getsockname()[:2]
     say(f"serving {', '.join(served.models)} at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends)")

@@ -109,7 +109,7 @@ SURFACE = {
     },
     "serve": {
         *("MODEL...", "--host", "--port", "--api-key", "--context", "--parallel", "--queue", "--loaded", "--threads"),
-        *("--engine", "--cache"),
+        *("--engine", "--cache", "--memory"),
     },
     "probe": {"--json"},
     "recipes": {"--json"},
