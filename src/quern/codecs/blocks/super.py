@@ -16,7 +16,7 @@ Parts: ``codes`` int32, densely packed; ``scales`` and ``minimums`` int32, whole
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -112,7 +112,7 @@ class SuperEncoder(GroupedEncoder):
         self.lows = weight.new_zeros(groups, rows)
         self.d, self.d_min = weight.new_zeros(supers, rows), weight.new_zeros(supers, rows)
         super().__init__(codec, weight, whole, refit)
-        self.rescale_width = None
+        self.rescale_width, self.step_width = None, self.group
         if self.refit_width is not None:
             self.refit_width, self.refine_width = layout.BLOCK, self.group
 
@@ -162,6 +162,31 @@ class SuperEncoder(GroupedEncoder):
         self.scale[group] = found.scale[:, 0]
         if isinstance(self.grid, AffineGrid):
             self.zero[group] = found.minimum[:, 0]
+
+    def _near(self, first_column: int) -> list[_Numbers]:
+        """Those of a sub-block with the whole number of the scale, the minimum or both one up or down, ``(rows, 1)``."""
+        group, place = first_column // self.group, first_column // layout.BLOCK
+        found = _Numbers(
+            *(part[:, None] for part in (self.whole[group], self.d[place], self.lows[group], self.d_min[place]))
+        )
+        return [_Numbers(whole, found.d, lows, found.d_min) for whole, lows in _beside(self.type, found)][1:]
+
+    def neighbours(self, first_column: int) -> Tensor:
+        assert isinstance(self.grid, BlockGrid)
+        codes = self.codes[first_column : first_column + self.group].float()
+        near = self._near(first_column)
+        scales = torch.stack([one.scale.T for one in near])
+        zeros = torch.stack([_zero(self.grid, one.minimum)[..., 0].T for one in near])
+        return self.grid.decode(codes.expand(len(near), *codes.shape).clone(), scales, zeros)
+
+    def adopt(self, first_column: int, choice: Tensor) -> None:
+        group, moves = first_column // self.group, choice >= 0
+        near, chosen = self._near(first_column), choice.clamp(min=0)[None]
+        for values, of in ((self.whole, "whole"), (self.lows, "lows"), (self.scale, "scale"), (self.zero, "minimum")):
+            if values is self.zero and self.type.bias:
+                continue
+            wanted = torch.cat([getattr(one, of) for one in near], 1).T.gather(0, chosen)[0]
+            values[group] = torch.where(moves, wanted, values[group])
 
     def parts(self) -> Parts:
         bits, bias = self.type.scale_bits, self.type.bias
@@ -247,17 +272,22 @@ def _refit_super(grid: BlockGrid, found: _Numbers, values: Tensor, importance: T
 
 def _step(grid: BlockGrid, kind: SuperType, found: _Numbers, values: Tensor, importance: Tensor) -> None:
     """Every whole number one up or down, of scale and minimum alike, where its sub-block loses less."""
-    most = (1 << kind.scale_bits) - 1 - kind.bias
     best, whole, lows = torch.full_like(found.whole, torch.inf), found.whole, found.lows
-    for up, down in product((0, 1, -1), (0,) if kind.bias else (0, 1, -1)):
-        wanted = (found.whole + up).clamp(-kind.bias, most)
-        wanted = torch.where(wanted == 0, found.whole, wanted)
-        low = (found.lows + down).clamp(0, most) if not kind.bias else found.lows
+    for wanted, low in _beside(kind, found):
         loss = _losses(grid, found.d * wanted, -(found.d_min * low), values, importance)
         better = loss < best
         best, whole = torch.where(better, loss, best), torch.where(better, wanted, whole)
         lows = torch.where(better, low, lows)
     found.whole, found.lows = whole, lows
+
+
+def _beside(kind: SuperType, found: _Numbers) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole numbers of scales and minimums as they are, and then each one up or down, as far as they can be stored."""
+    most = (1 << kind.scale_bits) - 1 - kind.bias
+    for up, down in product((0, 1, -1), (0,) if kind.bias else (0, 1, -1)):
+        wanted = (found.whole + up).clamp(-kind.bias, most)
+        wanted = torch.where(wanted == 0, found.whole, wanted)
+        yield wanted, (found.lows + down).clamp(0, most) if not kind.bias else found.lows
 
 
 class SuperBlocks(GroupedCodec):

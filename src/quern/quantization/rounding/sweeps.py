@@ -8,7 +8,9 @@ codes nearest to
 
 lose least (coordinate descent; compare Chee et al. 2023 (QuIP), arXiv 2307.13304, and Kim et al. 2025 (LNQ), arXiv
 2505.07004). Where columns q_g of a row share a scale, multiplying it by 1 + a changes the loss by
-2 a q_g . r_g + a^2 q_g H_gg q_g^T, which is least at a = -q_g . r_g / (q_g H_gg q_g^T).
+2 a q_g . r_g + a^2 q_g H_gg q_g^T, which is least at a = -q_g . r_g / (q_g H_gg q_g^T). Where they share whole numbers, as
+sub-blocks of ggml's super-blocks do, numbers that are one more or less change q_g by d and the loss by
+2 d . r_g + d H_gg d^T, and the neighbour that lowers it most is taken.
 """
 
 from __future__ import annotations
@@ -50,25 +52,40 @@ def sweep(target: Tensor, decoded: Tensor, encoder: Encoder, hessian: KeptHessia
 
 def _blocks(columns: int, encoder: Encoder) -> list[tuple[int, int]]:
     """Blocks that do not cut what shares a scale, unless all columns do."""
-    width = encoder.rescale_width
+    width = encoder.rescale_width or encoder.step_width
     size = BLOCK if width is None or width >= columns else max(1, BLOCK // width) * width
     return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
 def _sweep_block(rounded: Tensor, residual: Tensor, encoder: Encoder, hessian: Tensor, first: int) -> None:
     """The columns of a block, of which all arguments are the part; ``first`` is its first column."""
-    columns, width = len(rounded), encoder.rescale_width
+    columns, width = len(rounded), encoder.rescale_width or encoder.step_width
     loop = loop_of(encoder, range(first, first + columns), native=True)
     own = width is not None and width <= columns
     for k, last in pieces(columns, width if width is not None and own else columns):
         if own:
             group = slice(k, last)
-            ratio = _scaling(rounded[group], residual[group], hessian[group, group])
-            ratio = encoder.rescale(first + k, ratio)
-            moved = (ratio - 1) * rounded[group]
+            change = _rescaled if encoder.rescale_width is not None else _stepped
+            moved = change(rounded[group], residual[group], encoder, hessian[group, group], first + k)
             rounded[group] += moved
             residual.addmm_(hessian[:, group], moved)
         loop.sweep(k, last, hessian, rounded, residual)
+
+
+def _rescaled(rounded: Tensor, residual: Tensor, encoder: Encoder, hessian: Tensor, first: int) -> Tensor:
+    """What a factor for each row adds to columns that share a scale."""
+    return (encoder.rescale(first, _least(rounded, residual, hessian @ rounded)) - 1) * rounded
+
+
+def _stepped(rounded: Tensor, residual: Tensor, encoder: Encoder, hessian: Tensor, first: int) -> Tensor:
+    """What the best neighbour of each row's whole numbers adds to columns that share them."""
+    moves = encoder.neighbours(first) - rounded
+    change = (moves * (2 * residual + hessian @ moves)).sum(1)
+    least, choice = change.min(0)
+    choice = torch.where(least < 0, choice, -1)
+    encoder.adopt(first, choice)
+    chosen = moves.gather(0, choice.clamp(min=0).expand(1, len(rounded), -1))[0]
+    return torch.where(choice >= 0, chosen, 0.0)
 
 
 def _rescale(rounded: Tensor, residual: Tensor, encoder: Encoder, hessian: KeptHessian, first: int) -> None:
@@ -77,10 +94,6 @@ def _rescale(rounded: Tensor, residual: Tensor, encoder: Encoder, hessian: KeptH
     ratio = encoder.rescale(first, _least(rounded, residual, product))
     residual += (ratio - 1) * product
     rounded *= ratio
-
-
-def _scaling(rounded: Tensor, residual: Tensor, hessian: Tensor) -> Tensor:
-    return _least(rounded, residual, hessian @ rounded)
 
 
 def _least(rounded: Tensor, residual: Tensor, product: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""What rounding sees of a codec."""
