@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from quern.cli.main import VERBS, app
 
 HELP = {"--help", "-h"}
+SPECULATION = {"--speculate", "--draft", "--draft-tokens"}
 TARGET = {"--bits", "--fit", "--context", "--max-loss", "--min-speed", "--cache"}
 SURFACE = {
     "plan": {
@@ -98,14 +99,17 @@ SURFACE = {
     "generate": {
         *("PATH", "--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
         *("--engine", "--cache"),
+        *SPECULATION,
     },
     "chat": {
         *("PATH", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
         *("--engine", "--cache"),
+        *SPECULATION,
     },
     "serve": {
         *("MODEL...", "--host", "--port", "--api-key", "--context", "--parallel", "--queue", "--loaded", "--threads"),
-        *("--engine", "--cache"),
+        *("--engine", "--cache", "--pooling"),
+        *SPECULATION,
     },
     "probe": {"--json"},
     "recipes": {"--json"},
