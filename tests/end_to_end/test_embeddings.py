@@ -19,11 +19,13 @@ from quern.architectures.base import ARCHITECTURES
 from quern.core.errors import UserError
 from quern.engines.cpu import CpuEngine
 from quern.engines.reference import load as load_reference
+from quern.generation.speculation.opening import SpeculationOptions
 from quern.serving.app import make_app
 from quern.serving.embedding import pooling_named
 from quern.serving.model import ServedModel
 from quern.serving.models import Models
 from quern.serving.scheduler import Limits
+from quern.serving.server import Served, run
 
 FLOAT32 = 2e-4
 """Sums of up to 96 float32 terms carry 96 x 2^-24 = 6e-6; about 30 of them follow each other in three blocks."""
@@ -177,6 +179,14 @@ def test_a_client_that_goes_stops_the_reading(server):
         httpx.get(f"{server}/metrics").text.split('quern_prompt_tokens_total{model="last"} ')[1].split("\n")[0]
     )
     assert read < 250_000
+
+
+def test_what_cannot_be_served_is_refused_at_once(folder):
+    with pytest.raises(UserError, match="auto, mean, last"):
+        ServedModel(folder, "tiny", pooling="cls")
+    served = Served({"a": str(folder), "b": str(folder)}, speculation=SpeculationOptions(draft=str(folder)))
+    with pytest.raises(UserError, match="for one model, and 2"):
+        run(served, print, print)
 
 
 def test_the_pooling_is_what_the_files_say(tmp_path):

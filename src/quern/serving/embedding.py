@@ -28,9 +28,8 @@ Vectors = NDArray[np.float32]
 class Embedder:
     """Requests for embeddings, in the order in which they came."""
 
-    def __init__(self, model: BatchModel, piece: int) -> None:
-        """``piece``: tokens in one step, at most."""
-        self._model, self._piece = model, piece
+    def __init__(self, model: BatchModel) -> None:
+        self._model = model
         self._jobs: deque[_Job] = deque()
         self._switch_length = model.switch_length if isinstance(model, SwitchingModel) else None
 
@@ -44,13 +43,16 @@ class Embedder:
         self._jobs.append(job)
         return job.future
 
-    def step(self, make_room: Callable[[], bool]) -> int:
-        """Read a piece; how many tokens that were. ``make_room`` is asked where the pool is full: whether it may help."""
+    def step(self, most: int, make_room: Callable[[], bool]) -> int:
+        """Read a piece of at most ``most`` tokens; how many that were.
+
+        ``make_room`` is asked where the pool is full: whether there may be more room next time.
+        """
         for job in list(self._jobs):  # others may come meanwhile
             if job.future.cancelled():
                 self._jobs.remove(job)
                 job.close()
-        batch = self._batch()
+        batch = self._batch(most)
         if not batch:
             return 0
         pieces = [tokens for _, _, tokens in batch]
@@ -75,8 +77,8 @@ class Embedder:
             job.future.cancel()
             job.close()
 
-    def _batch(self) -> list[tuple[_Job, _Text, list[int]]]:
-        left, batch = self._piece, list[tuple[_Job, _Text, list[int]]]()
+    def _batch(self, left: int) -> list[tuple[_Job, _Text, list[int]]]:
+        batch = list[tuple[_Job, _Text, list[int]]]()
         for job in list(self._jobs):
             for text in job.texts:
                 if left <= 0:

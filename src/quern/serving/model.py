@@ -59,6 +59,9 @@ class ServedModel:
         tell: Tell = warn,
     ) -> None:
         checkpoint = open_model(path)
+        self._pooling, self._path = pooling, checkpoint.path
+        if pooling != "auto":
+            pooling_named(pooling, checkpoint.path)
         self.name, self.created = name, int(time.time())
         self.tokenizer = load_tokenizer(checkpoint.path)
         self.ends = end_tokens(checkpoint, self.tokenizer)
@@ -71,7 +74,6 @@ class ServedModel:
         guesses = open_speculation(speculation, self.model, self.tokenizer, load)
         self.scheduler = Scheduler(self.model, self.decode, self.ends, limits, self.context, guesses)
         self.sampling = usual_sampling(checkpoint.path)
-        self._pooling, self._path = pooling, checkpoint.path
         self._template = str(self.tokenizer.chat_template or "")
         self._notation: Notation = notation_of(self._template)
         self._grammars = Grammars(self.tokenizer, self.model.vocabulary_size, self.ends)

@@ -71,7 +71,7 @@ class Scheduler:
         self.model, self.limits, self.counts = model, limits, Counts()
         self.context = min(context or model.maximum_length, model.maximum_length)
         self._guessing = Guessing(speculation, self.context)
-        self._embedder = Embedder(model, limits.prompt_tokens)
+        self._embedder = Embedder(model)
         self._decode, self._ends = decode, ends
         self._prefixes = Prefixes()
         self._waiting: deque[Running] = deque()
@@ -181,8 +181,8 @@ class Scheduler:
             if running.cancelled:
                 self._end(running, FinishReason.CANCELLED)
         self._admit()
-        self.counts.prompt_tokens += self._embedder.step(self._may_have_room)
-        batch = self._batch()
+        embedded = self._embed()
+        batch = self._batch(self.limits.prompt_tokens - embedded)
         if not batch:
             return
         drafts = self._guessing.drafts(batch)
@@ -214,6 +214,13 @@ class Scheduler:
             drafts[:] = [[] for _ in batch]
             return self._feed(batch, drafts)
 
+    def _embed(self) -> int:
+        """Read a piece of what is to be embedded; how many tokens. Prompts that are being read have half of a step."""
+        reading = len(self._embedder) > 0 and any(len(one.pending) > 1 for one in self._running)
+        read = self._embedder.step(self.limits.prompt_tokens // (2 if reading else 1), self._may_have_room)
+        self.counts.prompt_tokens += read
+        return read
+
     def _may_have_room(self) -> bool:
         """Whether there may be room for more soon: a finished text went, or somebody is at work."""
         return self._prefixes.evict() or any(not one.paused for one in self._running)
@@ -242,9 +249,9 @@ class Scheduler:
             self.counts.cached_tokens += shared
             self._running.append(running)
 
-    def _batch(self) -> list[tuple[Running, list[int]]]:
-        """Next tokens of all that write, and pieces of prompts of those that do not yet, oldest first."""
-        left, batch = self.limits.prompt_tokens, []
+    def _batch(self, left: int) -> list[tuple[Running, list[int]]]:
+        """Next tokens of all that write, and up to ``left`` tokens of prompts of those that do not yet, oldest first."""
+        batch = []
         for running in self._running:
             if running.paused:
                 continue

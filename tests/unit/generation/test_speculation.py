@@ -210,3 +210,16 @@ def test_a_conversation_is_the_one_without_guesses(folder, tmp_path):
         stopped.close()
         answers.append((answer, "".join(chat.reply("two two two")), "".join(chat.reply("three"))))
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_guesses_make_no_text_a_long_one(tmp_path):
+    """Texts of more than 64 tokens have other rotary frequencies, all of their positions."""
+    scaling = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    }  # fmt: skip
+    config = tiny_config("llama", initializer_range=0.2, rope_parameters=scaling, eos_token_id=None)
+    folder = write_model(tmp_path / "model", config)
+    plain = "".join(generate(folder, "abcd" * 10, max_tokens=60))
+    assert "".join(generate(folder, "abcd" * 10, max_tokens=60, speculate="ngram")) == plain
+    assert "".join(generate(folder, "abcd" * 10, max_tokens=60, draft=str(folder))) == plain
