@@ -68,18 +68,21 @@ class BoundDecoder {
     return {decoder_->shape().layers, precision, transformed};
   }
 
-  // Tokens of several sequences, `counts[i]` of them for `caches[i]`; logits of every token or of each sequence's last.
-  nb::ndarray<nb::numpy, float, nb::ndim<2>> feed(const std::vector<SequenceCache*>& caches,
-                                                 const std::vector<int32_t>& counts,
-                                                 Array<int32_t, nb::ndim<1>> tokens, bool all) {
+  // Tokens of several sequences, `counts[i]` of them for `caches[i]`. Of the last `wanted[i]` of each: the logits, or with
+  // `hidden` what the head reads.
+  nb::ndarray<nb::numpy, float, nb::ndim<2>> read(const std::vector<SequenceCache*>& caches, const std::vector<int32_t>& counts,
+                                                 Array<int32_t, nb::ndim<1>> tokens, const std::vector<int32_t>& wanted,
+                                                 bool hidden) {
     const DecoderShape& shape = decoder_->shape();
-    require(!caches.empty() && caches.size() == counts.size(), "one count a sequence, and at least one");
+    require(!caches.empty() && caches.size() == counts.size() && caches.size() == wanted.size(),
+            "two counts a sequence, and at least one sequence");
     std::vector<Row> rows;
-    std::vector<bool> wanted;
+    std::vector<bool> kept;
     int64_t total = 0;
-    for (int32_t count : counts) {
-      require(count > 0, "every sequence needs at least one token");
-      total += count;
+    for (size_t i = 0; i < counts.size(); ++i) {
+      require(counts[i] > 0, "every sequence needs at least one token");
+      require(wanted[i] >= 0 && wanted[i] <= counts[i], "no more rows are wanted than there are tokens");
+      total += counts[i];
     }
     require(total == static_cast<int64_t>(tokens.size()), "the counts must add up to the number of tokens");
     for (size_t i = 0; i < caches.size(); ++i) {
@@ -96,30 +99,40 @@ class BoundDecoder {
                                                             " is outside the vocabulary of " +
                                                             std::to_string(shape.vocabulary));
         rows.push_back({caches[i], caches[i]->length() + n, token});
-        wanted.push_back(all || n + 1 == counts[i]);
+        kept.push_back(n >= counts[i] - wanted[i]);
       }
     }
-    const size_t kept = static_cast<size_t>(std::count(wanted.begin(), wanted.end(), true));
-    std::unique_ptr<float[]> out(new float[kept * shape.vocabulary]);
+    const size_t count = static_cast<size_t>(std::count(kept.begin(), kept.end(), true));
+    const size_t width = static_cast<size_t>(decoder_->width());
+    const size_t across = hidden ? width : static_cast<size_t>(shape.vocabulary);
+    std::unique_ptr<float[]> out(new float[count * across]);
     {
       nb::gil_scoped_release released;
       std::lock_guard<std::mutex> lock(mutex_);
-      const size_t width = static_cast<size_t>(decoder_->width());
-      size_t written = 0;
+      float* to = out.get();
       for (size_t from = 0; from < rows.size(); from += CHUNK) {
         const std::vector<Row> chunk(rows.begin() + from, rows.begin() + std::min(rows.size(), from + CHUNK));
-        float* hidden = decoder_->forward(chunk);
+        float* states = decoder_->forward(chunk);
         size_t found = 0;
         for (size_t i = 0; i < chunk.size(); ++i)
-          if (wanted[from + i]) {
-            std::copy_n(hidden + i * width, width, hidden + found * width);
+          if (kept[from + i]) {
+            std::copy_n(states + i * width, width, states + found * width);
             ++found;
           }
-        if (found > 0) decoder_->logits(hidden, static_cast<int32_t>(found), out.get() + written * shape.vocabulary);
-        written += found;
+        if (hidden)
+          std::copy_n(states, found * width, to);
+        else if (found > 0)
+          decoder_->logits(states, static_cast<int32_t>(found), to);
+        to += found * across;
       }
     }
-    return owned(std::move(out), kept, shape.vocabulary);
+    return owned(std::move(out), count, across);
+  }
+
+  // Logits of every token, or of each sequence's last.
+  nb::ndarray<nb::numpy, float, nb::ndim<2>> feed(const std::vector<SequenceCache*>& caches, const std::vector<int32_t>& counts,
+                                                 Array<int32_t, nb::ndim<1>> tokens, bool all) {
+    return read(caches, counts, tokens, all ? counts : std::vector<int32_t>(counts.size(), 1), false);
   }
 
  private:
@@ -305,7 +318,8 @@ void bind_engine(nb::module_& module) {
              return std::make_shared<KeyValuePool>(self.cache_shape(precision_of(precision), transformed), pages);
            },
            "pages"_a, "precision"_a, "transformed"_a = true)
-      .def("feed", &BoundDecoder::feed, "caches"_a, "counts"_a, "tokens"_a, "all"_a);
+      .def("feed", &BoundDecoder::feed, "caches"_a, "counts"_a, "tokens"_a, "all"_a)
+      .def("read", &BoundDecoder::read, "caches"_a, "counts"_a, "tokens"_a, "wanted"_a, "hidden"_a = false);
   module.def("likeliest", [](Floats logits) { return likeliest(logits.data(), static_cast<int32_t>(logits.size())); },
              "logits"_a);
   module.def("sample",

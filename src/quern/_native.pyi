@@ -171,6 +171,16 @@ class Decoder:
     ) -> NDArray[np.float32]:
         """Append tokens, ``counts[i]`` of them to ``caches[i]``; logits of every one, or of each sequence's last."""
 
+    def read(
+        self,
+        caches: collections.abc.Sequence[Sequence],
+        counts: collections.abc.Sequence[int],
+        tokens: NDArray[np.int32],
+        wanted: collections.abc.Sequence[int],
+        hidden: bool = False,
+    ) -> NDArray[np.float32]:
+        """Append tokens as ``feed`` does; of the last ``wanted[i]`` of each the logits, or the head's inputs."""
+
 def likeliest(logits: NDArray[np.float32]) -> int: ...
 def sample(logits: NDArray[np.float32], temperature: float, top_k: int, top_p: float, place: float) -> int: ...
 

@@ -27,6 +27,9 @@ def chat(
     threads: options.Threads = None,
     engine: options.EngineName = "auto",
     cache: options.CacheName = None,
+    speculate: options.Speculate = "none",
+    draft: options.Draft = None,
+    draft_tokens: options.DraftTokens = 8,
     json: options.Json = False,
 ) -> None:
     """Talk to the model at PATH: one line of stdin is one message; an empty line or the end of input ends."""
@@ -44,6 +47,9 @@ def chat(
             threads=threads,
             engine=engine,
             cache=cache,
+            speculate=speculate,
+            draft=draft,
+            draft_tokens=draft_tokens,
             tell=tell,
         )
     turns = []

@@ -23,6 +23,9 @@ def generate(
     threads: options.Threads = None,
     engine: options.EngineName = "auto",
     cache: options.CacheName = None,
+    speculate: options.Speculate = "none",
+    draft: options.Draft = None,
+    draft_tokens: options.DraftTokens = 8,
     json: options.Json = False,
 ) -> None:
     """Continue --prompt with the model at PATH; the text streams to stdout."""
@@ -40,6 +43,9 @@ def generate(
             threads=threads,
             engine=engine,
             cache=cache,
+            speculate=speculate,
+            draft=draft,
+            draft_tokens=draft_tokens,
             tell=tell,
         )
         text = "".join(pieces) if json else None

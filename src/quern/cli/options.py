@@ -102,6 +102,24 @@ CacheName = Annotated[
         "--cache", metavar="DTYPE", help="Keys and values: float16, int8, int4 or float32.", show_default="float16"
     ),
 ]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        "--speculate",
+        metavar="HOW",
+        help="Guess what follows: ngram, from what the text said before; none. Same answers.",
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="MODEL",
+        help="Guess what follows by a small model of the same tokenizer.",
+        show_default=False,
+    ),
+]
+DraftTokens = Annotated[int, typer.Option("--draft-tokens", min=1, max=15, help="Guesses at a time, at most.")]
 TopK = Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens only; 0: all.")]
 TopP = Annotated[
     float, typer.Option(min=0, max=1, help="Choose among the likeliest tokens that make up this probability.")

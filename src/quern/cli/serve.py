@@ -45,9 +45,19 @@ def serve(
     threads: options.Threads = None,
     engine: options.EngineName = "auto",
     cache: options.CacheName = None,
+    speculate: options.Speculate = "none",
+    draft: options.Draft = None,
+    draft_tokens: options.DraftTokens = 8,
+    pooling: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW", help="A text's vector from its tokens': mean, last, or auto (as the model's files say)."
+        ),
+    ] = "auto",
 ) -> None:
     """Answer requests over HTTP: OpenAI's and Anthropic's protocols, and a page to chat in, until Ctrl-C."""
     try:
+        from quern.generation.speculation.opening import SpeculationOptions
         from quern.serving.server import Served, run
     except ImportError as error:
         raise UserError(gettext(EXTRA, error=error)) from None
@@ -67,6 +77,8 @@ def serve(
                 threads=threads,
                 engine=engine,
                 cache=cache,
+                speculation=SpeculationOptions(speculate, draft, draft_tokens),
+                pooling=pooling,
             ),
             tell,
             lambda line: say(line, stderr=True),

@@ -51,6 +51,15 @@ class Session(Protocol):
 
 
 @runtime_checkable
+class SpeculativeSession(Session, Protocol):
+    """A session that reads guesses of what follows, too."""
+
+    def feed_drafted(self, ids: list[int], draft: list[int]) -> torch.Tensor:
+        """Append ``ids`` and ``draft``: logits after ``ids`` and after each token of ``draft`` (see ``BatchModel.step``)."""
+        ...
+
+
+@runtime_checkable
 class LimitedSession(Session, Protocol):
     """A session that may have room for fewer tokens than the model's context."""
 
@@ -115,16 +124,29 @@ class LoadedModel(Protocol):
 class BatchModel(LoadedModel, Protocol):
     """A model that several sequences are fed to at once."""
 
+    hidden_size: int
+
     def open(self) -> Sequence:
         """A sequence without tokens. Raises ``UserError`` where the pool has no room for any."""
         ...
 
-    def step(self, batch: collections.abc.Sequence[tuple[Any, list[int]]]) -> torch.Tensor:
+    def step(
+        self,
+        batch: collections.abc.Sequence[tuple[Any, list[int]]],
+        drafted: collections.abc.Sequence[int] | None = None,
+    ) -> torch.Tensor:
         """Append tokens to open sequences of this model, each of them given once, in any order and number.
 
-        Returns float32 logits ``(len(batch), vocabulary)`` after the last token of each, which are those that the sequence
-        would get alone. Raises ``UserError`` where a sequence does not fit, with what does; then none was changed.
+        ``drafted[i]``: how many of the last tokens of sequence i are guesses, fewer than all; None: none. Returns float32
+        logits ``(len(batch) + sum(drafted), vocabulary)``: of each sequence after the last token that is no guess, and after
+        every guess; they are those that it would get alone. After guesses they are NaN where the sequence cannot hold one.
+        Whoever finds a guess wrong rewinds. Raises ``UserError`` where a sequence does not fit, with what does; then none
+        was changed.
         """
+        ...
+
+    def hidden_states(self, batch: collections.abc.Sequence[tuple[Any, list[int]]]) -> torch.Tensor:
+        """Append tokens as ``step`` does; float32 ``(tokens, width)``: what the head reads after each of them."""
         ...
 
 

@@ -83,10 +83,10 @@ class CpuSequence:
         if length > self.capacity or not self._with_rotary(length).reserve(length):
             raise UserError(f"{length} tokens do not fit: {self.limit}. Shorten the prompt")
 
-    def widen(self) -> None:
-        """Start again in float32. Raises ``UserError`` where the pool has no room for what was fed."""
+    def restart(self, *, wide: bool) -> None:
+        """Let go what is cached; ``wide``: go on in float32. Raises ``UserError`` where the pool has no room."""
         self._cache = None  # its pages go first
-        self._cache = self._model.pool.open(wide=True)
+        self._cache = self._model.pool.open(wide=wide)
 
     def pending(self, tokens: list[int]) -> list[int]:
         """What the decoder must be fed to append ``tokens``."""
@@ -128,6 +128,7 @@ class CpuModel:
         self.notes: list[str] = []
         self.vocabulary_size = int(config.vocab_size)
         self.maximum_length = int(config.max_position_embeddings)
+        self.hidden_size = int(config.hidden_size)
 
     def limit_cache(self, most: int) -> None:
         """See ``core.engine.CachingModel``."""
@@ -163,7 +164,7 @@ class CpuModel:
             raise self.pool.refusal(len(ids), cache)
         for start in range(0, len(ids), PROMPT_ROWS):
             piece = ids[start : start + PROMPT_ROWS]
-            logits[start : start + len(piece)] = self._feed([cache], [piece], all_positions=True)
+            logits[start : start + len(piece)] = self._feed([cache], [piece], [len(piece)])
             if cache.overflowed:
                 return False
         return True
@@ -187,37 +188,61 @@ class CpuModel:
         """A sequence without tokens. Raises ``UserError`` where memory has no room for any."""
         return CpuSequence(self)
 
-    def step(self, batch: Sequence[tuple[CpuSequence, list[int]]]) -> Tensor:
+    def step(self, batch: Sequence[tuple[CpuSequence, list[int]]], drafted: Sequence[int] | None = None) -> Tensor:
         """Append tokens to several sequences at once; see ``core.engine.BatchModel``. One pass over the weights serves all.
 
         Each sequence's logits are those that it would get alone, bit for bit.
         """
+        return self._append(batch, [1 + count for count in check_batch(batch, drafted)], hidden=False)
+
+    def hidden_states(self, batch: Sequence[tuple[CpuSequence, list[int]]]) -> Tensor:
+        """Append tokens to several sequences: float32 ``(tokens, width)``, see ``core.engine.BatchModel``."""
         check_batch(batch)
+        return self._append(batch, [len(tokens) for _, tokens in batch], hidden=True)
+
+    def _append(self, batch: Sequence[tuple[CpuSequence, list[int]]], wanted: list[int], *, hidden: bool) -> Tensor:
+        """Logits or hidden states of the last ``wanted[i]`` tokens of each; the logits' tokens but the first are guesses."""
         try:
             for sequence, tokens in batch:
                 sequence.reserve(len(tokens))
             pieces = [sequence.pending(tokens) for sequence, tokens in batch]
-            logits = self._feed([sequence.cache for sequence, _ in batch], pieces, all_positions=False)
-            for index, (sequence, tokens) in enumerate(batch):
-                if sequence.cache.overflowed:
-                    logits[index] = self._again(sequence, tokens)
+            found = self._feed([sequence.cache for sequence, _ in batch], pieces, wanted, hidden=hidden)
+            for (sequence, tokens), rows in zip(batch, torch.split(found, wanted), strict=True):
+                if sequence.cache.overflowed and (hidden or not self._without_guesses(sequence, tokens, rows)):
+                    self._again(sequence, tokens, rows, hidden=hidden)
         except BaseException:
             for sequence, _ in batch:  # nothing was appended to any
                 sequence.trim()
             raise
         for sequence, tokens in batch:
             sequence.ids += tokens
-        return logits
+        return found
 
-    def _again(self, sequence: CpuSequence, tokens: list[int]) -> Tensor:
-        """Logits ``(vocabulary,)`` after ``tokens`` for a sequence that float16 was too narrow for."""
+    def _without_guesses(self, sequence: CpuSequence, tokens: list[int], rows: Tensor) -> bool:
+        """Write the logits in front of the guesses for a sequence that float16 was too narrow for, and NaN behind.
+
+        Returns whether that helped: what overflowed may have been a guess, which is no part of the text.
+        """
+        if len(rows) == 1:
+            return False
+        sequence.restart(wide=False)
+        read = tokens[: len(tokens) - len(rows) + 1]
+        sequence.reserve(len(read))
+        rows[:1] = self._feed([sequence.cache], [sequence.pending(read)], [1])
+        rows[1:] = torch.nan
+        return not sequence.cache.overflowed
+
+    def _again(self, sequence: CpuSequence, tokens: list[int], rows: Tensor, *, hidden: bool) -> None:
+        """Write what is wanted of a sequence that float16 was too narrow for."""
         self._note_wider()
-        sequence.widen()
+        sequence.restart(wide=True)
         sequence.reserve(len(tokens))
-        return self._feed([sequence.cache], [sequence.pending(tokens)], all_positions=False)[0]
+        rows[:] = self._feed([sequence.cache], [sequence.pending(tokens)], [len(rows)], hidden=hidden)
 
-    def _feed(self, caches: list[_native.Sequence], ids: list[list[int]], *, all_positions: bool) -> Tensor:
-        """Append ``ids[i]`` to ``caches[i]``: logits float32 of each sequence's last position, or of every token fed.
+    def _feed(
+        self, caches: list[_native.Sequence], ids: list[list[int]], wanted: list[int], *, hidden: bool = False
+    ) -> Tensor:
+        """Append ``ids[i]`` to ``caches[i]``: logits float32 of the last ``wanted[i]`` of each, or what the head reads.
 
         Raises ``UserError`` for tokens outside the vocabulary, and where memory does not suffice for so many at once.
         """
@@ -230,13 +255,13 @@ class CpuModel:
             )
         counts = [len(sequence) for sequence in ids]
         try:
-            logits = self._decoder.feed(caches, counts, np.asarray(tokens, np.int32), all_positions)
+            found = self._decoder.read(caches, counts, np.asarray(tokens, np.int32), wanted, hidden)
         except MemoryError:
             raise UserError(
                 f"the system gives no memory to compute {len(tokens)} tokens at once. Shorten the prompt, use fewer "
                 "threads, or free memory"
             ) from None
-        return torch.from_numpy(logits)
+        return torch.from_numpy(found)
 
     def start(self) -> CpuSession:
         """An empty session. Raises ``UserError`` where memory has no room for any context."""

@@ -72,18 +72,22 @@ class ReferenceSequence:
         if length > limit:
             raise UserError(f"{length} tokens do not fit: this model's context is {limit}. Shorten the prompt")
 
-    def append(self, ids: list[int]) -> Tensor:
-        """Float32 logits ``(vocabulary,)`` after ``ids``, which ``check`` let through."""
+    def append(self, ids: list[int], rows: int = 1, *, hidden: bool = False) -> Tensor:
+        """Float32 logits ``(rows, vocabulary)`` after the last ``rows`` of ``ids``, or the head's inputs ``(rows, width)``.
+
+        ``check`` let them through.
+        """
+        forward = self._model.states if hidden else self._model.forward
         whole = [*self._ids, *ids]
         if (long := self._model.counts_as_long(len(whole))) != self._long:
             self._cache, self._long = _empty_cache(), long
-        logits = self._model.forward([whole[self._cache.get_seq_length() :]], self._cache)
-        if self._model.overflowed(logits):
+        found = forward([whole[self._cache.get_seq_length() :]], self._cache, rows)
+        if self._model.overflowed(found):
             self._model.widen()
             self._cache = _empty_cache()
-            logits = self._model.forward([whole], self._cache)
+            found = forward([whole], self._cache, rows)
         self._ids = whole
-        return logits[0, -1]
+        return found[0]
 
 
 def _empty_cache() -> Any:
@@ -100,6 +104,7 @@ class ReferenceModel:
         self.model = model.eval()
         self.vocabulary_size = int(model.config.vocab_size)
         self.maximum_length = int(model.config.max_position_embeddings)
+        self.hidden_size = int(model.config.hidden_size)
         self.switch_length = switch_length(model.config)
         self.notes: list[str] = []
         self._cache_argument = cache_argument(model)
@@ -108,12 +113,19 @@ class ReferenceModel:
         """Whether a text of ``length`` tokens goes by the rotary frequencies of long texts."""
         return self.switch_length is not None and length > self.switch_length
 
-    def forward(self, ids: list[list[int]], cache: Any) -> Tensor:
-        """Logits float32 ``(batch, 1, vocabulary)`` of the last position of ``ids``, which are added to ``cache``."""
-        options = {self._cache_argument: cache, "use_cache": True, "logits_to_keep": 1, "return_dict": True}
+    def forward(self, ids: list[list[int]], cache: Any, rows: int) -> Tensor:
+        """Logits float32 ``(batch, rows, vocabulary)`` of the last positions of ``ids``, which are added to ``cache``."""
+        options = {self._cache_argument: cache, "use_cache": True, "logits_to_keep": rows, "return_dict": True}
         with torch.inference_mode():
             logits: Tensor = self.model(torch.tensor(ids), **options).logits.float()
         return logits
+
+    def states(self, ids: list[list[int]], cache: Any, rows: int) -> Tensor:
+        """What the head reads, float32 ``(batch, rows, width)``, where ``forward`` gives logits."""
+        options = {self._cache_argument: cache, "use_cache": True, "return_dict": True}
+        with torch.inference_mode():
+            states: Tensor = self.model.base_model(torch.tensor(ids), **options).last_hidden_state.float()
+        return states[:, -rows:]
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits float32 ``(batch, time, vocabulary)`` for int64 ``(batch, time)``."""
@@ -144,12 +156,22 @@ class ReferenceModel:
         """A sequence without tokens. Its memory is taken as it grows."""
         return ReferenceSequence(self)
 
-    def step(self, batch: Sequence[tuple[ReferenceSequence, list[int]]]) -> Tensor:
+    def step(
+        self, batch: Sequence[tuple[ReferenceSequence, list[int]]], drafted: Sequence[int] | None = None
+    ) -> Tensor:
         """Append tokens to several sequences, one after the other; see ``core.engine.BatchModel``."""
+        counts = check_batch(batch, drafted)
+        for sequence, tokens in batch:
+            sequence.check(len(tokens))
+        steps = zip(batch, counts, strict=True)
+        return torch.cat([sequence.append(tokens, 1 + count) for (sequence, tokens), count in steps])
+
+    def hidden_states(self, batch: Sequence[tuple[ReferenceSequence, list[int]]]) -> Tensor:
+        """Append tokens to several sequences; see ``core.engine.BatchModel``."""
         check_batch(batch)
         for sequence, tokens in batch:
             sequence.check(len(tokens))
-        return torch.stack([sequence.append(tokens) for sequence, tokens in batch])
+        return torch.cat([sequence.append(tokens, len(tokens), hidden=True) for sequence, tokens in batch])
 
     def start(self) -> SequenceSession:
         """An empty session."""

@@ -11,8 +11,10 @@ from quern.checkpoint.tokenizer import load_tokenizer
 from quern.core.errors import UserError
 from quern.engines.base import AUTO
 from quern.generation.detokenize import Detokenizer
-from quern.generation.generate import Tell, continuation, load_model, noted, pieces, warn
+from quern.generation.generate import Tell, continued, load_model, noted, pieces, warn
 from quern.generation.sampling import Sampler, SamplingOptions
+from quern.generation.speculation.opening import SpeculationOptions, open_speculation
+from quern.generation.speculation.speculation import MOST_TOKENS
 from quern.generation.stopping import end_tokens
 from quern.loading.fitting import open_model
 from quern.texts.tokens import check_vocabulary
@@ -37,11 +39,15 @@ class Chat:
         threads: int | None = None,
         engine: str = AUTO,
         cache: str | None = None,
+        speculate: str = "none",
+        draft: str | None = None,
+        draft_tokens: int = MOST_TOKENS,
         tell: Tell = warn,
     ) -> None:
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; give how many tokens an answer may have, 1 or more")
         self._sampler = Sampler(SamplingOptions(temperature, top_k, top_p), seed)
+        speculation = SpeculationOptions(speculate, draft, draft_tokens)
         checkpoint = open_model(path)
         self._tokenizer = load_tokenizer(checkpoint.path)
         if not self._tokenizer.chat_template:
@@ -51,6 +57,8 @@ class Chat:
             )
         self._max_tokens, self._end = max_tokens, end_tokens(checkpoint, self._tokenizer)
         self._tell, self._model = tell, load_model(checkpoint, engine, threads, cache, tell)
+        load = partial(load_model, engine=AUTO, threads=threads, cache=None, tell=tell)
+        self._speculation = open_speculation(speculation, self._model, self._tokenizer, load)
         self._messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self._session, self._fed = self._model.start(), list[int]()
 
@@ -74,9 +82,10 @@ class Chat:
         while kept < min(len(ids) - 1, len(self._fed)) and ids[kept] == self._fed[kept]:
             kept += 1
         self._session.rewind(kept)
-        given, spoken, said = ids[kept:], list[int](), list[str]()
+        spoken, said = list[int](), list[str]()
         decode = partial(self._tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        tokens = noted(continuation(self._session, given, count, self._sampler, self._end), self._model, self._tell)
+        written = continued(self._session, ids, count, self._sampler, self._end, self._speculation)
+        tokens = noted(written, self._model, self._tell)
         try:
             for piece in pieces(_remembered(tokens, spoken), Detokenizer(decode, ids)):
                 said.append(piece)

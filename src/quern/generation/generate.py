@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.tokenizer import load_tokenizer
-from quern.core.engine import LimitedSession, NotingModel
+from quern.core.engine import LimitedSession, NotingModel, SpeculativeSession
 from quern.core.errors import UserError
 from quern.engines.base import AUTO, ENGINES, engine_for
 from quern.engines.cpu import CpuEngine, cache_named
 from quern.generation.detokenize import Detokenizer
 from quern.generation.sampling import Sampler, SamplingOptions
+from quern.generation.speculation.continuation import speculated
+from quern.generation.speculation.opening import SpeculationOptions, open_speculation
+from quern.generation.speculation.speculation import MOST_TOKENS, Speculation
 from quern.generation.stopping import end_tokens
 from quern.loading.fitting import open_model
 from quern.texts.tokens import check_vocabulary, text_ids
@@ -41,6 +44,9 @@ def generate(
     threads: int | None = None,
     engine: str = AUTO,
     cache: str | None = None,
+    speculate: str = "none",
+    draft: str | None = None,
+    draft_tokens: int = MOST_TOKENS,
     tell: Tell = warn,
 ) -> Iterator[str]:
     """Load the model at ``path`` (artifact, folder, Hub id) and return its continuation of ``prompt``, piece by piece.
@@ -49,13 +55,15 @@ def generate(
     context is full, or as much of it as memory has room for. The pieces hold whole characters and join to the text. The
     same seed gives the same text.
     ``cache``: how the cpu engine keeps keys and values: ``float16``, ``int8``, ``int4``, ``float32``; None: ``float16``, and
-    ``float32`` where a value is too large for that. ``tell`` is called with notes; without it they are logged. Raises
-    ``UserError`` for options out of range and for a prompt that is empty or does not fit; all of it before the first
-    piece.
+    ``float32`` where a value is too large for that. ``speculate="ngram"`` guesses up to ``draft_tokens`` tokens at a time
+    from what the text said before, ``draft`` by a small model of the same tokenizer: the same text in fewer passes over the
+    weights. ``tell`` is called with notes; without it they are logged. Raises ``UserError`` for options out of range and for
+    a prompt that is empty or does not fit; all of it before the first piece.
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; give how many tokens to write at most, 1 or more")
     sampler = Sampler(SamplingOptions(temperature, top_k, top_p), seed)
+    speculation_options = SpeculationOptions(speculate, draft, draft_tokens)
     checkpoint = open_model(path)
     tokenizer = load_tokenizer(checkpoint.path)
     ids = _encode(tokenizer, prompt)
@@ -68,9 +76,12 @@ def generate(
             "continue; give a shorter prompt"
         )
     decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    load = partial(load_model, engine=AUTO, threads=threads, cache=None, tell=tell)
+    speculation = open_speculation(speculation_options, model, tokenizer, load)
     session = model.start()
     end = end_tokens(checkpoint, tokenizer)
-    tokens = continuation(session, ids, fitting(session, ids, min(max_tokens, room)), sampler, end)
+    count = fitting(session, ids, min(max_tokens, room))
+    tokens = continued(session, ids, count, sampler, end, speculation)
     return pieces(noted(tokens, model, tell), Detokenizer(decode, ids))
 
 
@@ -112,6 +123,21 @@ def continuation(session: Session, ids: list[int], count: int, sampler: Sampler,
             return
         yield token
         given = [token]
+
+
+def continued(
+    session: Session,
+    text: list[int],
+    count: int,
+    sampler: Sampler,
+    end: frozenset[int],
+    speculation: Speculation | None,
+) -> Iterator[int]:
+    """``continuation`` of ``text``, with which ``session`` has begun, guessed where there is ``speculation``."""
+    given = text[session.length :]
+    if speculation is None or not isinstance(session, SpeculativeSession):
+        return continuation(session, given, count, sampler, end)
+    return speculated(session, text, fitting(session, given, count), sampler, end, speculation, "text")
 
 
 def noted(tokens: Iterator[int], model: LoadedModel, tell: Tell) -> Iterator[int]:

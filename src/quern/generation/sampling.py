@@ -6,6 +6,7 @@ then top-p on what is left, as in transformers.
 
 from __future__ import annotations
 
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,12 @@ class Sampler:
     def __init__(self, options: SamplingOptions, seed: int) -> None:
         self.options = options
         self._generator = generator(seed, "generate")
+
+    def copy(self) -> Sampler:
+        """Another one that will choose as this one would from here on."""
+        made = copy(self)
+        made._generator = deepcopy(self._generator)
+        return made
 
     def choose(self, logits: NDArray[np.floating]) -> int:
         """A token for ``logits`` ``(vocabulary,)``. Raises ``QuernError`` for logits that hold NaN or +infinity."""

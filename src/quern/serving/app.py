@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import quern
-from quern.serving.api import beside, chat, completions, messages, responses
+from quern.serving.api import beside, chat, completions, embeddings, messages, responses
 from quern.serving.api.errors import RequestError, add_handlers, response
 from quern.serving.models import Models
 
@@ -31,7 +31,7 @@ def make_app(models: Models, key: str | None = None, largest: int = LARGEST_BODY
 
     app = FastAPI(title="quern", version=quern.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.models = models
-    for routes in (chat, completions, responses, messages, beside):
+    for routes in (chat, completions, embeddings, responses, messages, beside):
         app.include_router(routes.router)
     add_handlers(app)
     app.add_middleware(Gate, key=key, largest=largest)

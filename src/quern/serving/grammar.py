@@ -90,6 +90,10 @@ class TokenGrammar:
         if not self._matcher.consume_token(token):
             raise QuernError(f"the grammar went wrong: {self._matcher.get_error()[:500]}")
 
+    def fitting(self, tokens: list[int]) -> int:
+        """How many of ``tokens`` may follow, one after the other."""
+        return int(self._matcher.validate_tokens(tokens))
+
     @property
     def finished(self) -> bool:
         """Whether nothing may follow any more but the end."""

@@ -21,6 +21,8 @@ _COUNTERS: dict[str, tuple[str, Callable[[Scheduler], float]]] = {
         lambda one: one.counts.cached_tokens,
     ),
     "quern_written_tokens": ("Tokens of answers.", lambda one: one.counts.written_tokens),
+    "quern_drafted_tokens": ("Guesses of what follows.", lambda one: one.drafts.drafted),
+    "quern_accepted_tokens": ("Guesses that were right.", lambda one: one.drafts.accepted),
     "quern_steps": ("Passes over the weights.", lambda one: one.counts.steps),
     "quern_preempted": ("Requests that gave way and began again.", lambda one: one.counts.preempted),
 }

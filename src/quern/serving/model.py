@@ -17,8 +17,10 @@ from quern.core.errors import UserError
 from quern.engines.base import AUTO
 from quern.generation.generate import Tell, load_model, warn
 from quern.generation.sampling import SamplingOptions
+from quern.generation.speculation.opening import SpeculationOptions, open_speculation
 from quern.generation.stopping import end_tokens
 from quern.loading.fitting import open_model
+from quern.serving.embedding import Pooling, pooling_named
 from quern.serving.grammar import COMPACT, Grammars, TokenGrammar
 from quern.serving.parts import Notation, PartReader, notation_of, opens_thinking
 from quern.serving.scheduler import Limits, Scheduler
@@ -52,9 +54,14 @@ class ServedModel:
         cache: str | None = None,
         context: int | None = None,
         limits: Limits = Limits(),  # noqa: B008 - it cannot be changed
+        speculation: SpeculationOptions = SpeculationOptions(),  # noqa: B008
+        pooling: str = "auto",
         tell: Tell = warn,
     ) -> None:
         checkpoint = open_model(path)
+        self._pooling, self._path = pooling, checkpoint.path
+        if pooling != "auto":
+            pooling_named(pooling, checkpoint.path)
         self.name, self.created = name, int(time.time())
         self.tokenizer = load_tokenizer(checkpoint.path)
         self.ends = end_tokens(checkpoint, self.tokenizer)
@@ -63,7 +70,9 @@ class ServedModel:
         self.decode: Callable[[list[int]], str] = partial(
             self.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        self.scheduler = Scheduler(self.model, self.decode, self.ends, limits, self.context)
+        load = partial(load_model, engine=AUTO, threads=threads, cache=None, tell=tell)
+        guesses = open_speculation(speculation, self.model, self.tokenizer, load)
+        self.scheduler = Scheduler(self.model, self.decode, self.ends, limits, self.context, guesses)
         self.sampling = usual_sampling(checkpoint.path)
         self._template = str(self.tokenizer.chat_template or "")
         self._notation: Notation = notation_of(self._template)
@@ -84,6 +93,23 @@ class ServedModel:
     def prompt_of_ids(self, ids: Sequence[int]) -> Prompt:
         """The same of token ids."""
         return self._checked(list(ids))
+
+    @property
+    def pooling(self) -> Pooling:
+        """How a text's vector is made of its tokens'. Raises ``UserError`` for one that is not known."""
+        return pooling_named(self._pooling, self._path)
+
+    def text_to_embed(self, given: str | Sequence[int]) -> list[int]:
+        """Tokens of a text, with what the tokenizer puts around texts. Raises ``UserError`` for none and for too many."""
+        if isinstance(given, str):
+            given = self.tokenizer(given)["input_ids"] if given else []
+        ids = list(given)
+        if not ids:
+            raise UserError("a text is empty; give at least one character")
+        if len(ids) > self.context:
+            raise UserError(f"a text has {len(ids)} tokens and the context is {self.context}; give a shorter one")
+        check_vocabulary(ids, self.tokenizer, self.model.vocabulary_size)
+        return ids
 
     def conversation(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), options: Mapping[str, Any] | None = None

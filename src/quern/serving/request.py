@@ -24,6 +24,10 @@ class Grammar(Protocol):
         """The token that was chosen. Raises ``QuernError`` for one that may not follow."""
         ...
 
+    def fitting(self, tokens: list[int]) -> int:
+        """How many of ``tokens`` may follow, one after the other; nothing is chosen by asking."""
+        ...
+
     @property
     def finished(self) -> bool:
         """Whether nothing may follow any more."""

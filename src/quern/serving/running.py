@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from quern.generation.detokenize import Detokenizer
+from quern.generation.prefixes import Text
 from quern.generation.sampling import Sampler
-from quern.serving.prefixes import Text
+from quern.generation.speculation.drafter import Asked
 from quern.serving.request import (
     Event,
     Failed,
@@ -60,6 +61,17 @@ class Running:
         """Those that it has not read yet."""
         assert self.text is not None
         return self.wanted[len(self.text.ids) :]
+
+    def asked(self, context: int) -> Asked:
+        """What may be guessed of it; its text has ``context`` tokens at most. The last one of an answer needs no guess."""
+        ids = self.wanted
+        left = min(self.request.max_tokens - len(self.written), context - len(ids))
+        return Asked(self, ids, left - 1, self._sampler)
+
+    def possible(self, draft: list[int]) -> list[int]:
+        """As much of a guess as may follow, up to an end."""
+        draft = next((draft[:place] for place, token in enumerate(draft) if token in self._ends), draft)
+        return draft if self._grammar is None else draft[: self._grammar.fitting(draft)]
 
     def choose(self, logits: Any) -> None:
         """Choose the token after all that was read, by logits float32 ``(vocabulary,)``, and tell what it adds."""

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from quern.core.engine import BatchModel
 from quern.core.errors import QuernError, UserError
-from quern.serving.prefixes import Prefixes, Text
+from quern.generation.prefixes import Prefixes
+from quern.generation.speculation.speculation import DraftCounts, Speculation
+from quern.serving.embedding import Embedder, Pooling, Vectors
+from quern.serving.guessing import Guessing
 from quern.serving.request import FinishReason, GenerationRequest
 from quern.serving.running import Running, Tell
 
@@ -59,10 +65,13 @@ class Scheduler:
         ends: frozenset[int],
         limits: Limits = Limits(),
         context: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """``context``: tokens of a text with its answer, at most; None: as many as the model knows positions."""
         self.model, self.limits, self.counts = model, limits, Counts()
         self.context = min(context or model.maximum_length, model.maximum_length)
+        self._guessing = Guessing(speculation, self.context)
+        self._embedder = Embedder(model)
         self._decode, self._ends = decode, ends
         self._prefixes = Prefixes()
         self._waiting: deque[Running] = deque()
@@ -75,8 +84,8 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
-        return len(self._waiting)
+        """Requests that have not begun, and those for embeddings."""
+        return len(self._waiting) + len(self._embedder)
 
     @property
     def running(self) -> int:
@@ -87,6 +96,11 @@ class Scheduler:
     def kept(self) -> int:
         """Finished texts that others may begin with."""
         return len(self._prefixes)
+
+    @property
+    def drafts(self) -> DraftCounts:
+        """What became of guesses."""
+        return self._guessing.counts
 
     def start(self) -> None:
         """Begin to answer."""
@@ -121,6 +135,17 @@ class Scheduler:
             self._changed.notify_all()
         return running
 
+    def embed(self, texts: Sequence[list[int]], pooling: Pooling) -> Future[Vectors]:
+        """Vectors ``(len(texts), hidden_size)`` of texts of one token and more. Raises ``QueueFullError``."""
+        with self._changed:
+            if len(self._embedder) >= self.limits.waiting:
+                self.counts.refused += 1
+                raise QueueFullError(f"{len(self._embedder)} requests wait already; try again later")
+            self.counts.requests += 1
+            future = self._embedder.submit(texts, pooling)
+            self._changed.notify_all()
+        return future
+
     def cancel(self, running: Running) -> None:
         """Nobody wants the rest of an answer."""
         with self._changed:
@@ -135,7 +160,8 @@ class Scheduler:
     def _idle(self) -> bool:
         """Whether there is nothing to do until something changes."""
         places = len(self._running) < self.limits.parallel and not (self._crowded and self._running)
-        return not (self._waiting and places) and all(one.paused and not one.cancelled for one in self._running)
+        wanted = len(self._embedder) > 0 or (self._waiting and places)
+        return not wanted and all(one.paused and not one.cancelled for one in self._running)
 
     def _run(self) -> None:
         while True:
@@ -147,6 +173,7 @@ class Scheduler:
             self.step()
         for running in [*self._running, *self._waiting]:
             self._end(running, FinishReason.CANCELLED)
+        self._embedder.stop()
 
     def step(self) -> None:
         """Admit, feed once, tell. Whoever drives a scheduler without its thread calls this."""
@@ -154,12 +181,13 @@ class Scheduler:
             if running.cancelled:
                 self._end(running, FinishReason.CANCELLED)
         self._admit()
-        batch = self._batch()
+        embedded = self._embed()
+        batch = self._batch(self.limits.prompt_tokens - embedded)
         if not batch:
             return
+        drafts = self._guessing.drafts(batch)
         try:
-            steps = [(running.text.sequence, tokens) for running, tokens in batch if running.text is not None]
-            logits = self.model.step(steps).numpy()
+            logits = self._feed(batch, drafts)
         except UserError as error:
             self._make_room(batch, error)
             return
@@ -168,8 +196,34 @@ class Scheduler:
                 self._drop(running, error)
             return
         self.counts.steps += 1
-        for (running, tokens), row in zip(batch, logits, strict=True):
-            self._read(running, tokens, row)
+        ends = np.cumsum([1 + len(draft) for draft in drafts])
+        for (running, tokens), draft, rows in zip(batch, drafts, np.split(logits, ends[:-1]), strict=True):
+            self._read(running, tokens, draft, rows)
+
+    def _feed(self, batch: list[tuple[Running, list[int]]], drafts: list[list[int]]) -> NDArray[np.float32]:
+        """Logits after what is fed and after each guess. Where guesses have no room, they are taken out of ``drafts``."""
+        steps = []
+        for (running, tokens), draft in zip(batch, drafts, strict=True):
+            assert running.text is not None
+            steps.append((running.text.sequence, [*tokens, *draft]))
+        try:
+            return self.model.step(steps, [len(draft) for draft in drafts]).numpy()
+        except UserError:
+            if not any(drafts):
+                raise
+            drafts[:] = [[] for _ in batch]
+            return self._feed(batch, drafts)
+
+    def _embed(self) -> int:
+        """Read a piece of what is to be embedded; how many tokens. Prompts that are being read have half of a step."""
+        reading = len(self._embedder) > 0 and any(len(one.pending) > 1 for one in self._running)
+        read = self._embedder.step(self.limits.prompt_tokens // (2 if reading else 1), self._may_have_room)
+        self.counts.prompt_tokens += read
+        return read
+
+    def _may_have_room(self) -> bool:
+        """Whether there may be room for more soon: a finished text went, or somebody is at work."""
+        return self._prefixes.evict() or any(not one.paused for one in self._running)
 
     def _admit(self) -> None:
         """Begin with requests that wait, in the order in which they came, while there are places."""
@@ -180,7 +234,7 @@ class Scheduler:
                     return
                 running = self._waiting.popleft()
             try:
-                running.text = self._opened(running.wanted)
+                running.text = self._prefixes.opened(self.model, running.wanted)
             except UserError as error:
                 if self._prefixes.evict() or self._running:
                     with self._changed:
@@ -195,18 +249,9 @@ class Scheduler:
             self.counts.cached_tokens += shared
             self._running.append(running)
 
-    def _opened(self, ids: list[int]) -> Text:
-        """A sequence that begins with what another one has read of ``ids``."""
-        found = self._prefixes.longest(ids)
-        if found is None:
-            return Text(self.model.open(), [])
-        text, count = found
-        sequence = text.sequence.fork(count)
-        return Text(sequence, ids[: sequence.length])
-
-    def _batch(self) -> list[tuple[Running, list[int]]]:
-        """Next tokens of all that write, and pieces of prompts of those that do not yet, oldest first."""
-        left, batch = self.limits.prompt_tokens, []
+    def _batch(self, left: int) -> list[tuple[Running, list[int]]]:
+        """Next tokens of all that write, and up to ``left`` tokens of prompts of those that do not yet, oldest first."""
+        batch = []
         for running in self._running:
             if running.paused:
                 continue
@@ -218,8 +263,8 @@ class Scheduler:
                 batch.append((running, pending))
         return batch
 
-    def _read(self, running: Running, tokens: list[int], logits: Any) -> None:
-        """A sequence has read ``tokens``, and gave ``logits``."""
+    def _read(self, running: Running, tokens: list[int], draft: list[int], logits: NDArray[np.float32]) -> None:
+        """A sequence has read ``tokens`` and guesses, and gave ``logits`` after the last token and after each guess."""
         assert running.text is not None
         running.text.ids += tokens
         if running.pending:
@@ -230,17 +275,35 @@ class Scheduler:
             self._prefixes.note(running.text)
             self.counts.prompt_tokens += len(tokens)
         try:
-            running.choose(logits)
+            right = self._write(running, draft, logits)
         except Exception as error:
             self._drop(running, error)
             return
-        self.counts.written_tokens += 1
-        if not running.done and len(running.wanted) >= self.context:
-            running.finish(FinishReason.LENGTH)
+        if draft:
+            running.text.ids += draft[:right]
+            running.text.sequence.rewind(len(running.text.ids))
+        self._guessing.tell(running, len(draft), right)
         if running.done:
-            self._running.remove(running)
+            self._gone(running)
             self._prefixes.keep(running.text)
             self._crowded = False
+
+    def _write(self, running: Running, draft: list[int], logits: NDArray[np.float32]) -> int:
+        """Choose tokens while they are those that were guessed, and the first other one; how many guesses were right."""
+        for place, row in enumerate(logits):
+            if place > 0 and np.isnan(row[0]):
+                return place
+            before = len(running.written)
+            running.choose(row)
+            self.counts.written_tokens += 1
+            if not running.done and len(running.wanted) >= self.context:
+                running.finish(FinishReason.LENGTH)
+            written = running.written[before:]
+            if not written or written != draft[place : place + 1]:
+                return place
+            if running.done:
+                return place + 1
+        raise AssertionError("what is chosen after the last guess is no guess")
 
     def _make_room(self, batch: list[tuple[Running, list[int]]], error: UserError) -> None:
         """A step did not fit: finished texts go first, then whoever came last begins again later, or alone gives up."""
@@ -262,7 +325,7 @@ class Scheduler:
     def _end(self, running: Running, reason: FinishReason) -> None:
         running.finish(reason)
         if running in self._running:
-            self._running.remove(running)
+            self._gone(running)
             assert running.text is not None
             self._prefixes.keep(running.text)
         else:
@@ -273,9 +336,14 @@ class Scheduler:
         running.fail(error)
         self._leave(running)
 
+    def _gone(self, running: Running) -> None:
+        """It runs no more."""
+        self._running.remove(running)
+        self._guessing.forget(running)
+
     def _leave(self, running: Running) -> None:
         """Give its sequence back."""
-        self._running.remove(running)
+        self._gone(running)
         assert running.text is not None
         self._prefixes.forget(running.text)
         running.text = None

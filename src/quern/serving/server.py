@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import uvicorn
 
 from quern.core.errors import UserError, option
 from quern.generation.generate import Tell
+from quern.generation.speculation.opening import SpeculationOptions
 from quern.serving.app import make_app
 from quern.serving.memory import MemoryLimit
 from quern.serving.model import ServedModel
@@ -38,10 +39,17 @@ class Served:
     threads: int | None = None
     engine: str = "auto"
     cache: str | None = None
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
+    pooling: str = "auto"
 
 
 def run(served: Served, tell: Tell, say: Callable[[str], None]) -> None:
     """Serve until the process is told to end. Raises ``UserError`` for a place that is taken and for what is no model."""
+    if served.speculation.draft is not None and len(served.models) > 1:
+        raise UserError(
+            f"{option('draft', '--draft')} is for one model, and {len(served.models)} are to be served; serve one, or "
+            "leave it out"
+        )
     listening = _listen(served.host, served.port)
     with closing(listening):
         _serve(served, listening, tell, say)
@@ -59,6 +67,8 @@ def _serve(served: Served, listening: socket.socket, tell: Tell, say: Callable[[
             cache=served.cache,
             context=served.context,
             limits=limits,
+            speculation=served.speculation,
+            pooling=served.pooling,
             tell=tell,
         )
         for name, path in served.models.items()

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from quern.cli.main import VERBS, app
 
 HELP = {"--help", "-h"}
+SPECULATION = {"--speculate", "--draft", "--draft-tokens"}
 TARGET = {"--bits", "--fit", "--context", "--max-loss", "--min-speed", "--cache"}
 SURFACE = {
     "plan": {
@@ -98,10 +99,12 @@ SURFACE = {
     "generate": {
         *("PATH", "--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
         *("--engine", "--cache"),
+        *SPECULATION,
     },
     "chat": {
         *("PATH", "--system", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--threads", "--json"),
         *("--engine", "--cache"),
+        *SPECULATION,
     },
     "write": {
         *("PATH", "--output", "-o", "--text", "--tokens", "--begin", "--length", "--temperature", "--top-k", "--top-p"),
@@ -109,7 +112,8 @@ SURFACE = {
     },
     "serve": {
         *("MODEL...", "--host", "--port", "--api-key", "--context", "--parallel", "--queue", "--loaded", "--threads"),
-        *("--engine", "--cache", "--memory"),
+        *("--engine", "--cache", "--memory", "--pooling"),
+        *SPECULATION,
     },
     "probe": {"--json"},
     "recipes": {"--json"},

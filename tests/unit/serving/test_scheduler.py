@@ -1,17 +1,17 @@
 """Continuous batching: everybody gets what they would get alone, whoever else is there."""
 
-import random
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from schedules import alone, decode, drained, prompt, scheduler, text_of
 
 from quern.core.errors import UserError
 from quern.engines.cpu import CpuEngine
 from quern.generation.sampling import SamplingOptions
 from quern.serving.request import Failed, Finished, FinishReason, GenerationRequest, Piece
-from quern.serving.scheduler import Limits, QueueFullError, Scheduler
+from quern.serving.scheduler import QueueFullError
 
 GREEDY = SamplingOptions()
 
@@ -29,49 +29,6 @@ def tiny_model_of(tmp_path_factory):
         return write_model(tmp_path_factory.mktemp("served"), tiny_config(**changes))
 
     return make
-
-
-def decode(ids):
-    return "".join(chr(0x4E00 + token) for token in ids)
-
-
-def scheduler(model, **limits):
-    return Scheduler(model, decode, frozenset([256]), Limits(**limits))
-
-
-def prompt(seed, length, vocabulary=256):
-    draw = random.Random(seed)
-    return tuple(draw.randrange(vocabulary) for _ in range(length))
-
-
-def alone(model, request):
-    """The answer of a session that nobody shares."""
-    from quern.generation.generate import continuation
-    from quern.generation.sampling import Sampler
-
-    sampler = Sampler(request.sampling, request.seed)
-    session = model.start()
-    return list(continuation(session, list(request.ids), request.max_tokens, sampler, frozenset([256])))
-
-
-def drained(one, wanted, after=0):
-    """Submit all, some of them later, and step until all are done; events by request."""
-    events = [[] for _ in wanted]
-    for request, told in zip(wanted[: len(wanted) - after], events, strict=False):
-        one.submit(request, told.append)
-    steps = 0
-    while one.running or one.waiting or after:
-        one.step()
-        steps += 1
-        if after and steps % 3 == 0:
-            one.submit(wanted[-after], events[-after].append)
-            after -= 1
-        assert steps < 5000
-    return events
-
-
-def text_of(events):
-    return "".join(event.text for event in events if isinstance(event, Piece))
 
 
 def test_answers_are_those_of_a_lone_run_whoever_joins_meanwhile(model):
@@ -163,7 +120,7 @@ def test_stops_ends_biases_and_lengths(model):
     assert text_of(told) == decode([256] * 16)
     (told,) = drained(scheduler(model), [replace(plain, presence_penalty=2.0, frequency_penalty=100.0, max_tokens=40)])
     assert len(set(text_of(told))) == 40
-    (told,) = drained(Scheduler(model, decode, frozenset([256]), context=20), [plain])
+    (told,) = drained(scheduler(model, context=20), [plain])
     assert told[-1].usage.written == 8
 
 

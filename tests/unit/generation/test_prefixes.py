@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from quern.serving.prefixes import BLOCK, Prefixes, Text
+from quern.generation.prefixes import BLOCK, Prefixes, Text
 
 
 class Closed:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quern.core.engine import BatchModel
+
 BLOCK = 16
 """Tokens that are shared as one."""
 MOST_KEPT = 256
@@ -53,6 +55,15 @@ class Prefixes:
                         self._kept.move_to_end(id(text))
                     return text, count * BLOCK
         return None
+
+    def opened(self, model: BatchModel, ids: Sequence[int]) -> Text:
+        """A text on ``model`` that begins with what another one has read of ``ids``. Raises ``UserError`` without room."""
+        found = self.longest(ids)
+        if found is None:
+            return Text(model.open(), [])
+        text, count = found
+        sequence = text.sequence.fork(count)
+        return Text(sequence, list(ids[: sequence.length]))
 
     def note(self, text: Text) -> None:
         """Make what ``text`` has read by now known to others."""
