@@ -7,17 +7,21 @@ that each request would get alone, so nobody sees the others but in time.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from quern.checkpoint.panics import panics_as_errors
 from quern.core.engine import BatchModel
 from quern.core.errors import QuernError, UserError
 from quern.serving.prefixes import Prefixes, Text
 from quern.serving.request import FinishReason, GenerationRequest
 from quern.serving.running import Running, Tell
+
+log = logging.getLogger("quern.serving")
 
 
 class QueueFullError(QuernError):
@@ -144,7 +148,12 @@ class Scheduler:
                     self._changed.wait()
                 if self._stopping:
                     break
-            self.step()
+            try:
+                self.step()
+            except Exception as error:  # the server goes on with other requests
+                log.error("a step failed", exc_info=error)
+                for running in list(self._running):
+                    self._drop(running, error)
         for running in [*self._running, *self._waiting]:
             self._end(running, FinishReason.CANCELLED)
 
@@ -230,7 +239,8 @@ class Scheduler:
             self._prefixes.note(running.text)
             self.counts.prompt_tokens += len(tokens)
         try:
-            running.choose(logits)
+            with panics_as_errors():
+                running.choose(logits)
         except Exception as error:
             self._drop(running, error)
             return
