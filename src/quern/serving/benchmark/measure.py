@@ -21,6 +21,7 @@ from quern.advisor.hardware import probe
 from quern.checkpoint.files import write_json
 from quern.core.errors import QuernError, UserError, option
 from quern.core.progress import Progress, Silent
+from quern.core.text.language import gettext, translatable
 from quern.serving.benchmark.client import Timing
 from quern.serving.benchmark.loads import run_load
 from quern.serving.benchmark.own_server import own_server
@@ -32,6 +33,8 @@ LONGEST_ANSWER = 3600.0
 """Seconds that a server may let a client wait for the next piece."""
 MOST_REQUESTS, MOST_CONCURRENCY, MOST_TOKENS, MOST_RATE = 100_000, 1024, 1 << 20, 10_000.0
 PACKAGES = ("torch", "numpy", "httpx")
+ANSWERS = translatable("answers")
+"""What the bar counts."""
 DEFAULT_LOADS = (Load(concurrency=1), Load(concurrency=4), Load(concurrency=8))
 
 
@@ -78,7 +81,7 @@ def bench_serve(
                 engine=engine,
                 cache=cache,
             )
-            progress.log(f"serving {model}")
+            progress.log(gettext("serving {model}", model=model))
             url = stack.enter_context(own_server(served)).url
         target.base = base_of(str(url))
         try:
@@ -116,7 +119,7 @@ async def _measure(
     async with httpx.AsyncClient(headers=target.headers, timeout=timeout, limits=limits, trust_env=False) as client:
         await target.meet(client)
         await _warm_up(client, target, workload)
-        task = progress.task("answers", workload.requests * len(loads))
+        task = progress.task(ANSWERS, workload.requests * len(loads))
         for place, load in enumerate(loads):
             timings: list[Timing] = []
 
