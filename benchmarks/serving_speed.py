@@ -52,7 +52,7 @@ from quern.serving.server import Served, listen
 
 FLASH = {"on": "ENABLED", "off": "DISABLED"}
 STARTING = 300.0
-OWN = 48
+OWN = 16
 """Tokens behind a shared beginning."""
 
 XLLAMACPP = """

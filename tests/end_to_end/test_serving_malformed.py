@@ -118,6 +118,11 @@ HOSTILE = {
     "a long name": ("/v1/completions", json.dumps({"prompt": "x", "model": "m" * 100_000})),
     "many numbers that are none": ("/detokenize", '{"tokens": [' + '"a",' * 400_000 + "1]}"),
     "many messages that are none": ("/v1/chat/completions", '{"messages": [' + "1," * 400_000 + "1]}"),
+    "many tools that are none": ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "x"}], "tools": ['
+                                                         + "1," * 400_000 + "1]}"),
+    "more tools than are taken": ("/v1/messages", json.dumps({
+        "messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "tools": [{"name": "f", "input_schema": {}}] * 129,
+    })),
     "many parts that are none": ("/v1/messages", '{"max_tokens": 1, "messages": [{"role": "user", "content": ['
                                                  + "1," * 400_000 + "1]}]}"),
     "many biases that are none": ("/v1/completions", '{"prompt": "x", "logit_bias": {'

@@ -56,32 +56,31 @@ class Target:
 
     def asked(self, prompt: Prompt, answer_tokens: int) -> dict[str, Any]:
         """A greedy completion of exactly so many tokens, where the server knows ``ignore_eos``."""
-        named = {"model": self.model} if self.model else {}
-        return {**named, "prompt": prompt, "max_tokens": answer_tokens, "temperature": 0, "ignore_eos": True}
+        return self._named(prompt=prompt, max_tokens=answer_tokens, temperature=0, ignore_eos=True)
 
     async def meet(self, client: httpx.AsyncClient) -> None:
         """Learn its model's name, its version and its tokens. Raises ``UserError`` where no such server answers."""
         try:
             listed = await client.get(f"{self.base}/models")
             told = await client.get(f"{self.root}/version")
+            self.model = self.model or _first_model(listed)
+            asked = self._named(prompt=ENGLISH, content=ENGLISH, add_special_tokens=False)
+            tokens = await client.post(f"{self.root}/tokenize", json=asked)
         except (httpx.HTTPError, OSError) as error:
             raise UserError(f"nothing answers at {self.base}: {error or type(error).__name__}") from None
         if listed.status_code in (401, 403):
             raise UserError(f"{self.base} wants a key; give it as {option('key', '--api-key')}")
         self.version = _field(told, "version") or listed.headers.get("server")
-        models = _field(listed, "data")
-        if not self.model and isinstance(models, list) and models and isinstance(models[0], dict):
-            self.model = str(models[0].get("id", ""))
-        await self._learn_tokens(client)
+        ids = _field(tokens, "tokens")
+        if isinstance(ids, list) and ids and all(type(token) is int for token in ids):
+            self.tokens = tuple(dict.fromkeys(ids))
+        else:
+            await self._measure_words(client)
 
-    async def _learn_tokens(self, client: httpx.AsyncClient) -> None:
-        words = " ".join(WORDS)
-        named = {"model": self.model} if self.model else {}
-        asked = {**named, "prompt": words, "content": words, "add_special_tokens": False}
-        tokens = _field(await client.post(f"{self.root}/tokenize", json=asked), "tokens")
-        if isinstance(tokens, list) and tokens and all(type(token) is int for token in tokens):
-            self.tokens = tuple(dict.fromkeys(tokens))
-            return
+    def _named(self, **asked: Any) -> dict[str, Any]:
+        return {**({"model": self.model} if self.model else {}), **asked}
+
+    async def _measure_words(self, client: httpx.AsyncClient) -> None:
         found = await completion(client, self.completions, self.asked(" ".join(WORDS[:CALIBRATION]), 1))
         if found.error is not None:
             raise UserError(f"{self.completions} does not complete a text: {found.error}")
@@ -122,6 +121,13 @@ def base_of(url: str) -> str:
         )
     path = parts.path.rstrip("/").removesuffix("/completions")
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+def _first_model(listed: httpx.Response) -> str:
+    """The first one that a server lists, as requests name it; nothing where it lists none."""
+    models = _field(listed, "data")
+    first = models[0] if isinstance(models, list) and models else {}
+    return str(first.get("id", "")) if isinstance(first, dict) else ""
 
 
 def _field(response: httpx.Response, name: str) -> Any:
