@@ -6,6 +6,7 @@ the head) in Q6_K, or Q5_K for the IQ types; where a row is no multiple of 256, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,13 @@ def type_for(kind: str, columns: int) -> gguf.GGMLQuantizationType:
     return TYPES[kind if columns % block == 0 else FALLBACK[kind]]
 
 
-def write_gguf(path: Path, config: dict[str, Any], kind: str, seed: int = 0) -> Path:
-    """A model of ``config`` (keys of a Qwen2 config.json) whose linears are of ``kind``; Q4_K_M mixes in Q6_K."""
+def write_gguf(
+    path: Path, config: dict[str, Any], kind: str, seed: int = 0, tokens: Sequence[str] | None = None
+) -> Path:
+    """A model of ``config`` (keys of a Qwen2 config.json) whose linears are of ``kind``; Q4_K_M mixes in Q6_K.
+
+    ``tokens``: what its tokens are in GPT-2's alphabet of bytes, which no merges join; None: it has no tokenizer.
+    """
     generator = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "qwen2")
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -47,7 +53,15 @@ def write_gguf(path: Path, config: dict[str, Any], kind: str, seed: int = 0) -> 
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(vocabulary)
-    writer.add_tokenizer_model("no_vocab")
+    if tokens is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(list(tokens))
+        writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+        writer.add_token_merges(["a b"])
+        writer.add_add_bos_token(False)
     base = "Q4_K" if kind == "Q4_K_M" else kind
 
     def matrix(name: str, rows: int, columns: int, wanted: str) -> None:

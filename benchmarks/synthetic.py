@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from quern.architectures.base import architecture_of
@@ -18,10 +18,16 @@ VOCABULARY = 320
 """The bytes, and room for the special tokens that tokenizer classes add."""
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer with one token for each byte."""
-    tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(BYTES)}, []))
+def tokens_of(vocabulary: int) -> list[str]:
+    """The bytes, and words that no text has: what a model of random weights writes with so many tokens is text at once."""
+    return [*BYTES, *(f"\u0120t{index}" for index in range(len(BYTES), vocabulary))]
+
+
+def write_tokenizer(folder: Path, vocabulary: int = len(BYTES)) -> None:
+    """A tokenizer with one token for each byte, and others that it only decodes."""
+    tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(tokens_of(vocabulary))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 

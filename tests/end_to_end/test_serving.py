@@ -2,8 +2,6 @@
 
 import json
 import random
-import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,8 +9,7 @@ import anthropic
 import httpx
 import openai
 import pytest
-import uvicorn
-from tiny_model import tiny_config, write_model
+from running_server import running, write_served_model
 
 from quern.serving.app import make_app
 from quern.serving.model import ServedModel
@@ -20,11 +17,6 @@ from quern.serving.models import Models
 from quern.serving.scheduler import Limits
 
 KEY = "secret"
-TEMPLATE = (
-    "{% for tool in tools or [] %}<tool_call> {{ tool.function.name }}\n{% endfor %}"
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 HELLO = [{"role": "user", "content": "Hello"}]
 TOOL = {
     "name": "weather",
@@ -35,27 +27,15 @@ TOOLS = [{"type": "function", "function": TOOL}]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = write_model(tmp_path_factory.mktemp("served"), tiny_config(max_position_embeddings=512))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
-    return folder
+    return write_served_model(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")
 def server(model):
     limits = Limits(parallel=3, waiting=40, prompt_tokens=32)
-    app = make_app(Models({"tiny": lambda: ServedModel(model, "tiny", threads=1, limits=limits)}), KEY, largest=200_000)
-    listening = socket.create_server(("127.0.0.1", 0))
-    serving = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=serving.run, args=([listening],), daemon=True)
-    thread.start()
-    while not serving.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    serving.should_exit = True
-    thread.join(30)
-    assert not thread.is_alive()
+    models = Models({"tiny": lambda: ServedModel(model, "tiny", threads=1, limits=limits)})
+    with running(make_app(models, KEY, largest=200_000)) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

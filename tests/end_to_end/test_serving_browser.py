@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from running_server import chat_model, running
+from running_server import running, write_served_model
 
 from quern.serving.app import make_app
 from quern.serving.model import ServedModel
@@ -19,7 +19,7 @@ KEY = "secret"
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    folder = chat_model(tmp_path_factory.mktemp("page") / "model", eos_token_id=None)
+    folder = write_served_model(tmp_path_factory.mktemp("page") / "model", eos_token_id=None)
     load = {name: lambda name=name: ServedModel(folder, name, threads=1) for name in ("tiny", "other")}
     with running(make_app(Models(load), KEY)) as found:
         yield found

@@ -11,6 +11,7 @@ import typer
 
 import quern
 from quern.cli import options
+from quern.cli.bench import app as bench
 from quern.cli.chat import chat
 from quern.cli.check import check
 from quern.cli.compare import compare
@@ -99,6 +100,7 @@ def main(
 for _verb in VERBS:
     app.command(_verb.__name__, cls=Command, epilog=f"Example: {_verb.example}")(_verb)  # type: ignore[attr-defined]
 
+app.add_typer(bench, name="bench")
 app.add_typer(peers, name="peers")
 
 

@@ -131,6 +131,7 @@ class ServedModel:
                 tokenize=False,
                 **given,
             )
+            text.encode()  # half a surrogate pair is no text, and comes by escapes inside of JSON
         except Exception as error:  # a template is a program of its author's, and fails as it likes
             raise UserError(f"the model's chat template refuses this conversation: {error}") from None
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

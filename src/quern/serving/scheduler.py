@@ -7,6 +7,7 @@ that each request would get alone, so nobody sees the others but in time.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from quern.checkpoint.panics import panics_as_errors
 from quern.core.engine import BatchModel
 from quern.core.errors import QuernError, UserError
 from quern.generation.prefixes import Prefixes
@@ -24,6 +26,8 @@ from quern.serving.embedding import Embedder, Pooling, Vectors
 from quern.serving.guessing import Guessing
 from quern.serving.request import FinishReason, GenerationRequest
 from quern.serving.running import Running, Tell
+
+log = logging.getLogger("quern.serving")
 
 
 class QueueFullError(QuernError):
@@ -170,7 +174,12 @@ class Scheduler:
                     self._changed.wait()
                 if self._stopping:
                     break
-            self.step()
+            try:
+                self.step()
+            except Exception as error:  # the server goes on with other requests
+                log.error("a step failed", exc_info=error)
+                for running in list(self._running):
+                    self._drop(running, error)
         for running in [*self._running, *self._waiting]:
             self._end(running, FinishReason.CANCELLED)
         self._embedder.stop()
@@ -275,7 +284,8 @@ class Scheduler:
             self._prefixes.note(running.text)
             self.counts.prompt_tokens += len(tokens)
         try:
-            right = self._write(running, draft, logits)
+            with panics_as_errors():
+                right = self._write(running, draft, logits)
         except Exception as error:
             self._drop(running, error)
             return

@@ -14,6 +14,7 @@ from quern.core.errors import UserError, option
 from quern.generation.generate import Tell
 from quern.generation.speculation.opening import SpeculationOptions
 from quern.serving.app import make_app
+from quern.serving.connections import ImpatientProtocol
 from quern.serving.memory import MemoryLimit
 from quern.serving.model import ServedModel
 from quern.serving.models import Models
@@ -43,15 +44,17 @@ class Served:
     pooling: str = "auto"
 
 
-def run(served: Served, tell: Tell, say: Callable[[str], None]) -> None:
-    """Serve until the process is told to end. Raises ``UserError`` for a place that is taken and for what is no model."""
+def run(served: Served, tell: Tell, say: Callable[[str], None], listening: socket.socket | None = None) -> None:
+    """Serve until the process is told to end; ``listening``: a socket that listens already, instead of host and port.
+
+    Raises ``UserError`` for a place that is taken and for what is no model.
+    """
     if served.speculation.draft is not None and len(served.models) > 1:
         raise UserError(
             f"{option('draft', '--draft')} is for one model, and {len(served.models)} are to be served; serve one, or "
             "leave it out"
         )
-    listening = _listen(served.host, served.port)
-    with closing(listening):
+    with closing(listening or listen(served.host, served.port)) as listening:
         _serve(served, listening, tell, say)
 
 
@@ -86,7 +89,14 @@ def _serve(served: Served, listening: socket.socket, tell: Tell, say: Callable[[
     say(f"serving {', '.join(served.models)} at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends)")
     if served.key is None and not _loopback(host):
         say("anybody who reaches this address can use it: --api-key KEY answers only those who give the key")
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, lifespan="on", server_header=False)
+    config = uvicorn.Config(
+        app,
+        http=ImpatientProtocol,
+        log_level="warning",
+        timeout_graceful_shutdown=5,
+        lifespan="on",
+        server_header=False,
+    )
     uvicorn.Server(config).run([listening])
 
 
@@ -95,7 +105,8 @@ def _taken(loaded: dict[str, ServedModel], name: str, load: Callable[[], ServedM
     return loaded.pop(name, None) or load()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises ``UserError``."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]

@@ -119,6 +119,13 @@ SURFACE = {
     "recipes": {"--json"},
     "check": {"[RECIPE]", "--for", "--cache", "--model", "--tensor-parallel", "--matrix", "--json"},
 }
+BENCH = {
+    "serve": {
+        *("[MODEL]", "--url", "--name", "--api-key", "--concurrency", "--rates", "--requests", "--prompt-tokens"),
+        *("--answer-tokens", "--shared-prefix", "--seed", "--parallel", "--threads", "--engine", "--cache", "--output"),
+        *("-o", "--json"),
+    }
+}
 PEERS = {"list": {"--json"}, "install": {"NAME...", "--json"}, "remove": {"NAME...", "--json"}, "doctor": {"--json"}}
 BEFORE_THE_VERB = {"--debug", "--version", "--language"}
 NAMES = [function.__name__ for function in VERBS]
@@ -135,8 +142,9 @@ def parameters(command):
 def test_verbs_and_their_options():
     group = get_command(app)
     verbs = dict(group.commands)
-    peers = verbs.pop("peers")
+    bench, peers = verbs.pop("bench"), verbs.pop("peers")
     assert {name: parameters(command) for name, command in verbs.items()} == SURFACE
+    assert {name: parameters(command) for name, command in bench.commands.items()} == BENCH
     assert {name: parameters(command) for name, command in peers.commands.items()} == PEERS
     assert parameters(group) == BEFORE_THE_VERB
 

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from running_server import chat_model
+from running_server import write_served_model
 
 from quern.core.errors import UserError
 from quern.serving.memory import MemoryLimit
@@ -16,7 +16,7 @@ CONTEXT, PARALLEL = 64, 4
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    return {name: str(chat_model(tmp_path_factory.mktemp(name) / "model")) for name in ("one", "two", "three")}
+    return {name: str(write_served_model(tmp_path_factory.mktemp(name) / "model")) for name in ("one", "two", "three")}
 
 
 def load(paths, name):

@@ -183,3 +183,60 @@ def test_a_paused_answer_lets_others_go_on(model):
 def test_a_prompt_beyond_the_context_is_refused(model):
     with pytest.raises(UserError, match="the context is 256"):
         scheduler(model).submit(GenerationRequest(prompt(1, 256), 1), print)
+
+
+class PanicException(BaseException):
+    """As pyo3 makes of a panic in Rust."""
+
+
+class Broken:
+    """A grammar that fails at its second token."""
+
+    finished = False
+
+    def __init__(self, error):
+        self._error, self._steps = error, 0
+
+    def constrain(self, logits):
+        self._steps += 1
+        if self._steps == 2:
+            raise self._error
+
+    def accept(self, token):
+        pass
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), PanicException("broken")])
+def test_one_request_that_breaks_takes_nobody_with_it(model, error):
+    other = GenerationRequest(prompt(1, 20), 8)
+    broken = GenerationRequest(prompt(2, 5), 8, grammar=lambda: Broken(error))
+    events = drained(scheduler(model), [other, broken, other])
+    assert isinstance(events[1][-1], Failed)
+    assert str(events[1][-1].error) == "broken"
+    assert text_of(events[0]) == text_of(events[2]) == decode(alone(model, other))
+
+
+def test_the_thread_survives_a_step_that_fails(model):
+    one = scheduler(model)
+    step, failures = one.step, [RuntimeError("broken")]
+
+    def failing():
+        if one.running and failures:
+            raise failures.pop()
+        step()
+
+    one.step = failing
+    one.start()
+    told, done = [], threading.Event()
+
+    def tell(event):
+        told.append(event)
+        if not isinstance(event, Piece):
+            done.set()
+
+    for expected in (Failed, Finished):
+        done.clear()
+        one.submit(GenerationRequest(prompt(1, 20), 4, ignore_end=True), tell)
+        assert done.wait(30)
+        assert isinstance(told[-1], expected)
+    one.stop()

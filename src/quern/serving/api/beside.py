@@ -10,20 +10,19 @@ from fastapi.responses import HTMLResponse, Response
 
 import quern
 from quern.serving.api.errors import RequestError
-from quern.serving.api.fields import Body, Text
-from quern.serving.api.served import model_for
+from quern.serving.api.fields import Body, Name, Text, Tokens
+from quern.serving.api.served import in_thread, model_for
 from quern.serving.metrics import CONTENT_TYPE, exposition
 from quern.serving.models import Models
 
 PAGE = Path(__file__).with_name("page.html")
-MOST_IDS = 1 << 20
 router = APIRouter()
 
 
 class TokenizeRequest(Body):
     """``POST /tokenize``."""
 
-    model: str = ""
+    model: Name = ""
     prompt: Text = ""
     content: Text = ""
     add_special_tokens: bool = True
@@ -32,8 +31,8 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """``POST /detokenize``."""
 
-    model: str = ""
-    tokens: list[int]
+    model: Name = ""
+    tokens: Tokens
 
 
 @router.get("/v1/models")
@@ -61,8 +60,12 @@ async def tokenize(request: Request, asked: TokenizeRequest) -> dict[str, Any]:
     """Token ids of a text."""
     model = await model_for(request, asked.model)
     text = asked.prompt or asked.content
-    ids = model.tokenizer(text, add_special_tokens=asked.add_special_tokens)["input_ids"] if text else []
-    return {"tokens": list(ids), "count": len(ids), "max_model_len": model.context}
+
+    def read() -> list[int]:
+        return list(model.tokenizer(text, add_special_tokens=asked.add_special_tokens)["input_ids"])
+
+    ids = await in_thread(read) if text else []
+    return {"tokens": ids, "count": len(ids), "max_model_len": model.context}
 
 
 @router.post("/detokenize")
@@ -70,9 +73,9 @@ async def detokenize(request: Request, asked: DetokenizeRequest) -> dict[str, An
     """The text of token ids."""
     model = await model_for(request, asked.model)
     size = model.model.vocabulary_size
-    if len(asked.tokens) > MOST_IDS or any(not 0 <= token < size for token in asked.tokens):
-        raise RequestError(400, f"tokens are numbers from 0 to {size - 1}, at most {MOST_IDS}", "tokens")
-    text = str(model.tokenizer.decode(asked.tokens))
+    if any(not 0 <= token < size for token in asked.tokens):
+        raise RequestError(400, f"tokens are numbers from 0 to {size - 1}", "tokens")
+    text = await in_thread(lambda: str(model.tokenizer.decode(asked.tokens)))
     return {"prompt": text, "content": text}
 
 

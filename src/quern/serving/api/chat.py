@@ -13,16 +13,15 @@ from pydantic import Field
 
 from quern.serving.api.answers import answers, merged
 from quern.serving.api.errors import RequestError, body
-from quern.serving.api.fields import Body, ResponseFormat, SamplingFields, Text
-from quern.serving.api.served import model_for
-from quern.serving.api.streaming import Streamed, event_stream
+from quern.serving.api.fields import Body, Name, ResponseFormat, SamplingFields, Several, Text
+from quern.serving.api.served import in_thread, model_for
+from quern.serving.api.streaming import Streamed, event_stream, whole_answer
 from quern.serving.grammar import TokenGrammar
 from quern.serving.model import Prompt, ServedModel
 from quern.serving.parts import Part, PartReader
-from quern.serving.request import Finished, FinishReason, Piece, TokenProbability, Usage
+from quern.serving.request import Finished, FinishReason, GenerationRequest, Piece, TokenProbability, Usage
 
 PATH = "/v1/chat/completions"
-MOST_MESSAGES = 4096
 MOST_TOOLS = 128
 router = APIRouter()
 
@@ -30,7 +29,7 @@ router = APIRouter()
 class ContentPart(Body):
     """A part of a message."""
 
-    type: str
+    type: Name
     text: Text | None = None
 
 
@@ -52,7 +51,7 @@ class Tool(Body):
 class CalledFunction(Body):
     """A call in an earlier message."""
 
-    name: str
+    name: Name
     arguments: Text = "{}"
 
 
@@ -68,10 +67,10 @@ class Message(Body):
     """What somebody said."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[ContentPart] | None = None
+    content: Text | Several[ContentPart] | None = None
     name: str | None = None
     reasoning_content: Text | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Several[Call] | None = None
     tool_call_id: str | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -91,7 +90,7 @@ class Message(Body):
 class NamedFunction(Body):
     """A tool by name."""
 
-    name: str
+    name: Name
 
 
 class NamedTool(Body):
@@ -110,8 +109,8 @@ class StreamOptions(Body):
 class ChatRequest(SamplingFields):
     """``POST /v1/chat/completions``."""
 
-    model: str = ""
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    model: Name = ""
+    messages: Annotated[Several[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False
@@ -119,7 +118,7 @@ class ChatRequest(SamplingFields):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] = []
+    tools: Annotated[Several[Tool], Field(max_length=MOST_TOOLS)] = []
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
@@ -151,19 +150,22 @@ async def chat(request: Request, asked: ChatRequest) -> Any:
     """Answer a conversation."""
     model = await model_for(request, asked.model)
     tools = asked.offered()
-    prompt = model.conversation(
-        [message.plain() for message in asked.messages],
-        [tool.model_dump(exclude_none=True) for tool in tools],
-        asked.chat_template_kwargs,
-    )
-    most = asked.max_completion_tokens or asked.max_tokens
-    shown = (asked.top_logprobs or 0) if asked.logprobs else None
-    requests = asked.requests(model, prompt, most, shown, asked.grammar(model))
+
+    def read() -> tuple[Prompt, list[GenerationRequest]]:
+        prompt = model.conversation(
+            [message.plain() for message in asked.messages],
+            [tool.model_dump(exclude_none=True) for tool in tools],
+            asked.chat_template_kwargs,
+        )
+        most = asked.max_completion_tokens or asked.max_tokens
+        shown = (asked.top_logprobs or 0) if asked.logprobs else None
+        return prompt, asked.requests(model, prompt, most, shown, asked.grammar(model))
+
+    prompt, requests = await in_thread(read)
     reply = _Reply(model, asked, prompt, [tool.function.name for tool in tools])
     if asked.stream:
         return await event_stream(answers(model.scheduler, requests), reply.chunks)
-    async with answers(model.scheduler, requests) as opened:
-        return await reply.whole(opened)
+    return await whole_answer(request, answers(model.scheduler, requests), reply.whole)
 
 
 class _Reply:

@@ -15,11 +15,11 @@ from pydantic import Field
 from quern.serving.api.answers import answers, merged
 from quern.serving.api.chat import StreamOptions, usage_of
 from quern.serving.api.errors import RequestError, body
-from quern.serving.api.fields import ResponseFormat, SamplingFields, Text
-from quern.serving.api.served import model_for
-from quern.serving.api.streaming import Streamed, event_stream
+from quern.serving.api.fields import Name, ResponseFormat, SamplingFields, Several, Text, Tokens
+from quern.serving.api.served import in_thread, model_for
+from quern.serving.api.streaming import Streamed, event_stream, whole_answer
 from quern.serving.model import Prompt, ServedModel
-from quern.serving.request import FinishReason, Piece, TokenProbability, Usage
+from quern.serving.request import FinishReason, GenerationRequest, Piece, TokenProbability, Usage
 
 PATH = "/v1/completions"
 MOST_PROMPTS = 16
@@ -29,8 +29,8 @@ router = APIRouter()
 class CompletionRequest(SamplingFields):
     """``POST /v1/completions``."""
 
-    model: str = ""
-    prompt: Text | list[int] | Annotated[list[Text | list[int]], Field(min_length=1, max_length=MOST_PROMPTS)]
+    model: Name = ""
+    prompt: Text | Tokens | Annotated[Several[Text | Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -43,26 +43,30 @@ class CompletionRequest(SamplingFields):
         given: list[Any] = [self.prompt]
         if isinstance(self.prompt, list) and not all(isinstance(one, int) for one in self.prompt):
             given = list(self.prompt)
+        if len(given) * self.n > MOST_PROMPTS:
+            raise RequestError(400, f"{len(given)} prompts with n = {self.n} are more than {MOST_PROMPTS} answers", "n")
         return [model.prompt_of(one) if isinstance(one, str) else model.prompt_of_ids(one) for one in given]
+
+    def read(self, model: ServedModel) -> tuple[list[GenerationRequest], list[str]]:
+        """What is asked of the model, and the text that each answer begins with."""
+        grammar = None if self.response_format is None else self.response_format.grammar(model)
+        found = [
+            one
+            for prompt in self.prompts(model)
+            for one in self.requests(model, prompt, self.max_tokens, self.logprobs, grammar)
+        ]
+        return found, [str(model.decode(list(one.ids))) if self.echo else "" for one in found]
 
 
 @router.post(PATH, response_model=None)
 async def complete(request: Request, asked: CompletionRequest) -> Any:
     """Continue one text, or several."""
     model = await model_for(request, asked.model)
-    prompts = asked.prompts(model)
-    grammar = None if asked.response_format is None else asked.response_format.grammar(model)
-    requests = [
-        one for prompt in prompts for one in asked.requests(model, prompt, asked.max_tokens, asked.logprobs, grammar)
-    ]
-    if len(requests) > MOST_PROMPTS:
-        raise RequestError(400, f"{len(prompts)} prompts with n = {asked.n} are more than {MOST_PROMPTS} answers", "n")
-    first = [str(model.decode(list(one.ids))) if asked.echo else "" for one in requests]
+    requests, first = await in_thread(lambda: asked.read(model))
     reply = _Reply(model, asked, first)
     if asked.stream:
         return await event_stream(answers(model.scheduler, requests), reply.chunks)
-    async with answers(model.scheduler, requests) as opened:
-        return await reply.whole(opened)
+    return await whole_answer(request, answers(model.scheduler, requests), reply.whole)
 
 
 class _Reply:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from quern.core.errors import QuernError, UserError
@@ -28,6 +28,8 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+LONGEST = 2000
+"""Characters of a message: what was asked may stand in it."""
 log = logging.getLogger("quern.serving")
 
 
@@ -36,7 +38,7 @@ class RequestError(Exception):
 
     def __init__(self, status: int, message: str, parameter: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.parameter, self.code = status, message, parameter, code
+        self.status, self.message, self.parameter, self.code = status, message[:LONGEST], parameter, code
 
 
 def as_request_error(error: Exception) -> RequestError:
@@ -63,34 +65,38 @@ def body(path: str, error: RequestError) -> dict[str, Any]:
     return {"error": said}
 
 
-def response(path: str, error: RequestError) -> JSONResponse:
-    """The error as an answer."""
+def response(path: str, error: RequestError) -> Response:
+    """The error as an answer; in ASCII, since texts of requests in it need be no Unicode."""
     headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(body(path, error), error.status, headers)
+    return Response(json.dumps(body(path, error)), error.status, headers, "application/json")
 
 
 def add_handlers(app: FastAPI) -> None:
     """Let ``app`` answer errors so."""
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        where = ".".join(str(part)[:100] for part in first["loc"] if part != "body") or None
         said = first["msg"] if where is None else f"{where}: {first['msg']}"
         return response(request.url.path, RequestError(400, said, where))
 
     @app.exception_handler(HTTPException)
-    async def foreign(request: Request, error: HTTPException) -> JSONResponse:
+    async def foreign(request: Request, error: HTTPException) -> Response:
         return response(request.url.path, RequestError(error.status_code, str(error.detail)))
 
     @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> JSONResponse:
+    async def refused(request: Request, error: RequestError) -> Response:
         return response(request.url.path, error)
 
     @app.exception_handler(QuernError)
-    async def known(request: Request, error: QuernError) -> JSONResponse:
+    async def known(request: Request, error: QuernError) -> Response:
         return response(request.url.path, as_request_error(error))
 
+    @app.exception_handler(RecursionError)
+    async def deep(request: Request, error: RecursionError) -> Response:
+        return response(request.url.path, RequestError(400, "the request is nested too deeply"))
+
     @app.exception_handler(Exception)
-    async def unknown(request: Request, error: Exception) -> JSONResponse:
+    async def unknown(request: Request, error: Exception) -> Response:
         return response(request.url.path, as_request_error(error))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from quern.generation.sampling import SamplingOptions
 from quern.serving.api.errors import RequestError
@@ -15,7 +15,23 @@ from quern.serving.model import Prompt, ServedModel
 from quern.serving.request import GenerationRequest
 
 Text = Annotated[str, Field(max_length=1 << 22)]
+Name = Annotated[str, Field(max_length=1024)]
 StopText = Annotated[str, Field(max_length=1024)]
+T = TypeVar("T")
+Several = Annotated[list[T], Field(fail_fast=True, max_length=4096)]
+"""Of which a malformed one ends the reading: a million of them would make a million errors."""
+Tokens = Annotated[list[int], Field(fail_fast=True, max_length=1 << 20)]
+MOST_BIASES = 1024
+
+
+def _few_biases(given: Any) -> Any:
+    """Before its fields are read, of which each malformed one makes an error."""
+    if isinstance(given, dict) and len(given) > MOST_BIASES:
+        raise ValueError(f"at most {MOST_BIASES} tokens are taken")
+    return given
+
+
+Biases = Annotated[dict[Name, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_few_biases)]
 
 
 class Body(BaseModel):
@@ -27,7 +43,7 @@ class Body(BaseModel):
 class JsonSchema(Body):
     """What ``response_format`` names by ``json_schema``."""
 
-    name: str = "schema"
+    name: Name = "schema"
     schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
 
 
@@ -60,10 +76,10 @@ class SamplingFields(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     seed: int | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    logit_bias: Biases | None = None
     ignore_eos: bool = False
     n: Annotated[int, Field(ge=1, le=16)] = 1
 

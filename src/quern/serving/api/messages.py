@@ -12,12 +12,12 @@ from pydantic import Field
 
 from quern.serving.api.answers import answers, merged
 from quern.serving.api.errors import RequestError, body
-from quern.serving.api.fields import Body, SamplingFields, StopText, Text
-from quern.serving.api.served import model_for
-from quern.serving.api.streaming import Streamed, event_stream
+from quern.serving.api.fields import Body, Name, SamplingFields, Several, StopText, Text
+from quern.serving.api.served import in_thread, model_for
+from quern.serving.api.streaming import Streamed, event_stream, whole_answer
 from quern.serving.model import Prompt, ServedModel
 from quern.serving.parts import Part
-from quern.serving.request import Finished, FinishReason, Piece, Usage
+from quern.serving.request import Finished, FinishReason, GenerationRequest, Piece, Usage
 
 PATH = "/v1/messages"
 router = APIRouter()
@@ -26,21 +26,21 @@ router = APIRouter()
 class Block(Body):
     """A part of a message: text, a call of a tool, what it gave, a thought."""
 
-    type: str
+    type: Name
     text: Text | None = None
     thinking: Text | None = None
     id: str = ""
-    name: str = ""
+    name: Name = ""
     input: dict[str, Any] = {}
     tool_use_id: str = ""
-    content: Text | list[Any] | None = None
+    content: Text | Several[Any] | None = None
 
 
 class Message(Body):
     """What somebody said."""
 
     role: Literal["user", "assistant", "system"]
-    content: Text | list[Block]
+    content: Text | Several[Block]
 
     def plain(self) -> list[dict[str, Any]]:
         """As chat templates know it: results of tools are messages of their own."""
@@ -79,16 +79,16 @@ class ToolChoice(Body):
     """Whether tools are called."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    name: Name | None = None
 
 
 class CountRequest(Body):
     """``POST /v1/messages/count_tokens``."""
 
-    model: str = ""
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    system: Text | list[Block] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] = []
+    model: Name = ""
+    messages: Annotated[Several[Message], Field(min_length=1)]
+    system: Text | Several[Block] | None = None
+    tools: Annotated[Several[Tool], Field(max_length=128)] = []
 
     def prompt(self, model: ServedModel, tools: list[Tool]) -> Prompt:
         """The conversation as the model reads it."""
@@ -114,7 +114,7 @@ class MessagesRequest(CountRequest):
     """``POST /v1/messages``."""
 
     max_tokens: Annotated[int, Field(ge=1)]
-    stop_sequences: Annotated[list[StopText], Field(max_length=16)] = []
+    stop_sequences: Annotated[Several[StopText], Field(max_length=16)] = []
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -133,31 +133,35 @@ class MessagesRequest(CountRequest):
             raise RequestError(400, f"tool_choice names {choice.name!r}, which is not among the tools", "tool_choice")
         return found
 
+    def read(self, model: ServedModel, tools: list[Tool]) -> tuple[Prompt, list[GenerationRequest]]:
+        """The conversation as the model reads it, and what is asked of it."""
+        prompt, grammar = self.prompt(model, tools), None
+        if self.tool_choice is not None and self.tool_choice.type in ("any", "tool") and tools:
+            grammar = model.calls({tool.name: tool.input_schema for tool in tools})
+        sampling = SamplingFields(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, stop=self.stop_sequences or None
+        )
+        return prompt, sampling.requests(model, prompt, self.max_tokens, None, grammar)
+
 
 @router.post(PATH, response_model=None)
 async def messages(request: Request, asked: MessagesRequest) -> Any:
     """Answer a conversation."""
     model = await model_for(request, asked.model)
     tools = asked.offered()
-    prompt, grammar = asked.prompt(model, tools), None
-    if asked.tool_choice is not None and asked.tool_choice.type in ("any", "tool") and tools:
-        grammar = model.calls({tool.name: tool.input_schema for tool in tools})
-    sampling = SamplingFields(
-        temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k, stop=asked.stop_sequences or None
-    )
-    requests = sampling.requests(model, prompt, asked.max_tokens, None, grammar)
+    prompt, requests = await in_thread(lambda: asked.read(model, tools))
     reply = _Reply(model, prompt, [tool.name for tool in tools])
     if asked.stream:
         return await event_stream(answers(model.scheduler, requests), reply.events)
-    async with answers(model.scheduler, requests) as opened:
-        return await reply.whole(opened)
+    return await whole_answer(request, answers(model.scheduler, requests), reply.whole)
 
 
 @router.post(f"{PATH}/count_tokens", response_model=None)
 async def count(request: Request, asked: CountRequest) -> Any:
     """Tokens of a conversation."""
     model = await model_for(request, asked.model)
-    return {"input_tokens": len(asked.prompt(model, asked.tools).ids)}
+    prompt = await in_thread(lambda: asked.prompt(model, asked.tools))
+    return {"input_tokens": len(prompt.ids)}
 
 
 class _Reply:

@@ -13,12 +13,12 @@ from pydantic import Field
 
 from quern.serving.api.answers import answers, merged
 from quern.serving.api.errors import RequestError
-from quern.serving.api.fields import Body, JsonSchema, ResponseFormat, SamplingFields, Text
-from quern.serving.api.served import model_for
-from quern.serving.api.streaming import Streamed, event_stream
-from quern.serving.model import ServedModel
+from quern.serving.api.fields import Body, JsonSchema, Name, ResponseFormat, SamplingFields, Several, Text
+from quern.serving.api.served import in_thread, model_for
+from quern.serving.api.streaming import Streamed, event_stream, whole_answer
+from quern.serving.model import Prompt, ServedModel
 from quern.serving.parts import Part, PartReader
-from quern.serving.request import Finished, FinishReason, Piece, Usage
+from quern.serving.request import Finished, FinishReason, GenerationRequest, Piece, Usage
 
 PATH = "/v1/responses"
 router = APIRouter()
@@ -27,13 +27,13 @@ router = APIRouter()
 class Item(Body):
     """A message, a call of a tool, or what it gave."""
 
-    type: str = "message"
+    type: Name = "message"
     role: Literal["system", "developer", "user", "assistant"] = "user"
-    content: Text | list[dict[str, Any]] | None = None
+    content: Text | Several[dict[str, Any]] | None = None
     call_id: str = ""
-    name: str = ""
+    name: Name = ""
     arguments: Text = "{}"
-    output: Text | list[dict[str, Any]] = ""
+    output: Text | Several[dict[str, Any]] = ""
 
     def plain(self) -> dict[str, Any] | None:
         """As chat templates know it; None for what they do not see."""
@@ -59,7 +59,7 @@ class Item(Body):
 class Tool(Body):
     """A tool."""
 
-    type: str = "function"
+    type: Name = "function"
     name: Annotated[str, Field(max_length=256)] = ""
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -80,14 +80,14 @@ class TextOptions(Body):
 class ResponsesRequest(Body):
     """``POST /v1/responses``."""
 
-    model: str = ""
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=4096)]
+    model: Name = ""
+    input: Text | Annotated[Several[Item], Field(min_length=1)]
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: bool = False
-    tools: Annotated[list[Tool], Field(max_length=128)] = []
+    tools: Annotated[Several[Tool], Field(max_length=128)] = []
     tool_choice: Literal["none", "auto", "required"] | Tool | None = None
     text: TextOptions | None = None
     previous_response_id: str | None = None
@@ -115,29 +115,32 @@ class ResponsesRequest(Body):
             raise RequestError(400, f"tool_choice names {self.tool_choice.name!r}, which is not there", "tool_choice")
         return found
 
+    def read(self, model: ServedModel, tools: list[Tool]) -> tuple[Prompt, list[GenerationRequest]]:
+        """The conversation as the model reads it, and what is asked of it."""
+        named = [
+            {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})} for tool in tools
+        ]
+        prompt = model.conversation(self.messages(), named)
+        form, grammar = None if self.text is None else self.text.format, None
+        if tools and (self.tool_choice == "required" or isinstance(self.tool_choice, Tool)):
+            grammar = model.calls({tool.name: tool.parameters or {} for tool in tools})
+        elif form is not None:
+            schema = form if form.type == "json_schema" else None
+            grammar = ResponseFormat(type=form.type, json_schema=schema).grammar(model)
+        sampling = SamplingFields(temperature=self.temperature, top_p=self.top_p)
+        return prompt, sampling.requests(model, prompt, self.max_output_tokens, None, grammar)
+
 
 @router.post(PATH, response_model=None)
 async def respond(request: Request, asked: ResponsesRequest) -> Any:
     """Answer a conversation."""
     model = await model_for(request, asked.model)
     tools = asked.offered()
-    named = [{"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})} for tool in tools]
-    prompt = model.conversation(asked.messages(), named)
-    form, grammar = None if asked.text is None else asked.text.format, None
-    if tools and (asked.tool_choice == "required" or isinstance(asked.tool_choice, Tool)):
-        grammar = model.calls({tool.name: tool.parameters or {} for tool in tools})
-    elif form is not None:
-        schema = form if form.type == "json_schema" else None
-        grammar = ResponseFormat(type=form.type, json_schema=schema).grammar(model)
-    sampling = SamplingFields(temperature=asked.temperature, top_p=asked.top_p)
-    requests = sampling.requests(model, prompt, asked.max_output_tokens, None, grammar)
+    prompt, requests = await in_thread(lambda: asked.read(model, tools))
     reply = _Reply(model, model.reader(prompt, [tool.name for tool in tools]))
     if asked.stream:
         return await event_stream(answers(model.scheduler, requests), reply.events)
-    async with answers(model.scheduler, requests) as opened:
-        async for _ in reply.events(opened, raising=True):
-            pass
-    return reply.response
+    return await whole_answer(request, answers(model.scheduler, requests), reply.whole)
 
 
 class _Reply:
@@ -159,6 +162,12 @@ class _Reply:
             "tools": [],
             "usage": None,
         }
+
+    async def whole(self, opened: Any) -> dict[str, Any]:
+        """One object, once all is written."""
+        async for _ in self.events(opened, raising=True):
+            pass
+        return self.response
 
     async def events(self, opened: Any, raising: bool = False) -> AsyncIterator[Streamed]:
         """Pieces, as they are written, and what they become in ``response``."""
