@@ -52,7 +52,7 @@ def sections(result: Mapping[str, Any]) -> dict[str, str]:
     rows = rows_of(result)
     missing = [name for name in ("repeat", "decode", "llama") if name not in result]
     more = f" Not done yet: {', '.join(missing)}." if missing else ""
-    more_zh = f"尚未执行的步骤:{'、'.join(missing)}。" if missing else ""
+    more_zh = f"尚未执行的步骤：{'、'.join(missing)}。" if missing else ""
     english = [
         "## Measured",
         "",
@@ -66,8 +66,8 @@ def sections(result: Mapping[str, Any]) -> dict[str, str]:
     chinese = [
         "## 实测结果",
         "",
-        f"`{result['command']}`,{result['date']},{cpu},{cores} 核;配方 `{result['recipe']['name']}`,{result['tokens']} "
-        f"个校准 token。{more_zh}",
+        f"`{result['command']}`，{result['date']}，{cpu}，{cores} 核；配方 `{result['recipe']['name']}`，{result['tokens']} "
+        f"个校准词元。{more_zh}",
         "",
         "| | |",
         "|---|---|",
@@ -79,9 +79,9 @@ def sections(result: Mapping[str, Any]) -> dict[str, str]:
 def rows_of(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What the tables say: label in both languages, and a value that is the same in both."""
     names = {
-        "forward": ("token weights, forward: seconds a block", "token 权重,前向:每块秒数"),
-        "backward": ("token weights, backward: seconds a block", "token 权重,反向:每块秒数"),
-        "rounding": ("passes, Hessians and rounding: seconds a block", "校准前向、Hessian 与舍入:每块秒数"),
+        "forward": ("token weights, forward: seconds a block", "词元权重，前向：每块秒数"),
+        "backward": ("token weights, backward: seconds a block", "词元权重，反向：每块秒数"),
+        "rounding": ("passes, Hessians and rounding: seconds a block", "校准前向、Hessian 与舍入：每块秒数"),
     }
     true, layers = result["blocks"], result["layers"]
     rows = [("true blocks of the whole", "真实量化的块数 / 总块数", f"{true} / {layers}")]
@@ -107,7 +107,7 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             layers = llama["layers"]
             rows.append(
                 (f"{name}, {layers} blocks: decode / prefill tokens/s; bytes",
-                 f"{name},{layers} 个块:解码 / 预填充 token/s;字节数", what)
+                 f"{name}，{layers} 个块：解码 / 预填充 tokens/s；字节数", what)
             )  # fmt: skip
     return rows
 
@@ -118,16 +118,16 @@ def _decode_rows(decode: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     peaks = f"{bytes_text(decode['peak_rss_bytes'])} / {bytes_text(decode['peak_with_context_bytes'])}"
     context = decode["context"]
     return [
-        ("decode, tokens/s", "解码,token/s", significant(decode["tokens_per_second"])),
+        ("decode, tokens/s", "解码，tokens/s", significant(decode["tokens_per_second"])),
         ("of the read bandwidth / that", "占读带宽的比例 / 读带宽", share),
         (
             f"prefill of {decode['prefill_tokens']}, tokens/s",
-            f"{decode['prefill_tokens']} 个 token 的预填充,token/s",
+            f"{decode['prefill_tokens']} 个词元的预填充，tokens/s",
             prefill,
         ),
         (
             f"peak resident memory / with {context} tokens of context (counted)",
-            f"峰值常驻内存 / 含 {context} 个 token 的上下文(推算)",
+            f"峰值常驻内存 / 含 {context} 个词元的上下文(推算)",
             peaks,
         ),
     ]
