@@ -8,8 +8,8 @@ Of each choice the least cap is taken from the message that refuses a smaller on
 with exit code 2 and nothing written. The same command runs with the least cap, in a memory cgroup whose hard limit is
 the same number of bytes, without swap: a process that needs more is killed by the kernel. Needs Linux and the right to make
 cgroups (root, version 1 or 2). What the cgroup counts besides (files in the page cache) the kernel takes back when it is
-short, so that `peak` is the resident memory that quern reports. Exit code 1 where a run was killed or a small cap was not
-refused.
+short, so that `peak` is the resident memory that quern reports. What was measured is kept in WORK_FOLDER. Exit code 1 where
+a run was killed or a small cap was not refused.
 """
 
 from __future__ import annotations
@@ -78,11 +78,17 @@ def measure(options: argparse.Namespace, folder: Path) -> Path:
     if not (model / "model.safetensors.index.json").is_file():  # written last
         heads = options.hidden // 128
         write_checkpoint(model, **shape, heads=heads, key_value_heads=max(1, heads // 4))
+    asked = {"shape": shape, "tokens": options.tokens, "threads": options.threads}
     rows = []
     for choice in options.choices:
-        rows.append({"choice": choice, **held(options, model, folder, recipe_for(options, choice))})
+        recipe = recipe_for(options, choice)
+        kept = folder / f"{choice}.json"
+        known = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
+        if known.get("asked") != {**asked, "recipe": recipe.to_json()}:
+            known = {"asked": {**asked, "recipe": recipe.to_json()}, "row": held(options, model, folder, recipe)}
+            kept.write_text(json.dumps(known), "utf-8")
+        rows.append({"choice": choice, **known["row"]})
         print(json.dumps(rows[-1]), flush=True)
-    asked = {"shape": shape, "tokens": options.tokens, "threads": options.threads}
     return write_result("memory_cap", {**asked, "cgroup": Cgroup.version(), "rows": rows})
 
 

@@ -28,6 +28,7 @@ SURFACE = {
             "--format-option",
             "--json",
             "--ray",
+            "--stream",
         ),
         *TARGET,
     },
@@ -50,7 +51,7 @@ SURFACE = {
     },
     "train": {
         *("MODEL", "--output", "-o", "--recipe", "--from", "--text", "--train", "--tokens", "--passes"),
-        *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json", "--on-unhealthy"),
+        *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json", "--on-unhealthy", "--stream"),
     },
     "forecast": {"MODEL", "--recipe", "--on", "--context", "--format", "--calibration-tokens", "--threads", "--json"},
     "export": {"PATH", "--output", "-o", "--format", "--format-option", "--keep-padding", "--fresh", "--json"},
