@@ -66,10 +66,11 @@ BESIDE = 1 << 30
 DECODE = """
 import json, statistics, sys, time
 from quern.advisor.hardware import read_bandwidth
-from quern.core.machine.memory import peak_rss
+from quern.core.machine.memory import forget_peak, peak_rss
 from quern.engines.cpu import CpuEngine
 path, threads, prompt, new, buffer = sys.argv[1], *map(int, sys.argv[2:])
 bandwidth = [read_bandwidth([threads], buffer)[threads]]
+forget_peak()
 begin = time.perf_counter()
 model = CpuEngine().load(path, threads=threads)
 ids = [i % min(1000, model.vocabulary_size) for i in range(max(prompt, new))]
@@ -82,18 +83,18 @@ for token in ids[:new]:
     session.feed([token])
     seconds.append(time.perf_counter() - begin)
 del session
-bandwidth.append(read_bandwidth([threads], buffer)[threads])
 session = model.start()
 begin = time.perf_counter()
 session.feed(ids[:prompt])
 middle = time.perf_counter()
 for token in ids[:min(new, 8)]:
     session.feed([token])
-end = time.perf_counter()
+end, peak = time.perf_counter(), peak_rss()
+bandwidth.append(read_bandwidth([threads], buffer)[threads])
 print(json.dumps({
     "load_seconds": loaded, "token_seconds": seconds, "bytes_per_token": model.bytes_per_token(),
     "prefill_tokens": prompt, "prefill_seconds": middle - begin, "behind_prompt_token_seconds": (end - middle) / min(new, 8),
-    "read_gb_s": bandwidth, "peak_rss_bytes": peak_rss(), "fed": prompt + min(new, 8), "threads": threads,
+    "read_gb_s": bandwidth, "peak_rss_bytes": peak, "fed": prompt + min(new, 8), "threads": threads,
 }))
 """
 

@@ -127,7 +127,7 @@ def _decode_rows(decode: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ),
         (
             f"peak resident memory / with {context} tokens of context (counted)",
-            f"峰值常驻内存 / 含 {context} 个词元的上下文(推算)",
+            f"峰值常驻内存 / 含 {context} 个词元的上下文（推算）",
             peaks,
         ),
     ]

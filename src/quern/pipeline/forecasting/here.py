@@ -57,7 +57,7 @@ def told_here(
     told = []
     for case, (size, memory) in zip(cases, counted, strict=True):
         layers = case.architecture.layers
-        seconds = _quantize_seconds(subject, case, threads, known)  # before torch is used: its first use is timed, too
+        seconds = _quantize_seconds(subject, case, threads, known)  # first, for what the first run takes longer
         task.advance()
         pace = short_decoding.pace_of(case, sum(size.read.values()) // layers, threads, min(context, most))
         task.advance()
