@@ -186,29 +186,29 @@ class Whole:
         asked = {name: getattr(options, name) for name in ("shape", "recipe", "blocks", "tokens", "compute_dtype")}
         asked["shape"] = Path(asked["shape"]).name
         began = next((line for line in self.journal.lines if line["step"] == "begin"), None)
-        if began is None:
-            self.journal.add("begin", **asked)
-        elif changed := [f"{name} {began[name]}, now {asked[name]}" for name in asked if began[name] != asked[name]]:
-            raise SystemExit(
-                f"{self.folder} was begun with {'; '.join(changed)}. Give another folder, or the former values"
-            )
+        changed = [] if began is None else [name for name in asked if began[name] != asked[name]]
+        if began is not None and changed:
+            said = "; ".join(f"{name} {began[name]}, now {asked[name]}" for name in changed)
+            raise SystemExit(f"{self.folder} was begun with {said}. Give another folder, or the former values")
         recipe = recipe_called(options.recipe)
         calibration = recipe.calibration.model_copy(update={"compute_dtype": options.compute_dtype})
         self.recipe = recipe.model_copy(update={"calibration": calibration})
-        self._make_model()
+        if began is None:
+            self._make_model()
+            self.journal.add("begin", **asked)
         self.config = json.loads((self.shape / CONFIG).read_text("utf-8"))
         self.layers = int(self.config["num_hidden_layers"])
 
     def _make_model(self) -> None:
         """The description of the whole, and that of its first blocks."""
-        if (self.model / CONFIG).is_file():
-            return
         spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "make_synthetic_checkpoint.py")
         assert spec is not None
         assert spec.loader is not None
         tool = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(tool)
         shape = self.options.shape
+        if shape not in tool.KNOWN and not Path(shape).is_file():
+            raise SystemExit(f"--shape {shape!r} is neither a config.json nor one of {', '.join(tool.KNOWN)}")
         config = dict(tool.KNOWN.get(shape) or json.loads(Path(shape).read_text("utf-8")))
         if self.options.blocks > config["num_hidden_layers"]:
             raise SystemExit(f"--blocks is {self.options.blocks}, and the model has {config['num_hidden_layers']}")

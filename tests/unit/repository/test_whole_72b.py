@@ -120,6 +120,9 @@ def test_no_more_blocks_than_the_model_has(script, monkeypatch, tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(tiny_config(num_hidden_layers=3)), "utf-8")
     with pytest.raises(SystemExit, match="--blocks is 4, and the model has 3"):
         run(script, monkeypatch, tmp_path, "--only", "report", blocks=4)
+    assert script.Journal(tmp_path / "work" / "journal.jsonl").lines == [], "the former values are asked for no more"
+    with pytest.raises(SystemExit, match="'no-such' is neither"):
+        run(script, monkeypatch, tmp_path, "--shape", "no-such")
 
 
 def test_the_recipe_fits_22_gb_with_4_k_of_context(tmp_path):
