@@ -82,6 +82,27 @@ def test_the_artifact_is_the_same_and_few_shards_are_there_at_once(passes, hub, 
     assert not hub.asked, "what is finished needs no shard"
 
 
+def test_planning_and_training_stream_too(hub, model, text, tmp_path):
+    """The same plan and the same artifact as of the whole download, and no shard is left."""
+    four, eight = ({"bits": bits, "granularity": "channel"} for bits in (4, 8))
+    allocation = {"candidates": [four, eight], "outer": [eight], "target": {"bits": 7.0}}
+    recipe = small_recipe(allocation=allocation, rounding={"method": "gptq"}, calibration={"tokens": 128})
+    given = {"recipe": recipe, "calibration": [text], "threads": 1}
+    plans = [
+        quern.plan(path, cache=tmp_path / f"cache-{stream}", stream=stream, **given)
+        for path, stream in (("org/model", True), (model, False))
+    ]
+    assert plans[0].matrices == plans[1].matrices
+    assert on_disk(tmp_path) == []
+    asked = {"recipe": "rtn4", "train": "scales", "texts": [text], "tokens": 512, "threads": 1}
+    trained = [
+        quern.train(path, tmp_path / f"trained-{stream}", stream=stream, **asked)
+        for path, stream in (("org/model", True), (model, False))
+    ]
+    assert hashes(trained[0].path) == hashes(trained[1].path)
+    assert on_disk(tmp_path) == []
+
+
 def test_inspecting_fetches_headers_alone(hub, model, tmp_path):
     found, whole = quern.inspect("org/model", stream=True), quern.inspect(model)
     assert [(row.name, row.shape, row.bytes) for row in found.tensors] == [

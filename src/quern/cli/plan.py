@@ -40,6 +40,7 @@ def plan(
     ] = None,
     format_option: options.FormatOption = None,
     cache: targets.Cache = None,
+    stream: options.Stream = False,
     json: options.Json = False,
 ) -> None:
     """Choose a scheme for each linear of MODEL that meets a target with the least loss, and write that as a recipe.
@@ -68,6 +69,7 @@ def plan(
             format=format,
             format_options=options.pairs(format_option, "--format-option"),
             cache=cache,
+            stream=stream,
             progress=progress,
         )
     show(report, json, plan_report)

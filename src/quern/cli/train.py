@@ -55,6 +55,7 @@ def train(
     fresh: options.Fresh = False,
     threads: options.Threads = None,
     on_unhealthy: options.OnUnhealthy = "stop",
+    stream: options.Stream = False,
     json: options.Json = False,
 ) -> None:
     """Train what a recipe makes of MODEL, at the same bytes, towards MODEL's own predictions.
@@ -81,6 +82,7 @@ def train(
             fresh=fresh,
             threads=threads,
             on_unhealthy=on_unhealthy,
+            stream=stream,
             progress=progress,
         )
     show(report, json, train_report)

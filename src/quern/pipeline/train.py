@@ -20,6 +20,7 @@ from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.files import read_json
 from quern.checkpoint.jobs.output_place import resolved
 from quern.checkpoint.jobs.work_folder import WorkFolder, finish_removal
+from quern.checkpoint.streaming.folder import forget_shards, streamed
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.core.artifact import PROVENANCE
 from quern.core.errors import UserError, option
@@ -100,6 +101,7 @@ def train(
     fresh: bool = False,
     threads: int | None = None,
     on_unhealthy: OnUnhealthy = "stop",
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> TrainReport:
     """Train what ``recipe`` makes of ``model``, or the ``artifact`` that was made of it, into the new folder ``output``.
@@ -107,9 +109,9 @@ def train(
     ``train``: ``scales`` moves no code and trains factors of rows, norms, biases and tables; ``codes`` trains latent weights
     and the scales of the grid too. ``texts``: what to train on (default: as for calibration), ``tokens`` of them, one eighth
     held out, gone through ``passes`` times. ``learning_rate``: of numbers without a unit. ``memory``: cap of the resident
-    set in bytes. ``on_unhealthy``: of the quantization, see ``quantize``. An interrupted run continues where it stopped; the
-    same arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests that cannot be met and
-    ``BadFileError`` for damaged input.
+    set in bytes. ``on_unhealthy``, of the quantization, and ``stream``: see ``quantize``. An interrupted run continues where
+    it stopped; the same arguments give the same bytes at any number of ``threads``. Raises ``UserError`` for requests that
+    cannot be met and ``BadFileError`` for damaged input.
     """
     progress = progress or Silent()
     settings, policy = _settings(train, tokens, passes, learning_rate, seed), policy_named(on_unhealthy)
@@ -118,7 +120,7 @@ def train(
         raise UserError(f"training begins with what a recipe makes, or with an artifact: give one of {both}")
     target = output_target(output, model, fresh)
     output = Path(os.path.expanduser(output))
-    original = open_original(model, progress=progress)
+    original = open_original(streamed(model, progress) if stream else model, progress=progress)
     text = TrainingText(texts, usable_tokenizer(original.path, True), tokens)
     if artifact is not None and not Path(artifact).is_dir():
         raise UserError(
@@ -151,6 +153,7 @@ def train(
     started = time.perf_counter()
     forget_peak()
     resumed, notes = request.carry_out(texts, fresh)
+    forget_shards(original)
     return _report(output, time.perf_counter() - started, resumed, notes)
 
 

@@ -29,6 +29,7 @@ SURFACE = {
             "--format-option",
             "--json",
             "--ray",
+            "--stream",
         ),
         *TARGET,
     },
@@ -51,7 +52,7 @@ SURFACE = {
     },
     "train": {
         *("MODEL", "--output", "-o", "--recipe", "--from", "--text", "--train", "--tokens", "--passes"),
-        *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json", "--on-unhealthy"),
+        *("--learning-rate", "--memory", "--seed", "--fresh", "--threads", "--json", "--on-unhealthy", "--stream"),
     },
     "forecast": {"MODEL", "--recipe", "--on", "--context", "--format", "--calibration-tokens", "--threads", "--json"},
     "export": {"PATH", "--output", "-o", "--format", "--format-option", "--keep-padding", "--fresh", "--json"},

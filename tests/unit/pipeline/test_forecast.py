@@ -34,7 +34,8 @@ def run(*words):
 def here(model):
     patch = pytest.MonkeyPatch()
     patch.setattr(short_decoding, "NEW", 4)
-    patch.setattr(short_quantization, "TOKENS", (512, 1024))
+    patch.setattr(short_quantization, "LEAST_TOKENS", 512)
+    patch.setattr(short_quantization, "MOST_TOKENS", 1024)
     patch.setattr("quern.pipeline.forecasting.here.BUFFER_BYTES", 1 << 22)
     patch.setattr("quern.pipeline.forecasting.here.process_bytes", lambda subject: 300_000_000)  # starts a process
     with patch.context():

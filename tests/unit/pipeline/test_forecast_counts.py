@@ -63,7 +63,7 @@ def test_bytes_and_the_folder_while_it_is_made(model, tmp_path, recipe):
 
     told = case(model, recipe)
     artifact = bytes_of(told).files
-    disk = disk_of(told, artifact, 2)
+    disk = disk_of(told, 2)
     watch = Watch()
     report = quern.quantize(model, tmp_path / "out", recipe=told.recipe, threads=2, progress=watch)
     linears, inputs = len(report.layers), 4 * told.architecture.layers

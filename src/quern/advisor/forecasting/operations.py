@@ -28,6 +28,8 @@ class Work:
 
     token_operations: float
     """For each calibration token, in the blocks."""
+    weighing_operations: float
+    """Those of them that token weights take."""
     head_operations: float
     """For each calibration token, at the head."""
     feedback_operations: float
@@ -41,16 +43,17 @@ class Work:
 def work_of(architecture: Architecture, plan: Plan, recipe: Recipe, needs_hessian: Iterable[str]) -> Work:
     """Counted; ``needs_hessian``: the names of the roundings that read Hessians."""
     hessian = set(needs_hessian)
-    blocks = [_block(block, plan, recipe, hessian) for block in architecture.blocks]
     rows, columns = architecture.config.vocab_size, architecture.config.hidden_size
     rounds = any(one.rounding.method in hessian for one in plan.quantized().values())
     fisher = recipe.calibration.token_weight == "fisher" and (rounds or recipe.tuning is not None)
+    blocks = [_block(block, plan, recipe, hessian, fisher) for block in architecture.blocks]
     outer: Counter[str] = Counter()
     for module in architecture.outer:
         if plan[module].quantized:
             outer[rounding_kind(plan[module])] += rows * columns
     return Work(
         token_operations=sum(tokens for tokens, _, _ in blocks),
+        weighing_operations=(1 + BACKWARD) * forward_operations(architecture) if fisher else 0.0,
         head_operations=(1 + BACKWARD) * 2 * rows * columns + 2 * columns**2 if fisher else 0.0,
         feedback_operations=sum(feedback for _, feedback, _ in blocks),
         weights=sum((weights for _, _, weights in blocks), Counter()),
@@ -73,7 +76,9 @@ def _forward(block: BlockSpec, linears: Iterable[LinearSpec]) -> int:
     return round(total)
 
 
-def _block(block: BlockSpec, plan: Plan, recipe: Recipe, needs_hessian: set[str]) -> tuple[float, float, Counter[str]]:
+def _block(
+    block: BlockSpec, plan: Plan, recipe: Recipe, needs_hessian: set[str], weighs: bool
+) -> tuple[float, float, Counter[str]]:
     plans = {linear.name: plan[block.prefix + linear.name] for linear in block.linears}
     rounded = [linear for linear in block.linears if plans[linear.name].quantized]
     weights: Counter[str] = Counter()
@@ -90,7 +95,7 @@ def _block(block: BlockSpec, plan: Plan, recipe: Recipe, needs_hessian: set[str]
     passes = forward + (_captures(block) if hessians or recipe.transforms else 0)
     follows = any(plans[linear.name].rounding.target == "drift" for linear in rounded) or recipe.tuning is not None
     tokens = passes * (1 + follows) + sum(2 * linear.shape[1] ** 2 for linear in own)
-    if fisher and (hessians or recipe.tuning is not None):
+    if weighs:
         tokens += (1 + BACKWARD) * forward
     if recipe.tuning is not None:
         runs = recipe.tuning.passes * (1 + recipe.tuning.between * (len(block.stages) - 1))

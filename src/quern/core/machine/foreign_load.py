@@ -14,7 +14,8 @@ SHORTEST_S = 0.5
 
 
 class ForeignLoad:
-    """Processors kept busy since it was made, by others than this process and the groups of ``leaders``.
+    """Processors kept busy since it was made, by others than this process, those it started that have ended, and the groups
+    of ``leaders``.
 
     Time that a hypervisor took away counts as others' work. The kernel counts in hundredths of a second, so ``SHORTEST_S``
     have to pass before there is anything to tell.
@@ -57,4 +58,7 @@ def _seconds_of(process_id: int) -> float:
             with contextlib.suppress(psutil.Error):
                 times = member.cpu_times()
                 total += times.user + times.system
+                total += getattr(times, "children_user", 0.0) + getattr(
+                    times, "children_system", 0.0
+                )  # that have ended
     return float(total)

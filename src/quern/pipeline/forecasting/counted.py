@@ -17,7 +17,6 @@ from quern.advisor.forecasting.results import Foretold
 from quern.architectures.base import Architecture
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.jobs.work_folder import WorkFolder
-from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import codec_of
 from quern.core.errors import UserError
 from quern.core.machine.parallel import deterministic_workers
@@ -29,7 +28,7 @@ from quern.core.text.units import bytes_text
 from quern.engines.cpu import cache_sizes
 from quern.formats.base import ArtifactWriter, SizedWriter
 from quern.formats.mixes.base import settled
-from quern.pipeline.blockwise import memory_plan, output_gradients, sensitivity
+from quern.pipeline.blockwise import disk_plan, memory_plan
 from quern.pipeline.blockwise.job import Job, plan_of
 from quern.pipeline.forecasting.shrunk import write_tokenizer
 from quern.pipeline.forecasting.subject import Subject
@@ -228,40 +227,17 @@ def memory_of(case: Case, threads: int) -> Foretold:
     return Foretold(value=total, unit="bytes", basis="counted", derivation=said)
 
 
-def disk_of(case: Case, artifact: Foretold, threads: int) -> Foretold:
-    """Largest size of output and work folder together."""
-    if artifact.value is None:
-        return artifact.model_copy(update={"derivation": f"the artifact's size is not known: {artifact.derivation}"})
-    parts = {"artifact": int(artifact.value)}
-    if case.recipe.format == "gguf":
-        parts["finished stages beside the one file"] = int(artifact.value)
-    if case.tokens:
-        with job_of(case, threads) as job:
-            parts |= _activations(job)
-    said = " + ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
-    total = sum(parts.values())
-    return Foretold(value=total, unit="bytes", basis="counted", derivation=f"{said} = {bytes_text(total)}")
-
-
-def _activations(job: Job) -> dict[str, int]:
-    """Of what lies in the work folder while blocks are quantized or before, whichever is more."""
-    assert job.sequences is not None
-    layers = job.architecture.layers
-    each = job.sequences.numel() * job.architecture.config.hidden_size * job.compute_dtype.itemsize
-    config = job.architecture.config
-    embedding = job.checkpoint.info(f"{job.architecture.embedding}.weight").dtype
-    table = config.vocab_size * config.hidden_size * DTYPES[embedding].itemsize
-    chain = 2 * each * (1 + job.follows_stream)
-    if not sensitivity.needed(job):
-        return {f"inputs of two blocks{' in both models' if job.follows_stream else ''}": max(chain, table)}
-    linears = sum(len(block.linears) for block in job.architecture.blocks)
-    kept = 4 * job.sequences.numel() * linears + 4 * config.hidden_size**2
-    before = (layers + 3) * each
-    if job.two_sided and output_gradients.recomputes(job):
-        chain += 2 * layers * each
-    if before >= chain:
-        return {
-            f"inputs of {layers} blocks and gradients, {layers + 3} times {bytes_text(each)},": before,
-            "token weights": kept,
-        }
-    return {"inputs and gradients of blocks": chain, "token weights": kept}
+def disk_of(case: Case, threads: int) -> Foretold:
+    """Largest size of output and work folder together: the plan that a quantization is checked against before it starts."""
+    with job_of(case, threads) as job:
+        plan = disk_plan.plan(job)
+    parts = {
+        "token weights are made": plan.sensitivity,
+        "blocks are rounded": plan.blocks,
+        "it is put in place": plan.publishing,
+    }
+    largest = max(parts, key=lambda name: parts[name])
+    said = f"largest while {largest}: "
+    if (beside := parts[largest] - plan.artifact) > 0 and largest != "token weights are made":
+        said += f"finished stages {bytes_text(plan.artifact)} + what is kept on the way {bytes_text(beside)} = "
+    return Foretold(value=plan.peak, unit="bytes", basis="counted", derivation=f"{said}{bytes_text(plan.peak)}")

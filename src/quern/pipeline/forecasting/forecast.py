@@ -110,7 +110,7 @@ def _elsewhere(case: Case, machine: Machine, context: int, most: int, threads: i
         bits_per_weight=8 * size.data / case.subject.checkpoint.parameters if size.data else None,
         quantize_seconds=elsewhere.seconds_of(machine, case.work, case.tokens),
         quantize_memory=memory_of(case, min(machine.cores, MOST_THREADS)),
-        quantize_disk=disk_of(case, size.files, threads),
+        quantize_disk=disk_of(case, threads),
         run_memory=elsewhere.memory_of(runtime, load),
         prefill=elsewhere.prefill_of(runtime, machine, load),
         decode=elsewhere.decode_of(runtime, machine, load),

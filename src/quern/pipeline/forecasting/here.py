@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import psutil
 import torch
@@ -52,17 +53,27 @@ def told_here(
     finally:
         torch.set_num_threads(before)
     task = progress.task("short runs", 2 * len(cases))
-    texts: dict[str, float] = {}
+    known = _Known()
     told = []
     for case, (size, memory) in zip(cases, counted, strict=True):
         layers = case.architecture.layers
-        pace = short_decoding.pace_of(case, sum(size.read.values()) // layers, threads, min(context, most))
+        seconds = _quantize_seconds(subject, case, threads, known)  # first, for what the first run takes longer
         task.advance()
-        seconds = _quantize_seconds(subject, case, size, threads, texts)
+        pace = short_decoding.pace_of(case, sum(size.read.values()) // layers, threads, min(context, most))
         task.advance()
         told.append(_told(case, size, memory, seconds, pace, bandwidth, base, room, context, most, threads))
     task.done()
     return told
+
+
+@dataclass
+class _Known:
+    """What holds for all recipes of one forecast."""
+
+    texts: dict[str, float] = field(default_factory=dict)
+    """Seconds to gather the calibration text, by what is asked of it."""
+    first: float | None = None
+    """Seconds that the first quantization in a process takes longer."""
 
 
 def process_bytes(subject: Subject) -> int:
@@ -104,7 +115,7 @@ def _told(
         bits_per_weight=8 * size.data / case.subject.checkpoint.parameters if size.data else None,
         quantize_seconds=seconds,
         quantize_memory=memory,
-        quantize_disk=disk_of(case, size.files, threads),
+        quantize_disk=disk_of(case, threads),
         run_memory=running.run_memory(
             base + buffers, weights, cache * context, context, "process and buffers", "measured"
         ),
@@ -145,25 +156,48 @@ def _decode(case: Case, pace: short_decoding.Pace, read: int, bandwidth: float) 
     return Foretold(value=1 / token, unit="tokens/s", basis="measured", derivation=said)
 
 
-def _quantize_seconds(subject: Subject, case: Case, size: Bytes, threads: int, texts: dict[str, float]) -> Foretold:
+def _quantize_seconds(subject: Subject, case: Case, threads: int, known: _Known) -> Foretold:
     """From short quantizations; what is done once is timed as it is."""
     rates = short_quantization.rates_of(case, threads)
     outer = short_quantization.outer_rate(case, threads)
     work, tokens = case.work, case.tokens
-    rounded, head = sum(work.weights.values()), sum(work.outer_weights.values())
+    rounded, head = work.weights.total(), work.outer_weights.total()
+    if known.first is None:
+        known.first = rates.first
     terms = [
-        at_rate("passes over calibration tokens", tokens * work.token_operations, rates.product, "op"),
+        at_rate("token weights", tokens * work.weighing_operations, rates.weighing, "op"),
         at_rate("gradients at the head", tokens * work.head_operations, rates.head, "op"),
-        at_rate("error feedback", work.feedback_operations, rates.product, "op"),
+        at_rate("passes and Hessians", tokens * (work.token_operations - work.weighing_operations), rates.blocks, "op"),
+        at_rate("error feedback", work.feedback_operations, rates.blocks, "op"),
         Term("rounding", rates.weight * rounded, f"{rounded / 1e9:.3g} G weights x {1e9 * rates.weight:.3g} ns"),
         Term("embedding and head", outer * head, f"{head / 1e9:.3g} G weights x {1e9 * outer:.3g} ns"),
+        Term("start and end", rates.once, "what a model of one block took besides"),
+        Term("first use of libraries", known.first, "what the first run took longer than the second"),
     ]
     if case.tokens and subject.tokenizer:
-        terms.append(Term("calibration text", _text_seconds(case, texts), "read and tokenized once"))
+        terms.append(Term("calibration text", _text_seconds(case, known.texts), "read and tokenized once"))
+    if subject.checkpoint.at_hand:
+        terms.append(
+            Term(
+                "look at all weights", 2 * rates.checking * subject.checkpoint.parameters, "read once before the start"
+            )
+        )
     if (rate := short_quantization.drawing_rate(case)) is not None:
-        times = 3 if work.head_operations else 1
-        terms.append(at_rate("drawing weights from their seed", times * subject.checkpoint.bf16_bytes, rate, "B"))
+        terms.append(at_rate("drawing weights from their seed", _drawn_bytes(case), rate, "B"))
     return quantize_seconds(terms, "measured")
+
+
+def _drawn_bytes(case: Case) -> int:
+    """Of all weights that are read: those of blocks three times where there is a pass for token weights, forward and
+    backward, embedding and head twice; else each once, and the embedding once more for the unquantized stream."""
+    table = 2 * case.architecture.config.vocab_size * case.architecture.config.hidden_size
+    outer = table * len(case.architecture.outer)
+    blocks = 2 * case.subject.checkpoint.parameters - outer
+    streams = case.recipe.tuning is not None or any(
+        one.rounding.target == "drift" for one in case.plan.quantized().values()
+    )
+    weighs = bool(case.work.weighing_operations)
+    return int((3 if weighs else 1) * blocks + (2 if weighs else 1) * outer + streams * table)
 
 
 def _text_seconds(case: Case, known: dict[str, float]) -> float:

@@ -16,6 +16,7 @@ from quern.architectures.base import Architecture, architecture_of
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.checkpoint.jobs.output_place import output_file, write_output
 from quern.checkpoint.jobs.work_folder import WorkFolder
+from quern.checkpoint.streaming.folder import forget_shards, streamed
 from quern.checkpoint.tokenizer import usable_tokenizer
 from quern.core.allocation import Target
 from quern.core.errors import UserError, option
@@ -111,6 +112,7 @@ def plan(
     format: str | None = None,
     format_options: Mapping[str, str] | None = None,
     cache: str | Path | None = None,
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> PlanReport:
     """Choose a scheme for each linear of ``model`` so that ``target`` (default: the recipe's) is met with the least loss.
@@ -124,7 +126,8 @@ def plan(
     progress = progress or Silent()
     chosen = chosen_recipe(recipe, format, calibration_tokens)
     chosen = chosen if target is None else chosen.targeting(target)
-    checkpoint = padded(open_original(model, progress=progress), chosen.padding)
+    found = streamed(model, progress) if stream else model
+    checkpoint = padded(open_original(found, progress=progress), chosen.padding)
     chosen, text_notes = settled_recipe(
         chosen, checkpoint, calibration, calibration_tokens, calibration_time,
         device=device, seed=seed, threads=threads, cache=cache, progress=progress)  # fmt: skip
@@ -141,6 +144,7 @@ def plan(
         progress=progress,
         format_options=format_options or {},
     )
+    forget_shards(checkpoint)
     assert candidates.recipe.allocation is not None
     report = candidates.choose(candidates.recipe.allocation.target, threads)
     if path is not None:
