@@ -104,37 +104,81 @@ struct Stretch {
   float* values;
 };
 
-// Scores of one row against a stretch; positions outside first ... last get -infinity.
-QUERN_INLINE void score(const float* query, const Stretch& s, int32_t first, int32_t last, float* scores) {
-  Lanes total[4] = {};
-  for (int32_t d = 0; d < s.depth; ++d)
-    for (int32_t b = 0; b < 4; ++b) total[b] = fused(load(s.keys + (b * s.depth + d) * BLOCK), spread(query[d]), total[b]);
-  for (int32_t b = 0; b < 4; ++b) store(scores + b * BLOCK, total[b]);
+// Rows that are too few for vectors of rows: lanes are positions, then dimensions of the head. A few blocks of keys are widened at
+// a time, and one of values, so that they are in the L1 cache when all rows meet them; a few rows meet them together.
+#if defined(__AVX512F__)
+constexpr int32_t KEPT = 4, MOST_ROWS = 1;
+#else
+constexpr int32_t KEPT = 2, MOST_ROWS = 3;  // their product, in vectors of 16 lanes: what registers have room for
+#endif
+
+// scores (ROWS, STRETCH) of KEPT blocks of keys.
+template <int32_t ROWS>
+QUERN_INLINE void score_blocks(const float* queries, int32_t depth, const float* keys, float* scores) {
+  Lanes total[ROWS][KEPT] = {};
+  for (int32_t d = 0; d < depth; ++d)
+#pragma GCC unroll 3
+    for (int32_t r = 0; r < ROWS; ++r) {
+      const Lanes query = spread(queries[r * depth + d]);
+#pragma GCC unroll 4
+      for (int32_t k = 0; k < KEPT; ++k) total[r][k] = fused(load(keys + (k * depth + d) * BLOCK), query, total[r][k]);
+    }
+#pragma GCC unroll 3
+  for (int32_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int32_t k = 0; k < KEPT; ++k) store(scores + r * STRETCH + k * BLOCK, total[r][k]);
+}
+
+// outputs (ROWS, size) = outputs * corrections + scores . values of `count` positions, `CHUNK` of the dimensions from `from` on.
+template <int32_t ROWS, int32_t CHUNK>
+QUERN_INLINE void weigh(const float* scores, const float* values, int32_t count, int32_t size, int32_t from,
+                        const float* corrections, float* outputs) {
+  constexpr int32_t EACH = CHUNK / LANES;
+  Lanes total[ROWS][EACH];
+#pragma GCC unroll 3
+  for (int32_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < EACH; ++i) total[r][i] = load(outputs + r * size + from + i * LANES) * corrections[r];
+  for (int32_t p = 0; p < count; ++p)
+#pragma GCC unroll 3
+    for (int32_t r = 0; r < ROWS; ++r) {
+      const Lanes weight = spread(scores[r * STRETCH + p]);
+#pragma GCC unroll 4
+      for (int32_t i = 0; i < EACH; ++i)
+        total[r][i] = fused(load(values + p * size + from + i * LANES), weight, total[r][i]);
+    }
+#pragma GCC unroll 3
+  for (int32_t r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < EACH; ++i) store(outputs + r * size + from + i * LANES, total[r][i]);
+}
+
+template <int32_t ROWS>
+QUERN_INLINE void weigh_block(const float* scores, const float* values, int32_t count, int32_t size, const float* corrections,
+                              float* outputs) {
+  constexpr int32_t CHUNK = ROWS == 1 ? 64 : 32;
+  int32_t d = 0;
+  for (; d + CHUNK <= size; d += CHUNK) weigh<ROWS, CHUNK>(scores, values, count, size, d, corrections, outputs);
+  for (; d + LANES <= size; d += LANES) weigh<ROWS, LANES>(scores, values, count, size, d, corrections, outputs);
+  for (; d < size; ++d)
+    for (int32_t r = 0; r < ROWS; ++r) {
+      float value = outputs[r * size + d] * corrections[r];
+      for (int32_t p = 0; p < count; ++p) value = fused(values[p * size + d], scores[r * STRETCH + p], value);
+      outputs[r * size + d] = value;
+    }
+}
+
+// One row's scores against a stretch to their exponentials, and its running maximum and sum; positions outside first ... last count
+// nothing. Returns what outputs so far are to be multiplied by.
+QUERN_INLINE float update_row(const Stretch& s, int32_t first, int32_t last, float* scores, float& maximum, float& sum_of) {
   for (int32_t p = 0; p < STRETCH; ++p)
     if (s.start + p < first || s.start + p > last) scores[p] = -INFINITY;
-}
-
-// outputs += scores . values, `CHUNK` of the head's dimensions from `from` on.
-template <int32_t CHUNK>
-QUERN_INLINE void weigh(const float* scores, const Stretch& s, int32_t from, float correction, float* outputs) {
-  Lanes total[CHUNK / LANES];
-  for (int32_t i = 0; i < CHUNK / LANES; ++i) total[i] = load(outputs + from + i * LANES) * correction;
-  for (int32_t p = 0; p < s.count; ++p)
-    for (int32_t i = 0; i < CHUNK / LANES; ++i)
-      total[i] = fused(load(s.values + p * s.size + from + i * LANES), spread(scores[p]), total[i]);
-  for (int32_t i = 0; i < CHUNK / LANES; ++i) store(outputs + from + i * LANES, total[i]);
-}
-
-// One row; lanes are positions, then dimensions of the head.
-QUERN_INLINE void attend_row(const Stretch& s, const float* query, int32_t first, int32_t last, float* scores,
-                             float& maximum, float& sum_of, float* out) {
-  if (last < s.start || first >= s.start + STRETCH) return;
-  score(query, s, first, last, scores);
   Lanes top = load(scores);
-  for (int32_t b = 1; b < 4; ++b) top = load(scores + b * BLOCK) > top ? load(scores + b * BLOCK) : top;
+#pragma GCC unroll 3
+  for (int32_t b = 1; b < 4; ++b) top = choose(load(scores + b * BLOCK) > top, load(scores + b * BLOCK), top);
   const float found = largest(top), before = maximum;
   maximum = found > maximum ? found : maximum;
-  const float correction = exponential(spread(before - maximum))[0];
+  const float correction = first_of(exponential(spread(before - maximum)));
   Lanes total{};
   for (int32_t b = 0; b < 4; ++b) {
     const Lanes e = exponential(load(scores + b * BLOCK) - maximum);
@@ -142,13 +186,53 @@ QUERN_INLINE void attend_row(const Stretch& s, const float* query, int32_t first
     total += e;
   }
   sum_of = sum_of * correction + sum(total);
-  int32_t d = 0;
-  for (; d + 64 <= s.size; d += 64) weigh<64>(scores, s, d, correction, out);
-  for (; d + LANES <= s.size; d += LANES) weigh<LANES>(scores, s, d, correction, out);
-  for (; d < s.size; ++d) {
-    float value = out[d] * correction;
-    for (int32_t p = 0; p < s.count; ++p) value = fused(s.values[p * s.size + d], scores[p], value);
-    out[d] = value;
+  return correction;
+}
+
+// How many of some rows are taken together.
+QUERN_INLINE int32_t rows_of(int32_t rows) { return rows < MOST_ROWS ? rows : rows == MOST_ROWS + 1 && MOST_ROWS > 1 ? 2 : MOST_ROWS; }
+
+void widen_block(const HeadCache& cache, const Stretch& s, int32_t block, float* keys);
+
+// Fewer than 16 rows from `begin` on. `widened`: the stretch holds keys and values already.
+void attend_few(const Attend& a, const Stretch& s, int32_t begin, bool widened, float* scores, float* maxima, float* sums) {
+  const int32_t blocks = (s.count + BLOCK - 1) / BLOCK, rows = a.rows - begin;
+  const float* queries = a.queries + static_cast<int64_t>(begin) * s.depth;
+  float* outputs = a.outputs + static_cast<int64_t>(begin) * s.size;
+  for (int32_t b = 0; b < blocks; b += KEPT) {
+    for (int32_t k = 0; !widened && k < KEPT && b + k < blocks; ++k) widen_block(a.cache, s, b + k, s.keys + k * s.depth * BLOCK);
+    const float* keys = widened ? s.keys + b * s.depth * BLOCK : s.keys;
+    for (int32_t r = 0, count; r < rows; r += count) {
+      count = rows_of(rows - r);
+      const float* of = queries + r * s.depth;
+      float* to = scores + r * STRETCH + b * BLOCK;
+      if (count == 3) score_blocks<3 <= MOST_ROWS ? 3 : 1>(of, s.depth, keys, to);
+      if (count == 2) score_blocks<2 <= MOST_ROWS ? 2 : 1>(of, s.depth, keys, to);
+      if (count == 1) score_blocks<1>(of, s.depth, keys, to);
+    }
+  }
+  float corrections[LANES];
+  bool seen[LANES];
+  for (int32_t r = 0; r < rows; ++r) {
+    const int32_t first = a.first[begin + r], last = a.last[begin + r];
+    seen[r] = last >= s.start && first < s.start + STRETCH;
+    if (seen[r]) corrections[r] = update_row(s, first, last, scores + r * STRETCH, maxima[r], sums[r]);
+  }
+  for (int32_t b = 0; b < blocks; ++b) {
+    const int32_t left = s.count - b * BLOCK, here = left < BLOCK ? left : BLOCK;
+    if (!widened) widen_values(a.cache, s.start / BLOCK + b, here, s.values);
+    const float* values = widened ? s.values + b * BLOCK * s.size : s.values;
+    for (int32_t r = 0, count; r < rows; r += count) {
+      count = rows_of(rows - r);
+      for (int32_t i = 0; i < count; ++i)
+        if (!seen[r + i]) count = 1;
+      const float* of = scores + r * STRETCH + b * BLOCK;
+      float* to = outputs + r * s.size;
+      if (count == 3) weigh_block<3 <= MOST_ROWS ? 3 : 1>(of, values, here, s.size, corrections + r, to);
+      if (count == 2) weigh_block<2 <= MOST_ROWS ? 2 : 1>(of, values, here, s.size, corrections + r, to);
+      if (count == 1 && seen[r]) weigh_block<1>(of, values, here, s.size, corrections + r, to);
+    }
+    for (int32_t r = 0; r < rows; ++r) corrections[r] = 1.0f;
   }
 }
 
@@ -188,22 +272,20 @@ QUERN_INLINE void weigh_side(const float* scores, const Stretch& s, int32_t from
 // multiplied by.
 QUERN_INLINE Lanes update_softmax(const Stretch& s, const int32_t* firsts, const int32_t* lasts, float* scores,
                                   float* maxima, float* sums) {
-  Whole first, last;
-  memcpy(&first, firsts, sizeof first);
-  memcpy(&last, lasts, sizeof last);
+  const Whole first = load_whole(firsts), last = load_whole(lasts);
   const int32_t start = static_cast<int32_t>(s.start);
   const Whole active = (last >= start) & (first < start + STRETCH);
   const Lanes before = load(maxima), nothing = spread(-INFINITY);
   Lanes top = before;
   for (int32_t p = 0; p < STRETCH; ++p) {
     const Whole seen = (first <= start + p) & (last >= start + p);
-    const Lanes found = seen ? load(scores + p * LANES) : nothing;
-    top = found > top ? found : top;
+    const Lanes found = choose(seen, load(scores + p * LANES), nothing);
+    top = choose(found > top, found, top);
     store(scores + p * LANES, found);
   }
-  const Lanes correction = active ? exponential(before - top) : spread(1.0f);
+  const Lanes correction = choose(active, exponential(before - top), spread(1.0f));
   for (int32_t p = 0; p < STRETCH; ++p)
-    store(scores + p * LANES, active ? exponential(load(scores + p * LANES) - top) : Lanes{});
+    store(scores + p * LANES, choose(active, exponential(load(scores + p * LANES) - top), Lanes{}));
   Lanes part[BLOCK];
   for (int32_t p = 0; p < BLOCK; ++p) {
     part[p] = load(scores + p * LANES);
@@ -216,7 +298,7 @@ QUERN_INLINE Lanes update_softmax(const Stretch& s, const int32_t* firsts, const
   return correction;
 }
 
-// N times 16 rows; lanes are rows, so nothing is added across lanes. The order of additions is that of attend_row.
+// N times 16 rows; lanes are rows, so nothing is added across lanes. The order of additions is that of attend_few.
 template <int32_t N>
 QUERN_INLINE void attend_sixteens(const Stretch& s, const float* queries, const int32_t* firsts, const int32_t* lasts,
                                   float* scores, float* maxima, float* sums, float* outputs) {
@@ -233,18 +315,22 @@ QUERN_INLINE void attend_sixteens(const Stretch& s, const float* queries, const 
   for (; d < s.size; ++d) weigh_side<N, 1>(scores, s, d, correction, outputs);
 }
 
-QUERN_INLINE void widen(const HeadCache& cache, Stretch& s) {
-  const int32_t size = s.size, angles = size / 2 * BLOCK, blocks = (s.count + BLOCK - 1) / BLOCK;
+// Keys of one block of a stretch and what stands below them: (depth, BLOCK).
+void widen_block(const HeadCache& cache, const Stretch& s, int32_t block, float* keys) {
+  const int64_t at = s.start / BLOCK + block;
+  const int32_t angles = s.size / 2 * BLOCK;
+  widen_keys(cache, at, keys);
+  if (s.depth == s.size) return;
+  memcpy(keys + s.size * BLOCK, cache.cosines + at * angles, sizeof(float) * angles);
+  memcpy(keys + s.size * BLOCK + angles, cache.sines + at * angles, sizeof(float) * angles);
+}
+
+QUERN_INLINE void widen(const HeadCache& cache, const Stretch& s) {
+  const int32_t blocks = (s.count + BLOCK - 1) / BLOCK;
   for (int32_t b = 0; b < blocks; ++b) {
-    const int64_t block = s.start / BLOCK + b;
     const int32_t left = s.count - b * BLOCK;
-    float* keys = s.keys + b * s.depth * BLOCK;
-    widen_keys(cache, block, keys);
-    if (s.depth > size) {
-      memcpy(keys + size * BLOCK, cache.cosines + block * angles, sizeof(float) * angles);
-      memcpy(keys + size * BLOCK + angles, cache.sines + block * angles, sizeof(float) * angles);
-    }
-    widen_values(cache, block, left < BLOCK ? left : BLOCK, s.values + b * BLOCK * size);
+    widen_block(cache, s, b, s.keys + b * s.depth * BLOCK);
+    widen_values(cache, s.start / BLOCK + b, left < BLOCK ? left : BLOCK, s.values + b * BLOCK * s.size);
   }
   memset(s.keys + blocks * s.depth * BLOCK, 0, sizeof(float) * (4 - blocks) * s.depth * BLOCK);
 }
@@ -278,7 +364,7 @@ void attend(const Attend& a) {
   }
   for (s.start = first / STRETCH * STRETCH; s.start <= last; s.start += STRETCH) {
     s.count = last - s.start + 1 < STRETCH ? static_cast<int32_t>(last - s.start + 1) : STRETCH;
-    widen(a.cache, s);
+    if (together > 0) widen(a.cache, s);
     int32_t r = 0;
     for (; r + ABREAST * LANES <= together; r += ABREAST * LANES)
       attend_sixteens<ABREAST>(s, queries + static_cast<int64_t>(r) * depth, firsts + r, lasts + r, scores, maxima + r,
@@ -286,10 +372,7 @@ void attend(const Attend& a) {
     for (; r < together; r += LANES)
       attend_sixteens<1>(s, queries + static_cast<int64_t>(r) * depth, firsts + r, lasts + r, scores, maxima + r, sums + r,
                          outputs + static_cast<int64_t>(r) * size);
-    for (; r < a.rows; ++r) {
-      const int64_t at = static_cast<int64_t>(r) * size;
-      attend_row(s, a.queries + static_cast<int64_t>(r) * depth, a.first[r], a.last[r], scores, maxima[r], sums[r], a.outputs + at);
-    }
+    if (r < a.rows) attend_few(a, s, r, together > 0, scores, maxima + r, sums + r);
   }
   for (int32_t r = 0; r < a.rows; ++r)
     for (int32_t d = 0; d < size; ++d) {

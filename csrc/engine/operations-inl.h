@@ -1,5 +1,4 @@
-// The functions of `Operations`, written once with the compiler's vector types and compiled for each instruction set. Sixteen
-// lanes everywhere: a compiler with narrower registers uses several, and the order of additions stays the same.
+// The functions of `Operations`, written once over sixteen lanes (lanes-inl.h) and compiled for each instruction set.
 // No include guard and no linkage: for operations_<instruction set>.cc alone.
 
 #include <cmath>
@@ -19,67 +18,13 @@ namespace {
 
 #define QUERN_INLINE static inline __attribute__((always_inline))
 
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t Whole __attribute__((vector_size(64)));
-constexpr int32_t LANES = 16;
-static_assert(LANES == BLOCK, "a block of keys is one vector");
-
-QUERN_INLINE Lanes load(const float* p) {
-  Lanes v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-QUERN_INLINE void store(float* p, Lanes v) { memcpy(p, &v, sizeof v); }
-QUERN_INLINE Lanes spread(float x) { return x - Lanes{}; }  // unlike 0 + x this is x to the compiler too
-QUERN_INLINE Lanes load_some(const float* p, int32_t count) {
-  Lanes v{};
-  memcpy(&v, p, sizeof(float) * count);
-  return v;
-}
-
-// a * b + c, rounded once on every instruction set.
-QUERN_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-#if defined(__AVX512F__)
-constexpr int32_t ABREAST = 2, SIDE = 8;  // their product: sums of 16 lanes that registers have room for
-QUERN_INLINE Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
-#else
-constexpr int32_t ABREAST = 1, SIDE = 4;
-QUERN_INLINE Lanes fused(Lanes a, Lanes b, Lanes c) {
-  float x[LANES], y[LANES], z[LANES];
-  store(x, a);
-  store(y, b);
-  store(z, c);
-#if defined(__FMA__)
-  for (int32_t i = 0; i < LANES; i += 8)
-    _mm256_storeu_ps(z + i, _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), _mm256_loadu_ps(z + i)));
-#else
-  for (int32_t i = 0; i < LANES; ++i) z[i] = fused(x[i], y[i], z[i]);
-#endif
-  return load(z);
-}
-#endif
-
-QUERN_INLINE float sum(Lanes v) {
-  float lane[LANES];
-  memcpy(lane, &v, sizeof v);
-  for (int32_t width = LANES / 2; width > 0; width /= 2)
-    for (int32_t i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
-}
-
-QUERN_INLINE float largest(Lanes v) {
-  float lane[LANES];
-  memcpy(lane, &v, sizeof v);
-  for (int32_t width = LANES / 2; width > 0; width /= 2)
-    for (int32_t i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-  return lane[0];
-}
+#include "engine/lanes-inl.h"
 
 // e^x to about two units in the last place (Cephes' polynomial); 0 far below, e^88 above.
 QUERN_INLINE Lanes exponential(Lanes x) {
   const Lanes top = spread(88.0f), bottom = spread(-87.0f), given = x;
-  x = x > top ? top : x;
-  x = x < bottom ? bottom : x;
+  x = choose(x > top, top, x);
+  x = choose(x < bottom, bottom, x);
   const Lanes magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Lanes shifted = x * 1.44269504088896341f + magic;
   const Lanes n = shifted - magic;
@@ -91,12 +36,8 @@ QUERN_INLINE Lanes exponential(Lanes x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  Whole bits, scale;
-  memcpy(&bits, &shifted, sizeof bits);
-  memcpy(&scale, &p, sizeof scale);
-  scale += bits << 23;
-  memcpy(&p, &scale, sizeof p);
-  return given < bottom ? Lanes{} : p;
+  p = lanes_of(bits_of(p) + (bits_of(shifted) << 23));
+  return choose(given < bottom, Lanes{}, p);
 }
 
 void rms_norm(const float* x, const float* weight, int32_t count, float epsilon, float* out) {
@@ -119,7 +60,7 @@ QUERN_INLINE Lanes gelu_tanh(Lanes x) {
 
 // erf by Abramowitz and Stegun 1964, eq. 7.1.26, which is off by 1.5e-7 at most; the tail is taken from the side of its sign.
 QUERN_INLINE Lanes gelu(Lanes x) {
-  const Lanes size = (x < 0.0f ? -x : x) * 0.70710678118654752f;
+  const Lanes size = choose(x < 0.0f, -x, x) * 0.70710678118654752f;
   const Lanes t = 1.0f / (size * 0.3275911f + 1.0f);
   Lanes p = spread(1.061405429f);
   p = p * t - 1.453152027f;
@@ -127,7 +68,7 @@ QUERN_INLINE Lanes gelu(Lanes x) {
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
   const Lanes tail = p * t * exponential(-size * size) * 0.5f;
-  return x * (x < 0.0f ? tail : 1.0f - tail);
+  return x * choose(x < 0.0f, tail, 1.0f - tail);
 }
 
 template <Lanes (*ACTIVATION)(Lanes)>
@@ -135,8 +76,7 @@ void gated_product(float* gate, const float* up, int32_t count) {
   int32_t i = 0;
   for (; i + LANES <= count; i += LANES) store(gate + i, ACTIVATION(load(gate + i)) * load(up + i));
   if (i == count) return;
-  const Lanes last = ACTIVATION(load_some(gate + i, count - i)) * load_some(up + i, count - i);
-  memcpy(gate + i, &last, sizeof(float) * (count - i));
+  store_some(gate + i, ACTIVATION(load_some(gate + i, count - i)) * load_some(up + i, count - i), count - i);
 }
 
 template <Lanes (*ACTIVATION)(Lanes)>
@@ -144,8 +84,7 @@ void activated(float* x, int32_t count) {
   int32_t i = 0;
   for (; i + LANES <= count; i += LANES) store(x + i, ACTIVATION(load(x + i)));
   if (i == count) return;
-  const Lanes last = ACTIVATION(load_some(x + i, count - i));
-  memcpy(x + i, &last, sizeof(float) * (count - i));
+  store_some(x + i, ACTIVATION(load_some(x + i, count - i)), count - i);
 }
 
 void add(float* x, const float* y, int64_t count) {
@@ -158,11 +97,10 @@ void add(float* x, const float* y, int64_t count) {
 QUERN_INLINE Lanes half_lanes(const uint16_t* p) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 #endif
-  float lane[LANES];
-  _mm256_storeu_ps(lane, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  _mm256_storeu_ps(lane + 8, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8))));
-  return load(lane);
 }
 QUERN_INLINE float half_value(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 QUERN_INLINE uint16_t half_of(float x) {
@@ -199,30 +137,42 @@ QUERN_INLINE uint16_t half_of(float x) {
   return static_cast<uint16_t>(sign | (bits >> 13));
 }
 QUERN_INLINE Lanes half_lanes(const uint16_t* p) {
-  Lanes v;
-  for (int32_t i = 0; i < LANES; ++i) v[i] = half_value(p[i]);
-  return v;
+  float lane[LANES];
+  for (int32_t i = 0; i < LANES; ++i) lane[i] = half_value(p[i]);
+  return load(lane);
 }
 #endif
 
-QUERN_INLINE Lanes byte_lanes(const int8_t* p) {
 #if defined(__AVX512F__)
+QUERN_INLINE Lanes byte_lanes(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#endif
-  float lane[LANES];
-  for (int32_t i = 0; i < LANES; ++i) lane[i] = static_cast<float>(p[i]);
-  return load(lane);
 }
 
 // The low and the high halves of 16 bytes, which hold numbers from -8 to 7 plus 8.
-#if defined(__AVX512F__)
 QUERN_INLINE void nibble_lanes(const uint8_t* p, Lanes& low, Lanes& high) {
   const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   low = _mm512_permutexvar_ps(bytes, numbers);  // reads the lowest four bits of an index
   high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), numbers);
 }
+#elif defined(__AVX2__)
+QUERN_INLINE Lanes signed_lanes(__m128i bytes) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+QUERN_INLINE Lanes byte_lanes(const int8_t* p) { return signed_lanes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+QUERN_INLINE void nibble_lanes(const uint8_t* p, Lanes& low, Lanes& high) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15), zero = _mm_set1_epi8(8);
+  low = signed_lanes(_mm_sub_epi8(_mm_and_si128(bytes, mask), zero));
+  high = signed_lanes(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), zero));
+}
 #else
+QUERN_INLINE Lanes byte_lanes(const int8_t* p) {
+  float lane[LANES];
+  for (int32_t i = 0; i < LANES; ++i) lane[i] = static_cast<float>(p[i]);
+  return load(lane);
+}
+
 QUERN_INLINE void nibble_lanes(const uint8_t* p, Lanes& low, Lanes& high) {
   float lane[2][LANES];
   for (int32_t i = 0; i < LANES; ++i) lane[0][i] = static_cast<float>((p[i] & 15) - 8);

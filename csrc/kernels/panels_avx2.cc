@@ -1,5 +1,5 @@
 // Panels of decoded weights; see panels_avx512.cc. A register of a panel is two here: rows 0 to 7 and 8 to 15.
-#include "kernels/common_avx2.h"
+#include "kernels/fitting_avx2-inl.h"
 #include "kernels/tables.h"
 
 namespace quern {
@@ -9,36 +9,6 @@ INLINE __m256i four_inputs(const int8_t* x) {
   int32_t four;
   __builtin_memcpy(&four, x, 4);
   return _mm256_set1_epi32(four);
-}
-
-template <int TOKENS>
-INLINE void add_panel(const int8_t* w, int32_t blocks, const int8_t* x, int64_t stride, int32_t* sums) {
-  __m256i total[TOKENS][2];
-  for (int t = 0; t < TOKENS; ++t)
-    for (int half = 0; half < 2; ++half) total[t][half] = load(sums + 16 * t + 8 * half);
-  for (int32_t b = 0; b < blocks; ++b) {
-    const __m256i low = load(w + 64 * static_cast<int64_t>(b)), high = load(w + 64 * static_cast<int64_t>(b) + 32);
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t) {
-      const __m256i inputs = four_inputs(x + t * stride + 4 * b);
-      total[t][0] = _mm256_add_epi32(total[t][0], products(low, inputs));
-      total[t][1] = _mm256_add_epi32(total[t][1], products(high, inputs));
-    }
-  }
-  for (int t = 0; t < TOKENS; ++t)
-    for (int half = 0; half < 2; ++half)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 16 * t + 8 * half), total[t][half]);
-}
-
-void panel(const int8_t* panel, int32_t row_groups, int32_t blocks, const int8_t* x, int64_t stride, int32_t tokens,
-           int32_t* sums) {
-  for (int32_t g = 0; g < row_groups; ++g) {
-    const int8_t* w = panel + static_cast<int64_t>(g) * blocks * LANES;
-    int32_t* out = sums + static_cast<int64_t>(g) * tokens * 16;
-    int32_t t = 0;
-    for (; t + 4 <= tokens; t += 4) add_panel<4>(w, blocks, x + t * stride, stride, out + 16 * t);
-    for (; t < tokens; ++t) add_panel<1>(w, blocks, x + t * stride, stride, out + 16 * t);
-  }
 }
 
 void flush(const int32_t* sums, int32_t row_groups, int32_t tokens, const float* ws, const float* xs, const int32_t* xsum,
@@ -61,11 +31,11 @@ struct Range {
 };
 
 INLINE Range range_of(const int8_t* panel, int64_t bytes) {
-  __m256i low = load(panel), high = low;
-  for (int64_t i = 32; i < bytes; i += 32) {
-    const __m256i v = load(panel + i);
-    low = _mm256_min_epi8(low, v);
-    high = _mm256_max_epi8(high, v);
+  __m256i low = load(panel), high = low;  // of a whole number of registers
+  for (int64_t i = 0; i < bytes; i += LANES) {
+    const __m256i a = load(panel + i), b = load(panel + i + 32);
+    low = _mm256_min_epi8(low, _mm256_min_epi8(a, b));
+    high = _mm256_max_epi8(high, _mm256_max_epi8(a, b));
   }
   alignas(32) int8_t lows[32], highs[32];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lows), low);
@@ -78,13 +48,18 @@ INLINE Range range_of(const int8_t* panel, int64_t bytes) {
   return {-smallest, greatest - smallest};
 }
 
-// Sums of 16 rows and TOKENS tokens over `steps` registers. EXACT registers at a time are added in 16 bits; 0: signed values.
+INLINE bool fits(const Range& range, int32_t registers) { return range.greatest * 2 * 127 * registers <= INT16_MAX; }
+
+INLINE void add_to(int32_t* sums, __m256i more) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), _mm256_add_epi32(load(sums), more));
+}
+
+// total += sums of 16 rows and TOKENS tokens over `steps` registers, a multiple of EXACT: so many at a time are added in 16 bits;
+// 0: signed values.
 template <int TOKENS, int EXACT>
 INLINE void add_steps(const int8_t* w, int32_t steps, const int8_t* x, int64_t stride, __m256i bias, __m256i (*total)[2]) {
   constexpr int EACH = EXACT == 2 ? 2 : 1;
   const __m256i one = _mm256_set1_epi16(1);
-#pragma GCC unroll 4
-  for (int t = 0; t < TOKENS; ++t) total[t][0] = total[t][1] = _mm256_setzero_si256();
   for (int32_t b = 0; b < steps; b += EACH) {
     __m256i some[TOKENS][2];
 #pragma GCC unroll 4
@@ -95,22 +70,134 @@ INLINE void add_steps(const int8_t* w, int32_t steps, const int8_t* x, int64_t s
 #pragma GCC unroll 4
       for (int t = 0; t < TOKENS; ++t) {
         const __m256i inputs = four_inputs(x + t * stride + 4 * (b + i));
-        if (EXACT == 0) {
-          total[t][0] = _mm256_add_epi32(total[t][0], products(low, inputs));
-          total[t][1] = _mm256_add_epi32(total[t][1], products(high, inputs));
+        if (EXACT < 2) {
+          total[t][0] = _mm256_add_epi32(total[t][0], EXACT == 0 ? products(low, inputs) : unsigned_products(low, inputs));
+          total[t][1] = _mm256_add_epi32(total[t][1], EXACT == 0 ? products(high, inputs) : unsigned_products(high, inputs));
           continue;
         }
         some[t][0] = _mm256_add_epi16(some[t][0], _mm256_maddubs_epi16(low, inputs));
         some[t][1] = _mm256_add_epi16(some[t][1], _mm256_maddubs_epi16(high, inputs));
       }
     }
-    if (EXACT == 0) continue;
+    if (EXACT < 2) continue;
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half)
         total[t][half] = _mm256_add_epi32(total[t][half], _mm256_madd_epi16(some[t][half], one));
   }
+}
+
+template <int TOKENS>
+INLINE void load_sums(const int32_t* sums, __m256i (*total)[2]) {
+  for (int t = 0; t < TOKENS; ++t) total[t][0] = load(sums + 16 * t), total[t][1] = load(sums + 16 * t + 8);
+}
+
+template <int TOKENS>
+INLINE void store_sums(const __m256i (*total)[2], int32_t* sums) {
+  for (int t = 0; t < TOKENS; ++t)
+    for (int half = 0; half < 2; ++half)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 16 * t + 8 * half), total[t][half]);
+}
+
+constexpr int32_t SOME_TOKENS = 16, SOME_BLOCKS = 128;  // whose inputs are looked at together
+
+// The other half of four inputs that were cut in two.
+struct Cut {
+  int32_t token, block, inputs;
+};
+
+// Inputs of some tokens and blocks, as weights of a range may meet them.
+struct Fitted {
+  alignas(32) int8_t inputs[SOME_TOKENS][4 * SOME_BLOCKS];
+  int32_t sums[SOME_TOKENS];
+  Cut cuts[SOME_TOKENS * SOME_BLOCKS];
+  int32_t count;
+};
+
+INLINE void fit(const int8_t* x, int64_t stride, int32_t tokens, int32_t blocks, int32_t most, Fitted& found) {
+  found.count = 0;
+  for (int32_t t = 0; t < tokens; ++t) {
+    __m256i total = _mm256_setzero_si256();
+    for (int32_t b = 0; b < blocks; b += 8) {
+      const int8_t* from = x + t * stride + 4 * b;
+      const __m256i inputs = blocks - b >= 8 ? load(from) : load_some(from, 4 * (blocks - b));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(found.inputs[t] + 4 * b), inputs);
+      total = _mm256_add_epi32(total, unsigned_products(_mm256_set1_epi8(1), inputs));
+      for (uint32_t large = static_cast<uint32_t>(too_large(inputs, most)); large != 0; large &= large - 1) {
+        const int32_t block = b + __builtin_ctz(large);
+        int8_t* at = found.inputs[t] + 4 * block;
+        int32_t whole;
+        __builtin_memcpy(&whole, at, 4);
+        const int32_t half = half_of(whole);
+        __builtin_memcpy(at, &half, 4);
+        found.cuts[found.count++] = {t, block, rest_of(whole, half)};
+      }
+    }
+    found.sums[t] = sum(total);
+  }
+}
+
+template <int TOKENS, int EXACT>
+INLINE void add_tokens(const int8_t* w, int32_t blocks, const Fitted& in, int32_t first, int32_t bias, int32_t* sums) {
+  const __m256i biases = _mm256_set1_epi8(static_cast<char>(bias));
+  __m256i total[TOKENS][2];
+  load_sums<TOKENS>(sums, total);
+  for (int t = 0; t < TOKENS; ++t) {
+    const __m256i shift = _mm256_mullo_epi32(_mm256_set1_epi32(bias), _mm256_set1_epi32(in.sums[first + t]));
+    for (int half = 0; half < 2; ++half) total[t][half] = _mm256_sub_epi32(total[t][half], shift);
+  }
+  add_steps<TOKENS, EXACT>(w, blocks, in.inputs[first], 4 * SOME_BLOCKS, biases, total);
+  store_sums<TOKENS>(total, sums);
+}
+
+// 16 rows.
+template <int EXACT>
+void add_fitted(const int8_t* w, int32_t blocks, const Fitted& in, int32_t tokens, int32_t bias, int32_t* sums) {
+  int32_t t = 0;
+  for (; t + 4 <= tokens; t += 4) add_tokens<4, EXACT>(w, blocks, in, t, bias, sums + 16 * t);
+  for (; t < tokens; ++t) add_tokens<1, EXACT>(w, blocks, in, t, bias, sums + 16 * t);
+  const __m256i biases = _mm256_set1_epi8(static_cast<char>(bias));
+  for (int32_t i = 0; i < in.count; ++i) {
+    const Cut& cut = in.cuts[i];
+    for (int half = 0; half < 2; ++half) {
+      const __m256i weights = _mm256_add_epi8(load(w + 64 * cut.block + 32 * half), biases);
+      add_to(sums + 16 * cut.token + 8 * half, unsigned_products(weights, _mm256_set1_epi32(cut.inputs)));
+    }
+  }
+}
+
+template <int TOKENS>
+INLINE void add_signed(const int8_t* w, int32_t blocks, const int8_t* x, int64_t stride, int32_t* sums) {
+  __m256i total[TOKENS][2];
+  load_sums<TOKENS>(sums, total);
+  add_steps<TOKENS, 0>(w, blocks, x, stride, _mm256_setzero_si256(), total);
+  store_sums<TOKENS>(total, sums);
+}
+
+constexpr int32_t FEW = 6;  // tokens for which it does not pay to look at weights and inputs first
+
+void panel(const int8_t* panel, int32_t row_groups, int32_t blocks, const int8_t* x, int64_t stride, int32_t tokens,
+           int32_t* sums) {
+  for (int32_t g = 0; tokens < FEW && g < row_groups; ++g) {
+    const int8_t* w = panel + static_cast<int64_t>(g) * blocks * LANES;
+    int32_t* out = sums + static_cast<int64_t>(g) * tokens * 16;
+    int32_t t = 0;
+    for (; t + 4 <= tokens; t += 4) add_signed<4>(w, blocks, x + t * stride, stride, out + 16 * t);
+    for (; t < tokens; ++t) add_signed<1>(w, blocks, x + t * stride, stride, out + 16 * t);
+  }
+  if (tokens < FEW) return;
+  const Range range = range_of(panel, static_cast<int64_t>(row_groups) * blocks * LANES);
+  const auto add = fits(range, 2) && blocks % 2 == 0 ? add_fitted<2> : add_fitted<1>;
+  for (int32_t b = 0; b < blocks; b += SOME_BLOCKS)
+    for (int32_t t = 0; t < tokens; t += SOME_TOKENS) {
+      const int32_t count = least(blocks - b, SOME_BLOCKS), some = least(tokens - t, SOME_TOKENS);
+      Fitted in;
+      fit(x + t * stride + 4 * b, stride, some, count, most_together(range.greatest), in);
+      for (int32_t g = 0; g < row_groups; ++g)
+        add(panel + (static_cast<int64_t>(g) * blocks + b) * LANES, count, in, some, range.bias,
+            sums + (static_cast<int64_t>(g) * tokens + t) * 16);
+    }
 }
 
 // What `grouped` is told of its inputs.
@@ -129,6 +216,7 @@ INLINE void add_groups(const int8_t* w, int32_t bias, const Grouped& in, int32_t
   const int8_t* x = in.x + first * in.stride;
   for (int32_t g = 0; g < in.groups; ++g) {
     __m256i total[TOKENS][2];
+    for (int t = 0; t < TOKENS; ++t) total[t][0] = total[t][1] = _mm256_setzero_si256();
     add_steps<TOKENS, EXACT>(w + 16 * static_cast<int64_t>(g) * in.group, in.group / 4, x + g * in.group, in.stride, biases, total);
     const __m256 scales[2] = {_mm256_loadu_ps(ws + g * TILE_ROWS), _mm256_loadu_ps(ws + g * TILE_ROWS + 8)};
 #pragma GCC unroll 4
@@ -162,9 +250,8 @@ void grouped(const int8_t* panel, int32_t row_groups, int32_t blocks, int32_t gr
              float* out) {
   const Grouped in{group, groups, x, stride, ws, xs, xsum, token_stride};
   const Range range = range_of(panel, static_cast<int64_t>(row_groups) * blocks * LANES);
-  const auto fits = [&](int32_t exact) { return range.greatest * 2 * 127 * exact <= INT16_MAX && group / 4 % exact == 0; };
-  if (fits(2)) return add_grouped<2>(panel, row_groups, blocks, range.bias, in, tokens, out);
-  if (fits(1)) return add_grouped<1>(panel, row_groups, blocks, range.bias, in, tokens, out);
+  if (fits(range, 2) && group / 4 % 2 == 0) return add_grouped<2>(panel, row_groups, blocks, range.bias, in, tokens, out);
+  if (fits(range, 1)) return add_grouped<1>(panel, row_groups, blocks, range.bias, in, tokens, out);
   add_grouped<0>(panel, row_groups, blocks, 0, in, tokens, out);
 }
 

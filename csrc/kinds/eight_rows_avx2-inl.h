@@ -4,7 +4,8 @@
 // No include guard and no linkage: for the AVX2 files of such kinds. A type says, beside what superblock-inl.h wants,
 //   OFFSET  what the registers of codes are greater than the codes by, so that they are unsigned; or SIGNED
 //   EXACT   how often two sums of two products can be added in 16 bits
-//   values(Type, Register<I>, block)  the codes of columns 32 * I ... of a super-block; of types with points there is a table behind
+//   values(Type, Register<I>, block)  the codes of columns 32 * I ... of a super-block; of types with points the sizes, by
+//           values(Type, Register<I>, blocks, numbers, row), and signs(the same), bytes below zero and others above
 //   numbers_of(Type, blocks)  a struct of the scales of a super-block of eight rows, with scale<G>() and, where the type has
 //           minimums, minimum<G>(): whole numbers, and d and d_min
 #include "kernels/common_avx2.h"
@@ -42,20 +43,26 @@ struct Rows : Base {
 template <int I>
 struct Register {};
 
-// Sums of two neighbouring products in 16 bits.
-template <bool SIGNED>
-INLINE __m256i pair_products(__m256i codes, __m256i inputs) {
-  if (!SIGNED) return _mm256_maddubs_epi16(codes, inputs);
-  return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(inputs, codes));
+// Numbers of a row's register: those of points are sizes, which have signs.
+struct Values {
+  __m256i codes, signs;
+};
+
+template <typename Type, int I, typename Numbers>
+INLINE Values values_of(const Blocks& blocks, const Numbers& numbers, int row) {
+  if constexpr (Type::POINTS != 0) {
+    return {values(Type{}, Register<I>{}, blocks, numbers, row), signs(Type{}, Register<I>{}, blocks, numbers, row)};
+  } else {
+    const __m256i codes = values(Type{}, Register<I>{}, blocks.row[row]);
+    return {Type::SIGNED ? _mm256_abs_epi8(codes) : codes, codes};
+  }
 }
 
-template <typename Type, int I>
-INLINE __m256i codes_of(const Blocks& blocks, int row) {
-  if constexpr (Type::POINTS != 0) {
-    return values(Type{}, Register<I>{}, blocks.row[row], blocks.table);
-  } else {
-    return values(Type{}, Register<I>{}, blocks.row[row]);
-  }
+// Sums of two neighbouring products in 16 bits.
+template <typename Type>
+INLINE __m256i pair_products(const Values& v, __m256i inputs) {
+  constexpr bool SIGNS = Type::SIGNED || Type::POINTS != 0;
+  return _mm256_maddubs_epi16(v.codes, SIGNS ? _mm256_sign_epi8(inputs, v.signs) : inputs);
 }
 
 // outputs of eight rows += columns 32 * I ... of a super-block. `at`: its first group.
@@ -63,9 +70,9 @@ template <typename Type, int I, int TOKENS, typename Numbers>
 INLINE void add_register(const Blocks& blocks, const Numbers& numbers, const Inputs& in, int32_t column, const float (*totals)[16],
                          __m256* out, __m256* low) {
   constexpr int EACH = 32 / Type::GROUP, G = I * EACH;
-  __m256i codes[ROWS];
+  Values codes[ROWS];
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) codes[r] = codes_of<Type, I>(blocks, r);
+  for (int r = 0; TOKENS > 1 && r < ROWS; ++r) codes[r] = values_of<Type, I>(blocks, numbers, r);
   __m256 ws[EACH], least[EACH];
   ws[0] = numbers.template scale<G>();
   if constexpr (EACH == 2) ws[1] = numbers.template scale<G + 1>();
@@ -78,7 +85,8 @@ INLINE void add_register(const Blocks& blocks, const Numbers& numbers, const Inp
     const __m256i x = load(in.values + t * in.stride + column + 32 * I);
     __m256i v[ROWS], found[2];
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) v[r] = pair_products<Type::SIGNED>(codes[r], x);
+    for (int r = 0; r < ROWS; ++r)  // one after the other, as registers are few
+      v[r] = pair_products<Type>(TOKENS > 1 ? codes[r] : values_of<Type, I>(blocks, numbers, r), x);
     add_lanes<Type::EXACT, Type::GROUP>(v, found);
     const int64_t at = static_cast<int64_t>(t) * in.groups + column / Type::GROUP + G;
 #pragma GCC unroll 2

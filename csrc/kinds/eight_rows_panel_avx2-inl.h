@@ -5,12 +5,18 @@
 namespace quern {
 namespace {
 
-template <typename Type, int I>
-INLINE void decode_register(const Blocks& blocks, const Part& part, int32_t row, int32_t column, __m256i flips, int8_t* panel) {
+template <typename Type, int I, typename Numbers>
+INLINE void decode_register(const Blocks& blocks, const Numbers& numbers, const Part& part, int32_t row, int32_t column, __m256i flips, int8_t* panel) {
   __m256i v[ROWS];
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-    v[r] = _mm256_sub_epi8(codes_of<Type, I>(blocks, r), _mm256_set1_epi8(Type::OFFSET));
+  for (int r = 0; r < ROWS; ++r) {
+    if constexpr (Type::POINTS != 0) {
+      const Values of = values_of<Type, I>(blocks, numbers, r);
+      v[r] = _mm256_sign_epi8(of.codes, of.signs);
+    } else {
+      v[r] = _mm256_sub_epi8(values(Type{}, Register<I>{}, blocks.row[r]), _mm256_set1_epi8(Type::OFFSET));
+    }
+  }
   store_panel(v, part, row, column + 32 * I, flips, panel);
 }
 
@@ -22,15 +28,16 @@ void panel(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) 
     for (int32_t column = part.first_column / Type::COLUMNS * Type::COLUMNS; column < end; column += Type::COLUMNS) {
       const int64_t offset = column / Type::COLUMNS * static_cast<int64_t>(Type::BYTES);
       const Blocks blocks = blocks_at(weight, part.first_row + row, part.rows - row, offset);
-      decode_register<Type, 0>(blocks, part, row, column, flips, panel);
+      const auto numbers = numbers_of(Type{}, blocks);
+      decode_register<Type, 0>(blocks, numbers, part, row, column, flips, panel);
       if constexpr (Type::COLUMNS == SUPER) {
-        decode_register<Type, 1>(blocks, part, row, column, flips, panel);
-        decode_register<Type, 2>(blocks, part, row, column, flips, panel);
-        decode_register<Type, 3>(blocks, part, row, column, flips, panel);
-        decode_register<Type, 4>(blocks, part, row, column, flips, panel);
-        decode_register<Type, 5>(blocks, part, row, column, flips, panel);
-        decode_register<Type, 6>(blocks, part, row, column, flips, panel);
-        decode_register<Type, 7>(blocks, part, row, column, flips, panel);
+        decode_register<Type, 1>(blocks, numbers, part, row, column, flips, panel);
+        decode_register<Type, 2>(blocks, numbers, part, row, column, flips, panel);
+        decode_register<Type, 3>(blocks, numbers, part, row, column, flips, panel);
+        decode_register<Type, 4>(blocks, numbers, part, row, column, flips, panel);
+        decode_register<Type, 5>(blocks, numbers, part, row, column, flips, panel);
+        decode_register<Type, 6>(blocks, numbers, part, row, column, flips, panel);
+        decode_register<Type, 7>(blocks, numbers, part, row, column, flips, panel);
       }
     }
 }
