@@ -33,7 +33,7 @@ import httpx
 import psutil
 from measured import quantize_in_child, write_result
 
-from quern.serving.prefixes import MOST_KEPT
+from quern.generation.prefixes import MOST_KEPT
 from quern.serving.server import listen
 
 ROOT = Path(__file__).resolve().parent.parent
