@@ -54,6 +54,10 @@ def run(served: Served, tell: Tell, say: Callable[[str], None], listening: socke
             f"{option('draft', '--draft')} is for one model, and {len(served.models)} are to be served; serve one, or "
             "leave it out"
         )
+    if served.speculation.draft is not None and served.memory is not None:
+        raise UserError(
+            f"{option('memory', '--memory')} does not count what {option('draft', '--draft')} takes; leave one of them out"
+        )
     with closing(listening or listen(served.host, served.port)) as listening:
         _serve(served, listening, tell, say)
 
