@@ -191,6 +191,21 @@ def alike(loaded, found, expected):
     return near(found, expected, 1e-4 if not quantizes_activations(loaded) else 5e-2)
 
 
+def test_guesses_are_read_beside_tokens_and_hidden_states_like_logits(loaded):
+    whole, first, second = loaded.logits(IDS[:1])[0], loaded.open(), loaded.open()
+    tolerance = 1e-4 if not quantizes_activations(loaded) else 5e-2
+    rows = loaded.step([(first, IDS[0, :14].tolist()), (second, IDS[1, :2].tolist())], [3, 0])
+    assert rows.shape == (5, 300)
+    for row, expected in zip(rows[:4], whole[10:14], strict=True):
+        assert near(row, expected, tolerance)
+    first.rewind(11)
+    assert near(loaded.step([(first, IDS[0, 11:].tolist())])[0], whole[-1], tolerance)
+    states = loaded.hidden_states([(second, IDS[1, 2:].tolist())])
+    assert states.shape == (15, loaded.hidden_size)
+    assert states.dtype == torch.float32
+    assert second.length == 17
+
+
 def test_a_step_of_several_sequences_gives_each_its_own_logits(loaded):
     """Of different lengths, in any order; they join and leave, rewind, and grow by one token and by many."""
     texts = torch.randint(0, 296, (4, 60), generator=torch.Generator().manual_seed(7)).tolist()

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -80,6 +81,23 @@ def test_steps_with_wrong_counts_of_guesses_are_refused(folder, drafted):
         with pytest.raises(UserError, match="guesses"):
             one.step([(first, [1, 2, 3]), (second, [4])], drafted)
     assert first.length == second.length == 0
+
+
+def test_rows_of_texts_that_are_read_in_several_parts(tmp_path):
+    """The decoder takes 512 tokens at a time."""
+    folder = write_model(tmp_path / "model", tiny_config(max_position_embeddings=1200), tokenizer=False)
+    model, ids = CpuEngine().load(folder, threads=1), [token % 250 for token in range(1100)]
+    first, second, third = model.open(), model.open(), model.open()
+    states = model.hidden_states([(first, ids), (second, ids[:3])])
+    assert torch.equal(
+        states[:1100], torch.cat([model.hidden_states([(third, ids[at : at + 300])]) for at in range(0, 1100, 300)])
+    )
+    assert torch.equal(states[1100:], states[:3])
+    first.rewind(0)
+    assert torch.equal(model.step([(first, ids)], [700]), model.logits(torch.tensor([ids]))[0, 399:])
+    for wanted in ([2], [-1], [1, 1], []):
+        with pytest.raises(ValueError, match="wanted|two counts"):
+            model._decoder.read([first.cache], [1], np.array([1], np.int32), wanted)
 
 
 LARGE = 200

@@ -20,7 +20,7 @@ class Sequence(Protocol):
         ...
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens."""
+        """Forget all but the first ``length`` tokens. What cannot be taken back to there is read again in the next step."""
         ...
 
     def fork(self, length: int) -> Sequence:

@@ -21,20 +21,19 @@ class Guessing:
 
     def drafts(self, batch: Sequence[tuple[Running, list[int]]]) -> list[list[int]]:
         """Guesses behind what each request of a step is fed; none behind pieces of a prompt that has more."""
-        found: list[list[int]] = [[] for _ in batch]
+        nothing: list[list[int]] = [[] for _ in batch]
         if self._speculation is None:
-            return found
+            return nothing
         writing = [place for place, (running, tokens) in enumerate(batch) if len(tokens) == len(running.pending)]
         asked = [batch[place][0].asked(self._context) for place in writing]
         try:
             proposed = self._speculation.propose(asked, sum(len(tokens) for _, tokens in batch))
+            drafts = dict(zip(writing, proposed, strict=True))
+            return [running.possible(drafts.get(place, [])) for place, (running, _) in enumerate(batch)]
         except Exception as error:  # of the draft model; answers do not depend on it
             log.error("guessing failed, and is given up", exc_info=error)
             self._speculation = None
-            return found
-        for place, draft in zip(writing, proposed, strict=True):
-            found[place] = batch[place][0].possible(draft)
-        return found
+            return nothing
 
     def tell(self, running: Running, drafted: int, accepted: int) -> None:
         """A request has taken a step with so many guesses, of which so many were right."""

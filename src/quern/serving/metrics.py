@@ -15,7 +15,10 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _COUNTERS: dict[str, tuple[str, Callable[[Scheduler], float]]] = {
     "quern_requests": ("Requests that were taken.", lambda one: one.counts.requests),
     "quern_requests_refused": ("Requests that found the queue full.", lambda one: one.counts.refused),
-    "quern_prompt_tokens": ("Tokens of prompts that were read.", lambda one: one.counts.prompt_tokens),
+    "quern_prompt_tokens": (
+        "Tokens of prompts and of embedded texts that were read.",
+        lambda one: one.counts.prompt_tokens,
+    ),
     "quern_cached_tokens": (
         "Tokens of prompts that were there from other texts.",
         lambda one: one.counts.cached_tokens,

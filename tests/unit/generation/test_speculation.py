@@ -169,6 +169,30 @@ def test_a_model_that_drafts_for_itself_is_always_right(model, folder, temperatu
     assert speculation.counts.accepted == speculation.counts.drafted > 60
 
 
+def test_the_draft_model_reads_beginnings_once_in_pieces_and_makes_room(model, folder, monkeypatch):
+    drafting = CpuEngine().load(folder, threads=1)
+    monkeypatch.setattr("quern.engines._cpu_pool.free_memory", lambda: 14 * drafting.pool._page_bytes)  # twelve pages
+    drafter, sampler, fed, step = DraftModel(drafting, 300), Sampler(SamplingOptions(), 0), [], drafting.step
+    monkeypatch.setattr(drafting, "step", lambda batch: fed.append([len(ids) for _, ids in batch]) or step(batch))
+    monkeypatch.setattr("quern.generation.speculation.draft_model.PROMPT_TOKENS", 64)
+    long = text(1, 100)
+    assert drafter.propose([Asked(1, long, 3, sampler)]) == [[]]
+    (draft,) = drafter.propose([Asked(1, long, 3, sampler)])
+    assert draft == list(continuation(model.start(), long, 3, Sampler(SamplingOptions(), 0), NO_END))
+    assert fed == [[64], [36], [1], [1]]
+    assert drafter.propose([Asked(1, [*long, draft[0], 299], 1, sampler)])[0]
+    drafter.forget(1)
+    drafter.forget("never asked about")
+    fed.clear()
+    assert len(drafter.propose([Asked(2, [*long[:90], 7], 2, sampler)])[0]) == 2
+    assert fed == [[91 - 80], [1]]  # five pages are there
+    fed.clear()
+    assert drafter.propose([Asked(3, text(2, 60), 1, sampler), Asked(4, text(3, 30), 1, sampler)])[0]
+    assert len(drafter._prefixes) == 0  # the finished text went for them
+    assert drafter.propose([Asked(5, text(4, 250), 10, sampler)]) == [[]]  # no context
+    assert drafter.propose([Asked(5, [310], 1, sampler)]) == [[]]  # no such token
+
+
 def test_where_the_session_is_full_the_text_ends(model):
     session, speculation = model.start(), Speculation(NgramDrafter())
     ids = text(2, 200)

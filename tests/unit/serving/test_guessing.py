@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from schedules import alone, decode, drained, prompt, scheduler, text_of
+from schedules import END, alone, decode, drained, prompt, scheduler, text_of
 from tiny_model import tiny_config, write_model
 
 from quern.engines.cpu import CpuEngine
@@ -12,6 +12,7 @@ from quern.generation.speculation.draft_model import DraftModel
 from quern.generation.speculation.ngram import NgramDrafter
 from quern.generation.speculation.speculation import Speculation
 from quern.serving.request import Finished, FinishReason, GenerationRequest, Piece
+from quern.serving.running import Running
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,22 @@ def test_answers_of_a_form(model, speculation, folder):
             (told,) = drained(scheduler(model, speculation), [request])
             assert told == expected
             assert isinstance(told[-1], Finished)
+
+
+def test_what_cannot_follow_is_not_guessed(folder):
+    pytest.importorskip("llguidance")
+    from quern.checkpoint.tokenizer import load_tokenizer
+    from quern.serving.grammar import Grammars
+
+    tokenizer = load_tokenizer(folder)
+    a, b, z = (tokenizer.get_vocab()[letter] for letter in "abz")
+    plain = Running(GenerationRequest((1,), 9), print, decode, frozenset([END]))
+    assert plain.possible([a, z, END, b]) == [a, z]
+    grammar = Grammars(tokenizer, 300, frozenset([END])).regex("(ab|cd){4,20}!")
+    bound = Running(GenerationRequest((1,), 9, grammar=grammar), print, decode, frozenset([END]))
+    for _ in range(2):  # to ask changes nothing
+        assert bound.possible([a, b, a, z, a]) == [a, b, a]
+        assert bound.possible([z]) == bound.possible([]) == bound.possible([END]) == []
 
 
 def test_without_room_guesses_go_first_and_then_requests_give_way(folder, model, monkeypatch):

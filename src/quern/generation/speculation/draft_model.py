@@ -20,6 +20,9 @@ from quern.generation.speculation.drafter import Asked
 PROMPT_TOKENS = 256
 """Tokens of texts that it has not read yet, in one step: what bounds the pause of those that are answered meanwhile."""
 
+KEPT = 16
+"""Finished texts that it keeps for others that begin like them: conversations that go on."""
+
 
 @dataclass
 class _Draft:
@@ -40,7 +43,7 @@ class DraftModel:
         """``vocabulary_size``: logits of the model that it guesses for."""
         self._model, self._vocabulary_size = model, vocabulary_size
         self._texts: dict[Hashable, Text] = {}
-        self._prefixes = Prefixes()
+        self._prefixes = Prefixes(KEPT)
 
     def propose(self, asked: Sequence[Asked]) -> list[list[int]]:
         """For each ``count`` tokens; none while it has not read the text, or has no room for it."""
