@@ -289,6 +289,8 @@ def main() -> int:
     }  # fmt: skip
     for name, holds in checks.items():
         print(f"{'ok    ' if holds else 'FAILED'} {name}", flush=True)
+    for failure, count in seen.unexpected.most_common(10):
+        print(f"       {count} times {failure}", flush=True)
     told = f"{sum(seen.answers.values())} answers, {len(seen.wrong)} wrong, {seen.vanished} clients vanished, "
     grown = "not judged: the run is too short" if memory is None else f"{memory['growth']:+.2%}"
     print(f"{told}{sum(seen.malformed.values())} malformed requests, memory {grown}", flush=True)

@@ -52,7 +52,7 @@ def test_arrivals_are_a_poisson_process_of_the_rate(rate):
 def test_prompts_have_their_length_and_share_their_beginning():
     target = Target("", tokens=tuple(range(100, 160)))
     workload = Workload(prompt_tokens=40, shared_prefix=0.25, requests=6, seed=1)
-    first, again, other = (target.prompts(workload, load) for load in (0, 0, 1))
+    first, again, other = (list(target.prompts(workload, load)) for load in (0, 0, 1))
     assert first == again
     assert {len(prompt) for prompt in first + other} == {40}
     assert len({tuple(prompt[:10]) for prompt in first + other}) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import httpx
 
@@ -24,7 +24,7 @@ async def run_load(
     client: httpx.AsyncClient,
     target: Target,
     load: Load,
-    prompts: Sequence[Prompt],
+    prompts: Iterator[Prompt],
     workload: Workload,
     tell: Callable[[Timing], None],
 ) -> None:
@@ -36,15 +36,14 @@ async def run_load(
     async with asyncio.TaskGroup() as group:
         if load.rate is not None:
             begin = time.perf_counter()
-            for at, prompt in zip(arrivals(load.rate, len(prompts), workload.seed), prompts, strict=True):
+            for at, prompt in zip(arrivals(load.rate, workload.requests, workload.seed), prompts, strict=True):
                 await asyncio.sleep(begin + at - time.perf_counter())
                 group.create_task(ask(prompt))
             return
-        waiting = iter(prompts)
 
         async def worker() -> None:
-            for prompt in waiting:
+            for prompt in prompts:
                 await ask(prompt)
 
-        for _ in range(min(load.concurrency or 1, len(prompts))):
+        for _ in range(min(load.concurrency or 1, workload.requests)):
             group.create_task(worker())

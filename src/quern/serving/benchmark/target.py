@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -88,7 +88,7 @@ class Target:
             raise UserError(f"{self.base} neither tokenizes texts nor tells in `usage` how many tokens a prompt has")
         self._per_word = found.prompt_tokens / len(WORDS[:CALIBRATION])
 
-    def prompts(self, workload: Workload, *names: object) -> list[Prompt]:
+    def prompts(self, workload: Workload, *names: object) -> Iterator[Prompt]:
         """Those of one load, which ``names`` spell: random tokens, or words where the server does not tokenize.
 
         All loads begin with the same shared part.
@@ -97,10 +97,9 @@ class Target:
         shared = round(workload.shared_prefix * size)
         first = self._drawn(shared, generator(workload.seed, "shared"))
         rest = generator(workload.seed, "prompts", *names)
-        drawn = [[*first, *self._drawn(size - shared, rest)] for _ in range(workload.requests)]
-        if self.tokens:
-            return [[int(token) for token in one] for one in drawn]
-        return [" ".join(map(str, one)) for one in drawn]
+        for _ in range(workload.requests):
+            drawn = [*first, *self._drawn(size - shared, rest)]
+            yield [int(token) for token in drawn] if self.tokens else " ".join(map(str, drawn))
 
     def _drawn(self, tokens: int, draw: np.random.Generator) -> Sequence[int | str]:
         if self.tokens:
