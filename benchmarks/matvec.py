@@ -1,11 +1,13 @@
 """Matrix-vector products of packed weights against a pure read of the same bytes: batch 1, the shapes of Qwen2-72B's MLP.
 
     python benchmarks/matvec.py [--rounds 7] [--isas avx512,avx2] [--threads 1,2] [--shapes 29568x8192,...]
-        [--only NAME,...] [--peers NAME,...]
+        [--only NAME,...] [--batches 1,2,4,8,16] [--peers NAME,...]
 
 Each round times every packing and, right before it, reading as many bytes with the same threads and the same cut into
 pieces; copies of the matrices fill 1 GiB and take turns, so that none comes from a cache. The fraction is read time over
 product time, inputs' quantization included. Targets: 85 % with AVX-512, half for 4 bits with AVX2.
+
+``--batches`` lets products for so many tokens take turns: how many times as many tokens a second each has as the first one.
 
 ``--peers llama.cpp,onnxruntime,openvino`` (as installed by ``quern peers install``) lets their kernels take turns with ours
 at the first of ``--isas``: for each, the packings of no more bytes (scales included), and how many times as fast they are.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,15 +74,19 @@ PACKINGS = [
 ]
 
 
-def measure(packing: Packing, shape: tuple[int, int], threads: int, pool: Pool) -> dict[str, Any]:
-    """Two contenders: the mean time of reading one copy and of multiplying by it, over all copies."""
+def measure(packing: Packing, shape: tuple[int, int], threads: int, batches: list[int], pool: Pool) -> dict[Any, Any]:
+    """The median times of reading one copy and of multiplying it by each number of tokens, over all copies."""
     rows, columns = shape
     parts = pool.parts(packing.code_bytes(rows, columns))
     matrices = [packing.matrix(rows, columns, part) for part in parts]
-    inputs = np.random.default_rng(2).standard_normal((1, columns)).astype(np.float32)
+    inputs = np.random.default_rng(2).standard_normal((max(batches), columns)).astype(np.float32)
+
+    def product(tokens: int) -> float:
+        return statistics.median(_native.time_multiply(matrices, inputs[:tokens].copy(), threads, len(parts)))
+
     return {
         "read": lambda: statistics.median(_native.time_read(parts, threads, len(parts))),
-        "product": lambda: statistics.median(_native.time_multiply(matrices, inputs, threads, len(parts))),
+        **{tokens: partial(product, tokens) for tokens in batches},
     }
 
 
@@ -89,6 +96,7 @@ def run(
     shape: tuple[int, int],
     threads: int,
     rounds: int,
+    batches: list[int],
     pool: Pool,
     peers: list[str],
 ) -> list[dict[str, Any]]:
@@ -96,11 +104,11 @@ def run(
     contenders = {
         (packing.name, what): work
         for packing in packings
-        for what, work in measure(packing, shape, threads, pool).items()
+        for what, work in measure(packing, shape, threads, batches, pool).items()
     }
     processes = [PeerProcess(peer, *shape, 1, threads, POOL_BYTES) for peer in peers]
     for process in processes:
-        contenders |= {(name, "product"): work for name, work in process.contenders.items()}
+        contenders |= {(name, batches[0]): work for name, work in process.contenders.items()}
     load = ForeignLoad([process.pid for process in processes])
     times = rounds_of(rounds, contenders)
     foreign = load.processors()
@@ -109,9 +117,13 @@ def run(
     setting = {"isa": isa, "shape": shape, "threads": threads, "foreign_processors": foreign}
     found: list[dict[str, Any]] = []
     for packing in packings:
-        read, product = times[packing.name, "read"], times[packing.name, "product"]
+        read, product = times[packing.name, "read"], times[packing.name, batches[0]]
         size = packing.code_bytes(*shape)
         fraction = spread([r / p for r, p in zip(read, product)])
+        rates = {
+            tokens: spread([tokens * p / batches[0] / t for p, t in zip(product, times[packing.name, tokens])])
+            for tokens in batches[1:]
+        }
         found.append(
             {
                 "packing": packing.name,
@@ -121,6 +133,7 @@ def run(
                 "gigabytes_a_second": size / statistics.median(product) / 1e9,
                 "read_gigabytes_a_second": size / statistics.median(read) / 1e9,
                 "fraction_of_read": fraction,
+                **({"tokens_a_second": {str(tokens): rate for tokens, rate in rates.items()}} if rates else {}),
             }
         )
         print(
@@ -128,15 +141,16 @@ def run(
             f"{found[-1]['milliseconds']['median']:7.2f} ms "
             f"{found[-1]['gigabytes_a_second']:6.1f} GB/s  read {found[-1]['read_gigabytes_a_second']:6.1f}  "
             f"fraction {fraction['median']:.2f} ({fraction['lower_quartile']:.2f}-{fraction['upper_quartile']:.2f})  "
-            f"foreign {foreign:.2f}",
+            f"foreign {foreign:.2f}"
+            + "".join(f"  {tokens} tokens x{rate['median']:.2f}" for tokens, rate in rates.items()),
             flush=True,
         )
     for process in processes:
         for name, size in process.sizes.items():
-            theirs = times[name, "product"]
+            theirs = times[name, batches[0]]
             smaller = [packing for packing in packings if packing.bytes(*shape) <= size]
             ratios = {
-                packing.name: spread([t / o for t, o in zip(theirs, times[packing.name, "product"])])
+                packing.name: spread([t / o for t, o in zip(theirs, times[packing.name, batches[0]])])
                 for packing in smaller
             }
             milliseconds = spread([1e3 * t for t in theirs])
@@ -156,16 +170,18 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--shapes", default=",".join(f"{rows}x{columns}" for rows, columns in SHAPES))
     parser.add_argument("--only", default="")
+    parser.add_argument("--batches", default="1", help="numbers of tokens; the first is compared with reading")
     parser.add_argument("--peers", default="", help="llama.cpp, onnxruntime, openvino")
     parser.add_argument("--dry", action="store_true", help="write no result file")
     options = parser.parse_args()
     packings = [p for p in PACKINGS if not options.only or p.name in options.only.split(",")]
+    batches = [int(tokens) for tokens in options.batches.split(",")]
     pool, found = Pool(), []
     for number, isa in enumerate(options.isas.split(",")):
         peers = options.peers.split(",") if options.peers and number == 0 else []
         for rows, columns in (map(int, shape.split("x")) for shape in options.shapes.split(",")):
             for threads in map(int, options.threads.split(",")):
-                found += run(packings, isa, (rows, columns), threads, options.rounds, pool, peers)
+                found += run(packings, isa, (rows, columns), threads, options.rounds, batches, pool, peers)
     if not options.dry:
         print(write_result("matvec", {"rounds": options.rounds, "results": found}))
 

@@ -20,6 +20,7 @@ struct Code {
       const int8_t* even = in.halves + 2 * t * in.half + at;
       const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, load(even)), _mm256_maddubs_epi16(high, load(even + in.half)));
       sums[t] = _mm256_add_epi16(sums[t], both);
+      if (TOKENS > 1) asm("" : "+x"(sums[t]));  // or additions are put off until there is no register left
     }
   }
 };

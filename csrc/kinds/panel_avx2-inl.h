@@ -1,31 +1,10 @@
 // Decoding into panels, eight rows at a time; for <kind>_avx2.cc alone, without a guard or linkage.
 #include "kernels/common_avx2.h"
 #include "kernels/kernels.h"
+#include "kinds/lanes_avx2-inl.h"
 
 namespace quern {
 namespace {
-
-// Eight registers of eight double words, rows and columns exchanged.
-INLINE void transpose(__m256i* v) {
-  __m256i a[8], b[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
-    a[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
-    v[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
-  }
-}
 
 // 32 columns of eight rows, of which `v` has a register each, from column `column` of the matrix on; as far as they are of the part.
 // `row`: the first of them, counted from that of the part, a multiple of 8.

@@ -3,7 +3,7 @@
 // more bits are widened at once.
 //
 // Groups of 16, 32 and 64 bytes of codes are added eight groups at a time, by exchanging lanes between their registers; all
-// other sizes, and a row's last groups, one at a time. Groups of 16 bytes of nibbles meet one token eight rows at a time, whose
+// other sizes, and a row's last groups, one at a time. Of more than four tokens and groups of 32 and 64 bytes lanes are tokens. Groups of 16 bytes of nibbles meet one token eight rows at a time, whose
 // outputs are lanes (.75 of the speed of reading instead of .59; larger groups are slower so, as eight rows are read at once).
 //
 // No include guard and no linkage: for <kind>_avx2.cc alone. Such a file says in a struct `Code` how its codes become values:
@@ -246,6 +246,62 @@ INLINE int32_t add_squares(const Weight& weight, const Inputs& in, int32_t row, 
   return g;
 }
 
+// Numbers of eight groups and as many tokens as there are, zeros for others, to a register for each group: lanes are tokens.
+template <int TOKENS>
+INLINE void by_token(const void* numbers, int32_t groups, __m256i* found) {
+#pragma GCC unroll 8
+  for (int t = 0; t < BATCH; ++t)
+    found[t] = t < TOKENS ? load(static_cast<const int32_t*>(numbers) + static_cast<int64_t>(t) * groups) : _mm256_setzero_si256();
+  transpose(found);
+}
+
+// Eight groups of `rows` rows and more than four tokens: lanes are tokens. `out`: a register a row.
+template <typename Code, int TOKENS, int BYTES>
+INLINE void add_many(const Code* codes, const Weight& weight, const Inputs& in, int32_t row, int32_t rows, int32_t group, __m256* out) {
+  constexpr int EXACT = !Code::NARROW ? -1 : BYTES == 64 ? 1 : 2;  // 8 * 2 * 15 * 127 = 30480
+  __m256i xs[BATCH], totals[BATCH];
+  by_token<TOKENS>(in.scale + group, in.groups, xs);
+  by_token<TOKENS>(in.sums + group, in.groups, totals);
+  for (int32_t r = 0; r < rows; ++r) {
+    const uint8_t* bytes = static_cast<const uint8_t*>(weight.codes) + (row + r) * weight.row_bytes;
+    alignas(32) float ws[BATCH];
+    _mm256_store_ps(ws, load_scales(weight, row + r, group));
+#pragma GCC unroll 1
+    for (int g = 0; g < BATCH; ++g) {
+      const int64_t at = static_cast<int64_t>(group + g) * BYTES;
+      fetch_ahead(bytes + at);
+      __m256i v[ROWS], found[2];
+#pragma GCC unroll 8
+      for (int t = 0; t < ROWS; ++t) v[t] = _mm256_setzero_si256();
+#pragma GCC unroll 2
+      for (int j = 0; j < BYTES; j += 32) Code::template add<TOKENS>(codes[r], load(bytes + at + j), in, at + j, v, 0);
+      add_lanes<EXACT, 32>(v, found);
+      // Sums of inputs are below 2^15, zero points below 16.
+      if constexpr (Code::NARROW)
+        found[0] = _mm256_sub_epi32(found[0], _mm256_madd_epi16(_mm256_set1_epi32(zero_of<Code>(weight, in, row + r, group + g)), totals[g]));
+      const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(ws[g]), _mm256_castsi256_ps(xs[g]));
+      out[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(found[0]), scale, out[r]);
+    }
+  }
+}
+
+// The same as far as there are eight groups at a time: returns how many groups there were.
+template <typename Code, int TOKENS, int BYTES>
+INLINE int32_t add_all(const Weight& weight, const Inputs& in, int32_t row, int32_t rows, float (*outputs)[TOKENS]) {
+  Code codes[ROWS];
+  for (int32_t r = 0; r < rows; ++r) codes[r] = Code::make(weight, row + r);
+  __m256 out[ROWS];
+  for (__m256& v : out) v = _mm256_setzero_ps();
+  int32_t g = 0;
+  for (; g + BATCH <= in.columns / in.group; g += BATCH) add_many<Code, TOKENS, BYTES>(codes, weight, in, row, rows, g, out);
+  for (int32_t r = 0; r < rows; ++r) {
+    alignas(32) float found[ROWS];
+    _mm256_store_ps(found, out[r]);
+    __builtin_memcpy(outputs[r], found, sizeof outputs[r]);
+  }
+  return g;
+}
+
 // BYTES 0: groups of any size. Outputs of a row += groups from `g` on.
 template <typename Code, int TOKENS, int BYTES>
 INLINE void add_row(const Code& code, const Weight& weight, const Inputs& in, int32_t row, int32_t g, float* out) {
@@ -268,6 +324,7 @@ INLINE void add_row(const Code& code, const Weight& weight, const Inputs& in, in
 
 template <typename Code, int TOKENS, int BYTES>
 void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
+  constexpr bool MANY = TOKENS > 4 && BYTES >= 32;
   const bool squares = bytes_of(weight.scale_type) == 2 && weight.scale_stride != 0;
   for (int32_t row = first; row < last; row += ROWS) {
     const int32_t rows = least(last - row, ROWS);
@@ -275,8 +332,9 @@ void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_
     int32_t g = 0;
     if constexpr (TOKENS == 1 && BYTES == 16 && Code::SQUARES)
       if (squares && rows == ROWS) g = add_squares<Code>(weight, in, row, out);
+    if constexpr (MANY) g = add_all<Code, TOKENS, BYTES>(weight, in, row, rows, out);
     for (int32_t r = 0; r < rows; ++r) {
-      add_row<Code, TOKENS, BYTES>(Code::make(weight, row + r), weight, in, row + r, g, out[r]);
+      add_row<Code, TOKENS, MANY ? 0 : BYTES>(Code::make(weight, row + r), weight, in, row + r, g, out[r]);
       for (int t = 0; t < TOKENS; ++t) outputs[t * in.rows + row + r] = out[r][t];
     }
   }

@@ -152,20 +152,31 @@ def test_the_transform_is_what_keeps_keys_with_outstanding_channels(precision):
     assert error[0] < 0.8 * error[1]
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("head_dim", [14, 48, 64])
-def test_int4_is_the_same_on_every_instruction_set_and_in_any_pieces(head_dim, biased):
-    made, tokens = Attention(2, head_dim, biased=biased), GENERATOR.integers(0, 40, 90)
-    expected = logits(made.decoder(1), tokens, "int4")
+def same_everywhere(made, precision):
+    """Whether every instruction set, and any cut of the text, gives the same numbers."""
+    tokens = GENERATOR.integers(0, 40, 90)
+    expected = logits(made.decoder(1), tokens, precision)
     before = _native.isa()
     try:
         for isa in _native.isas():
             _native.use_isa(isa)
             decoder = made.decoder(3)
-            assert np.array_equal(logits(decoder, tokens, "int4"), expected), isa
-            assert np.array_equal(logits(decoder, tokens, "int4", pieces=[1, 2, 15, 33, 34, 70]), expected), isa
+            assert np.array_equal(logits(decoder, tokens, precision), expected), isa
+            assert np.array_equal(logits(decoder, tokens, precision, pieces=[1, 2, 15, 33, 34, 70]), expected), isa
     finally:
         _native.use_isa(before)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("head_dim", [14, 48, 64])
+def test_int4_is_the_same_on_every_instruction_set_and_in_any_pieces(head_dim, biased):
+    same_everywhere(Attention(2, head_dim, biased=biased), "int4")
+
+
+@pytest.mark.parametrize("share", [1, 2, 4, 5, 7, 8])
+@pytest.mark.parametrize(("precision", "window"), [("float32", 0), ("float16", 20), ("int8", 0), ("int8", 40)])
+def test_so_are_the_others_with_any_number_of_query_heads(precision, window, share):
+    same_everywhere(Attention(1, 80, share, window=window), precision)
 
 
 BYTES = {

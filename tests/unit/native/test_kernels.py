@@ -246,12 +246,34 @@ def test_extremes_do_not_overflow(isa, sign):
     same(native.multiply(matrix(least), x, 1), least.product(x))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_inputs_that_are_large_together(isa, sign):
+    """Neighbours of one sign, near their ends: two products with weights from 0 to 255 do not fit 16 bits."""
+    maker = Maker(23)
+    for packed in (
+        maker.trellis(300, 196, 2, 6),
+        maker.trellis(300, 197, 3, 7),
+        maker.trellis(300, 196, 4, 7, 2, 1, fits=False),
+        maker.integer8(40, 700),
+    ):
+        x = sign * np.random.default_rng(24).uniform(0.4, 1, (17, packed.columns)).astype(np.float32)
+        for tokens in (1, 4, 6, 17):
+            same(native.multiply(matrix(packed), x[:tokens].copy(), 1), packed.product(x[:tokens]))
+
+
 def test_result_of_a_token_does_not_depend_on_the_others(isa):
-    packed = Maker(17).integer4(300, 900, 128, zeros=True)
-    x = inputs(50, 900)
-    together = native.multiply(matrix(packed), x, 2)
-    for token in (0, 13, 49):
-        same(native.multiply(matrix(packed), x[token : token + 1].copy(), 2), together[token : token + 1])
+    maker = Maker(17)
+    for packed in (
+        maker.integer4(300, 900, 128, zeros=True),
+        maker.integer4(40, 2100, 64),
+        maker.trellis(300, 900, 3, 7),
+        maker.trellis(300, 900, 4, 7, 2, 1),
+    ):
+        x = inputs(50, packed.columns)
+        together = native.multiply(matrix(packed), x, 2)
+        for first, tokens in ((0, 1), (13, 1), (49, 1), (3, 4), (20, 7), (30, 16)):
+            part = slice(first, first + tokens)
+            same(native.multiply(matrix(packed), x[part].copy(), 2), together[part])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
