@@ -115,6 +115,8 @@ HOSTILE = {
     "arguments nested deeply": ("/v1/chat/completions", json.dumps({"messages": called("[" * 20_000 + "]" * 20_000)})),
     "a schema nested deeply": ("/v1/chat/completions", nested(400)),
     "a schema nested more deeply": ("/v1/chat/completions", nested(5000)),
+    "a token below all": ("/v1/completions", '{"prompt": [-1], "echo": true}'),
+    "a token above all": ("/v1/completions", json.dumps({"prompt": [[1], [10**30]]})),
     "a long name": ("/v1/completions", json.dumps({"prompt": "x", "model": "m" * 100_000})),
     "many numbers that are none": ("/detokenize", '{"tokens": [' + '"a",' * 400_000 + "1]}"),
     "many messages that are none": ("/v1/chat/completions", '{"messages": [' + "1," * 400_000 + "1]}"),
