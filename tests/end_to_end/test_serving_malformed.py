@@ -68,6 +68,11 @@ def test_the_same_seed_makes_the_same_requests():
     assert first == again != other
 
 
+def test_the_bodies_that_they_are_made_of_are_answered(raw):
+    for path, body in TOOL.BODIES.items():
+        assert raw.post(path, json=body).status_code == 200
+
+
 def test_malformed_requests_get_errors_of_their_protocol(server, raw):
     def told(sent):
         return TOOL.problem(sent, TOOL.send(*address(server), sent.raw, 30 if sent.whole else 0.2))
