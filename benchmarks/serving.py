@@ -175,7 +175,7 @@ async def send(url: str, sent: Malformed) -> bytes:
     with contextlib.suppress(OSError):
         try:
             writer.write(sent.raw)
-            async with asyncio.timeout(60 if sent.whole else 0.5):
+            async with asyncio.timeout(300 if sent.whole else 0.5):
                 await writer.drain()
                 while piece := await reader.read(65536):
                     found += piece

@@ -68,6 +68,11 @@ def test_the_same_seed_makes_the_same_requests():
     assert first == again != other
 
 
+def test_the_bodies_that_they_are_made_of_are_answered(raw):
+    for path, body in TOOL.BODIES.items():
+        assert raw.post(path, json=body).status_code == 200
+
+
 def test_malformed_requests_get_errors_of_their_protocol(server, raw):
     def told(sent):
         return TOOL.problem(sent, TOOL.send(*address(server), sent.raw, 30 if sent.whole else 0.2))
@@ -115,6 +120,8 @@ HOSTILE = {
     "arguments nested deeply": ("/v1/chat/completions", json.dumps({"messages": called("[" * 20_000 + "]" * 20_000)})),
     "a schema nested deeply": ("/v1/chat/completions", nested(400)),
     "a schema nested more deeply": ("/v1/chat/completions", nested(5000)),
+    "a token below all": ("/v1/completions", '{"prompt": [-1], "echo": true}'),
+    "a token above all": ("/v1/completions", json.dumps({"prompt": [[1], [10**30]]})),
     "a long name": ("/v1/completions", json.dumps({"prompt": "x", "model": "m" * 100_000})),
     "many numbers that are none": ("/detokenize", '{"tokens": [' + '"a",' * 400_000 + "1]}"),
     "many messages that are none": ("/v1/chat/completions", '{"messages": [' + "1," * 400_000 + "1]}"),

@@ -91,7 +91,10 @@ class ServedModel:
         return self._checked(text_ids(self.tokenizer, text))
 
     def prompt_of_ids(self, ids: Sequence[int]) -> Prompt:
-        """The same of token ids."""
+        """The same of token ids. Raises ``UserError`` for what is none, before the engine does, for all that it runs."""
+        size = self.model.vocabulary_size
+        if any(not 0 <= token < size for token in ids):
+            raise UserError(f"tokens are numbers from 0 to {size - 1}")
         return self._checked(list(ids))
 
     @property
