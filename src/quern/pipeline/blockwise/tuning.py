@@ -12,6 +12,7 @@ from quern.architectures.base import BlockSpec
 from quern.codecs.base import CODECS, codec_of
 from quern.codecs.trainable.base import Fixed
 from quern.core.errors import UserError
+from quern.core.machine.heap import release_freed
 from quern.core.plan import Plan
 from quern.core.recipe import Recipe
 from quern.core.results import TunedBlock
@@ -144,6 +145,7 @@ class BlockTuning:
         weights = dict(job.workers.map(self._trained, list(rounded)))
         self._before.clear()
         self.reference.forget_block()  # what latent weights begin at is all that was wanted of it
+        release_freed()
         rate = self.tuning.learning_rate or RATES[self.tuning.train]
         found = self._run(weights, self.tuning.passes, rate)
         told = f"{significant(found.before)} -> {significant(found.after)}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -206,7 +205,7 @@ def _text_seconds(case: Case, known: dict[str, float]) -> float:
     key = settings.model_dump_json()
     if key not in known:
         text = CalibrationText((), usable_tokenizer(case.subject.checkpoint.path, True), settings)
-        begin = time.perf_counter()
+        begin = short_quantization.now()
         calibration_sequences(case.architecture, text, 0, or_fewer=True)
-        known[key] = time.perf_counter() - begin
+        known[key] = short_quantization.now() - begin
     return known[key]

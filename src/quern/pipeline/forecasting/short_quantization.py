@@ -68,7 +68,8 @@ clock: Callable[[], float] = time.perf_counter
 BLOCKS, OUTER_STEPS, CHECKS = "quantizing blocks", "token weights", "checking the weights"
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds of ``clock``."""
     return clock()
 
 
@@ -89,12 +90,12 @@ class Stopwatch:
 @dataclass
 class _Timed:
     steps: list[float]
-    last: float = field(default_factory=_now)
+    last: float = field(default_factory=now)
 
     def advance(self, steps: float = 1) -> None:
-        now = _now()
-        self.steps.append(now - self.last)
-        self.last = now
+        moment = now()
+        self.steps.append(moment - self.last)
+        self.last = moment
 
     def done(self) -> None:
         pass
@@ -210,18 +211,18 @@ def _matches(case: Case, override: Any, layers: int) -> bool:
 
 def _run(model: Path, output: Path, recipe: Recipe, threads: int) -> _Run:
     watch = Stopwatch()
-    begin = _now()
-    report = quantize(model, output, recipe=recipe, calibration=[_text()], threads=threads, progress=watch)
-    whole = _now() - begin if report.seconds is None else report.seconds
+    begin = now()
+    quantize(model, output, recipe=recipe, calibration=[_text()], threads=threads, progress=watch)
+    whole = now() - begin
     steps = watch.seconds[OUTER_STEPS]  # of the blocks forward, of the head, of the blocks backward
     head = steps[len(steps) // 2] if steps else 0.0
     return _Run(sum(watch.seconds[BLOCKS]), sum(steps) - head, head, sum(watch.seconds[CHECKS]), whole)
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    begin = _now()
+    begin = now()
     work()
-    return _now() - begin
+    return now() - begin
 
 
 def _text() -> Text:
@@ -294,8 +295,8 @@ def drawing_rate(case: Case) -> float | None:
     names = sorted(source.infos, key=lambda name: source.infos[name].elements)
     some = [name for name in names if source.infos[name].elements <= MOST_WEIGHTS][-DRAWN:] or names[:1]
     source.read(some[0])  # tables are made once
-    drawn, begin = 0, _now()
-    while _now() - begin < DRAWING_S:
+    drawn, begin = 0, now()
+    while now() - begin < DRAWING_S:
         for name in some:
             drawn += source.read(name).nbytes
-    return drawn / (_now() - begin)
+    return drawn / (now() - begin)

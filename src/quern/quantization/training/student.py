@@ -18,6 +18,7 @@ from quern.architectures.base import Architecture
 from quern.codecs.base import Parts
 from quern.codecs.trainable.base import Trainable, straight_through
 from quern.core.machine import products
+from quern.core.machine.heap import release_freed
 from quern.core.machine.parallel import Workers, pieces
 from quern.quantization.calibration.block import Block
 from quern.quantization.training.inputs import InputRounding
@@ -25,6 +26,10 @@ from quern.rotation.rotation import rotate, rotate_back
 
 HANDED_ON_TOGETHER = 1 << 24
 """Entries of matrices up to which gradients are handed on by all workers at once; graphs of larger ones take gigabytes."""
+
+RELEASED_FROM = 1 << 22
+"""Entries of a block from which memory that runs leave behind is given back before gradients are handed on: heaps of threads
+keep it, and other threads would take as much again."""
 
 
 class TrainedVector(nn.Module):
@@ -217,6 +222,8 @@ class StudentBlock(Block):
                     if part is not None:  # an expert that no token of the sequence met
                         total += part
         self._close()
+        if sum(total.numel() for total in sums) > RELEASED_FROM:
+            release_freed()
         self._hand_on(leaves, sums, workers)
         return inner
 
