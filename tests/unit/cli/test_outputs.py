@@ -22,6 +22,7 @@ COMMANDS = {
     "compare": ("compare", "model", "-o", "out", "--recipes", "rtn4", "--peers", "hqq"),
     "export": ("export", "artifact", "-o", "out/model.gguf"),
     "report": ("report", "results.json", "-o", "out/report.html"),
+    "write": ("write", "model", "-o", "out/own.jsonl"),
 }
 """Every verb that takes an output, and how it is asked to write below ``out``."""
 STRANGERS = {
@@ -34,6 +35,7 @@ STRANGERS = {
     ),
     "export": ("model.gguf",),
     "report": ("report.html",),
+    "write": ("own.jsonl",),
 }
 REFUSALS = ("not written by quern", "not an artifact of quern", "not a quern work folder", "is no folder")
 CASES = [
