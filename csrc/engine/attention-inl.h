@@ -194,13 +194,23 @@ QUERN_INLINE int32_t rows_of(int32_t rows) { return rows < MOST_ROWS ? rows : ro
 
 void widen_block(const HeadCache& cache, const Stretch& s, int32_t block, float* keys);
 
+// The codes of one block, of keys or values. Those of a head lie far from those of its next block, which no processor foresees.
+QUERN_INLINE void fetch(const HeadCache& cache, const uint8_t* codes) {
+  const int64_t bytes = static_cast<int64_t>(cache.precision) * cache.head_dim / 8 * BLOCK;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(codes + i);
+}
+
 // Fewer than 16 rows from `begin` on. `widened`: the stretch holds keys and values already.
 void attend_few(const Attend& a, const Stretch& s, int32_t begin, bool widened, float* scores, float* maxima, float* sums) {
   const int32_t blocks = (s.count + BLOCK - 1) / BLOCK, rows = a.rows - begin;
+  const KeyValuePage* pages = a.cache.pages + s.start / BLOCK;
   const float* queries = a.queries + static_cast<int64_t>(begin) * s.depth;
   float* outputs = a.outputs + static_cast<int64_t>(begin) * s.size;
   for (int32_t b = 0; b < blocks; b += KEPT) {
-    for (int32_t k = 0; !widened && k < KEPT && b + k < blocks; ++k) widen_block(a.cache, s, b + k, s.keys + k * s.depth * BLOCK);
+    for (int32_t k = 0; !widened && k < KEPT && b + k < blocks; ++k) {
+      fetch(a.cache, pages[b + k].values + a.cache.values_at);
+      widen_block(a.cache, s, b + k, s.keys + k * s.depth * BLOCK);
+    }
     const float* keys = widened ? s.keys + b * s.depth * BLOCK : s.keys;
     for (int32_t r = 0, count; r < rows; r += count) {
       count = rows_of(rows - r);
@@ -220,7 +230,10 @@ void attend_few(const Attend& a, const Stretch& s, int32_t begin, bool widened, 
   }
   for (int32_t b = 0; b < blocks; ++b) {
     const int32_t left = s.count - b * BLOCK, here = left < BLOCK ? left : BLOCK;
-    if (!widened) widen_values(a.cache, s.start / BLOCK + b, here, s.values);
+    if (!widened) {
+      if (s.start + STRETCH + b * BLOCK <= a.last[begin]) fetch(a.cache, pages[STRETCH / BLOCK + b].keys + a.cache.keys_at);
+      widen_values(a.cache, s.start / BLOCK + b, here, s.values);
+    }
     const float* values = widened ? s.values + b * BLOCK * s.size : s.values;
     for (int32_t r = 0, count; r < rows; r += count) {
       count = rows_of(rows - r);

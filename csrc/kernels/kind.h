@@ -49,4 +49,8 @@ const WeightKind& kind_called(const std::string& name);
 // What there is for the weight's kind at an instruction set's level (`Kernels::level`) and below.
 KindKernels kernels_of(const Weight& weight, int32_t level);
 
+// The most tokens that row kernels of an instruction set's level multiply faster than panels: of a weight, and of any.
+int32_t row_tokens(const Weight& weight, int32_t level);
+int32_t most_row_tokens(int32_t level);
+
 }  // namespace quern

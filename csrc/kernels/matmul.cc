@@ -194,7 +194,7 @@ void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t col
   out.values.resize(tokens * out.stride);
   out.scale.resize(tokens * groups);
   out.sums.resize(tokens * groups);
-  const bool rows = tokens <= MANY_TOKENS || (group % 4 != 0 && groups > 1);
+  const bool rows = tokens <= most_row_tokens(kernels().level) || (group % 4 != 0 && groups > 1);
   out.halves.resize(rows ? tokens * 2 * out.half : 0);
   out.quarters.resize(rows ? tokens * 2 * out.half : 0);
   const Kernels& k = kernels();
@@ -238,7 +238,7 @@ void multiply(ThreadPool& pool, const std::vector<Product>& products, const Acti
   std::vector<Range> ranges;
   int64_t pieces = 0;
   for (const Product& product : products) {
-    const bool many = activations.tokens > MANY_TOKENS && has_panels(*product.weight);
+    const bool many = activations.tokens > row_tokens(*product.weight, kernels().level) && has_panels(*product.weight);
     std::unique_ptr<Job> job;
     if (many) {
       job.reset(panel_job(product, activations, pool.threads()));

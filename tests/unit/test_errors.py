@@ -13,6 +13,8 @@ import quern
 from quern.cli.main import app
 from quern.core.errors import BadFileError, OutOfMemoryCapError, QuernError, UserError, option
 from quern.generation.chat import Chat
+from quern.serving.benchmark.measure import bench_serve
+from quern.serving.benchmark.results import Load, Workload
 from quern.serving.server import Served
 
 SOURCE = Path(quern.__file__).parent
@@ -88,7 +90,8 @@ def test_no_message_below_the_command_line_names_its_options_directly():
 
 def test_both_spellings_exist():
     group = get_command(app)
-    flags = {flag for command in group.commands.values() for parameter in command.params for flag in parameter.opts}
+    verbs = [each for one in group.commands.values() for each in (one, *getattr(one, "commands", {}).values())]
+    flags = {flag for command in verbs for parameter in command.params for flag in parameter.opts}
     functions = (
         quern.check,
         quern.quantize,
@@ -103,6 +106,9 @@ def test_both_spellings_exist():
         quern.write_text,
         Chat.__init__,
         Served.__init__,
+        bench_serve,
+        Load,
+        Workload,
     )
     arguments = {name for function in functions for name in inspect.signature(function).parameters}
     spellings = list(_spellings())

@@ -64,13 +64,13 @@ ODD_GROUPS = [(3, 50, 7), (5, 66, 33), (2, 100, 6), (3, 300, 20), (1, 9, 4)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("zeros", [False, True])
 def test_integer4_rows(isa, shape, zeros):
-    check(Maker(2).integer4(*shape, zeros=zeros))
+    check(Maker(2).integer4(*shape, zeros=zeros), tokens=(*FEW, *MANY, 70))
 
 
 @pytest.mark.parametrize("shape", GROUPED + ODD_GROUPS)
 @pytest.mark.parametrize("zeros", [False, True])
 def test_integer4_groups(isa, shape, zeros):
-    check(Maker(3).integer4(*shape, zeros=zeros))
+    check(Maker(3).integer4(*shape, zeros=zeros), tokens=(*FEW, *MANY, 70))
 
 
 @pytest.mark.parametrize("kind", ["integer4", "integer8", "codebook4", "trellis"])

@@ -159,13 +159,12 @@ def check(loads: Sequence[Load], workload: Workload) -> None:
             raise UserError(
                 f"{option('concurrency', '--concurrency')} is a number from 1 to {MOST_CONCURRENCY}; got {load.concurrency}"
             )
-    for name, value, most in (
-        ("requests", workload.requests, MOST_REQUESTS),
-        ("prompt_tokens", workload.prompt_tokens, MOST_TOKENS),
-        ("answer_tokens", workload.answer_tokens, MOST_TOKENS),
+    for spelled, value, most in (
+        (option("requests", "--requests"), workload.requests, MOST_REQUESTS),
+        (option("prompt_tokens", "--prompt-tokens"), workload.prompt_tokens, MOST_TOKENS),
+        (option("answer_tokens", "--answer-tokens"), workload.answer_tokens, MOST_TOKENS),
     ):
         if not 1 <= value <= most:
-            spelled = option(name, f"--{name.replace('_', '-')}")
             raise UserError(f"{spelled} is a number from 1 to {most}; got {value}")
     if not 0 <= workload.shared_prefix <= 1:
         raise UserError(
