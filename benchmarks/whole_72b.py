@@ -8,7 +8,7 @@ The model is drawn from its seed (tools/make_synthetic_checkpoint.py): it lies o
 trained one. Steps, each of which may be run alone, once those before it are done:
 
 quantize   The first --blocks blocks of it, as a model of their own, by the recipe, under the cap --memory. Stopped by
-           Ctrl-C or killed, it goes on with the same command. --compute-dtype float32 is several times as fast where the
+           Ctrl-C or killed, it goes on with the same command. --compute-dtype float32 saves conversions where the
            processor has no instructions for bfloat16, and takes more memory.
 repeat     The artifact of the whole: finished blocks are repeated under the names of those that were not quantized
            (repeated_blocks.py), as copies that decoding reads from memory of their own.
