@@ -2,8 +2,12 @@
 
 import json
 import random
+import re
+import shutil
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import anthropic
 import httpx
@@ -232,3 +236,18 @@ def test_unknown_paths_and_models(client, raw):
     assert raw.get("/nothing").json()["error"]["type"] == "not_found_error"
     with pytest.raises(openai.NotFoundError, match="served are: tiny"):
         said(client, model="../../etc/passwd")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_command_of_the_page_by_curl(server):
+    """As docs/serving.md has it, but for the address and the key."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    command = re.search(r"^curl .*?\n```", page, re.MULTILINE | re.DOTALL)[0].removesuffix("```")
+    command = command.replace("http://127.0.0.1:8080", server).replace("curl ", "curl -sS -H 'x-api-key: secret' ", 1)
+    command = command.replace('"stream": true', '"stream": true, "max_tokens": 5')
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True).stdout
+    events = [line.removeprefix("data: ") for line in told.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    found = [json.loads(event) for event in events[:-1]]
+    assert "".join(choice["delta"].get("content") or "" for one in found for choice in one["choices"])
+    assert found[-1]["choices"][0]["finish_reason"] in ("length", "stop")
