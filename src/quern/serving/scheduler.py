@@ -253,6 +253,9 @@ class Scheduler:
                     continue
                 running.fail(error)
                 continue
+            except Exception as error:  # of the engine: whoever asked is told, and others go on
+                running.fail(error)
+                continue
             shared = len(running.text.ids)
             running.cached = max(running.cached, min(shared, len(running.request.ids)))
             self.counts.cached_tokens += shared

@@ -216,6 +216,27 @@ def test_one_request_that_breaks_takes_nobody_with_it(model, error):
     assert text_of(events[0]) == text_of(events[2]) == decode(alone(model, other))
 
 
+def test_a_request_that_cannot_be_opened_is_told_and_others_go_on(model):
+    class Once:
+        """Gives no sequence the first time."""
+
+        failed = False
+
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def open(self):
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError("no sequence")
+            return model.open()
+
+    request = GenerationRequest(prompt(1, 20), 8)
+    events = drained(scheduler(Once()), [request, request])
+    assert str(events[0][-1].error) == "no sequence"
+    assert text_of(events[1]) == decode(alone(model, request))
+
+
 def test_the_thread_survives_a_step_that_fails(model, monkeypatch):
     one = scheduler(model)
     step, failures = one.step, ["broken"]
