@@ -227,6 +227,8 @@ def test_a_step_without_memory_is_a_users_error(model, monkeypatch):
         def feed(self, *arguments):
             raise MemoryError
 
+        read = feed
+
     decoder = loaded._decoder
     monkeypatch.setattr(loaded, "_decoder", Full())
     with pytest.raises(UserError, match="the system gives no memory to compute 3 tokens"):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from quern.core.errors import QuernError, UserError
+from quern.generation.speculation.opening import SpeculationOptions
 from quern.loading.fitting import open_model
 from quern.serving.server import Served, listen, run
 
@@ -94,7 +95,9 @@ def main(descriptor: int, request: str) -> int:
                 print(json.dumps({"serving": line}), file=started)
 
     try:
-        run(Served(**json.loads(request)), tell, say, socket.socket(fileno=descriptor))
+        given = json.loads(request)
+        given["speculation"] = SpeculationOptions(**given["speculation"])
+        run(Served(**given), tell, say, socket.socket(fileno=descriptor))
     except QuernError as error:
         if started.closed:
             raise
