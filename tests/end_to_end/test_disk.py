@@ -54,23 +54,27 @@ class _Step:
         pass
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_what_is_foretold_is_what_the_work_folder_takes(name, tiny_model, tiny_text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", RECIPES)
+def test_what_is_foretold_is_what_the_work_folder_takes(case, tiny_model, tiny_text, tmp_path, monkeypatch):
     plans, peak = [], [0]
-    plan, finish = disk_plan.plan, WorkFolder.finish
+    plan = disk_plan.plan
 
     def planned(job):
         plans.append(plan(job))
         return plans[-1]
 
-    def finished(work, *given):
-        finish(work, *given)
-        peak[0] = max(peak[0], disk_plan.folder_bytes(work.folder))
+    def watched(recorded):
+        def finished(work, *given):
+            recorded(work, *given)
+            peak[0] = max(peak[0], disk_plan.folder_bytes(work.folder))
+
+        return finished
 
     monkeypatch.setattr(disk_plan, "plan", planned)
-    monkeypatch.setattr(WorkFolder, "finish", finished)
-    output = tmp_path / ("out.gguf" if name == "one file" else "out")
-    quern.quantize(tiny_model, output, recipe=small_recipe(name="test", **RECIPES[name]), calibration=[tiny_text])
+    for name in ("finish", "grow"):
+        monkeypatch.setattr(WorkFolder, name, watched(getattr(WorkFolder, name)))
+    output = tmp_path / ("out.gguf" if case == "one file" else "out")
+    quern.quantize(tiny_model, output, recipe=small_recipe(name="test", **RECIPES[case]), calibration=[tiny_text])
     (found,) = plans
     assert peak[0] <= found.peak
     assert found.peak <= 1.3 * peak[0] + (1 << 16), (found, peak)

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 import quern
 from quern.checkpoint.gguf.header import read_gguf_header
+from quern.checkpoint.gguf.writing import container
 from quern.checkpoint.tokenizer import load_tokenizer
 from quern.cli.main import app
 from quern.core.errors import UserError
 from quern.core.recipe import load_recipe
 from quern.engines.base import ENGINES
-from quern.formats import gguf as gguf_format
 from quern.pipeline.export import export
 from quern.pipeline.quantize import quantize
 
@@ -112,19 +112,16 @@ def test_it_is_finished_already_or_replaced_on_demand(tiny_model, tmp_path):
 
 def test_a_disk_that_is_full_midway_leaves_nothing_that_looks_finished(tiny_model, tmp_path, monkeypatch):
     output, recipe = tmp_path / "model.gguf", small_recipe(weights={"bits": 4, "group_size": 32})
-    write = gguf_format.write_gguf
+    pad, written = container._pad, []
 
-    def full(path, metadata, described, data):
-        def some():
-            for number, tensor in enumerate(data):
-                if number == 9:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                yield tensor
-
-        write(path, metadata, described, some())
+    def full(file):
+        written.append(file)
+        if len(written) > 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pad(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_format, "write_gguf", full)
+        patch.setattr(container, "_pad", full)
         with pytest.raises(UserError, match="not enough room"):
             quantize(tiny_model, output, recipe=recipe, format="gguf", threads=1)
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf.quern-work"]

@@ -136,6 +136,11 @@ class ArtifactWriter(ABC):
         write_json(folder / PROVENANCE, {**provenance, "files": files})
         copy_tokenizer(checkpoint.path, folder)
 
+    def joining(self, work: WorkFolder) -> dict[str, Any] | None:
+        """The provenance that ``accompany`` got, where it has begun to make one file of the stages, which may be gone: then
+        it only goes on. None else."""
+        return None
+
     def saved_bytes(self, module: str) -> int:
         """How many bytes fewer than its parts have the stage that ended needs for ``module``."""
         return 0
@@ -240,6 +245,8 @@ class Format(ABC):
     """Whether linears that a runtime joins (``LinearSpec.fused_with``) must have one scheme."""
     joins_stages: ClassVar[bool] = False
     """Whether finished stages become one file, beside which they lie until it is whole."""
+    moves_stages: ClassVar[bool] = False
+    """Whether each of these stages is gone once it is in the file."""
     activations_dtype: ClassVar[str | None] = None
     """The dtype in which what runs its artifacts hands values from layer to layer; None: that of config.json."""
     writer: ClassVar[type[ArtifactWriter]]

@@ -7,7 +7,6 @@ to back. Its metadata also hold what ``quern.json`` says of other artifacts.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -32,11 +31,11 @@ from quern.checkpoint.gguf.writing.container import (
     head_bytes,
     in_parts,
     padded,
-    write_gguf,
 )
 from quern.checkpoint.gguf.writing.metadata import ModelMetadata, model_metadata
 from quern.checkpoint.gguf.writing.vocabulary import Vocabulary, vocabulary
 from quern.checkpoint.jobs.work_folder import WorkFolder
+from quern.checkpoint.safetensors_file import DTYPES, TensorInfo
 from quern.codecs.base import codec_of
 from quern.codecs.packing.ggml import GgmlForm
 from quern.core.errors import BadFileError, UserError
@@ -48,6 +47,7 @@ from quern.core.text.language import gettext
 from quern.core.text.units import parse_size
 from quern.formats._gguf_file_type import file_type
 from quern.formats.base import FORMATS, UNNAMED, Format, Obstacle, SizedWriter
+from quern.formats.writing.joined import GgufFile, Layout, StageFile, join
 
 METHOD = "gguf"
 SUFFIX = ".gguf"
@@ -152,34 +152,49 @@ class GgufWriter(SizedWriter):
     def finish(self, work: WorkFolder, config: Mapping[str, Any], plan: Plan) -> None:
         self._written = plan  # the file comes last, because it begins with what is said of all
 
-    def accompany(self, work: WorkFolder, provenance: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-        self.write(work.path("artifact", FILE), _Stages(work, self.architecture.layers + 2), provenance)
+    def joining(self, work: WorkFolder) -> dict[str, Any] | None:
+        known = Layout.known(work)
+        return None if known is None else known.provenance
 
-    def write(self, path: Path, stages: _Stages, provenance: Mapping[str, Any]) -> None:
-        """The file, of stages that are complete; or the parts of it, called after it. ``prepare`` comes before."""
-        assert self._said is not None
-        tensors = [*self._factors(), *self._described(stages.tensors())]
+    def accompany(self, work: WorkFolder, provenance: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        paths = [work.path(f"{_stage_name(stage)}.safetensors") for stage in range(self.architecture.layers + 2)]
+        factors = () if self._said is None or self._said.factors is None else (self._said.factors,)
+        stages = [StageFile(path, () if stage else factors) for stage, path in enumerate(paths)]
+        layout = Layout.known(work)
+        if layout is None:
+            layout = self._layout(stages, provenance)
+            layout.keep(work)
+        join(work, self._files(work.path("artifact", FILE), layout), layout, stages)
+
+    def _layout(self, stages: Sequence[StageFile], provenance: Mapping[str, Any]) -> Layout:
+        """What complete stages will be in the file."""
+        found = [list(self._described(_of_header(stage.described()))) for stage in stages]
+        found[0] = [*self._factors(), *found[0]]
         kinds = self._kinds()
         by_module = {module: kinds[gguf_name(f"{module}.weight")][0] for module in self._written.quantized()}
-        number = file_type(self.architecture, by_module, [tensor for tensor in tensors if len(tensor.shape) > 1])
-        metadata = self._metadata(number, self.recipe.to_json(), provenance)
+        matrices = [tensor for stage in found for tensor in stage if len(tensor.shape) > 1]
+        return Layout(found, file_type(self.architecture, by_module, matrices), dict(provenance))
+
+    def _files(self, path: Path, layout: Layout) -> list[GgufFile]:
+        """The file, or the parts of it, called after it. ``prepare`` comes before."""
+        tensors = layout.tensors
+        metadata = self._metadata(layout.file_type, self.recipe.to_json(), layout.provenance)
         parts = self._parts(metadata, tensors)
-        data = self._data(stages)
+        if len(parts) == 1:
+            return [GgufFile(path, metadata, tensors)]
+        files = []
         for place, part in enumerate(parts):
-            if len(parts) == 1:
-                write_gguf(path, metadata, part, data)
-                return
             shared = metadata if place == 0 else {ARCHITECTURE: metadata[ARCHITECTURE]}
             said = {**shared, **split_metadata(place, len(parts), len(tensors))}
-            name = part_name(path.stem, place, len(parts))
-            write_gguf(path.with_name(name), said, part, itertools.islice(data, len(part)))
+            files.append(GgufFile(path.with_name(part_name(path.stem, place, len(parts))), said, part))
+        return files
 
-    def _described(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[TensorPlan]:
-        """Of stored tensors by llama.cpp's name, what the file says of them."""
+    def _described(self, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> Iterator[TensorPlan]:
+        """Of stored tensors, by llama.cpp's name with shape and dtype, what the file says of them."""
         kinds = self._kinds()
-        for name, tensor in tensors:
-            plain = _DTYPES.get(tensor.dtype)
-            yield TensorPlan(name, tuple(tensor.shape), plain) if plain else TensorPlan(name, *kinds[name][::-1])
+        for name, shape, dtype in tensors:
+            plain = _DTYPES.get(dtype)
+            yield TensorPlan(name, shape, plain) if plain else TensorPlan(name, *kinds[name][::-1])
 
     def _metadata(self, number: int, recipe: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
         assert self._said is not None
@@ -195,12 +210,6 @@ class GgufWriter(SizedWriter):
     def _factors(self) -> list[TensorPlan]:
         factors = None if self._said is None else self._said.factors
         return [] if factors is None else [TensorPlan(ROPE_FREQUENCIES, tuple(factors.shape), "F32")]
-
-    def _data(self, stages: _Stages) -> Iterator[Tensor]:
-        if self._said is not None and self._said.factors is not None:
-            yield self._said.factors
-        for _, tensor in stages.tensors():
-            yield tensor
 
     def _parts(self, metadata: Mapping[str, Any], tensors: list[TensorPlan]) -> list[list[TensorPlan]]:
         """The tensors by file."""
@@ -228,7 +237,8 @@ class GgufWriter(SizedWriter):
         metadata = self._metadata(0, self.recipe.to_json(), provenance)
         texts = sum(len(metadata[key].encode()) - len(json.dumps({})) for key in (RECIPE, PROVENANCE))
         data = sum(padded(tensor.nbytes) for stage in stages for tensor in stage.values())
-        named = ((gguf_name(name), tensor) for stage in stages for name, tensor in stage.items())
+        every = (item for stage in stages for item in stage.items())
+        named = ((gguf_name(name), tuple(tensor.shape), tensor.dtype) for name, tensor in every)
         parts = self._parts(metadata, [*self._factors(), *self._described(named)])
         return texts + data + ALIGNMENT + (OTHER_HEAD * len(parts) if len(parts) > 1 else 0)
 
@@ -256,16 +266,8 @@ class GgufWriter(SizedWriter):
         return found
 
 
-class _Stages:
-    """The tensors of all stages, read one stage at a time."""
-
-    def __init__(self, work: WorkFolder, count: int) -> None:
-        self._work, self._count = work, count
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors in the order of the file."""
-        for stage in range(self._count):
-            yield from self._work.read_tensors(_stage_name(stage)).items()
+def _of_header(header: Mapping[str, TensorInfo]) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    return ((name, info.shape, DTYPES[info.dtype]) for name, info in header.items())
 
 
 def _stage_name(stage: int) -> str:
@@ -281,7 +283,7 @@ class Gguf(Format):
     opened_as_values = True
     runtimes: ClassVar[tuple[Target, ...]] = ("llama.cpp", "quern")
     activations_dtype = "float32"
-    joins_stages = True
+    joins_stages = moves_stages = True
     writer = GgufWriter
 
     @classmethod

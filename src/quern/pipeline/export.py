@@ -178,6 +178,8 @@ def export(
 def _write(
     work: WorkFolder, writer: ArtifactWriter, source: _Source, asked: dict[str, Any], progress: Progress
 ) -> None:
+    if (known := writer.joining(work)) is not None:
+        return writer.accompany(work, known, source.checkpoint)
     last = source.architecture.layers + 1
     task = progress.task("writing blocks", last + 1)
     for stage in range(last + 1):

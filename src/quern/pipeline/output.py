@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from quern.checkpoint.files import read_json
+from quern.checkpoint.jobs.fingerprint import differences
 from quern.checkpoint.jobs.output_place import OutputFile, OutputFolder, output_folder
-from quern.checkpoint.jobs.work_folder import WorkFolder, check_work_folder, differences, publication
+from quern.checkpoint.jobs.work_folder import WorkFolder, check_work_folder, publication
 from quern.checkpoint.tokenizer import COPIED
 from quern.core.artifact import PROVENANCE, Finding
 from quern.core.errors import BadFileError, UserError, option
@@ -81,10 +82,8 @@ def _publish_files(work: WorkFolder, artifact: Path, path: Path, fresh: bool) ->
         work.publish_file(made[0], path, replaces=fresh or _is_empty(path))
         return
     named = [path.stem + file.name.removeprefix(UNNAMED) for file in made] if made[1:] else [path.name]
-    for file, name in zip(made, named, strict=True):
-        file.rename(file.with_name(name))
     replaced = dict.fromkeys(file.name for file in (*older, path) if fresh or _is_empty(file))
-    work.publish_parts(artifact, path, named[0], list(replaced))
+    work.publish_parts(dict(zip(named, made, strict=True)), path, named[0], list(replaced))
 
 
 def _is_empty(path: Path) -> bool:

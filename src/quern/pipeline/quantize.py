@@ -158,8 +158,8 @@ def quantize(
         _check_room(job, memory, resumed)
         work.finish("started", [], {FILES: checkpoint.hashed})
         check_weights(job)
-        spared = _carry_out(job, cache, fingerprint)
-        layers = _write_metadata(job, fingerprint, notes := [*text_notes, *(text.notes if text else ())])
+        notes = [*text_notes, *(text.notes if text else ())]
+        spared, layers = _carry_out(job, cache, fingerprint, notes)
         publish(work, target, fresh)
     before = planned.seconds if planned else 0.0
     seconds = time.perf_counter() - started + (before or spared)  # planning computes the token weights too
@@ -177,8 +177,15 @@ def _check_room(job: Job, memory: int | None, resumed: bool) -> None:
         raise
 
 
-def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) -> float:
-    """All steps, from the token weights to the last block; the seconds that ``cache`` spared."""
+def _carry_out(
+    job: Job, cache: str | Path | None, fingerprint: dict[str, Any], notes: list[str]
+) -> tuple[float, list[dict[str, Any]]]:
+    """All steps, from the token weights to what goes along with the last block; the seconds that ``cache`` spared and the
+    errors of all layers. Adds to ``notes``."""
+    if (known := job.writer.joining(job.work)) is not None:
+        job.writer.accompany(job.work, known, job.checkpoint)
+        notes += [note for note in known["notes"] if note not in notes]
+        return 0.0, known["layers"]
     spared = 0.0
     if sensitivity.needed(job):
         shared = None if cache is None else sensitivity.shared_folder(Path(cache), fingerprint, job)
@@ -189,7 +196,7 @@ def _carry_out(job: Job, cache: str | Path | None, fingerprint: dict[str, Any]) 
         start_stream(job)
     quantize_blocks(job)
     forget_shards(job.checkpoint)
-    return spared
+    return spared, _write_metadata(job, fingerprint, notes)
 
 
 def _planned(

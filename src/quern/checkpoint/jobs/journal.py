@@ -15,10 +15,13 @@ from typing import Any
 
 from quern.checkpoint.files import explain_write_errors, sync
 
+GROWS = ""
+"""In place of the SHA-256 of a file to which later steps append."""
+
 
 @dataclass(frozen=True)
 class Record:
-    """A finished step: its files (path inside the work folder to size in bytes and SHA-256) and its data."""
+    """A finished step: its files (path inside the work folder to size in bytes and SHA-256, or ``GROWS``) and its data."""
 
     files: dict[str, tuple[int, str]]
     data: dict[str, Any]

@@ -10,7 +10,7 @@ import errno
 import filecmp
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quern.checkpoint.files import explain_write_errors, sync
@@ -29,12 +29,16 @@ def removing_order(names: Sequence[str], last: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: (-places.get(name, 0), name))
 
 
-def move_into(artifact: Path, destination: Path, order: Sequence[str], replaces: Sequence[str]) -> None:
+def move_into(
+    artifact: Path, destination: Path, order: Sequence[str], replaces: Sequence[str], inside: Mapping[str, str]
+) -> None:
     """Remove ``replaces`` from ``destination`` and move what is left of ``artifact`` there; goes on where it was stopped.
 
-    Raises ``UserError`` when a file stands in the way, when one is gone, and when the disk does not take them.
+    ``inside``: how files of ``order`` are called in ``artifact``, where that is not their name. Raises ``UserError`` when a
+    file stands in the way, when one is gone, and when the disk does not take them.
     """
-    pending = [name for name in order if os.path.lexists(artifact / name)]
+    sources = {name: artifact / inside.get(name, name) for name in order}
+    pending = [name for name, source in sources.items() if os.path.lexists(source)]
     with explain_write_errors(destination, 0):
         for name in replaces:
             if name in pending or name not in order:
@@ -42,7 +46,7 @@ def move_into(artifact: Path, destination: Path, order: Sequence[str], replaces:
         sync(destination)
         for name in order:
             if name in pending:
-                _move(artifact / name, destination / name)
+                _move(sources[name], destination / name)
             elif not os.path.lexists(destination / name):
                 raise UserError(
                     f"{destination / name} is gone, which was there already. "
@@ -59,9 +63,9 @@ def remove_entry(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def is_moved(artifact: Path, order: Sequence[str]) -> bool:
+def is_moved(artifact: Path, order: Sequence[str], inside: Mapping[str, str]) -> bool:
     """Whether nothing of ``artifact`` is left to move."""
-    return not any(os.path.lexists(artifact / name) for name in order)
+    return not any(os.path.lexists(artifact / inside.get(name, name)) for name in order)
 
 
 def _move(source: Path, target: Path) -> None:

@@ -25,13 +25,14 @@ from typing import Any
 import torch
 
 from quern.checkpoint.files import explain_write_errors, read_json, sha256_of, sync, write_json
-from quern.checkpoint.jobs.journal import Record, append_record, read_journal
+from quern.checkpoint.jobs.fingerprint import differences, read_fingerprint
+from quern.checkpoint.jobs.journal import GROWS, Record, append_record, read_journal
 from quern.checkpoint.jobs.lock import acquire
 from quern.checkpoint.jobs.output_place import OutputFolder
 from quern.checkpoint.jobs.progress_file import ProgressFile
 from quern.checkpoint.jobs.publishing import is_moved, move_into, publishing_order, remove_entry, removing_order
 from quern.checkpoint.safetensors_file import METADATA, read_tensors, write_safetensors
-from quern.core.errors import BadFileError, UserError, option
+from quern.core.errors import UserError, option
 from quern.core.progress import Progress
 
 _FINGERPRINT = "fingerprint.json"
@@ -83,7 +84,7 @@ class WorkFolder:
             self._take_back()
         if fresh or not known.is_file():
             (self.folder / _JOURNAL).unlink(missing_ok=True)
-        elif changed := differences(_fingerprint(known), fingerprint):
+        elif changed := differences(read_fingerprint(known), fingerprint):
             raise UserError(
                 f"the work folder {self.folder} belongs to another job. {changed}\nRepeat the earlier command to "
                 f"continue it, pass {option('fresh=True', '--fresh')} to start over, or choose another output"
@@ -134,7 +135,10 @@ class WorkFolder:
 
     def _is_intact(self, name: str, size: int, digest: str) -> bool:
         path = self.folder / name
-        return path.is_file() and path.stat().st_size == size and self._digest(name) == digest
+        if not path.is_file():
+            return False
+        found = path.stat().st_size
+        return found >= size if digest == GROWS else found == size and self._digest(name) == digest
 
     def _digest(self, name: str) -> str:
         """SHA-256 of a file, read once while its time stamp stays."""
@@ -151,14 +155,27 @@ class WorkFolder:
         Files are synced to the disk before the line is. A step may be finished again; the last record counts. Raises
         ``UserError`` when the disk is full.
         """
-        stored: dict[str, tuple[int, str]] = {}
+        stored = {name: (size, self._digest(name)) for name, size in self._synced(files).items()}
+        self._steps[step] = append_record(self.folder / _JOURNAL, step, stored, data)
+
+    def grow(self, step: str, files: list[Path], data: Mapping[str, Any]) -> None:
+        """``finish`` a step whose ``files`` are right up to their present ends, and to which later steps append.
+
+        They are not hashed, and what stands behind those ends counts for nothing.
+        """
+        stored = {name: (size, GROWS) for name, size in self._synced(files).items()}
+        self._steps[step] = append_record(self.folder / _JOURNAL, step, stored, data)
+
+    def _synced(self, files: list[Path]) -> dict[str, int]:
+        """Sizes of files inside the folder, by their path in it, after they and their folders are on the disk."""
+        sizes = {}
         for path in files:
             inside = Path(os.path.abspath(path)).relative_to(self.folder)
             sync(path)
             for folder in inside.parents:
                 sync(self.folder / folder)
-            stored[inside.as_posix()] = (path.stat().st_size, self._digest(inside.as_posix()))
-        self._steps[step] = append_record(self.folder / _JOURNAL, step, stored, data)
+            sizes[inside.as_posix()] = path.stat().st_size
+        return sizes
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> Path:
         """Write tensors to ``NAME.safetensors`` inside the folder, whole or not at all, and return its path."""
@@ -194,7 +211,7 @@ class WorkFolder:
         _sync_tree(artifact)
         self.finish(_PUBLISH, kept, record)
         if kept:
-            move_into(artifact, destination, record["order"], record["replaces"])
+            move_into(artifact, destination, record["order"], record["replaces"], {})
         else:
             with explain_write_errors(destination, 0):
                 destination.parent.mkdir(parents=True, exist_ok=True)
@@ -216,28 +233,29 @@ class WorkFolder:
             sync(destination.parent)
         self.remove()
 
-    def publish_parts(self, artifact: Path, destination: Path, first: str, replaces: Sequence[str]) -> None:
-        """Move the files of the finished folder ``artifact`` (inside the work folder) into that of the file ``destination``,
-        which they stand for together, and remove the work folder.
+    def publish_parts(self, parts: Mapping[str, Path], destination: Path, first: str, replaces: Sequence[str]) -> None:
+        """Move finished files (inside one folder of the work folder), by the names that they get, into the folder of the
+        file ``destination``, which they stand for together, and remove the work folder.
 
         The one called ``first``, by which they are opened, comes last, after all files ``replaces`` there were removed;
         ``finish_publishing`` goes on with that after a kill. Raises ``UserError`` where another file is in the way; the work
         is kept.
         """
-        folder = destination.parent
-        order = publishing_order(artifact, [first])
+        folder, artifact = destination.parent, next(iter(parts.values())).parent
+        order = sorted(parts, key=lambda name: (name == first, name))
         for name in order:
             if os.path.lexists(folder / name) and name not in replaces:
                 raise UserError(f"{folder / name} already exists. Remove it or choose another output; the work is kept")
+        inside = {name: path.name for name, path in parts.items()}
         record = {
             "artifact": artifact.relative_to(self.folder).as_posix(), "to": str(folder), "stands for": str(destination),
-            "order": order, "replaces": list(replaces),
+            "order": order, "replaces": list(replaces), "inside": inside,
         }  # fmt: skip
         _sync_tree(artifact)
-        self.finish(_PUBLISH, sorted(artifact.iterdir()), record)
+        self.finish(_PUBLISH, sorted(parts.values()), record)
         with explain_write_errors(destination, 0):
             folder.mkdir(parents=True, exist_ok=True)
-        move_into(artifact, folder, record["order"], record["replaces"])
+        move_into(artifact, folder, order, list(replaces), inside)
         self.remove()
 
     def finish_publishing(self) -> Path | None:
@@ -250,18 +268,23 @@ class WorkFolder:
             return None
         artifact, destination = self.folder / record.data["artifact"], Path(record.data["to"])
         if "order" in record.data:
-            move_into(artifact, destination, record.data["order"], record.data["replaces"])
+            move_into(
+                artifact, destination, record.data["order"], record.data["replaces"], record.data.get("inside", {})
+            )
             return Path(record.data.get("stands for", destination))
         return destination if destination.exists() and not artifact.exists() else None
 
     def _take_back(self) -> None:
         """Remove what a publication that was stopped among its files has moved; a complete one stays."""
         data = publication(self.folder)
-        if data is None or is_moved(self.folder / data["artifact"], data["order"]):
+        if data is None:
+            return
+        artifact, inside = self.folder / data["artifact"], data.get("inside", {})
+        if is_moved(artifact, data["order"], inside):
             return
         destination = Path(data["to"])
         for name in [*data["replaces"], *reversed(data["order"])]:
-            if name in data["replaces"] or not os.path.lexists(self.folder / data["artifact"] / name):
+            if name in data["replaces"] or not os.path.lexists(artifact / inside.get(name, name)):
                 remove_entry(destination / name)
 
     def remove(self) -> None:
@@ -351,38 +374,8 @@ def check_work_folder(folder: Path) -> None:
             )
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """In which entries two fingerprints differ, a line for each; empty where they are equal."""
-    lines = _differences(then, now)
-    return "\n  ".join(["What differs (then -> now):", *lines]) if lines else ""
-
-
-def _differences(then: Any, now: Any, where: str = "") -> list[str]:
-    """One line for each leaf in which two fingerprints differ."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        lines: list[str] = []
-        for key in sorted({*then, *now}):
-            inner = f"{where}.{key}" if where else key
-            lines += _differences(then.get(key, "(absent)"), now.get(key, "(absent)"), inner)
-        return lines
-    return [] if then == now else [f"{where}: {_brief(then)} -> {_brief(now)}"]
-
-
-def _brief(value: Any) -> str:
-    text = value if value == "(absent)" else json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
 def _sync_tree(folder: Path) -> None:
     for base, _, files in os.walk(folder):
         for name in files:
             sync(Path(base, name))
         sync(Path(base))
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """What the file of a fingerprint holds. Nobody has another copy of it."""
-    try:
-        return read_json(path)
-    except BadFileError as error:
-        raise BadFileError(path, error.problem, f"Start over with {option('fresh=True', '--fresh')}") from error

@@ -51,19 +51,20 @@ class DiskPlan:
 def plan(job: Job) -> DiskPlan:
     """Count it, from the model's shapes and the recipe; of ``job`` neither the work folder nor a weight is looked at."""
     layers, activations = job.architecture.layers, activation_bytes(job)
-    artifact = sum(stage_bytes(job, stage) for stage in range(layers + 2)) + _companion_bytes(job)
+    stages, format = [stage_bytes(job, stage) for stage in range(layers + 2)], FORMATS.get(job.recipe.format)
+    artifact = sum(stages) + _companion_bytes(job)
     fisher = job.sequences is not None and sensitivity.needed(job)
     kept = _kept_bytes(job) + WORDS * len(job.plan) if fisher else 0
     # The inputs of all blocks and what leaves the last one; of gradients two, unless all are wanted again.
     again = fisher and output_gradients.recomputes(job)
     whole = (layers + 1) * activations
     streams = 2 * activations * (1 + job.follows_stream)
-    copies = 2 if FORMATS.get(job.recipe.format).joins_stages else 1
+    joined = (max(stages) if format.moves_stages else artifact) if format.joins_stages else 0
     return DiskPlan(
         artifact=artifact,
         sensitivity=kept + whole + (whole if again else 2 * activations) if fisher else 0,
         blocks=artifact + streams + kept + (2 * whole if again else 0),
-        publishing=copies * artifact + kept,
+        publishing=artifact + joined + kept,
     )
 
 

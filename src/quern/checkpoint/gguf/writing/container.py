@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,30 +46,33 @@ class TensorPlan:
         return math.prod(self.shape) // int(block) * int(size)
 
 
-def write_gguf(
-    path: Path,
-    metadata: Mapping[str, Any],
-    tensors: Sequence[TensorPlan],
-    data: Iterable[torch.Tensor],
-) -> None:
-    """Write a GGUF file of version 3.
+def begin_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorPlan]) -> int:
+    """Write what stands in front of the data of a GGUF file of version 3; where the first tensor begins.
 
     ``metadata``: texts, truth values, whole numbers (uint32, or the type of a numpy number), other numbers (float32) and
-    lists of these (whole numbers of lists are int32); ``general.architecture`` is among them. ``data``: of each tensor in
-    turn its values, or bytes uint8 where its type is one of blocks; one of them is in memory at a time. Raises ``UserError``
-    where the disk does not take them; what is at ``path`` then is no whole file.
+    lists of these (whole numbers of lists are int32); ``general.architecture`` is among them. Raises ``UserError`` where the
+    disk does not take it.
     """
-    sizes = [tensor.stored_bytes for tensor in tensors]
-    with explain_write_errors(path, sum(sizes)):
+    with explain_write_errors(path, sum(padded(tensor.stored_bytes) for tensor in tensors)):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_head(path, metadata, tensors)
         with open(path, "ab") as file:
-            _pad(file)
-            for tensor, size, values in zip(tensors, sizes, data, strict=True):
-                raw = values.contiguous().reshape(-1).view(torch.uint8).numpy()
-                assert raw.nbytes == size, (tensor.name, raw.nbytes, size)
-                file.write(raw.data)  # which, unlike what the package does, says what stops it
-                _pad(file)
+            return _pad(file)
+
+
+def append_tensor(path: Path, begin: int, tensor: TensorPlan, values: torch.Tensor) -> int:
+    """Write a tensor at the byte ``begin`` of a file and cut off what was behind; where the next one begins.
+
+    ``values``: in the tensor's own type, or bytes uint8 where it is one of blocks. Raises ``UserError`` where the disk does
+    not take them.
+    """
+    raw = values.contiguous().reshape(-1).view(torch.uint8).numpy()
+    assert raw.nbytes == tensor.stored_bytes, (tensor.name, raw.nbytes, tensor.stored_bytes)
+    with explain_write_errors(path, raw.nbytes), open(path, "r+b") as file:
+        file.truncate(begin)
+        file.seek(begin)
+        file.write(raw.data)  # which, unlike what the package does, says what stops it
+        return _pad(file)
 
 
 def head_bytes(metadata: Mapping[str, Any], tensors: Sequence[TensorPlan]) -> int:
@@ -126,8 +129,10 @@ def _write_head(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Tenso
         writer.close()
 
 
-def _pad(file: BinaryIO) -> None:
+def _pad(file: BinaryIO) -> int:
+    """Fill the file up to where a tensor may begin; that place."""
     file.write(bytes(-file.tell() % ALIGNMENT))
+    return file.tell()
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
