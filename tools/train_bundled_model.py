@@ -2,7 +2,7 @@
 
 Everything starts from the text that a Python installation carries: the standard library's source
 files and ``pydoc`` help topics, minus the held-out part fixed in ``quern.evaluation.heldout``.  From
-it the script trains a byte-level BPE tokenizer and a Qwen2-shaped model of 7.3 million parameters.
+it the script trains a byte-level BPE tokenizer and a Qwen2-shaped model of 7.3 million parameters, or another of ``SHAPES``.
 
     python tools/train_bundled_model.py               # train (or carry on), then export
     python tools/train_bundled_model.py --export      # write the latest checkpoint to the model folder
@@ -33,15 +33,16 @@ import torch
 from bundled_model_choices import choice_pairs
 from bundled_model_text import END, ROOT, TOKENS_PER_STEP, VOCABULARY, heldout, prepare
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quern.core.machine.products import multiplies_half
 
 SHORT, LONG = 512, 2048  # sequence lengths of the first part of the training and of the last
 LONG_SHARE = 0.1  # share of the steps taken at the long length, so that the stated window is a trained one
 PEAK_RATE, FLOOR_RATE, WARMUP = 2e-3, 1e-4, 150
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "python-7m": {
+        "model_type": "qwen2",
         "hidden_size": 256,
         "intermediate_size": 768,
         "num_hidden_layers": 8,
@@ -49,14 +50,30 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2,
     },
     "python-12m": {
+        "model_type": "qwen2",
         "hidden_size": 512,
         "intermediate_size": 1024,
         "num_hidden_layers": 4,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
     },
+    "python-8m-routed": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 512,  # of no block: all are routed
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+    },
 }
-"""The input width of every linear layer is a multiple of 256."""
+"""The input width of every linear layer is a multiple of 256, of the routed model's of 128."""
+BALANCE = 0.01
+"""What the unevenness of routing counts beside the loss, so that every expert learns (Fedus et al., arXiv 2101.03961)."""
 
 
 # --- training --------------------------------------------------------------------------------------
@@ -70,25 +87,28 @@ def learning_rate(step: int, steps: int) -> float:
     return FLOOR_RATE + (PEAK_RATE - FLOOR_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def new_model(name: str, seed: int) -> Qwen2ForCausalLM:
+def new_model(name: str, seed: int) -> Any:
     """Return the untrained model of one of ``SHAPES``."""
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
+    config = AutoConfig.for_model(
         **SHAPES[name],
+        vocab_size=VOCABULARY,
         max_position_embeddings=LONG,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
     )
-    return Qwen2ForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
-def batch_loss(model: Qwen2ForCausalLM, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean nats per token."""
-    logits = model(input_ids=inputs, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def batch_loss(model: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean nats per token, and of a routed model what balances its experts."""
+    if not getattr(model.config, "num_experts", 0):
+        logits = model(input_ids=inputs, use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    made = model(input_ids=inputs, use_cache=False, output_router_logits=True)
+    return F.cross_entropy(made.logits.float().flatten(0, 1), targets.flatten()) + BALANCE * made.aux_loss
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
