@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from quern.architectures.base import BlockSpec, Layout, LinearSpec, Rescaling, Source
 from quern.architectures.gated_decoder import GatedDecoder
@@ -23,8 +22,10 @@ class Experts(nn.Module):
     """The experts of a block as linears of their own; the stacks that transformers computes with hold the same numbers."""
 
     def __init__(self, count: int, width: int, inner: int, activation: str) -> None:
+        from transformers.activations import ACT2FN
+
         super().__init__()
-        self.count, self.act_fn = count, ACT2FN[activation]
+        self.act_fn = ACT2FN[activation]
         for expert in range(count):
             linears = nn.Module()
             linears.gate_proj = nn.Linear(width, inner, bias=False)
