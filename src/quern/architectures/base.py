@@ -109,6 +109,9 @@ class BlockSpec:
     """How many positions its attention sees back, itself included; 0: all."""
     experts_per_token: int = 0
     """Experts that a token meets; 0 in a dense block."""
+    router: str | None = None
+    """The module whose inputs experts read and whose first output are logits ``(tokens, experts)``. The module that holds an
+    expert's linears computes the expert: hidden states ``(n, width)`` of any tokens -> ``(n, width)``."""
     sources: dict[str, tuple[Source, ...]] = field(default_factory=dict)
     """By parameter, relative to the block: what its rows are joined from, where that is not the tensor of its name."""
 

@@ -18,31 +18,34 @@ from quern.core.errors import UserError
 ROLES = ("gate", "up", "down")
 
 
-class Experts(nn.Module):
-    """The experts of a block as linears of their own; the stacks that transformers computes with hold the same numbers."""
+class Expert(nn.Module):
+    """A gated MLP that reads the hidden states of some tokens ``(n, width)``."""
 
-    def __init__(self, count: int, width: int, inner: int, activation: str) -> None:
+    def __init__(self, width: int, inner: int, activation: str) -> None:
         from transformers.activations import ACT2FN
 
         super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
         self.act_fn = ACT2FN[activation]
-        for expert in range(count):
-            linears = nn.Module()
-            linears.gate_proj = nn.Linear(width, inner, bias=False)
-            linears.up_proj = nn.Linear(width, inner, bias=False)
-            linears.down_proj = nn.Linear(inner, width, bias=False)
-            self.add_module(str(expert), linears)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(n, width)``."""
+        made: Tensor = self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return made
+
+
+class Experts(nn.ModuleList):
+    """The experts of a block as linears of their own; the stacks that transformers computes with hold the same numbers."""
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """hidden ``(tokens, width)``, chosen and weights ``(tokens, experts of each)`` -> ``(tokens, width)``."""
         result = torch.zeros_like(hidden)
         for number in torch.unique(chosen).tolist():
-            expert: Any = self.get_submodule(str(number))
             tokens, place = torch.where(chosen == number)
             with routed_to(tokens):
-                inputs = hidden[tokens]
-                inner = self.act_fn(expert.gate_proj(inputs)) * expert.up_proj(inputs)
-                made = expert.down_proj(inner) * weights[tokens, place, None]
+                made = self[number](hidden[tokens]) * weights[tokens, place, None]
             result = result.index_add(0, tokens, made.to(result.dtype))
         return result
 
@@ -130,7 +133,7 @@ class RoutedDecoder(GatedDecoder):
             *(Rescaling("linear", up.name, (down.name,)) for _, up, down in (*([shared] if shared else []), *experts)),
         )
         return BlockSpec(
-            index, self.block_prefix(index), linears, rescalings, self.window(index), experts_per_token=self.per_token
+            index, self.block_prefix(index), linears, rescalings, self.window(index), self.per_token, router="mlp.gate"
         )
 
     def shared_mlp(self, index: int) -> tuple[LinearSpec, ...]:
@@ -195,8 +198,8 @@ class RoutedDecoder(GatedDecoder):
 
     def with_linears(self, block: Any) -> None:
         """Give a routed block of transformers' experts that are linears."""
-        config = self.config
-        block.mlp.experts = Experts(self.experts, config.hidden_size, self.expert_width, config.hidden_act)
+        shape = self.config.hidden_size, self.expert_width, self.config.hidden_act
+        block.mlp.experts = Experts(Expert(*shape) for _ in range(self.experts))
 
 
 _BLOCK = re.compile(r"(model\.layers\.\d+\.)(.*)")
