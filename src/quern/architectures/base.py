@@ -129,6 +129,11 @@ class BlockSpec:
         role = {linear.name: (linear.role if linear.expert is not None else linear.name) for linear in self.linears}
         return tuple(tuple(groups) for _, groups in groupby(self.groups, lambda group: role[group.linears[0]]))
 
+    @cached_property
+    def experts(self) -> int:
+        """How many experts it has; 0 in a dense block."""
+        return len({linear.expert for linear in self.linears} - {None})
+
     def linear(self, name: str) -> LinearSpec:
         """The linear called ``name``, relative to the block."""
         return self._by_name[name]

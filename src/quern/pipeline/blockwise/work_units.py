@@ -57,7 +57,6 @@ def _block(job: Job, block: BlockSpec) -> float:
             run += before  # what it reads is captured, by a run that ends there
         before += _met(block, names)
     passes = 2 * tokens * streams * run
-    experts = max(1, len({linear.expert for linear in block.linears} - {None}))
     for linear in block.linears:
         rows, columns = linear.shape
         plan = job.plan[block.prefix + linear.name]
@@ -66,7 +65,7 @@ def _block(job: Job, block: BlockSpec) -> float:
         rounding += ENCODING * rows * columns
         if ROUNDINGS.get(plan.rounding.method).needs_hessian:
             # A Hessian, its factor, and the feedback: one product for each half of the matrix, and one for each sweep.
-            met = tokens if linear.expert is None else tokens * block.experts_per_token // experts
+            met = tokens if linear.expert is None else tokens * block.experts_per_token // block.experts
             rounding += met * columns**2 + columns**3 // 3 + (1 + plan.rounding.sweeps) * rows * columns**2
     return float(passes + rounding)
 
@@ -78,10 +77,9 @@ def _weights(block: BlockSpec) -> int:
 def _met(block: BlockSpec, names: Sequence[str]) -> int:
     """Weights of some linears that a token meets, of experts' on average."""
     linears = [block.linear(name) for name in names]
-    experts = len({linear.expert for linear in block.linears} - {None})
     every = sum(one.shape[0] * one.shape[1] for one in linears if one.expert is None)
     routed = sum(one.shape[0] * one.shape[1] for one in linears if one.expert is not None)
-    return every + (routed * block.experts_per_token // experts if experts else 0)
+    return every + (routed * block.experts_per_token // block.experts if block.experts else 0)
 
 
 def _tokens(job: Job) -> int:
