@@ -42,6 +42,17 @@ QWEN2 = {
     "vocab_size": 152064, "use_sliding_window": False,
 }  # fmt: skip
 QWEN3 = {**QWEN2, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "head_dim": 128}
+QWEN3_MOE = {
+    **QWEN3,
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "max_position_embeddings": 40960,
+}
+MIXTRAL = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0, "max_position_embeddings": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}  # fmt: skip
 LLAMA3 = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
@@ -57,6 +68,14 @@ def shape(hidden: int, intermediate: int, layers: int, heads: int, key_value_hea
     }  # fmt: skip
 
 
+def routed(experts: int, per_token: int, inner: int) -> dict[str, Any]:
+    """What a configuration of the Qwen family says of experts."""
+    return {
+        "num_experts": experts, "num_experts_per_tok": per_token, "moe_intermediate_size": inner, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+    }  # fmt: skip
+
+
 KNOWN: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": {**QWEN2, **shape(896, 4864, 24, 14, 2), "vocab_size": 151936, "tie_word_embeddings": True},
     "qwen2.5-1.5b": {**QWEN2, **shape(1536, 8960, 28, 12, 2), "vocab_size": 151936, "tie_word_embeddings": True},
@@ -66,6 +85,20 @@ KNOWN: dict[str, dict[str, Any]] = {
     "qwen2.5-72b": {**QWEN2, **shape(8192, 29568, 80, 64, 8)},
     "qwen3-8b": {**QWEN3, **shape(4096, 12288, 36, 32, 8)},
     "qwen3-32b": {**QWEN3, **shape(5120, 25600, 64, 64, 8)},
+    "qwen3-30b-a3b": {**QWEN3_MOE, **shape(2048, 6144, 48, 32, 4), **routed(128, 8, 768)},
+    "qwen3-235b-a22b": {**QWEN3_MOE, **shape(4096, 12288, 94, 64, 4), **routed(128, 8, 1536)},
+    "qwen1.5-moe-a2.7b": {
+        **QWEN2,
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "vocab_size": 151936,
+        "max_position_embeddings": 8192,
+        **shape(2048, 5632, 24, 16, 16),
+        **routed(60, 4, 1408),
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "mixtral-8x7b": {**MIXTRAL, **shape(4096, 14336, 32, 32, 8), "num_local_experts": 8, "num_experts_per_tok": 2},
     "llama-3-8b": {**LLAMA3, **shape(4096, 14336, 32, 32, 8)},
     "llama-3-70b": {**LLAMA3, **shape(8192, 28672, 80, 64, 8)},
 }

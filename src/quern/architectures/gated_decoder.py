@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from quern.architectures.base import Architecture, BlockSpec, LinearSpec, Rescaling
+from quern.core.errors import UserError
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUTPUT = "self_attn.o_proj"
@@ -89,6 +90,16 @@ class GatedDecoder(Architecture):
         return norm
 
 
+KINDS = ("full_attention", "sliding_attention")
+
+
 def window_by_type(config: Any, index: int) -> int:
-    """``GatedDecoder.window`` of a family whose config says of each layer whether it is one of sliding attention."""
-    return int(config.sliding_window or 0) if config.layer_types[index] == "sliding_attention" else 0
+    """``GatedDecoder.window`` of a family whose config says of each layer whether it is one of sliding attention. Raises
+    ``UserError`` for kinds of layers that it does not know."""
+    kind = config.layer_types[index]
+    if kind not in KINDS:
+        raise UserError(
+            f"config.json: layer_types calls layer {index} {str(kind)[:40]!r}; known for {config.model_type}: "
+            f"{', '.join(KINDS)}"
+        )
+    return int(config.sliding_window or 0) if kind == "sliding_attention" else 0

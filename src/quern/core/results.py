@@ -81,6 +81,10 @@ class LayerError(_Strict):
     rows_left: float | None = None
     """What feedback among rows leaves of the loss of gradients that took no part in it; 1: the matrix has none, because
     these would lose by it. Null where rounding is not two-sided."""
+    met_share: float | None = None
+    """Share of the calibration tokens that met the expert it belongs to; null where every token does."""
+    stand_in: Literal["router weights", "all tokens", "nearest"] | None = None
+    """What stood in for the tokens of an expert that met too few; null where they were enough."""
 
 
 class TunedBlock(_Strict):

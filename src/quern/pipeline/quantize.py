@@ -31,10 +31,10 @@ from quern.pipeline.blockwise.blocks import quantize_blocks
 from quern.pipeline.blockwise.calibration_text import CalibrationText
 from quern.pipeline.blockwise.job import Job, OnUnhealthy, check_kept, kept_note, plan_of, stand_in_note
 from quern.pipeline.blockwise.outer import quantize_outer, start_chain
-from quern.pipeline.blockwise.padding import padded_plan
 from quern.pipeline.blockwise.reference_stream import start_stream
 from quern.pipeline.blockwise.safeguards.gate import TOLD, findings_of, replaced_plans
 from quern.pipeline.blockwise.safeguards.given_weights import FILES, check_weights, refuse_changed
+from quern.pipeline.blockwise.safeguards.padding import padded_plan
 from quern.pipeline.output import (
     artifact_size,
     finished_layers,
@@ -57,6 +57,7 @@ from quern.pipeline.request import (
     policy_named,
 )
 from quern.quantization.arithmetic import arithmetic
+from quern.quantization.calibration.experts import starved_note
 from quern.quantization.scale_dtypes import note as scale_note
 from quern.texts.source import Text
 
@@ -155,7 +156,7 @@ def quantize(
         resumed = work.done("started") is not None
         told = work.telling(progress)
         job = Job(checkpoint, architecture, chosen, plan, writer, sequences, seed, work, workers, told, where, policy)
-        _check_room(job, memory, resumed)
+        job = _in_room(job, memory, resumed)
         work.finish("started", [], {FILES: checkpoint.hashed})
         check_weights(job)
         notes = [*text_notes, *(text.notes if text else ())]
@@ -166,11 +167,13 @@ def quantize(
     return _report(output, chosen, checkpoint, seconds, layers, resumed, [*notes, *writer.notes()], planned)
 
 
-def _check_room(job: Job, memory: int | None, resumed: bool) -> None:
-    """Raise ``OutOfMemoryCapError`` or ``NotEnoughDiskError`` where the job does not fit."""
+def _in_room(job: Job, memory: int | None, resumed: bool) -> Job:
+    """The job, cut so that it fits. Raises ``OutOfMemoryCapError`` or ``NotEnoughDiskError`` where it does not."""
     try:
+        job = memory_plan.within(job, memory)
         memory_plan.check(job, memory)
         disk_plan.check(job)
+        return job
     except (OutOfMemoryCapError, NotEnoughDiskError):
         if not resumed:
             job.work.remove()  # or the next attempt, with another recipe, would be told that this one is unfinished
@@ -232,7 +235,7 @@ def _write_metadata(job: Job, fingerprint: dict[str, Any], notes: list[str]) -> 
     job.writer.finish(job.work, job.checkpoint.config, job.plan.changed(dtypes).replaced(replaced))
     instead = stand_in_note(job.recipe, job.plan, job.architecture)
     stopped = tuning.notes([TunedBlock.model_validate(block) for block in tuned])
-    stored_otherwise = [*kept_note(job.plan), *instead, *scale_note(dtypes), *stopped]
+    stored_otherwise = [*kept_note(job.plan), *instead, *scale_note(dtypes), *stopped, *starved_note(errors)]
     notes += [*stored_otherwise, *(one.text for one in health)]
     lasting = [*job.checkpoint.lasting_notes, *stored_otherwise]
     provenance = {"fingerprint": fingerprint, "layers": errors, "notes": lasting, "files": []}

@@ -68,12 +68,12 @@ def forward_operations(architecture: Architecture) -> int:
 
 def _forward(block: BlockSpec, linears: Iterable[LinearSpec]) -> int:
     """Of one token through some linears of a block; of experts it meets ``experts_per_token``."""
-    experts = max(1, len({linear.expert for linear in block.linears if linear.expert is not None}))
-    total = 0.0
-    for linear in linears:
-        met = 1.0 if linear.expert is None else block.experts_per_token / experts
-        total += met * 2 * linear.shape[0] * linear.shape[1]
-    return round(total)
+    return round(sum(_met(block, linear) * 2 * linear.shape[0] * linear.shape[1] for linear in linears))
+
+
+def _met(block: BlockSpec, linear: LinearSpec) -> float:
+    """Share of the tokens that meet a linear, of experts on average."""
+    return 1.0 if linear.expert is None else block.experts_per_token / block.experts
 
 
 def _block(
@@ -94,7 +94,7 @@ def _block(
     forward = _forward(block, block.linears)
     passes = forward + (_captures(block) if hessians or recipe.transforms else 0)
     follows = any(plans[linear.name].rounding.target == "drift" for linear in rounded) or recipe.tuning is not None
-    tokens = passes * (1 + follows) + sum(2 * linear.shape[1] ** 2 for linear in own)
+    tokens = passes * (1 + follows) + sum(_met(block, linear) * 2 * linear.shape[1] ** 2 for linear in own)
     if weighs:
         tokens += (1 + BACKWARD) * forward
     if recipe.tuning is not None:

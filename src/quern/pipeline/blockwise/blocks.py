@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quern.architectures.base import LinearGroup
+from quern.architectures.base import LinearGroup, Rescaling
 from quern.checkpoint.safetensors_file import DTYPES
 from quern.codecs.base import Codec, codec_of
 from quern.core.machine.heap import release_freed
@@ -34,6 +34,8 @@ from quern.pipeline.blockwise.tuning import BlockTuning, token_weights
 from quern.quantization.block import Group, RoundedLinear, round_groups, round_linears, turn_back
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block, Tap
+from quern.quantization.calibration.channels import channel_statistics, rescaled_together
+from quern.quantization.calibration.experts import Met, Reader, batches, make_up
 from quern.quantization.calibration.sketch import Sketches, kept_of
 from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, add_up, collector
 from quern.quantization.calibration.token_weights import normalized
@@ -42,7 +44,6 @@ from quern.quantization.scale_dtypes import fitting
 from quern.quantization.transforms.base import (
     TRANSFORMS,
     ChannelScaling,
-    ChannelStatistics,
     InputRotation,
     Repeat,
     fold,
@@ -50,8 +51,6 @@ from quern.quantization.transforms.base import (
 )
 
 CHAIN = "chain"
-SAMPLED_TOKENS = 256
-"""Tokens that the search of AWQ looks at, at most."""
 
 
 def quantize_blocks(job: Job) -> None:
@@ -92,7 +91,7 @@ def quantize_block(job: Job, index: int) -> None:
     files = work.store()
     inputs = [] if work.source is None else work.run(work.source)
     work.gate.finish(work.rounded)
-    record = {**record_of(job, work.rounded, work.prefix), **work.gate.record(), "inputs": inputs}
+    record = {**record_of(job, work.rounded, work.prefix, work.met), **work.gate.record(), "inputs": inputs}
     record["seconds"] = time.perf_counter() - started
     if tuned is not None:
         record["tuning"] = tuned.model_dump(mode="json")
@@ -132,6 +131,8 @@ class _BlockWork:
         transforms = [TRANSFORMS.get(settings.method)(settings) for settings in job.recipe.transforms]
         self.scalings = [transform for transform in transforms if isinstance(transform, ChannelScaling)]
         self.rounded: list[RoundedLinear] = []
+        self.met: dict[str, Met] = {}
+        """Of linears of experts, how they were calibrated."""
         self.gate = Gate(job, index)
         self.reference: ReferenceStream | None = None
         self.tuning: BlockTuning | None = None
@@ -144,31 +145,37 @@ class _BlockWork:
             weights = {name: self.block.linear(name).weight.data for name in linears}
             fitted |= fitting({name: self.codecs[name] for name in linears}, weights, self.job.workers)
         for scaling in self.scalings:
-            for rescaling in self.block.spec.rescalings:
-                codecs = {name: fitted[name] for name in rescaling.targets if name in fitted}
-                if not codecs:
-                    continue
-                statistics = self._channels(rescaling.targets[0])
-                if statistics is None:  # an expert that no token met
-                    continue
-                repeat = Repeat.of(rescaling)
-                targets = [self.block.linear(name).weight.data for name in codecs]
-                wanted = scaling.scales(targets, list(codecs.values()), statistics, repeat, self.job.workers)
-                source = self.block.module.get_submodule(rescaling.source)
-                stored = self._stored_dtype(f"{rescaling.source}.weight")
-                fold(
-                    rescaling,
-                    self.block.module.get_submodule,
-                    foldable(rescaling, source, wanted, self.codecs, stored),
-                    repeat,
-                )
+            for rescalings in rescaled_together(self.block.spec):
+                self._rescale(scaling, rescalings, fitted)
+
+    def _rescale(self, scaling: ChannelScaling, rescalings: Sequence[Rescaling], fitted: Mapping[str, Codec]) -> None:
+        """Along ``rescalings``, none of which changes what another one's targets read."""
+        assert self.source is not None
+        chosen = [one for one in rescalings if any(name in fitted for name in one.targets)]
+        if not chosen:
+            return
+        first = [one.targets[0] for one in chosen]
+        known = channel_statistics(self.block, self.source, first, self.job.workers)
+        for rescaling in chosen:
+            codecs = {name: fitted[name] for name in rescaling.targets if name in fitted}
+            statistics = known.get(rescaling.targets[0])
+            if statistics is None:  # an expert that no token met
+                continue
+            repeat = Repeat.of(rescaling)
+            targets = [self.block.linear(name).weight.data for name in codecs]
+            wanted = scaling.scales(targets, list(codecs.values()), statistics, repeat, self.job.workers)
+            source = self.block.module.get_submodule(rescaling.source)
+            stored = self._stored_dtype(f"{rescaling.source}.weight")
+            scales = foldable(rescaling, source, wanted, self.codecs, stored)
+            fold(rescaling, self.block.module.get_submodule, scales, repeat)
 
     def quantize_stage(self, stage: Sequence[LinearGroup]) -> None:
         """Round the linears of one stage; their rounded weights replace the block's own."""
         alike = [part for group in stage for part in self._alike(group)]
-        groups, spread = self._groups(alike), self._many_small(alike)
-        for group, known in round_groups(groups, self.plans, self.prefix, spread, self.job.workers):
-            self._round(group, known)
+        spread = self._many_small(alike)
+        for some in batches(alike, self._hessian_bytes, self.job.hessian_bytes):
+            for group, known in round_groups(self._groups(some), self.plans, self.prefix, spread, self.job.workers):
+                self._round(group, known)
 
     def _groups(self, alike: Sequence[_Alike]) -> Iterator[Group]:
         """Weights and statistics of each."""
@@ -274,6 +281,16 @@ class _BlockWork:
                     )
                     add_tap(statistics, part.wanted, start * self.source.shape[1], tap, self.job.workers, beside)
         add_up(found, self.job.workers)
+        self.met |= make_up(self.block, self.source, self._readers(looked_at), self.job.workers)
+        return found
+
+    def _readers(self, looked_at: Sequence[tuple[_Alike, GroupStatistics]]) -> list[Reader]:
+        """Those of ``looked_at`` that are of experts and get a Hessian."""
+        found = []
+        for part, statistics in looked_at:
+            expert = self.block.spec.linear(part.linears[0]).expert
+            if expert is not None and part.wanted.hessians:
+                found.append(Reader(part.linears, expert, part.wanted, statistics))
         return found
 
     def _taps(
@@ -317,6 +334,10 @@ class _BlockWork:
             return None
         self.rounded, tuned = self.tuning.finish(self.rounded)
         return tuned
+
+    def _hessian_bytes(self, part: _Alike) -> int:
+        """Of experts; what all tokens meet is never cut, since its stage is one group."""
+        return len(part.wanted.hessians) * 4 * self._columns(part) ** 2
 
     def _columns(self, part: _Alike) -> int:
         return self.block.linear(part.linears[0]).in_features
@@ -365,20 +386,3 @@ class _BlockWork:
         as_they_are = [linear for linear in self.rounded if linear.input_signs is None]
         scales = {linear.name: linear.input_scale for linear in as_they_are if linear.input_scale is not None}
         return [kept.model_dump(mode="json") for kept in kept_of(seen, first, scales)]
-
-    def _channels(self, linear: str) -> ChannelStatistics | None:
-        """Statistics of what ``linear`` reads; None where it reads nothing."""
-        assert self.source is not None
-        total, largest, sample, tokens = torch.zeros(()), torch.zeros(()), [], 0
-        waves = self.source.waves()
-        for start, stop in waves:
-            taps = self.block.capture([linear], self.source.read(start, stop), self.job.workers)
-            inputs = taps[linear].inputs.float()
-            if not len(inputs):
-                continue
-            sizes = inputs.abs()
-            total = total + sizes.sum(0, dtype=torch.float64)
-            largest = torch.maximum(largest, sizes.amax(0))
-            sample.append(inputs[:: max(1, len(waves) * len(inputs) // SAMPLED_TOKENS)])
-            tokens += len(inputs)
-        return None if not tokens else ChannelStatistics((total / tokens).float(), largest, torch.cat(sample))

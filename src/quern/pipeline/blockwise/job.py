@@ -31,6 +31,10 @@ LARGE = 10**9
 """From so many parameters on, ``compute_dtype: auto`` means bfloat16, unless weights are to keep their values."""
 
 
+HESSIANS = 2 << 30
+"""``Job.hessian_bytes`` where no cap of memory says less: each batch of experts is a pass of the calibration tokens."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One model, one recipe, one work folder."""
@@ -49,6 +53,8 @@ class Job:
     device: torch.device
     on_unhealthy: OnUnhealthy = "stop"
     """What becomes of a block that is not fit for use (``gate.py``)."""
+    hessian_bytes: int = HESSIANS
+    """Most that the Hessians of experts take together, where each takes less."""
 
     @property
     def compute_dtype(self) -> torch.dtype:

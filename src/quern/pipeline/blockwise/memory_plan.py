@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -68,6 +68,8 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     calibrated = job.sequences is not None
     # A rotated copy of the activations comes on top.
     wave = (WAVE_COPIES + job.recipe.rotated + 2 * drift) * 4 * WAVE_TOKENS * widest if calibrated else 0
+    if calibrated:
+        wave += max(_routed(block) for block in _kinds(job)) * itemsize * WAVE_TOKENS
     wave *= job.workers.waves_at_once
     slabs = job.workers.threads * SLAB_COPIES * 4 * SLAB * widest
     # Codes of the linears done so far, and the rounded copy of the one in hand.
@@ -92,12 +94,30 @@ def plan(job: Job, further_hessians: int = 0) -> MemoryPlan:
     if job.recipe.tuning is not None:
         block = max(block, *(_tuning(job, kind) + entries * (itemsize + 1) for kind in _kinds(job)))
     fisher = sensitivity.needed(job) and calibrated
+    # A number for each token and linear, once more while they are written or normalized.
+    tokens = job.sequences.numel() if fisher and job.sequences is not None else 0
+    counted = 8 * tokens * max(len(kind.linears) for kind in _kinds(job))
     logits = job.workers.threads * 5 * 4 * LOGIT_TOKENS * job.architecture.config.vocab_size
     return MemoryPlan(
         process=psutil.Process().memory_info().rss + LIBRARIES,
-        block=block,
+        block=block + counted,
         outer=outer,
-        sensitivity=max(table * (4 + itemsize) + logits, weights + 3 * wave + kept) if fisher else 0,
+        sensitivity=max(table * (4 + itemsize) + logits, weights + 3 * wave + kept + counted) if fisher else 0,
+    )
+
+
+def within(job: Job, cap: int | None, further_hessians: int = 0) -> Job:
+    """``job`` with the Hessians of experts in batches that leave room for all else under a ``cap`` of memory."""
+    if cap is None:
+        return job
+    least = replace(job, hessian_bytes=0)
+    return replace(job, hessian_bytes=min(job.hessian_bytes, max(0, cap - plan(least, further_hessians).peak)))
+
+
+def _routed(block: BlockSpec) -> int:
+    """Numbers that experts read of a token, twice: as each of them reads them, and joined for each linear."""
+    return (
+        2 * block.experts_per_token * max((one.shape[1] for one in block.linears if one.expert is not None), default=0)
     )
 
 
@@ -115,7 +135,9 @@ def _known(job: Job, block: BlockSpec, stage: Sequence[LinearGroup]) -> int:
     """Bytes of what is known of the linears of one stage while they are rounded."""
     groups = [[block.linear(name) for name in group.linears] for group in stage]
     own = job.recipe.calibration.token_weight == "fisher"
-    found = sum((len(group) if own else 1) * 4 * group[0].shape[1] ** 2 for group in groups)
+    sizes = [(len(group) if own else 1) * 4 * group[0].shape[1] ** 2 for group in groups]
+    # Those of experts come in batches.
+    found = sum(sizes) if groups[0][0].expert is None else min(sum(sizes), max(job.hessian_bytes, *sizes))
     if any(linear.rounding.sweeps for linear in job.plan.quantized().values()):
         # The whole of one lies where its factor is, but for the tiles of its diagonal; in another order it is a copy.
         widest = max(group[0].shape[1] for group in groups)

@@ -5,6 +5,8 @@ A kind of blocks that was seen is foretold by what it took, so that only kinds t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from quern.architectures.base import BlockSpec
 from quern.core.machine.time_left import Work
 from quern.pipeline.blockwise import output_gradients
@@ -53,7 +55,7 @@ def _block(job: Job, block: BlockSpec) -> float:
         names = [name for group in stage for name in group.linears]
         if any(job.plan[block.prefix + name].quantized for name in names):
             run += before  # what it reads is captured, by a run that ends there
-        before += sum(block.linear(name).shape[0] * block.linear(name).shape[1] for name in names)
+        before += _met(block, names)
     passes = 2 * tokens * streams * run
     for linear in block.linears:
         rows, columns = linear.shape
@@ -63,12 +65,21 @@ def _block(job: Job, block: BlockSpec) -> float:
         rounding += ENCODING * rows * columns
         if ROUNDINGS.get(plan.rounding.method).needs_hessian:
             # A Hessian, its factor, and the feedback: one product for each half of the matrix, and one for each sweep.
-            rounding += tokens * columns**2 + columns**3 // 3 + (1 + plan.rounding.sweeps) * rows * columns**2
+            met = tokens if linear.expert is None else tokens * block.experts_per_token // block.experts
+            rounding += met * columns**2 + columns**3 // 3 + (1 + plan.rounding.sweeps) * rows * columns**2
     return float(passes + rounding)
 
 
 def _weights(block: BlockSpec) -> int:
-    return sum(rows * columns for rows, columns in (linear.shape for linear in block.linears))
+    return _met(block, [linear.name for linear in block.linears])
+
+
+def _met(block: BlockSpec, names: Sequence[str]) -> int:
+    """Weights of some linears that a token meets, of experts' on average."""
+    linears = [block.linear(name) for name in names]
+    every = sum(one.shape[0] * one.shape[1] for one in linears if one.expert is None)
+    routed = sum(one.shape[0] * one.shape[1] for one in linears if one.expert is not None)
+    return every + (routed * block.experts_per_token // block.experts if block.experts else 0)
 
 
 def _tokens(job: Job) -> int:

@@ -96,6 +96,8 @@ class Bytes:
     """Of all tensors."""
     read: dict[str, int]
     """That decoding a token reads, by kind of weights (``kernel_kind``)."""
+    held: int
+    """That is in memory for that: all experts."""
     cache: dict[str, int]
     """Of the keys and values of one token, by precision; empty for a layout that the cpu engine does not know."""
 
@@ -103,23 +105,26 @@ class Bytes:
 def bytes_of(case: Case) -> Bytes:
     """Counted by the code that writes the files."""
     cache, read = cache_sizes(case.architecture), _read(case)
+    held = sum(_read(case, every_expert=True).values())
     if not isinstance(case.writer, SizedWriter):
         why = f"format {case.recipe.format} does not say beforehand how large its files will be"
-        return Bytes(Foretold(value=None, unit="bytes", basis="counted", derivation=why), 0, read, cache)
+        return Bytes(Foretold(value=None, unit="bytes", basis="counted", derivation=why), 0, read, held, cache)
     try:
         with _with_tokenizer(case.subject) as checkpoint:
             case.writer.prepare(checkpoint, {})
             found = _UsualSizes(checkpoint, case.architecture, case.writer, _fingerprint(case)).of_artifact(case.recipe)
     except UserError as error:
         why = f"not known: {error}"
-        return Bytes(Foretold(value=None, unit="bytes", basis="counted", derivation=why), 0, read, cache)
+        return Bytes(Foretold(value=None, unit="bytes", basis="counted", derivation=why), 0, read, held, cache)
     rest = found.files - found.data
     said = f"tensors {found.data:,} + headers, configuration, provenance and tokenizer {rest:,} = {found.files:,} bytes"
     if not case.subject.tokenizer:
         said += "; there is no tokenizer, whose bytes come on top"
     if case.recipe.storage == "entropy":
         said += "; entropy coding makes this less, by what only the codes tell"
-    return Bytes(Foretold(value=found.files, unit="bytes", basis="counted", derivation=said), found.data, read, cache)
+    return Bytes(
+        Foretold(value=found.files, unit="bytes", basis="counted", derivation=said), found.data, read, held, cache
+    )
 
 
 class _UsualSizes(Sizes):
@@ -169,15 +174,16 @@ def _fingerprint(case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _read(case: Case) -> dict[str, int]:
-    """Of all matrices and vectors that a token meets: of an untied embedding nothing, of experts those it meets."""
+def _read(case: Case, every_expert: bool = False) -> dict[str, int]:
+    """Of all matrices and vectors that a token meets: of an untied embedding nothing, of experts those it meets, or all."""
     architecture, shapes = case.architecture, case.architecture.module_shapes()
     totals: dict[str, float] = defaultdict(float)
     met = {}
     for block in architecture.blocks:
-        experts = max(1, len({linear.expert for linear in block.linears if linear.expert is not None}))
+        experts = max(1, block.experts)
         for linear in block.linears:
-            met[block.prefix + linear.name] = 1.0 if linear.expert is None else block.experts_per_token / experts
+            one_of_all = linear.expert is None or every_expert
+            met[block.prefix + linear.name] = 1.0 if one_of_all else block.experts_per_token / experts
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if module == architecture.embedding and not architecture.tied:

@@ -99,7 +99,7 @@ def _told(
     threads: int,
 ) -> RecipeForecast:
     runtime = f"quern, engine {'cpu' if isinstance(pace, short_decoding.Pace) else 'reference'}"
-    weights = sum(size.read.values())
+    weights = size.held
     cache = size.cache.get("float16", 0)
     buffers = _buffers(case)
     if isinstance(pace, str):

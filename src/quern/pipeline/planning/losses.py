@@ -29,6 +29,7 @@ from quern.pipeline.blockwise.job import Job, fitting_candidates
 from quern.pipeline.planning import outer_losses
 from quern.quantization.arithmetic import arithmetic
 from quern.quantization.calibration.block import Block, Tap
+from quern.quantization.calibration.experts import Reader, batches, make_up, needed
 from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, add_up, collector
 from quern.quantization.calibration.token_weights import normalized
 from quern.quantization.candidate_losses import Judges, candidate_losses, sampled_rows
@@ -136,9 +137,14 @@ def _block_losses(job: Job, index: int, task: Task) -> None:
     source, following = (job.activations(UNQUANTIZED, place) for place in (index, index + 1))
     with block.lent(job.workers):
         for stage in block.spec.stages:
-            for group, statistics in zip(stage, _statistics(job, block, stage, weights), strict=True):
-                losses |= _group_losses(job, block, group, statistics, gradients, task)
-            release_freed()
+            found: dict[str, list[float]] = {}
+            uses: dict[str, float] = {}
+            for some in batches(stage, lambda group: _hessian_bytes(block, group), job.hessian_bytes):
+                for group, known in zip(some, _statistics(job, block, some, weights), strict=True):
+                    found |= _group_losses(job, block, group, known, gradients, task)
+                    uses |= dict.fromkeys((block.spec.prefix + name for name in group.linears), known.use)
+                release_freed()
+            losses |= _of_rarely_met(job, block, found, uses)
         following.write(lambda start, stop: block.run_each(source.read(start, stop), job.workers), job.workers)
     job.work.finish(f"{UNQUANTIZED} {index + 1}", [following.path], {})
     job.work.finish(f"losses {index}", [], {"losses": losses, "seconds": time.perf_counter() - started})
@@ -151,6 +157,11 @@ class _Known:
 
     rounding: GroupStatistics
     judging: list[Tap]
+
+    @property
+    def use(self) -> float:
+        """Share of the tokens to judge by that met the group's linears."""
+        return sum(len(tap.inputs) for tap in self.judging) / sum(tap.length for tap in self.judging)
 
 
 @dataclass(frozen=True)
@@ -203,7 +214,41 @@ def _statistics(
                 if not _judges(place, sequences) or sequences < JUDGES_OF:
                     add_tap(known.rounding, want, place * time, part, job.workers)
     add_up([known.rounding for known in found], job.workers)
+    experts = [block.spec.linear(name).expert for name in first]
+    readers = [
+        Reader(group.linears, expert, want, known.rounding)
+        for group, expert, want, known in zip(stage, experts, wanted, found, strict=True)
+        if expert is not None
+    ]
+    make_up(block, source, readers, job.workers)
     return found
+
+
+def _hessian_bytes(block: Block, group: LinearGroup) -> int:
+    return sum(4 * block.linear(name).in_features ** 2 for name in group.linears)
+
+
+def _of_rarely_met(
+    job: Job, block: Block, found: Mapping[str, list[float]], uses: Mapping[str, float]
+) -> dict[str, list[float]]:
+    """Losses by full name. An expert that met few of the tokens to judge by has for each candidate what the others of its
+    role and candidates lose for each token that meets them, on average, times its use, and one token more."""
+    tokens = job.sequences.numel() if job.sequences is not None else 0
+    by_role: dict[object, list[str]] = {}
+    for name in found:
+        linear = block.spec.linear(name.removeprefix(block.spec.prefix))
+        if linear.expert is not None:
+            plans = tuple(fitting_candidates(job.recipe, job.architecture, name))
+            by_role.setdefault((linear.role, plans), []).append(name)
+    result = dict(found)
+    for names in by_role.values():
+        columns = block.linear(names[0].removeprefix(block.spec.prefix)).in_features
+        few = needed(columns) / tokens
+        usual = [name for name in names if uses[name] >= few]
+        for name in set(names) - set(usual) if usual else ():
+            each = zip(*([loss / uses[one] for loss in found[one]] for one in usual), strict=True)
+            result[name] = [(uses[name] + 1 / tokens) * sum(losses) / len(usual) for losses in each]
+    return result
 
 
 def _judges(sequence: int, sequences: int) -> bool:

@@ -280,6 +280,7 @@ def candidates_of(
         job = Job(
             checkpoint, architecture, untuned, everything, writer, sequences, seed, work, workers, progress, where
         )
+        job = memory_plan.within(job, memory, further_hessians=2)
         memory_plan.check(job, memory, further_hessians=2)
         table = loss_table(job, sensitivity.shared_folder(cache, fingerprint, job))
     found = _with_bytes(recipe, architecture, table, sizes)

@@ -119,12 +119,17 @@ class Gate:
             return self._finding(linear.name, "not finite", _wrong_text(wrong, linear))
         if not math.isfinite(linear.relative_loss):
             return self._finding(linear.name, "not finite", "its error is no number")
-        found = standing(linear.relative_loss, linear.name, self._before, len(self.job.plan.quantized()))
+        kind = self._kind(linear.name)
+        found = standing(linear.relative_loss, kind, self._before, len(self.job.plan.quantized()))
         if found.state == "healthy":
             return None
         problem = (
             f"its relative error is {linear.relative_loss:.2g}, {significant(linear.relative_loss / found.usual)} times "
-            f"that of the same linear in the {len(self._before[linear.name])} blocks before it ({found.usual:.2g})"
+            + (
+                f"that of the same linear in the {len(self._before[kind])} blocks before it ({found.usual:.2g})"
+                if kind == linear.name
+                else f"the usual one of experts in the blocks before it ({found.usual:.2g})"
+            )
         )
         return self._finding(linear.name, found.state, problem)
 
@@ -152,18 +157,24 @@ class Gate:
             problem.tensor, problem.problem, f"Format {self.job.recipe.format} can store nothing else for it"
         )
 
+    def _kind(self, name: str) -> str:
+        """What a linear is compared with: those of its name; of experts, whose numbers mean nothing, those of its role."""
+        linear = self.job.architecture.block(self.index).linear(name)
+        return name if linear.expert is None else f"expert {linear.role}"
+
     @cached_property
     def _before(self) -> dict[str, list[float]]:
-        """Errors of the linears of the same names in the blocks before, where they were stored by the same plan."""
+        """By kind the errors of the linears in the blocks before, where they were stored by the same plan."""
         architecture, plan = self.job.architecture, self.job.plan
-        found: dict[str, list[float]] = {linear.name: [] for linear in architecture.block(self.index).linears}
+        kinds = {linear.name: self._kind(linear.name) for linear in architecture.block(self.index).linears}
+        found: dict[str, list[float]] = {kind: [] for kind in kinds.values()}
         for before in range(max(0, self.index - NEIGHBOURS), self.index):
             prefix, record = architecture.block(before).prefix, self.job.work.done(f"block {before}") or {"layers": []}
             errors = {layer["linear"]: layer["relative_error"] for layer in record["layers"]}
-            for name, known in found.items():
+            for name, kind in kinds.items():
                 full = prefix + name
                 if full in errors and full not in record.get("replaced", {}) and plan[full] == plan[self.prefix + name]:
-                    known.append(errors[full])
+                    found[kind].append(errors[full])
         return found
 
     def _remedies(self, name: str, problem: Finding, plan: LinearPlan) -> list[LinearPlan]:
