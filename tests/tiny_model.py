@@ -13,6 +13,10 @@ MODULES = ("textwrap.py", "shlex.py", "queue.py")
 """Modules of the standard library that serve as calibration text."""
 
 
+ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Families whose blocks send tokens to experts."""
+
+
 def tiny_config(family: str = "qwen2", **changes: Any) -> dict[str, Any]:
     """A ``config.json``; biases where the family has them, fewer key/value heads than heads."""
     config = {
@@ -37,6 +41,12 @@ def tiny_config(family: str = "qwen2", **changes: Any) -> dict[str, Any]:
         config["attention_bias"] = True
     if family == "mistral":
         config["sliding_window"] = None
+    if family in ROUTED:
+        config |= {"num_experts_per_tok": 2, "num_local_experts" if family == "mixtral" else "num_experts": 4}
+    if family in ("qwen2_moe", "qwen3_moe"):
+        config |= {"moe_intermediate_size": 32, "norm_topk_prob": family == "qwen3_moe"}
+    if family == "qwen2_moe":
+        config["shared_expert_intermediate_size"] = 48
     return {**config, **changes}
 
 
@@ -57,6 +67,22 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Any]:
             tensor = tensor + 0.2 * torch.randn_like(tensor)
         state[name] = tensor.to(dtype).contiguous()
     return state
+
+
+def block_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """``random_weights`` under the names of quern's blocks: experts one by one instead of stacked."""
+    found = {}
+    for name, tensor in random_weights(config, seed).items():
+        stem, _, last = name.rpartition(".")
+        if not stem.endswith(".experts"):
+            found[name] = tensor
+            continue
+        for expert, values in enumerate(tensor):
+            if last == "gate_up_proj":
+                found[f"{stem}.{expert}.gate_proj.weight"], found[f"{stem}.{expert}.up_proj.weight"] = values.chunk(2)
+            else:
+                found[f"{stem}.{expert}.down_proj.weight"] = values
+    return found
 
 
 def write_tokenizer(folder: Path) -> None:

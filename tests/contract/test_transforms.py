@@ -3,7 +3,7 @@
 import pytest
 import torch
 from schemes import make_codec
-from tiny_model import random_weights, tiny_config
+from tiny_model import block_weights, tiny_config
 
 from quern.architectures.base import ARCHITECTURES, architecture_of
 from quern.core.errors import UserError
@@ -38,7 +38,7 @@ def workers():
 
 def block_of(family: str, dtype: torch.dtype, **changes) -> Block:
     config = tiny_config(family, num_hidden_layers=1, **changes)
-    weights = random_weights(config, seed=4)
+    weights = block_weights(config, seed=4)
     return Block(architecture_of(config), 0, weights.__getitem__, dtype, TIME)
 
 

@@ -19,7 +19,7 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 MEASURE = "src/quern/evaluation/measures/entropy.py"
 PAGE = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 DROPPED = {
-    "src/quern/architectures/qwen2_moe.py": (HERE / "family.py").read_text("utf-8"),
+    "src/quern/architectures/dots1.py": (HERE / "family.py").read_text("utf-8"),
     "src/quern/codecs/vector.py": (HERE / "codec.py").read_text("utf-8"),
     "src/quern/formats/zipped.py": (HERE / "form.py").read_text("utf-8"),
     MEASURE: re.search(rf"`{MEASURE}`:\n\n```python\n(.*?)```", PAGE, re.DOTALL)[1],
@@ -55,14 +55,16 @@ CALIBRATED = ("--calibration", "text.txt", "--threads", "1")
 def config() -> dict:
     """One dense block, and one with four routed experts and a shared one."""
     return tiny_config(
-        "qwen2_moe",
+        "dots1",
         num_hidden_layers=2,
-        decoder_sparse_step=2,
-        num_experts=4,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        n_shared_experts=2,
         num_experts_per_tok=2,
         moe_intermediate_size=32,
-        shared_expert_intermediate_size=48,
-        layer_types=["full_attention"] * 2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.5,
+        sliding_window=None,
     )
 
 

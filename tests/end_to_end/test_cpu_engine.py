@@ -8,7 +8,7 @@ import pytest
 import torch
 from artifacts import INT8, small_recipe
 from safetensors.torch import load_file, save_file
-from tiny_model import tiny_config, write_model
+from tiny_model import ROUTED, tiny_config, write_model
 
 from quern import _native
 from quern.architectures.base import ARCHITECTURES
@@ -45,7 +45,7 @@ ROTARY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES.names())
+@pytest.mark.parametrize("family", sorted(set(ARCHITECTURES.names()) - set(ROUTED)))
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "num_key_value_heads": 1, "head_dim": 32}])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_unquantized_models_give_the_reference_logits(family, changes, dtype, tmp_path):
@@ -61,7 +61,7 @@ def test_unquantized_models_give_the_reference_logits(family, changes, dtype, tm
 CACHES = {"float32": FLOAT32, "float16": 2e-3, "int8": 0.03, "int4": 0.2}
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES.names())
+@pytest.mark.parametrize("family", sorted(set(ARCHITECTURES.names()) - set(ROUTED)))
 @pytest.mark.parametrize("cache", CACHES)
 def test_every_kind_of_cache_gives_the_reference_logits(family, cache, tmp_path):
     """Biases a hundred times larger than the keys, so that it shows where they are added."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from artifacts import INT8, LENGTH, TOKENS, small_recipe, stored_tensors
 from safetensors.torch import load_file
-from tiny_model import tiny_config, write_model
+from tiny_model import ROUTED, tiny_config, write_model
 
 from quern.architectures.base import ARCHITECTURES, architecture_of
 from quern.core.recipe import Recipe, load_recipe, profile_names
@@ -147,7 +147,8 @@ def test_every_family_survives_the_whole_path(family, dtype, tiny_text, tmp_path
     report = quantize(model, tmp_path / "out", recipe=recipe, calibration=[tiny_text], threads=1)
     exact, ours = load(model, dtype="float32").logits(IDS), load(tmp_path / "out", dtype="float32").logits(IDS)
     assert not torch.equal(ours, exact)
-    assert float((ours - exact).norm()) < 0.05 * float(exact.norm())
+    # A few tokens meet other experts, whose scores are close.
+    assert float((ours - exact).norm()) < (0.15 if family in ROUTED else 0.05) * float(exact.norm())
     assert all(layer.relative_error < 1e-3 for layer in report.layers)
     kept = stored_tensors(tmp_path / "out")["model.layers.0.input_layernorm.weight"]
     assert kept.dtype == getattr(torch, dtype), "what is not quantized keeps its dtype"

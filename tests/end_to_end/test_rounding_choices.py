@@ -4,7 +4,7 @@ import pytest
 import torch
 from artifacts import INT8, hashes, small_recipe
 from safetensors.torch import save_file
-from tiny_model import tiny_config, write_model
+from tiny_model import ROUTED, tiny_config, write_model
 
 from quern.architectures.base import ARCHITECTURES
 from quern.core.errors import BadFileError, UserError
@@ -16,11 +16,13 @@ IDS = torch.randint(0, 296, (4, 48), generator=torch.Generator().manual_seed(4))
 EVERYTHING = {"method": "gptq", "target": "drift", "sweeps": 1, "two_sided": True}
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES.names())
+@pytest.mark.parametrize("family", [*sorted(set(ARCHITECTURES.names()) - set(ROUTED)), "qwen2_moe"])
 def test_every_family_and_any_number_of_threads(family, tiny_text, tmp_path):
     """8 bits: the logits are those of the model but for a few percent; the same bytes with one thread and with three."""
     dtype = "bfloat16" if len(family) % 2 else "float32"
     config = tiny_config(family, torch_dtype=dtype, tie_word_embeddings=False, initializer_range=0.1)
+    if family in ROUTED:  # a dense block, then a routed one whose experts all tokens meet, so that no choice changes
+        config |= {"num_hidden_layers": 2, "decoder_sparse_step": 2, "num_experts_per_tok": 4}
     model = write_model(tmp_path / "model", config)
     recipe = small_recipe(
         weights={"bits": 8, "group_size": 40, "scale_dtype": "float32"},
@@ -34,7 +36,9 @@ def test_every_family_and_any_number_of_threads(family, tiny_text, tmp_path):
     assert hashes(tmp_path / "1") == hashes(tmp_path / "3")
     exact, ours = load(model, dtype="float32").logits(IDS), load(tmp_path / "1", dtype="float32").logits(IDS)
     assert float((ours - exact).norm()) < 0.05 * float(exact.norm())
-    shares = [layer.drift_share for layer in report.layers if ".layers." in layer.linear]
+    shares = [
+        layer.drift_share for layer in report.layers if ".layers." in layer.linear and ".experts." not in layer.linear
+    ]
     assert all(share is not None and 0 <= share <= 1 for share in shares)
     assert any(shares)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from artifacts import INT8, hashes, small_recipe
 from first_blocks import write_first_blocks
-from tiny_model import calibration_text, tiny_config, write_model
+from tiny_model import ROUTED, calibration_text, tiny_config, write_model
 
 import quern
 from quern.architectures.base import ARCHITECTURES
@@ -107,11 +107,13 @@ def test_it_adds_no_byte_and_is_told_of(name, place):
     assert again.tuning == tuned.tuning
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES.names())
+@pytest.mark.parametrize("family", [*sorted(set(ARCHITECTURES.names()) - set(ROUTED)), "qwen2_moe"])
 def test_every_family_and_any_number_of_threads(family, tiny_text, tmp_path):
     """With scalings, rotation and both other streams; 8 bits: the logits are those of the model but for a few percent."""
     dtype = "bfloat16" if len(family) % 2 else "float32"
     config = tiny_config(family, torch_dtype=dtype, tie_word_embeddings=False, initializer_range=0.1)
+    if family in ROUTED:  # a dense block, then a routed one whose experts all tokens meet, so that no choice changes
+        config |= {"num_hidden_layers": 2, "decoder_sparse_step": 2, "num_experts_per_tok": 4}
     model = write_model(tmp_path / "model", config)
     recipe = small_recipe(
         weights={"bits": 8, "group_size": 40, "scale_dtype": "float32"},

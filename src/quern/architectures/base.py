@@ -8,7 +8,7 @@ kind of attention, dense or routed to experts. The algorithms only walk these de
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -38,6 +38,16 @@ class Source:
         """The part of the stored tensor that is meant."""
         part = stored if self.index is None else stored[self.index]
         return part if self.rows is None else part[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint holds the parameters of a model."""
+
+    sources: Mapping[str, Source]
+    """By full name of a parameter, where its numbers lie if not in the tensor of its name."""
+    shapes: Shapes
+    """Every tensor that the checkpoint must have."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +229,12 @@ class Architecture(ABC):
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+        self.adapt(model)
+        return model
+
+    def adapt(self, model: Any) -> None:  # noqa: B027 - most families have nothing to replace
+        """Replace in transformers' model, which has no memory yet, what ``build_block`` makes otherwise."""
 
     def module_shapes(self) -> Shapes:
         """Every parameter of the model by full name, as its modules hold it."""
@@ -239,6 +254,11 @@ class Architecture(ABC):
     def expected_shapes(self) -> Shapes:
         """Every tensor that the checkpoint must have, with its shape. A family that stores stacks says theirs."""
         return self.module_shapes()
+
+    def layout(self, names: Collection[str]) -> Layout:
+        """How a checkpoint with tensors of these names holds the parameters, for families whose checkpoints come in several
+        ways. Raises ``UserError`` where the names are of two ways."""
+        return Layout({}, self.expected_shapes())
 
     def sources_of(self, name: str) -> tuple[Source, ...]:
         """What makes up the parameter of that full name in a checkpoint."""

@@ -127,7 +127,10 @@ class Checkpoint:
     @property
     def at_hand(self) -> bool:
         """Whether its weights lie in files; others are drawn from a seed or fetched when they are read."""
-        return not isinstance(self.source, SyntheticSource | StreamSource)
+        source: Any = self.source
+        while (inner := getattr(source, "source", None)) is not None:
+            source = inner
+        return not isinstance(source, SyntheticSource | StreamSource)
 
     @cached_property
     def parameters(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -63,12 +64,17 @@ class QuernQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.get("format_version") == CODED_VERSION:
             raise UserError(f"transformers {OWN_READER}. Load the artifact with quern, or quantize again without them")
         architecture = architecture_of(model.config.to_dict())
+        architecture.adapt(model)
         insert_packed(model, QuernReader(config, architecture).plan(), model.dtype)
         if files := kwargs.get("checkpoint_files"):
             _check_fit(model, config, [Path(file) for file in files])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *others: Any) -> list[Any]:
+        """None that makes one tensor of several: the artifact has one for each parameter."""
+        return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
     def is_serializable(self) -> bool:
         return True

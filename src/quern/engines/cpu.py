@@ -107,6 +107,8 @@ def _unknown(architecture: Architecture) -> str | None:
     config = architecture.config
     if not isinstance(architecture, GatedDecoder):
         return f"it does not know the layout of {architecture.model_type}"
+    if any(block.experts_per_token for block in architecture.blocks):
+        return f"it does not send tokens to experts, as blocks of {architecture.model_type} do"
     if any(sorted(linear.role for linear in block.linears) != SEVEN for block in architecture.blocks):
         return f"it knows blocks of {', '.join(SEVEN)}, one of each, and those of {architecture.model_type} have others"
     rotary: Any = architecture.build_rotary()

@@ -19,6 +19,7 @@ from quern.core.progress import Progress
 from quern.core.text.language import gettext
 from quern.formats.base import format_of, open_container, reader_of
 from quern.formats.fit import differences, plain
+from quern.loading.layout import relaid
 from quern.loading.padding import unpadded
 
 _SHOWN = 5
@@ -79,10 +80,12 @@ def fitted(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     architecture = architecture_of(checkpoint.config)
     checkpoint = _without_zero_biases(checkpoint, architecture)
+    layout = None
     if (reader := reader_of(quantization, architecture)) is not None:
         problems = reader.problems(checkpoint)
     else:
-        problems = differences(checkpoint, architecture, plain(architecture.expected_shapes()))
+        layout = architecture.layout(checkpoint.source.infos)
+        problems = differences(checkpoint, architecture, plain(layout.shapes))
     if problems:
         more = gettext("; and {count} more", count=len(problems) - _SHOWN) if len(problems) > _SHOWN else ""
         raise BadFileError(
@@ -94,7 +97,7 @@ def fitted(checkpoint: Checkpoint) -> Checkpoint:
             ),
             _hint(checkpoint, method),
         )
-    return checkpoint
+    return checkpoint if layout is None else relaid(checkpoint, layout)
 
 
 def _without_zero_biases(checkpoint: Checkpoint, architecture: Architecture) -> Checkpoint:

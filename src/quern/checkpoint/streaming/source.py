@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -113,13 +114,19 @@ class StreamSource:
     def read(self, name: str) -> torch.Tensor:
         """One tensor in fresh memory on the CPU, its shard fetched if need be. Raises ``UserError`` where that fails,
         ``BadFileError`` for a shard that is not what the Hub says."""
+        return self.read_part(name, 0, self.manifest.tensors[name].shape)
+
+    def read_part(self, name: str, first: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """As ``read``, the numbers of a tensor from the one at ``first`` on, as a tensor of ``shape``."""
         said = self.manifest.tensors[name]
 
         def read(path: Path) -> torch.Tensor:
             info = read_header(path).get(name)
             if info is None or (info.dtype, info.shape) != (said.dtype, said.shape):
                 raise BadFileError(path, f"does not hold tensor {name!r} as its header on the Hub said", _AGAIN)
-            return read_tensor(path, info)
+            size = DTYPES[info.dtype].itemsize
+            begin = info.begin + size * first
+            return read_tensor(path, TensorInfo(info.dtype, shape, begin, begin + size * prod(shape)))
 
         return self.shards.use(said.shard, read)
 
