@@ -99,8 +99,8 @@ class Step:
         """Of each token the ``per_token`` experts (gate, up, down) that its scores' softmax likes best, weighed and added.
 
         ``places``: the buffers of what experts read, of scores (one an expert, overwritten), gates, ups, what experts make
-        (all ``per_token`` times as wide as of one expert), and of the sum; ``shared_places``: of the score of ``shared``, whose
-        sigmoid weighs it, of its gate, its up, and what it makes. csrc/engine/routing.h.
+        (all ``per_token`` times as wide as of one expert), and of the sum; ``shared_places``: of the score of ``shared``,
+        whose sigmoid weighs it, of its gate, its up, and what it makes. csrc/engine/routing.h.
         """
 
     @staticmethod
