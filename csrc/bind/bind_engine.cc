@@ -2,6 +2,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 
 #include "bind/matrix.h"
 #include "engine/decoder.h"
+#include "engine/routing.h"
 #include "engine/sampling.h"
 
 namespace nb = nanobind;
@@ -221,6 +223,31 @@ std::shared_ptr<BoundStep> attend(int32_t layer, int32_t queries, int32_t to, in
   return keeping(bound(AttendStep(layer, queries, to, window, optional_vector(bias), size_of(bias), rotary)), bias);
 }
 
+using MlpArrays = std::tuple<std::shared_ptr<LinearArrays>, std::shared_ptr<LinearArrays>, std::shared_ptr<LinearArrays>>;
+
+std::shared_ptr<BoundStep> routed(std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t, int32_t> places, int32_t per_token,
+                                  bool renormalize, const std::string& activation, std::vector<MlpArrays> experts,
+                                  std::optional<std::tuple<int32_t, int32_t, int32_t, int32_t>> shared_places,
+                                  std::optional<MlpArrays> shared) {
+  std::vector<std::shared_ptr<LinearArrays>> kept;
+  const auto view = [&](const MlpArrays& mlp) {
+    for (const auto& linear : {std::get<0>(mlp), std::get<1>(mlp), std::get<2>(mlp)}) kept.push_back(linear);
+    return GatedMlp{std::get<0>(mlp)->view(), std::get<1>(mlp)->view(), std::get<2>(mlp)->view()};
+  };
+  std::vector<GatedMlp> views;
+  for (const MlpArrays& expert : experts) views.push_back(view(expert));
+  const auto make = [](auto... each) { return RoutedPlaces{each...}; };
+  const auto make_shared = [](auto... each) { return SharedPlaces{each...}; };
+  std::optional<SharedPlaces> beside;
+  if (shared_places) beside = std::apply(make_shared, *shared_places);
+  std::optional<GatedMlp> shared_view;
+  if (shared) shared_view = view(*shared);
+  auto made = bound(Routed(std::apply(make, places), {per_token, renormalize}, activation_of(activation), std::move(views),
+                           beside, std::move(shared_view)));
+  made->linears = std::move(kept);
+  return made;
+}
+
 void bind_steps(nb::module_& module) {
   nb::class_<BoundStep>(module, "Step")
       .def_static("embed", &embed, "table"_a, "to"_a)
@@ -236,6 +263,8 @@ void bind_steps(nb::module_& module) {
                     return bound(Activate(activation_of(activation), gate, up.value_or(-1)));
                   },
                   "activation"_a, "gate"_a, "up"_a = nb::none())
+      .def_static("routed", &routed, "places"_a, "per_token"_a, "renormalize"_a, "activation"_a, "experts"_a,
+                  "shared_places"_a = nb::none(), "shared"_a = nb::none())
       .def_static("add", [](int32_t from, int32_t to) { return bound(Add(from, to)); }, "source"_a, "to"_a);
 }
 

@@ -93,6 +93,29 @@ void add(float* x, const float* y, int64_t count) {
   for (; i < count; ++i) x[i] += y[i];
 }
 
+void add_scaled(float* x, const float* y, float factor, int64_t count) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(x + i, load(x + i) + load(y + i) * factor);
+  if (i == count) return;
+  const int32_t rest = static_cast<int32_t>(count - i);
+  store_some(x + i, load_some(x + i, rest) + load_some(y + i, rest) * factor, rest);
+}
+
+float exponentials(float* x, float maximum, int32_t count) {
+  Lanes total{};
+  int32_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const Lanes e = exponential(load(x + i) - maximum);
+    store(x + i, e);
+    total += e;
+  }
+  float sum_of = sum(total);
+  if (i == count) return sum_of;
+  store_some(x + i, exponential(load_some(x + i, count - i) - maximum), count - i);
+  for (; i < count; ++i) sum_of += x[i];
+  return sum_of;
+}
+
 #if defined(__F16C__)
 QUERN_INLINE Lanes half_lanes(const uint16_t* p) {
 #if defined(__AVX512F__)
@@ -214,6 +237,8 @@ constexpr Operations TABLE = {
     {gated_product<silu>, gated_product<gelu>, gated_product<gelu_tanh>},
     {activated<silu>, activated<gelu>, activated<gelu_tanh>},
     add,
+    add_scaled,
+    exponentials,
     attend,
     to_float16,
     from_float16,

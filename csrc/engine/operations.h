@@ -63,8 +63,11 @@ struct Operations {
   // gate = f(gate) * up, and x = f(x): one function for each `Activation`
   void (*gated_product[3])(float* gate, const float* up, int32_t count);
   void (*activated[3])(float* x, int32_t count);
-  // x += y
+  // x += y, and x += y * factor
   void (*add)(float* x, const float* y, int64_t count);
+  void (*add_scaled)(float* x, const float* y, float factor, int64_t count);
+  // x = e^(x - maximum); returns the sum of these.
+  float (*exponentials)(float* x, float maximum, int32_t count);
   // Softmax attention of some rows (online: Milakov and Gimelshein 2018, arXiv 1805.02867).
   void (*attend)(const Attend& arguments);
   void (*to_float16)(const float* x, uint16_t* out, int32_t count);

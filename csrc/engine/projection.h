@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include "engine/operations.h"
@@ -19,6 +20,16 @@ struct Linear {
   InputScale input;
 };
 
+// A linear of some rows of inputs.
+struct Visit {
+  const Linear* linear;
+  const float* inputs;    // (tokens, columns)
+  int32_t tokens;
+  const int32_t* rows;    // (count,) of them
+  int32_t count;
+  float* outputs;         // (count, rows of the linear)
+};
+
 // Memory is kept from one call to the next.
 class Projector {
  public:
@@ -29,13 +40,28 @@ class Projector {
   void project(const float* inputs, const std::vector<const Linear*>& linears, const std::vector<float*>& outputs,
                int32_t tokens);
 
+  // Linears that read few of their inputs' rows each, as experts do: their products run as one piece of parallel work. Visits
+  // that follow each other and read the same rows share what is done to them.
+  void visit(const std::vector<Visit>& visits);
+
  private:
+  // Inputs of visits that want them alike.
+  struct Prepared {
+    std::vector<float> rows, both;
+    Activations all, some;
+    std::vector<float> sums;  // products of fine inputs
+  };
+
   void multiply_fine(std::vector<Product>& products);
+  void add_rests(Activations& activations, std::vector<float>& both);
+  void prepare(const std::vector<const Visit*>& visits, Prepared& prepared, std::vector<Product>& products);
+  void finish(const Visit& visit, const float* sums);
 
   ThreadPool& pool_;
   const Operations& operations_;
   Activations activations_;
   std::vector<float> rotated_, both_, sums_;  // both: inputs and what their int8 values leave over; sums: products of both
+  std::deque<Prepared> prepared_;
 };
 
 }  // namespace quern

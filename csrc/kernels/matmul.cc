@@ -19,15 +19,15 @@ namespace {
 // threads on a Xeon read 4-bit groups of 64 at .72 of memory's speed in pieces of 128 KiB, at .82 in pieces of 1 MiB.
 constexpr int64_t PIECE_BYTES = 1 << 20;
 constexpr int64_t PIECES_A_THREAD = 4;      // where there are so many, so that no thread waits long for another
+constexpr int64_t FEW_PRODUCTS = 4;
 constexpr int32_t PANEL_BLOCKS = 32;        // registers of 16 rows decoded at once for few tokens: 32 KiB, the L1 cache
 constexpr int64_t SERIAL = 1 << 15;         // elements for which waking threads costs more than it gains
 
 // Row kernels over ranges of rows: every kind whose codes lie in rows, for few tokens; and what has no panels, for many.
 class RowJob : public Job {
  public:
-  RowJob(const Product& product, const Activations& activations, int threads)
-      : weight_(*product.weight), activations_(activations), outputs_(product.outputs) {
-    const int64_t balanced = ceil_divide(weight_.rows, threads * PIECES_A_THREAD);
+  RowJob(const Product& product, int64_t wanted) : weight_(*product.weight), inputs_(product.inputs), outputs_(product.outputs) {
+    const int64_t balanced = ceil_divide(weight_.rows, wanted);
     const int64_t rows = std::min(balanced, std::max<int64_t>(PIECE_BYTES / weight_.row_bytes, 1));
     rows_ = static_cast<int32_t>(ceil_divide(rows, 16) * 16);
   }
@@ -36,15 +36,15 @@ class RowJob : public Job {
 
   void compute(int64_t piece) override {
     const int32_t first = static_cast<int32_t>(piece) * rows_, last = std::min(first + rows_, weight_.rows);
-    for (int32_t t = 0; t < activations_.tokens; t += MANY_TOKENS) {
-      const Inputs inputs = view(weight_, activations_, t, std::min(MANY_TOKENS, activations_.tokens - t));
+    for (int32_t t = 0; t < inputs_.tokens; t += MANY_TOKENS) {
+      const Inputs inputs = view(weight_, *inputs_.of, inputs_.first + t, std::min(MANY_TOKENS, inputs_.tokens - t));
       multiply_rows(weight_, inputs, first, last, outputs_ + static_cast<int64_t>(t) * weight_.rows);
     }
   }
 
  private:
   const Weight& weight_;
-  const Activations& activations_;
+  const Slice inputs_;
   float* outputs_;
   int32_t rows_;
 };
@@ -53,15 +53,20 @@ class RowJob : public Job {
 // tile adds the parts' sums (integers, so the order does not matter) and scales them.
 class TileJob : public Job {
  public:
-  TileJob(const Product& product, const Activations& activations, int threads, Scratch& memory)
-      : weight_(*product.weight), summands_(summands(weight_)), activations_(activations), outputs_(product.outputs) {
+  TileJob(const Product& product, int64_t wanted, Scratch& memory)
+      : weight_(*product.weight),
+        summands_(summands(weight_)),
+        activations_(*product.inputs.of),
+        begin_(product.inputs.first),
+        tokens_(product.inputs.tokens),
+        outputs_(product.outputs) {
     tiles_ = static_cast<int32_t>(ceil_divide(weight_.rows, TILE_ROWS));
     blocks_ = (weight_.columns + 3) / 4;
-    const int64_t wanted = ceil_divide(threads == 1 ? 1 : threads * PIECES_A_THREAD, tiles_);
+    const int64_t parts = ceil_divide(wanted, tiles_);
     const int64_t possible = ceil_divide(blocks_, 8 * PANEL_BLOCKS);
-    part_blocks_ = static_cast<int32_t>(ceil_divide(ceil_divide(blocks_, std::min(wanted, possible)), 16) * 16);
+    part_blocks_ = static_cast<int32_t>(ceil_divide(ceil_divide(blocks_, std::min(parts, possible)), 16) * 16);
     parts_ = static_cast<int32_t>(ceil_divide(blocks_, part_blocks_));
-    tile_sums_ = static_cast<int64_t>(TILE_ROWS) * activations_.tokens;
+    tile_sums_ = static_cast<int64_t>(TILE_ROWS) * tokens_;
     sums_ = memory.get<int32_t>(pieces() * tile_sums_);
     left_.reset(new std::atomic<int32_t>[tiles_]);
     for (int32_t tile = 0; tile < tiles_; ++tile) left_[tile].store(shares(), std::memory_order_relaxed);
@@ -74,8 +79,8 @@ class TileJob : public Job {
     const int32_t first = share / summands_.count * part_blocks_, last = std::min(first + part_blocks_, blocks_);
     const Weight& summand = summands_.weights[share % summands_.count];
     int32_t* sums = sums_ + piece * tile_sums_;
-    if (activations_.tokens == 1) {
-      kernels_of(summand, kernels().level).tile(summand, tile, first, last, activations_.values.data(), sums);
+    if (tokens_ == 1) {
+      kernels_of(summand, kernels().level).tile(summand, tile, first, last, values(), sums);
     } else {
       add_panels(summand, tile, first, last, sums);
     }
@@ -84,6 +89,7 @@ class TileJob : public Job {
 
  private:
   int32_t shares() const { return parts_ * summands_.count; }
+  const int8_t* values() const { return activations_.values.data() + begin_ * activations_.stride; }
   int32_t height(int32_t tile) const { return std::min(weight_.rows - tile * TILE_ROWS, TILE_ROWS); }
 
   void add_panels(const Weight& summand, int32_t tile, int32_t first, int32_t last, int32_t* sums) const {
@@ -94,14 +100,13 @@ class TileJob : public Job {
     for (int32_t block = first; block < last; block += PANEL_BLOCKS) {
       const int32_t count = std::min(PANEL_BLOCKS, last - block);
       kernels_of(summand, k.level).panel(summand, {tile * TILE_ROWS, height(tile), 4 * block, 4 * count, count}, k.flip, panel);
-      k.panel(panel, row_groups, count, activations_.values.data() + 4 * block, activations_.stride, activations_.tokens,
-              sums);
+      k.panel(panel, row_groups, count, values() + 4 * block, activations_.stride, tokens_, sums);
     }
   }
 
   void finish(int32_t tile) {
     const Kernels& k = kernels();
-    const int32_t tokens = activations_.tokens, rows = height(tile), row_groups = (rows + 15) / 16;
+    const int32_t tokens = tokens_, rows = height(tile), row_groups = (rows + 15) / 16;
     int32_t* total = sums_ + static_cast<int64_t>(tile) * shares() * tile_sums_;
     for (int32_t share = 1; share < shares(); ++share) {
       const int32_t* more = total + share * tile_sums_;
@@ -116,7 +121,8 @@ class TileJob : public Job {
       for (int32_t row = 0; row < rows; ++row) k.scales(weight_, tile * TILE_ROWS + row, 0, 1, ws + row);
     }
     const int32_t flips = tokens == 1 ? 0 : k.flip * summands_.count;  // every summand was decoded with its bytes flipped
-    k.flush(total, row_groups, tokens, ws, activations_.scale.data(), activations_.sums.data(), 1, flips, outputs);
+    k.flush(total, row_groups, tokens, ws, activations_.scale.data() + begin_, activations_.sums.data() + begin_, 1, flips,
+            outputs);
     for (int32_t t = 0; t < tokens; ++t)
       for (int32_t row = 0; row < rows; row += 16)
         memcpy(outputs_ + static_cast<int64_t>(t) * weight_.rows + tile * TILE_ROWS + row, outputs + (row * tokens + t * 16),
@@ -126,12 +132,20 @@ class TileJob : public Job {
   const Weight& weight_;
   const Summands summands_;
   const Activations& activations_;
+  int32_t begin_, tokens_;
   float* outputs_;
   int32_t tiles_, blocks_, part_blocks_, parts_;
   int64_t tile_sums_;
   int32_t* sums_;
   std::unique_ptr<std::atomic<int32_t>[]> left_;
 };
+
+// function(row) for every row of some columns: by threads where that pays.
+template <typename Function>
+void each_row(ThreadPool& pool, int64_t rows, int64_t columns, Function&& function) {
+  if (rows * columns > SERIAL) return pool.each(rows, function);
+  for (int64_t row = 0; row < rows; ++row) function(row);
+}
 
 void check(const Weight& weight, const Activations& activations) {
   const bool fits = weight.columns == activations.columns && activation_group(weight) == activations.group;
@@ -183,7 +197,7 @@ void multiply_rows(const Weight& weight, const Inputs& inputs, int32_t first, in
 }
 
 void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t columns, int32_t group, Activations& out,
-              InputScale from) {
+              InputScale from, bool for_few) {
   const int64_t groups = ceil_divide(columns, group);
   out.tokens = tokens;
   out.columns = columns;
@@ -194,7 +208,7 @@ void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t col
   out.values.resize(tokens * out.stride);
   out.scale.resize(tokens * groups);
   out.sums.resize(tokens * groups);
-  const bool rows = tokens <= most_row_tokens(kernels().level) || (group % 4 != 0 && groups > 1);
+  const bool rows = for_few || tokens <= most_row_tokens(kernels().level) || (group % 4 != 0 && groups > 1);
   out.halves.resize(rows ? tokens * 2 * out.half : 0);
   out.quarters.resize(rows ? tokens * 2 * out.half : 0);
   const Kernels& k = kernels();
@@ -219,52 +233,70 @@ void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t col
     k.split(even, out.half, first, first + 2 * quarter);
     k.split(even + out.half, out.half, first + quarter, first + 3 * quarter);
   };
-  if (static_cast<int64_t>(tokens) * columns <= SERIAL) {
-    for (int64_t t = 0; t < tokens; ++t) one(t);
-  } else {
-    pool.each(tokens, one);
-  }
+  each_row(pool, tokens, columns, one);
 }
 
-void multiply(ThreadPool& pool, const std::vector<Product>& products, const Activations& activations) {
-  struct Range {
-    int64_t first;
-    std::unique_ptr<Job> job;
+void gather(ThreadPool& pool, const Activations& from, const std::vector<int32_t>& tokens, Activations& out) {
+  const int64_t count = static_cast<int64_t>(tokens.size()), groups = ceil_divide(from.columns, from.group);
+  out.tokens = static_cast<int32_t>(count);
+  out.columns = from.columns;
+  out.group = from.group;
+  out.stride = from.stride;
+  out.half = from.half;
+  out.values.resize(count * out.stride);
+  out.halves.resize(count * 2 * out.half);
+  out.quarters.resize(count * 2 * out.half);
+  out.scale.resize(count * groups);
+  out.sums.resize(count * groups);
+  const auto one = [&](int64_t i) {
+    const int64_t t = tokens[i];
+    memcpy(out.values.data() + i * out.stride, from.values.data() + t * out.stride, out.stride);
+    memcpy(out.halves.data() + 2 * i * out.half, from.halves.data() + 2 * t * out.half, 2 * out.half);
+    memcpy(out.quarters.data() + 2 * i * out.half, from.quarters.data() + 2 * t * out.half, 2 * out.half);
+    memcpy(out.scale.data() + i * groups, from.scale.data() + t * groups, sizeof(float) * groups);
+    memcpy(out.sums.data() + i * groups, from.sums.data() + t * groups, sizeof(int32_t) * groups);
   };
-  for (const Product& product : products) check(*product.weight, activations);
-  if (activations.tokens <= 0) return;
+  each_row(pool, count, from.columns, one);
+}
+
+void multiply(ThreadPool& pool, const std::vector<Product>& products) {
+  for (const Product& product : products) check(*product.weight, *product.inputs.of);
   static thread_local std::deque<Scratch> memory;  // one a product
   while (memory.size() < products.size()) memory.emplace_back();
-  std::vector<Range> ranges;
-  int64_t pieces = 0;
+  // Few products are cut for all threads each; of many, each is a share of the work.
+  const int64_t many = static_cast<int64_t>(products.size()) > FEW_PRODUCTS ? static_cast<int64_t>(products.size()) : 1;
+  const int64_t wanted = ceil_divide(pool.threads() * PIECES_A_THREAD, many), alone = pool.threads() == 1 ? 1 : wanted;
+  std::vector<std::unique_ptr<Job>> jobs;
+  std::vector<int64_t> ends;
   for (const Product& product : products) {
-    const bool many = activations.tokens > row_tokens(*product.weight, kernels().level) && has_panels(*product.weight);
-    std::unique_ptr<Job> job;
-    if (many) {
-      job.reset(panel_job(product, activations, pool.threads()));
+    if (product.inputs.tokens <= 0) continue;
+    if (product.inputs.tokens > row_tokens(*product.weight, kernels().level) && has_panels(*product.weight)) {
+      jobs.emplace_back(panel_job(product, alone));
     } else if (product.weight->kind->tiled()) {
-      job = std::make_unique<TileJob>(product, activations, pool.threads(), memory[ranges.size()]);
+      jobs.push_back(std::make_unique<TileJob>(product, alone, memory[jobs.size()]));
     } else {
-      job = std::make_unique<RowJob>(product, activations, pool.threads());
+      jobs.push_back(std::make_unique<RowJob>(product, wanted));
     }
-    ranges.push_back({pieces, std::move(job)});
-    pieces += ranges.back().job->pieces();
+    ends.push_back((ends.empty() ? 0 : ends.back()) + jobs.back()->pieces());
   }
-  pool.each(pieces, [&](int64_t piece) {
-    size_t at = ranges.size() - 1;
-    while (ranges[at].first > piece) --at;
-    ranges[at].job->compute(piece - ranges[at].first);
+  if (jobs.empty()) return;
+  pool.each(ends.back(), [&](int64_t piece) {
+    const size_t at = std::upper_bound(ends.begin(), ends.end(), piece) - ends.begin();
+    jobs[at]->compute(piece - (at == 0 ? 0 : ends[at - 1]));
   });
 }
 
+void multiply(ThreadPool& pool, std::vector<Product> products, const Activations& activations) {
+  for (Product& product : products) product.inputs = {&activations, 0, activations.tokens};
+  multiply(pool, products);
+}
+
+void rotate_row(float* values, int32_t columns, const uint8_t* signs) {
+  kernels().rotate(values, columns, columns & -columns, signs);
+}
+
 void rotate(ThreadPool& pool, float* values, int32_t tokens, int32_t columns, const uint8_t* signs) {
-  const int32_t block = columns & -columns;
-  const auto one = [&](int64_t t) { kernels().rotate(values + t * columns, columns, block, signs); };
-  if (static_cast<int64_t>(tokens) * columns <= SERIAL) {
-    for (int64_t t = 0; t < tokens; ++t) one(t);
-  } else {
-    pool.each(tokens, one);
-  }
+  each_row(pool, tokens, columns, [&](int64_t t) { rotate_row(values + t * columns, columns, signs); });
 }
 
 }  // namespace quern

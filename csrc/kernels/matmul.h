@@ -37,23 +37,37 @@ struct InputScale {
 };
 
 // Quantize float32 `inputs` (tokens, columns), ties to even. Where no scale is given, the greatest |x| of a group, or of a whole
-// token, becomes 127.
+// token, becomes 127. `halves` and `quarters` are made where row kernels want them of so many tokens, or of any with `for_few`.
 void quantize(ThreadPool& pool, const float* inputs, int32_t tokens, int32_t columns, int32_t group, Activations& out,
-              InputScale from = {});
+              InputScale from = {}, bool for_few = false);
+
+// Some tokens of activations that were quantized `for_few`, in the order of `tokens`; `exact` stays as it was.
+void gather(ThreadPool& pool, const Activations& from, const std::vector<int32_t>& tokens, Activations& out);
 
 // Greatest `columns` of a weight: beyond it sums of products might not fit 32 bits.
 constexpr int32_t MAX_COLUMNS = 65536;
 
-// outputs (tokens, rows) float32 of one matrix, or of several that read the same activations (and want the same groups).
+// Tokens [first, first + tokens) of activations.
+struct Slice {
+  const Activations* of;
+  int32_t first, tokens;
+};
+
+// outputs (tokens, rows) float32 of a matrix.
 struct Product {
   const Weight* weight;
   float* outputs;
+  Slice inputs{};
 };
-// Throws std::invalid_argument where a weight does not fit the activations.
-void multiply(ThreadPool& pool, const std::vector<Product>& products, const Activations& activations);
+// Several products as one piece of parallel work. Throws std::invalid_argument where a weight does not fit its activations.
+void multiply(ThreadPool& pool, const std::vector<Product>& products);
+// The same where all of them read all tokens of `activations`.
+void multiply(ThreadPool& pool, std::vector<Product> products, const Activations& activations);
 
 // In-place orthonormal block Hadamard transform of the rows of `values` (tokens, columns), each first multiplied by its
 // column's sign (bit c % 8 of signs[c / 8] set: -1). Blocks are the largest power of two that divides `columns`.
 void rotate(ThreadPool& pool, float* values, int32_t tokens, int32_t columns, const uint8_t* signs);
+// The same of one row.
+void rotate_row(float* values, int32_t columns, const uint8_t* signs);
 
 }  // namespace quern

@@ -14,7 +14,6 @@ constexpr int32_t MOST_TOKENS = 512;    // of a piece: its sums are 512 KiB
 constexpr int32_t LEAST_TOKENS = 64;    // below, decoding costs as much as multiplying
 constexpr int32_t FEW_TOKENS = 64;      // taken through all panels of short rows: their sums are 64 KiB
 constexpr int32_t SHORT_ROW = 2048;     // columns; all panels of 256 such rows fit into a cache of 1 MiB
-constexpr int64_t PIECES_A_THREAD = 4;
 constexpr int32_t PAD = 16;             // registers of a panel are filled up to this many: 64 columns, a matrix tile
 
 // Columns that are decoded together: some groups with their own scales, or at most PANEL_COLUMNS of one group.
@@ -34,16 +33,21 @@ struct Memory {
 
 class PanelJob : public Job {
  public:
-  PanelJob(const Product& product, const Activations& activations, int threads)
-      : weight_(*product.weight), summands_(summands(weight_)), a_(activations), outputs_(product.outputs) {
+  PanelJob(const Product& product, int64_t wanted)
+      : weight_(*product.weight),
+        summands_(summands(weight_)),
+        a_(*product.inputs.of),
+        begin_(product.inputs.first),
+        all_tokens_(product.inputs.tokens),
+        outputs_(product.outputs) {
     row_blocks_ = ceil_divide(weight_.rows, TILE_ROWS);
     groups_ = static_cast<int32_t>(ceil_divide(a_.columns, a_.group));
-    const int64_t parts = ceil_divide(threads == 1 ? 1 : threads * PIECES_A_THREAD, row_blocks_);
-    const int64_t tokens = ceil_divide(ceil_divide(a_.tokens, parts), 32) * 32;
+    const int64_t parts = ceil_divide(wanted, row_blocks_);
+    const int64_t tokens = ceil_divide(ceil_divide(all_tokens_, parts), 32) * 32;
     tokens_ = static_cast<int32_t>(std::clamp<int64_t>(tokens, LEAST_TOKENS, MOST_TOKENS));
   }
 
-  int64_t pieces() const override { return row_blocks_ * ceil_divide(a_.tokens, tokens_); }
+  int64_t pieces() const override { return row_blocks_ * ceil_divide(all_tokens_, tokens_); }
 
   void compute(int64_t piece) override {
     static thread_local Memory memory;
@@ -66,7 +70,7 @@ class PanelJob : public Job {
       first_token = static_cast<int32_t>(piece / job.row_blocks_) * job.tokens_;
       rows = std::min(job.weight_.rows - first_row, TILE_ROWS);
       row_groups = (rows + 15) / 16;
-      tokens = std::min(job.a_.tokens - first_token, job.tokens_);
+      tokens = std::min(job.all_tokens_ - first_token, job.tokens_);
       ws = memory.scales.get<float>(static_cast<int64_t>(job.groups_) * TILE_ROWS);
       if (job.weight_.kind->minimums) minimums = memory.minimums.get<float>(static_cast<int64_t>(job.groups_) * TILE_ROWS);
     }
@@ -170,8 +174,8 @@ class PanelJob : public Job {
     }
 
     void add(const Columns& part) {
-      const int8_t* values = a.values.data() + first * a.stride + part.first;
-      const int64_t at = static_cast<int64_t>(first) * piece.job.groups_ + part.group;
+      const int8_t* values = a.values.data() + (piece.job.begin_ + first) * a.stride + part.first;
+      const int64_t at = static_cast<int64_t>(piece.job.begin_ + first) * piece.job.groups_ + part.group;
       const float* ws = piece.ws + static_cast<int64_t>(part.group) * TILE_ROWS;
       const Kernels& k = piece.k;
       if (part.groups > 0) {
@@ -189,7 +193,7 @@ class PanelJob : public Job {
     // Token by token, so that what is written lies together.
     void store() const {
       if (piece.minimums != nullptr) {
-        const int64_t at = static_cast<int64_t>(first) * piece.job.groups_;
+        const int64_t at = static_cast<int64_t>(piece.job.begin_ + first) * piece.job.groups_;
         piece.k.minimums(piece.minimums, piece.row_groups, tokens, piece.job.groups_, a.scale.data() + at, a.sums.data() + at,
                          outputs);
       }
@@ -208,6 +212,7 @@ class PanelJob : public Job {
   const Weight& weight_;
   const Summands summands_;
   const Activations& a_;
+  int32_t begin_, all_tokens_;
   float* outputs_;
   int64_t row_blocks_;
   int32_t groups_, tokens_;
@@ -219,8 +224,8 @@ bool has_panels(const Weight& weight) {
   return !weight.kind->plain && (groups_of(weight) == 1 || activation_group(weight) % 4 == 0);
 }
 
-Job* panel_job(const Product& product, const Activations& activations, int threads) {
-  return new PanelJob(product, activations, threads);
+Job* panel_job(const Product& product, int64_t wanted) {
+  return new PanelJob(product, wanted);
 }
 
 }  // namespace quern

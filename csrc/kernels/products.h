@@ -39,6 +39,7 @@ Inputs view(const Weight& weight, const Activations& activations, int32_t first_
 // Whether the weight's groups can be cut into registers of 4 columns.
 bool has_panels(const Weight& weight);
 
-Job* panel_job(const Product& product, const Activations& activations, int threads);
+// `wanted`: into how many pieces it should be cut, at least.
+Job* panel_job(const Product& product, int64_t wanted);
 
 }  // namespace quern

@@ -87,6 +87,23 @@ class Step:
         """``gate`` = f(gate) * up, or f(gate); f is silu, gelu or gelu_tanh."""
 
     @staticmethod
+    def routed(
+        places: tuple[int, int, int, int, int, int],
+        per_token: int,
+        renormalize: bool,
+        activation: str,
+        experts: collections.abc.Sequence[tuple[Linear, Linear, Linear]],
+        shared_places: tuple[int, int, int, int] | None = None,
+        shared: tuple[Linear, Linear, Linear] | None = None,
+    ) -> Step:
+        """Of each token the ``per_token`` experts (gate, up, down) that its scores' softmax likes best, weighed and added.
+
+        ``places``: the buffers of what experts read, of scores (one an expert, overwritten), gates, ups, what experts make
+        (all ``per_token`` times as wide as of one expert), and of the sum; ``shared_places``: of the score of ``shared``,
+        whose sigmoid weighs it, of its gate, its up, and what it makes. csrc/engine/routing.h.
+        """
+
+    @staticmethod
     def add(source: int, to: int) -> Step:
         """``to`` += ``source``."""
 

@@ -110,9 +110,13 @@ def _alignment(folder: Path) -> Path:
     )
 
 
-@case("GGUF: a mixture of experts", GGUF_NAME, "experts")
+@case("GGUF: experts that are said but not there", GGUF_NAME, "experts")
 def _experts(folder: Path) -> Path:
-    return write_gguf(folder / GGUF_NAME, weights(), CONFIG, extra=lambda writer: writer.add_expert_count(8))
+    def extra(writer: Any) -> None:
+        writer.add_expert_count(8)
+        writer.add_expert_used_count(2)
+
+    return write_gguf(folder / GGUF_NAME, weights(), CONFIG, extra=extra)
 
 
 def _rotary(name: str, says: str, factors: np.ndarray) -> None:

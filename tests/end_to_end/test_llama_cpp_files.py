@@ -49,6 +49,9 @@ FAMILIES = {
     "mistral": tiny_config("mistral", torch_dtype="float32", **WIDE),
     "qwen2": tiny_config("qwen2", torch_dtype="float32", **WIDE),
     "qwen3": tiny_config("qwen3", attention_bias=False, torch_dtype="float32", **WIDE),
+    "mixtral": tiny_config("mixtral", torch_dtype="float32", **WIDE),
+    "qwen2_moe": tiny_config("qwen2_moe", tie_word_embeddings=False, torch_dtype="float32", **WIDE),
+    "qwen3_moe": tiny_config("qwen3_moe", num_experts=12, num_experts_per_tok=5, torch_dtype="float32", **WIDE),
 }  # fmt: skip
 LEAST, MOST = 2e-9, {"F32": 2e-6, "blocks": 2e-3}
 """Mean KL divergences between two runtimes. llama.cpp keeps keys and values in float16, and multiplies blocks by inputs that
@@ -147,6 +150,28 @@ def test_every_type_computes_what_quern_decodes(ask, wide_model, tmp_path):
         export(folder, files[name])
     for name, (logits, _, _) in ask(files).items():
         assert LEAST < divergence(decoded(files[name]), logits) < MOST["blocks"], name
+
+
+def test_types_of_experts_compute_what_quern_decodes(ask, tmp_path):
+    """Whose choices int8 inputs move here and there: the bound is ten times as wide."""
+    files = {}
+    inner = dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 256)
+    wide = {**WIDE, **inner, "num_hidden_layers": 1}
+    for family, kind in (("mixtral", "q8_0"), ("qwen2_moe", "q5_0"), ("qwen3_moe", "q4_k")):
+        model, files[f"{family} {kind}"] = tmp_path / f"{family} {kind}", tmp_path / f"{family} {kind}.gguf"
+        write_model(model, tiny_config(family, tie_word_embeddings=False, torch_dtype="float32", **wide))
+        scheme = {"codec": "ggml", "type": kind}
+        recipe = small_recipe(weights=scheme, embedding=scheme, head=scheme, rounding={"method": "nearest"})
+        quantize(model, files[f"{family} {kind}"], recipe=recipe, format="gguf", threads=1)
+    for name, (logits, greedy, _) in ask(files).items():
+        assert LEAST < divergence(decoded(files[name]), logits) < 10 * MOST["blocks"], name
+        ours = ENGINES.get("cpu")().load(files[name], threads=1)
+        assert divergence(decoded(files[name]), ours.logits(IDS)) < 10 * MOST["blocks"], name
+        session = ours.start()
+        last = session.feed(IDS[0].tolist())
+        for token in greedy:
+            assert float(last.max() - last[token]) < 0.1, "of two that are nearly alike either may win"
+            last = session.feed([token])
 
 
 def test_the_bundled_model_says_the_same_in_llama_cpp(ask, tmp_path):

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from quern.architectures.base import ARCHITECTURES
 from quern.architectures.routed_decoder import ExpertNames, RoutedDecoder
+from quern.architectures.routing import SoftmaxRouter
 
 STORED = "block_sparse_moe"
 
@@ -32,3 +33,7 @@ class Mixtral(RoutedDecoder):
 
     def window(self, index: int) -> int:
         return int(self.config.sliding_window or 0)
+
+    @property
+    def router(self) -> SoftmaxRouter:
+        return SoftmaxRouter("mlp.gate", True)

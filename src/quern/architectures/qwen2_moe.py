@@ -5,6 +5,7 @@ from __future__ import annotations
 from quern.architectures.base import ARCHITECTURES
 from quern.architectures.gated_decoder import window_by_type
 from quern.architectures.routed_decoder import RoutedDecoder
+from quern.architectures.routing import SoftmaxRouter
 
 
 @ARCHITECTURES.add("qwen2_moe")
@@ -18,3 +19,7 @@ class Qwen2Moe(RoutedDecoder):
 
     def window(self, index: int) -> int:
         return window_by_type(self.config, index)
+
+    @property
+    def router(self) -> SoftmaxRouter:
+        return SoftmaxRouter("mlp.gate", self.config.norm_topk_prob, "mlp.shared_expert_gate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from quern.architectures.base import ARCHITECTURES
 from quern.architectures.routed_decoder import RoutedDecoder
+from quern.architectures.routing import SoftmaxRouter
 
 
 @ARCHITECTURES.add("qwen3_moe")
@@ -16,3 +17,7 @@ class Qwen3Moe(RoutedDecoder):
 
     def window(self, index: int) -> int:
         return int(self.config.sliding_window or 0)
+
+    @property
+    def router(self) -> SoftmaxRouter:
+        return SoftmaxRouter("mlp.gate", self.config.norm_topk_prob)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quern.architectures.base import BlockSpec, Layout, LinearSpec, Rescaling, Source
 from quern.architectures.gated_decoder import GatedDecoder
-from quern.architectures.routing import routed_to
+from quern.architectures.routing import SoftmaxRouter, routed_to
 from quern.core.errors import UserError
 
 ROLES = ("gate", "up", "down")
@@ -106,6 +106,11 @@ class RoutedDecoder(GatedDecoder):
     def expert_width(self) -> int:
         """Inner features of an expert."""
         return int(self.config.moe_intermediate_size)
+
+    @property
+    def router(self) -> SoftmaxRouter | None:
+        """How experts are chosen; None: in a way that only the block's module knows."""
+        return None
 
     def routed(self, index: int) -> bool:
         """Whether block ``index`` has experts."""

@@ -1,12 +1,25 @@
-"""Which tokens meet an expert: said by the module that routes, heard by whoever looks at what the expert's linears read."""
+"""Routers; and which tokens meet an expert, said by the module that routes, heard by whoever looks at what linears read."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SoftmaxRouter:
+    """A router whose scores, of all experts, become weights by softmax; the greatest stay."""
+
+    module: str
+    """Relative to the block; its weight has a row for each expert."""
+    renormalized: bool
+    """Whether the weights that stay are divided by their sum."""
+    shared_gate: str | None = None
+    """The linear of one row whose sigmoid weighs an expert that every token meets; None: there is no such expert."""
 
 
 class _Here(threading.local):

@@ -14,6 +14,9 @@ from quern import _native
 from quern.architectures.base import BlockSpec
 from quern.architectures.gated_decoder import GatedDecoder
 from quern.architectures.rotary import frequencies
+from quern.architectures.routed_decoder import RoutedDecoder
+from quern.engines._cpu_buffers import Buffers
+from quern.engines._cpu_routing import RoutedSteps, gated_by_expert
 from quern.engines._cpu_weights import MappedWeights
 
 ACTIVATIONS = {
@@ -30,22 +33,6 @@ ACTIVATIONS = {
 """Names in config.json, as transformers means them, and the native function that computes it."""
 
 
-class Buffers:
-    """Buffers by name and width; layers that ask for the same share it."""
-
-    def __init__(self) -> None:
-        self._indices: dict[tuple[str, int], int] = {}
-
-    def of(self, name: str, width: int) -> int:
-        """The index of the buffer called ``name`` with ``width`` numbers a token."""
-        return self._indices.setdefault((name, width), len(self._indices))
-
-    @property
-    def widths(self) -> list[int]:
-        """Of all buffers that were asked for, by index."""
-        return [width for _, width in self._indices]
-
-
 class GatedSteps:
     """The steps of the layout that the Llama family and its descendants share."""
 
@@ -55,14 +42,14 @@ class GatedSteps:
         self.buffers = Buffers()
         self.epsilon = float(config.rms_norm_eps)
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.width, self.inner = int(config.hidden_size), int(config.intermediate_size)
+        self.width = int(config.hidden_size)
         self.heads = int(config.num_attention_heads)
         self.key_value_heads, self.head_dim = kept_heads(architecture)[0]
         self.hidden, self.normed = self.buffers.of("hidden", self.width), self.buffers.of("normed", self.width)
         self.branch = self.buffers.of("branch", self.width)
 
     def layer(self, index: int) -> list[_native.Step]:
-        """Attention and gated MLP of layer ``index``, a norm before each."""
+        """Attention and gated MLP, or experts, of layer ``index``, a norm before each."""
         step, block = _native.Step, self._architecture.block(index)
         prefix = block.prefix
         return [
@@ -70,7 +57,7 @@ class GatedSteps:
             *self.attention(block),
             step.add(self.branch, self.hidden),
             self.norm(f"{prefix}post_attention_layernorm.weight"),
-            *self.gated(block),
+            *(self.routed(block) if block.experts_per_token else self.gated(block)),
             step.add(self.branch, self.hidden),
         ]
 
@@ -106,13 +93,20 @@ class GatedSteps:
 
     def gated(self, block: BlockSpec) -> list[_native.Step]:
         """From the normed hidden states to what the MLP adds to them."""
-        gate, up = self.buffers.of("gate", self.inner), self.buffers.of("up", self.inner)
-        wide = [self._linear(block, role, (self.inner, self.width)) for role in ("gate", "up")]
+        mlp = gated_by_expert(block)[None]
+        gate, up = self.buffers.of("gate", mlp.inner), self.buffers.of("up", mlp.inner)
+        *wide, down = mlp.native(self._weights, block.prefix)
         return [
             _native.Step.project(self.normed, wide, [gate, up]),
             _native.Step.activate(self.activation, gate, up),
-            _native.Step.project(gate, [self._linear(block, "down", (self.width, self.inner))], [self.branch]),
+            _native.Step.project(gate, [down], [self.branch]),
         ]
+
+    def routed(self, block: BlockSpec) -> list[_native.Step]:
+        """From the normed hidden states to what the block's experts add to them."""
+        assert isinstance(self._architecture, RoutedDecoder)
+        made = RoutedSteps(self._architecture, self._weights, self.activation)
+        return made.steps(block, self.buffers, self.normed, self.branch)
 
     def _linear(self, block: BlockSpec, role: str, shape: tuple[int, int], *, bias: bool = True) -> _native.Linear:
         return self._weights.linear(block.prefix + _by_role(block, role), shape, bias=bias)

@@ -12,6 +12,7 @@ from typing import Any
 
 from quern.architectures.base import Architecture, architecture_of
 from quern.architectures.gated_decoder import GatedDecoder
+from quern.architectures.routed_decoder import RoutedDecoder
 from quern.checkpoint.checkpoint import Checkpoint
 from quern.core.artifact import quantization_of
 from quern.core.errors import QuernError, UserError, option
@@ -23,6 +24,7 @@ from quern.engines._cpu_model import CpuModel
 from quern.engines._cpu_pool import CACHES as CACHES
 from quern.engines._cpu_pool import CachePrecision as CachePrecision
 from quern.engines._cpu_pool import cache_bytes_per_token
+from quern.engines._cpu_routing import ROLES, shares_expert
 from quern.engines._cpu_weights import MappedWeights as MappedWeights
 from quern.engines._cpu_weights import unsupported
 from quern.engines.base import ENGINES, DtypeName, Engine
@@ -35,7 +37,9 @@ ROTARY = ("default", "linear", "yarn", "llama3", "dynamic", "longrope")
 
 
 SEVEN = sorted(("query", "key", "value", "output", "gate", "up", "down"))
-"""Roles of the linears of a block that it runs."""
+"""Roles of the linears of a block that it runs, its first expert's where it has some."""
+ROUTED = sorted((*SEVEN, *ROLES))
+"""The same where an expert stands beside these that every token meets."""
 
 
 @ENGINES.add("cpu")
@@ -107,10 +111,12 @@ def _unknown(architecture: Architecture) -> str | None:
     config = architecture.config
     if not isinstance(architecture, GatedDecoder):
         return f"it does not know the layout of {architecture.model_type}"
-    if any(block.experts_per_token for block in architecture.blocks):
-        return f"it does not send tokens to experts, as blocks of {architecture.model_type} do"
-    if any(sorted(linear.role for linear in block.linears) != SEVEN for block in architecture.blocks):
-        return f"it knows blocks of {', '.join(SEVEN)}, one of each, and those of {architecture.model_type} have others"
+    for block in architecture.blocks:
+        roles = sorted(linear.role for linear in block.linears if linear.expert in (None, 0))
+        if block.experts_per_token and (not isinstance(architecture, RoutedDecoder) or architecture.router is None):
+            return f"it does not know how {architecture.model_type} chooses experts"
+        if roles != (ROUTED if shares_expert(block) else SEVEN):
+            return f"it knows blocks of {', '.join(SEVEN)}, one of each, and those of {architecture.model_type} have others"
     rotary: Any = architecture.build_rotary()
     if rotary.rope_type not in ROTARY:
         return f"it knows the rotary scalings {', '.join(ROTARY)}; config.json asks for {rotary.rope_type!r}"

@@ -7,6 +7,7 @@ artifacts (the only ones that transformers itself reads).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from quern.engines._session import SequenceSession, check_batch
 from quern.engines.base import ENGINES, DtypeName, Engine
 from quern.formats.base import FORMATS, StoredModule, format_of, reader_of
 from quern.loading.fitting import model_config, open_model, read_methods
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+"""In names of what belongs to one of several experts."""
 
 
 class ReferenceSequence:
@@ -180,13 +184,22 @@ class ReferenceModel:
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: everything but an untied embedding, of which it reads a row."""
         embedding = self.model.get_input_embeddings()
-        total = sum(p.nbytes for p in self.model.parameters()) + sum(
-            m.stored_bytes() for m in self.model.modules() if isinstance(m, PackedWeight)
-        )
+        read = {name: parameter.nbytes for name, parameter in self.model.named_parameters()}
+        modules = self.model.named_modules()
+        read |= {name: module.stored_bytes() for name, module in modules if isinstance(module, PackedWeight)}
+        total = sum(read.values()) - self._not_met(read)
         if self.model.config.tie_word_embeddings:
             return int(total)
         whole = embedding.stored_bytes() if isinstance(embedding, QuantizedEmbedding) else embedding.weight.nbytes
         return int(total - whole + whole // self.vocabulary_size)
+
+    def _not_met(self, read: dict[str, int]) -> int:
+        """Of the bytes that are ``read``, by name, those of experts that a token does not meet."""
+        experts = {name: match[1] for name in read if (match := _EXPERT.search(name))}
+        if not experts:
+            return 0
+        total, count = sum(read[name] for name in experts), len(set(experts.values()))
+        return total - total * int(self.model.config.num_experts_per_tok) // count
 
 
 @ENGINES.add("reference")

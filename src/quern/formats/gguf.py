@@ -46,6 +46,7 @@ from quern.core.results import Target
 from quern.core.text.language import gettext
 from quern.core.text.units import parse_size
 from quern.formats._gguf_file_type import file_type
+from quern.formats._gguf_stacks import as_stored, stored_shape, uneven_stacks
 from quern.formats.base import FORMATS, UNNAMED, Format, Obstacle, SizedWriter
 from quern.formats.writing.joined import GgufFile, Layout, StageFile, join
 
@@ -83,6 +84,9 @@ class GgufWriter(SizedWriter):
         for module, plan in self.plan.quantized().items():
             for problem in self._problems(module, plan):
                 problems.setdefault(problem, []).append(module)
+        kinds = {name: form.kind for name, form in self._forms() if isinstance(form, GgmlForm)}
+        for problem, modules in uneven_stacks(self.architecture, kinds):
+            problems.setdefault(problem, []).extend(modules)
         if problems:
             lines = (
                 f"  {problem} ({modules[0]}{f' and {len(modules) - 1} more' if modules[1:] else ''})"
@@ -103,6 +107,9 @@ class GgufWriter(SizedWriter):
 
     def _form(self, module: str, plan: LinearPlan) -> GgmlForm | str:
         return codec_of(plan.scheme).ggml(self._shape(module))
+
+    def _forms(self) -> Iterator[tuple[str, GgmlForm | str]]:
+        return ((module, self._form(module, plan)) for module, plan in self.plan.quantized().items())
 
     def _shape(self, module: str) -> tuple[int, int]:
         rows, columns = self.architecture.module_shapes()[f"{module}.weight"]
@@ -143,10 +150,10 @@ class GgufWriter(SizedWriter):
     def _keep(self, name: str, tensor: Tensor) -> None:
         heads = reordered_heads(self._config, name)
         stored = tensor if heads is None else interleave_rows(tensor, heads)
-        self._tensors[gguf_name(name)] = stored.contiguous()
+        self._tensors[name] = stored.contiguous()
 
     def end(self) -> list[Path]:
-        tensors, self._tensors = self._tensors, {}
+        tensors, self._tensors = dict(as_stored(self._tensors)), {}
         return [self._work.write_tensors(_stage_name(self._stage), tensors)]
 
     def finish(self, work: WorkFolder, config: Mapping[str, Any], plan: Plan) -> None:
@@ -220,7 +227,8 @@ class GgufWriter(SizedWriter):
 
     def companion_bytes(self, checkpoint: Checkpoint) -> int:
         shapes = self.architecture.module_shapes()
-        tensors = [*self._factors(), *(TensorPlan(gguf_name(name), shape, "F32") for name, shape in shapes.items())]
+        names = dict.fromkeys(gguf_name(name) for name in shapes)
+        tensors = [*self._factors(), *(TensorPlan(name, (1, 1), "F32") for name in names)]
         return head_bytes(self._metadata(0, {}, {}), tensors) + sum(padded(one.stored_bytes) for one in self._factors())
 
     def prepare_like(self, other: SizedWriter) -> None:
@@ -236,19 +244,19 @@ class GgufWriter(SizedWriter):
     ) -> int:
         metadata = self._metadata(0, self.recipe.to_json(), provenance)
         texts = sum(len(metadata[key].encode()) - len(json.dumps({})) for key in (RECIPE, PROVENANCE))
-        data = sum(padded(tensor.nbytes) for stage in stages for tensor in stage.values())
-        every = (item for stage in stages for item in stage.items())
-        named = ((gguf_name(name), tuple(tensor.shape), tensor.dtype) for name, tensor in every)
-        parts = self._parts(metadata, [*self._factors(), *self._described(named)])
+        named = [pair for stage in stages for pair in as_stored(stage)]
+        data = sum(padded(tensor.nbytes) for _, tensor in named)
+        described = self._described((name, tuple(tensor.shape), tensor.dtype) for name, tensor in named)
+        parts = self._parts(metadata, [*self._factors(), *described])
         return texts + data + ALIGNMENT + (OTHER_HEAD * len(parts) if len(parts) > 1 else 0)
 
-    def _kinds(self) -> dict[str, tuple[str, tuple[int, int]]]:
+    def _kinds(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The type and shape of every matrix that is stored in blocks, by llama.cpp's name."""
         found = {}
         for module, plan in self._written.quantized().items():
             form = self._form(module, plan)
             assert isinstance(form, GgmlForm)
-            found[gguf_name(f"{module}.weight")] = form.kind, self._shape(module)
+            found[gguf_name(f"{module}.weight")] = form.kind, stored_shape(self.architecture, f"{module}.weight")
         return found
 
     def notes(self) -> list[str]:

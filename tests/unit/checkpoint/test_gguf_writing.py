@@ -19,7 +19,14 @@ from transformers import PreTrainedTokenizerFast
 from quern.architectures.base import architecture_of
 from quern.checkpoint.gguf.config import config_of
 from quern.checkpoint.gguf.header import GgufHeader, GgufTensor
-from quern.checkpoint.gguf.names import gguf_name, interleave_rows, restore_row_order, transformers_name
+from quern.checkpoint.gguf.names import (
+    expert_of,
+    gguf_name,
+    interleave_rows,
+    names_of_experts,
+    restore_row_order,
+    transformers_name,
+)
 from quern.checkpoint.gguf.pre_tokenizers import (
     CHECK_TEXT,
     RULES,
@@ -47,7 +54,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
 def read_back(config: dict[str, Any], name: str = "some model") -> dict[str, Any]:
     """The configuration that the reader makes of what the writer says."""
     said = model_metadata(completed(config), [0] * config["num_hidden_layers"], name)
-    shapes = {gguf_name(n): GgufTensor(tuple(s), 0, 0, 0) for n, s in architecture_of(config).expected_shapes().items()}
+    shapes = {gguf_name(n): GgufTensor(tuple(s), 0, 0, 0) for n, s in architecture_of(config).module_shapes().items()}
     factors = None if said.factors is None else said.factors.double().numpy()
     metadata = {key: tuple(value) if isinstance(value, list) else value for key, value in said.values.items()}
     return config_of(Path("x.gguf"), GgufHeader(metadata, shapes), factors)
@@ -63,6 +70,10 @@ FAMILIES = {
     "mistral": tiny_config("mistral"),
     "qwen2": tiny_config("qwen2"),
     "qwen3": tiny_config("qwen3", attention_bias=False, head_dim=32),
+    "mixtral": tiny_config("mixtral", head_dim=32),
+    "qwen2_moe": tiny_config("qwen2_moe", tie_word_embeddings=False),
+    "qwen2_moe without biases": tiny_config("qwen2_moe", tie_word_embeddings=False, qkv_bias=False),
+    "qwen3_moe": tiny_config("qwen3_moe", num_experts=6, moe_intermediate_size=48),
 }  # fmt: skip
 
 
@@ -105,6 +116,11 @@ def test_windows_are_said_and_noted():
         (tiny_config("qwen2", head_dim=32), None),
         (tiny_config("qwen3", attention_bias=True), "attention_bias"),
         (tiny_config("llama", hidden_act="gelu"), "activation gelu"),
+        (tiny_config("qwen3_moe", norm_topk_prob=False), "norm_topk_prob False, llama.cpp divides"),
+        (tiny_config("qwen2_moe", norm_topk_prob=True, tie_word_embeddings=False), "llama.cpp does not divide"),
+        (tiny_config("qwen2_moe"), "llama.cpp wants a head of its own"),
+        (tiny_config("qwen3_moe", mlp_only_layers=[1]), "blocks without experts"),
+        (tiny_config("qwen3_moe", decoder_sparse_step=2), "blocks without experts"),
     ],
 )
 def test_what_llama_cpp_does_not_compute_is_refused(config, why):
@@ -125,8 +141,14 @@ def test_other_families_are_refused_with_the_known_ones():
 
 def test_names_go_both_ways_and_rows_too():
     for config in FAMILIES.values():
-        for name in architecture_of(config).expected_shapes():
-            assert transformers_name(Path("x"), gguf_name(name)) == name
+        for name in architecture_of(config).module_shapes():
+            stored, expert = gguf_name(name), expert_of(name)
+            if (around := names_of_experts(stored)) is not None:
+                assert f"{expert}".join(around) == name
+            else:
+                assert transformers_name(Path("x"), stored) == name
+                assert expert is None
+    assert gguf_name("model.layers.3.mlp.experts.7.down_proj.weight") == "blk.3.ffn_down_exps.weight"
     with pytest.raises(UserError, match="no name for the tensor 'model.layers.0.mlp.router.weight'"):
         gguf_name("model.layers.0.mlp.router.weight")
     rows = torch.arange(24)[:, None] * torch.ones(1, 3)

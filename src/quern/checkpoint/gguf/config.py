@@ -1,4 +1,4 @@
-"""What a GGUF's metadata amounts to as a ``config.json``, for the Llama, Mistral and Qwen families.
+"""What a GGUF's metadata amounts to as a ``config.json``, for the Llama, Mistral, Mixtral and Qwen families.
 
 llama.cpp's converter keeps most of a configuration as metadata, some of it only in which tensors there are (biases, a head
 of its own), and Llama 3's frequency scaling as a tensor of factors. Whatever would change the result and has no place in
@@ -19,13 +19,14 @@ from quern.checkpoint.gguf.header import GgufArray, GgufHeader
 from quern.checkpoint.gguf.names import FAMILIES, OTHER, ROPE_FREQUENCIES
 from quern.core.errors import BadFileError, UserError
 
-READ = tuple(name for name, family in FAMILIES.items() if family.architecture == name)
-"""What ``general.architecture`` may be. Mistral's files call themselves llama."""
+READ = tuple(dict.fromkeys(family.architecture for family in FAMILIES.values()))
+"""What ``general.architecture`` may be. Mistral's and Mixtral's files call themselves llama."""
 WINDOWED_LAYERS = ".attention.sliding_window_pattern"
 """End of the key under which a file says which layers have a window; an array of truth values."""
 
 _FOREIGN = {
-    "expert_count": 0, "attention.scale": 0, "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0, "logit_scale": 1,
+    "expert_weights_scale": 1, "expert_gating_func": 1, "expert_group_count": 0,
+    "attention.scale": 0, "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0, "logit_scale": 1,
     "embedding_scale": 1, "residual_scale": 1, "attn_logit_softcapping": 0, "final_logit_softcapping": 0,
     "attention.causal": True, "attention.temperature_scale": 0, "use_parallel_residual": False,
     "rope.scaling.yarn_log_multiplier": 0, "rope.scaling.yarn_ext_factor": 1,
@@ -52,11 +53,12 @@ def config_of(path: Path, header: GgufHeader, factors: NDArray[np.float64] | Non
         raise BadFileError(path, "holds no token_embd.weight", OTHER)
     _refuse_foreign(path, metadata, architecture)
     field = _fields(path, metadata, architecture)
+    family = _family(path, metadata, architecture)
     heads = field("attention.head_count", int)
     vocabulary = tensors["token_embd.weight"].shape[0]
     config = {
-        "model_type": architecture,
-        "architectures": [FAMILIES[architecture].class_name],
+        "model_type": family,
+        "architectures": [FAMILIES[family].class_name],
         "hidden_size": field("embedding_length", int),
         "intermediate_size": field("feed_forward_length", int),
         "num_hidden_layers": field("block_count", int),
@@ -71,9 +73,12 @@ def config_of(path: Path, header: GgufHeader, factors: NDArray[np.float64] | Non
         "head_dim": field("attention.key_length", int, config_head_size(field("embedding_length", int), heads)),
     }
     _check_head_sizes(path, config, field)
-    if architecture in ("llama", "qwen3"):
+    _add_experts(path, config, metadata, field)
+    if family in ("llama", "qwen3", "qwen3_moe"):
         config["attention_bias"] = _any_bias(header, "attn_")
-    if architecture == "llama" and _any_bias(header, "ffn_"):
+    if family == "qwen2_moe":
+        config["qkv_bias"] = _any_bias(header, "attn_")
+    if family == "llama" and _any_bias(header, "ffn_"):
         config["mlp_bias"] = True
     if scaling := _rope_scaling(path, metadata, config, field, factors):
         config["rope_scaling"] = scaling
@@ -84,8 +89,6 @@ def config_of(path: Path, header: GgufHeader, factors: NDArray[np.float64] | Non
 
 
 def _refuse_foreign(path: Path, metadata: Mapping[str, Any], architecture: str) -> None:
-    if metadata.get(f"{architecture}.expert_count", 0) != 0:
-        raise UserError(f"{path} holds a mixture of experts; only dense models are read. Give another model")
     for key, harmless in _FOREIGN.items():
         value = metadata.get(f"{architecture}.{key}", harmless)
         if value != harmless and (value != 0 or type(value) is bool):
@@ -93,6 +96,35 @@ def _refuse_foreign(path: Path, metadata: Mapping[str, Any], architecture: str) 
                 f"{path} says {architecture}.{key}: {str(value)[:40]}, which transformers' {architecture} models do not "
                 "know. Give another model"
             )
+
+
+def _family(path: Path, metadata: Mapping[str, Any], architecture: str) -> str:
+    """The model type that computes what the file's architecture does, with or without experts."""
+    routed = metadata.get(f"{architecture}.expert_count", 0) != 0
+    named = {name: family for name, family in FAMILIES.items() if family.architecture == architecture}
+    found = [name for name, family in named.items() if (family.experts is not None) == routed]
+    if not found:
+        what = "has experts" if routed else "has no experts"
+        raise UserError(f"{path} says that a {architecture} model {what}, which is not read. Give another model")
+    return found[0]
+
+
+def _add_experts(path: Path, config: dict[str, Any], metadata: Mapping[str, Any], field: Field) -> None:
+    """How many experts there are and what is theirs, of a family that has some."""
+    experts = FAMILIES[config["model_type"]].experts
+    if experts is None:
+        return
+    key = f"{metadata['general.architecture']}.expert_weights_norm"
+    if metadata.get(key, experts.renormalized) is not experts.renormalized:
+        raise UserError(f"{path} says {key}: {str(metadata[key])[:40]}, which llama.cpp ignores. Give another model")
+    config[experts.count] = field("expert_count", int)
+    config["num_experts_per_tok"] = met = field("expert_used_count", int)
+    inner = config["intermediate_size"]
+    if experts.inner is not None:
+        config[experts.inner] = field("expert_feed_forward_length", int, max(inner // met, 1))
+        config["norm_topk_prob"] = experts.renormalized
+    if experts.shared is not None:
+        config[experts.shared] = field("expert_shared_feed_forward_length", int, inner)
 
 
 def config_head_size(hidden: int, heads: int) -> int:
@@ -146,6 +178,10 @@ def _add_window(path: Path, config: dict[str, Any], metadata: Mapping[str, Any],
         not isinstance(windowed, tuple) or len(windowed) != layers or any(type(w) is not bool for w in windowed)
     ):
         raise BadFileError(path, f"does not say for each of its {layers} layers whether it has a window", OTHER)
+    if config["model_type"] == "mixtral":
+        if windowed is not None and not all(windowed):
+            raise UserError(f"{path} is a mixtral with windows in some layers only, which is not read")
+        return
     if architecture == "llama":
         if windowed is not None and not all(windowed):
             raise UserError(f"{path} is a llama with windows in some layers only, which is not read")

@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: configuration, names and weights of the Llama, Mistral and Qwen families.
+"""GGUF files as checkpoints: configuration, names and weights of the Llama, Mistral, Mixtral and Qwen families.
 
 llama.cpp's converter (``convert_hf_to_gguf.py``) renames tensors and reorders the rows of Llama's q and k for its own
 rotary embedding; both are undone here, and ``config.py`` makes a configuration of the metadata. Weights are
@@ -8,7 +8,7 @@ dequantized one tensor at a time, a few rows at a time, to float32 (float16 and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from quern.checkpoint.files import InputFile
 from quern.checkpoint.gguf.config import WINDOWED_LAYERS, config_of
-from quern.checkpoint.gguf.header import GgufTensor
+from quern.checkpoint.gguf.header import MOST_TENSORS, GgufTensor
 from quern.checkpoint.gguf.names import (
     FAMILIES,
     OTHER,
     ROPE_FREQUENCIES,
+    ROUTERS,
+    names_of_experts,
     reordered_heads,
     restore_row_order,
     transformers_name,
@@ -82,14 +84,41 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], GgufSource]:
     parts = read_parts(path, _KEPT)
     first, header = parts.paths[0], parts.header
     config = config_of(first, header, _rotary_factors(parts))
-    names = {transformers_name(first, stored): stored for stored in header.tensors if stored != ROPE_FREQUENCIES}
-    stored = {name: header.tensors[gguf_name] for name, gguf_name in names.items()}
-    places = {name: parts.places[gguf_name] for name, gguf_name in names.items()}
+    stored: dict[str, GgufTensor] = {}
+    places: dict[str, Path] = {}
+    for gguf_name, tensor in header.tensors.items():
+        if gguf_name != ROPE_FREQUENCIES:
+            named = _named(parts.places[gguf_name], gguf_name, tensor, config)
+            stored |= named
+            places |= dict.fromkeys(named, parts.places[gguf_name])
+        if len(stored) > MOST_TENSORS:
+            raise BadFileError(first, f"holds more than {MOST_TENSORS} matrices, counting those of experts", OTHER)
     infos = {
         name: TensorInfo(_read_dtype(places[name], name, tensor.kind), tensor.shape, tensor.begin, tensor.end)
         for name, tensor in stored.items()
     }
     return config, GgufSource(parts.paths, places, stored, infos, _reordered(first, config, infos))
+
+
+def _named(path: Path, gguf_name: str, tensor: GgufTensor, config: Mapping[str, Any]) -> dict[str, GgufTensor]:
+    """A tensor under transformers' name, or the matrices of a stack of experts, each of which lies in a piece."""
+    around = names_of_experts(gguf_name)
+    if around is None:
+        name, shape = transformers_name(path, gguf_name), tensor.shape
+        row = gguf_name.endswith(ROUTERS) and len(shape) == 1  # the gate of a shared expert is stored as a vector
+        return {name: replace(tensor, shape=(1, *shape)) if row else tensor}
+    family = FAMILIES[config["model_type"]]
+    count = config[family.experts.count] if family.experts else 0
+    if len(tensor.shape) != 3 or tensor.shape[0] != count:
+        raise BadFileError(
+            path, f"tensor {gguf_name!r} has shape {tensor.shape}; it must be a stack of {count} matrices", OTHER
+        )
+    size = (tensor.end - tensor.begin) // count
+    begins = (tensor.begin + size * expert for expert in range(count))
+    return {
+        f"{around[0]}{expert}{around[1]}": GgufTensor(tensor.shape[1:], tensor.kind, begin, begin + size)
+        for expert, begin in enumerate(begins)
+    }
 
 
 def _rotary_factors(parts: GgufParts) -> NDArray[np.float64] | None:

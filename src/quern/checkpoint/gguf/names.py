@@ -19,6 +19,20 @@ OTHER = "Give another file of a whole model"
 
 
 @dataclass(frozen=True)
+class Experts:
+    """What llama.cpp takes for granted of a family whose blocks send tokens to experts."""
+
+    count: str
+    """Key of config.json for how many there are."""
+    renormalized: bool
+    """Whether the weights of a token's experts are divided by their sum."""
+    inner: str | None = None
+    """Key for an expert's inner features; None: those of an ordinary MLP."""
+    shared: str | None = None
+    """Key for those of an expert that every token meets; None: there is no such expert."""
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of models as both sides know it."""
 
@@ -37,6 +51,10 @@ class Family:
     where several query heads share a value head, or always."""
     label: str = ""
     """What has to stand in ``general.name`` for the family to be told from another one of the same architecture."""
+    experts: Experts | None = None
+    """Of a family whose blocks all have some; by them it is told from a dense one of the same architecture."""
+    tied: bool = True
+    """Whether the head may be the embedding."""
 
 
 FAMILIES = {
@@ -46,6 +64,30 @@ FAMILIES = {
     ),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", head_sizes=False, wide="always"),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM"),
+    "mixtral": Family(
+        "llama",
+        "MixtralForCausalLM",
+        rotates_neighbours=True,
+        frequencies=True,
+        experts=Experts("num_local_experts", renormalized=True),
+    ),
+    "qwen2_moe": Family(
+        "qwen2moe",
+        "Qwen2MoeForCausalLM",
+        head_sizes=False,
+        experts=Experts(
+            "num_experts",
+            renormalized=False,
+            inner="moe_intermediate_size",
+            shared="shared_expert_intermediate_size",
+        ),
+        tied=False,
+    ),
+    "qwen3_moe": Family(
+        "qwen3moe",
+        "Qwen3MoeForCausalLM",
+        experts=Experts("num_experts", renormalized=True, inner="moe_intermediate_size"),
+    ),
 }
 """By ``model_type`` of config.json."""
 
@@ -66,11 +108,22 @@ _INSIDE = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+_STACKS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+"""Of all experts of a block, one behind the other."""
+ROUTERS = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
+"""Ends of the names of matrices that are float32 always."""
 _TO_OUTSIDE = {ours: theirs for theirs, ours in _OUTSIDE.items()}
 _TO_INSIDE = {ours: theirs for theirs, ours in _INSIDE.items()}
+_TO_STACK = {ours: theirs for theirs, ours in _STACKS.items()}
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.weight")
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
@@ -84,10 +137,27 @@ def transformers_name(path: Path, stored: str) -> str:
     return f"model.layers.{int(match[1])}.{_INSIDE[match[2]]}.{match[3]}"
 
 
+def names_of_experts(stored: str) -> tuple[str, str] | None:
+    """What stands before and behind an expert's number in transformers' names of the parts of a stack; None of others."""
+    match = _BLOCK.fullmatch(stored)
+    if match is None or match[2] not in _STACKS or match[3] != "weight":
+        return None
+    return f"model.layers.{int(match[1])}.mlp.experts.", f".{_STACKS[match[2]]}.weight"
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert whose tensor (transformers' name) is a part of a stack; None of others."""
+    match = _EXPERT.fullmatch(name)
+    return int(match[2]) if match and match[3] in _TO_STACK else None
+
+
 def gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor. Raises ``UserError`` for one that it has no name for."""
+    """llama.cpp's name of a tensor, or of the stack that it is a part of. Raises ``UserError`` for one that it has no name
+    for."""
     if name in _TO_OUTSIDE:
         return _TO_OUTSIDE[name]
+    if (expert := _EXPERT.fullmatch(name)) is not None and expert[3] in _TO_STACK:
+        return f"blk.{int(expert[1])}.{_TO_STACK[expert[3]]}.weight"
     match = _LAYER.fullmatch(name)
     if match is None or match[2] not in _TO_INSIDE:
         raise UserError(f"llama.cpp has no name for the tensor {name!r} in the families that are written as GGUF")

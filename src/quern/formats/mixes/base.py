@@ -19,6 +19,8 @@ from quern.core.scheme import CodecScheme, parse_scheme
 if TYPE_CHECKING:
     from quern.architectures.base import Architecture
 
+Experts = Callable[[int], bool]
+"""Whether a rule holds in a model of so many experts; 0: without any."""
 Layers = Callable[[int, int], bool]
 """Whether a rule holds in the layer of an index, out of so many."""
 _WIDE_VALUES = {"q3_k": "q5_k", "q4_k": "q5_k"}
@@ -50,6 +52,21 @@ def first(count: int) -> Layers:
     return lambda index, layers: index < count
 
 
+def any_number(experts: int) -> bool:
+    """All models."""
+    return True
+
+
+def eight(experts: int) -> bool:
+    """Models of eight experts, as Mixtral has, whose attention is a small part."""
+    return experts == 8
+
+
+def four_or_more(experts: int) -> bool:
+    """Models of at least four experts."""
+    return experts >= 4
+
+
 @dataclass(frozen=True)
 class Rule:
     """Linears that get another type than the usual."""
@@ -61,6 +78,12 @@ class Rule:
     layers: Layers = every
     sharing: int = 1
     """Least number of query heads that share a value head, for the rule to hold."""
+    experts: Experts = any_number
+
+
+WIDE_KEYS = (Rule("value", "q8_0", experts=eight), Rule("key", "q8_0", experts=eight))
+"""Of all mixes but those of two bits: they come last."""
+WIDE_OUTPUT = Rule("output", "q5_k", experts=eight)
 
 
 @dataclass(frozen=True)
@@ -84,6 +107,7 @@ class Mix:
         embedding = self.head if architecture.tied else self.embedding or self.usual
         found = {architecture.embedding: embedding} | dict.fromkeys(architecture.outer[1:], self.head)
         sharing, wide = _sharing(architecture), self.widens and _is_wide(architecture)
+        experts = len({linear.expert for linear in architecture.linears.values()} - {None})
         for block in architecture.blocks:
             for linear in block.linears:
                 fits = (
@@ -91,6 +115,7 @@ class Mix:
                     for rule in reversed(self.rules)
                     if rule.role == linear.role
                     and rule.sharing <= sharing
+                    and rule.experts(experts)
                     and rule.layers(block.index, architecture.layers)
                 )
                 kind = next(fits, self.usual)

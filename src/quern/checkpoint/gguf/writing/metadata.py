@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from quern.checkpoint.gguf.config import WINDOWED_LAYERS, config_head_size, llama3_factors
-from quern.checkpoint.gguf.names import FAMILIES, Family
+from quern.checkpoint.gguf.names import FAMILIES, Experts, Family
 from quern.core.errors import UserError
 
 QUANTIZATION_VERSION = 2
@@ -68,6 +68,7 @@ def model_metadata(config: Mapping[str, Any], windows: Sequence[int], name: str)
         f"{arch}.vocab_size": config["vocab_size"],
     }
     made = ModelMetadata(values)
+    _add_experts(made.values, config, family)
     _add_rope(made, config, family, head_size)
     _add_windows(made, config, windows, arch)
     return made
@@ -82,8 +83,36 @@ def _refuse_foreign(config: Mapping[str, Any], family: Family, head_size: int) -
         problem = f"has {heads} heads of {head_size} channels, llama.cpp takes {hidden} / {heads} of each"
     elif config.get("attention_bias") and not family.rotates_neighbours:
         problem = "has a bias in o_proj (attention_bias), llama.cpp has none there"
+    elif config.get("tie_word_embeddings") and not family.tied:
+        problem = "has its embedding as its head, llama.cpp wants a head of its own"
+    elif family.experts is not None:
+        problem = _foreign_experts(config, family.experts)
     if problem:
         raise UserError(f"this {config['model_type']} model {problem}. Use format quern")
+
+
+def _foreign_experts(config: Mapping[str, Any], experts: Experts) -> str | None:
+    """What llama.cpp does not compute of a model with experts, as a clause; None: it computes all."""
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        return "has blocks without experts, llama.cpp wants some in all"
+    if config.get("norm_topk_prob", experts.renormalized) is not experts.renormalized:
+        said = "divides" if experts.renormalized else "does not divide"
+        given = config["norm_topk_prob"]
+        return f"has norm_topk_prob {given}, llama.cpp {said} the weights of a token's experts by their sum"
+    return None
+
+
+def _add_experts(values: dict[str, Any], config: Mapping[str, Any], family: Family) -> None:
+    arch, experts = family.architecture, family.experts
+    if experts is None:
+        return
+    # transformers' configuration classes have two names for it.
+    values[f"{arch}.expert_count"] = config.get("num_experts") or config["num_local_experts"]
+    values[f"{arch}.expert_used_count"] = config["num_experts_per_tok"]
+    if experts.inner is not None:
+        values[f"{arch}.expert_feed_forward_length"] = config[experts.inner]
+    if experts.shared is not None:
+        values[f"{arch}.expert_shared_feed_forward_length"] = config[experts.shared]
 
 
 def _add_rope(made: ModelMetadata, config: Mapping[str, Any], family: Family, head_size: int) -> None:
