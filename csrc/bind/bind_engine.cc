@@ -11,6 +11,7 @@
 #include "engine/decoder.h"
 #include "engine/reading.h"
 #include "engine/sampling.h"
+#include "program/writer.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -167,6 +168,17 @@ std::shared_ptr<BoundStep> attend(int32_t layer, int32_t queries, int32_t to, in
   return keeping(bound(AttendStep(layer, queries, to, window, optional_vector(bias), size_of(bias), rotary)), bias);
 }
 
+// The program of a run file, and its arrays with where each begins in the file; they are the decoder's.
+nb::tuple program(nb::handle self, int32_t context, int32_t switch_length) {
+  const Program made = write_program(nb::cast<BoundDecoder&>(self).decoder(), {context, switch_length});
+  nb::list arrays;
+  for (const Placed& array : made.arrays) {
+    const nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>> view(array.bytes.data, {static_cast<size_t>(array.bytes.size)}, self);
+    arrays.append(nb::make_tuple(array.at, view));
+  }
+  return nb::make_tuple(nb::bytes(made.program.data(), made.program.size()), arrays);
+}
+
 void bind_steps(nb::module_& module) {
   nb::class_<BoundStep>(module, "Step")
       .def_static("embed", &embed, "table"_a, "to"_a)
@@ -264,6 +276,7 @@ void bind_engine(nb::module_& module) {
              return std::make_shared<KeyValuePool>(self.cache_shape(precision_of(precision), transformed), pages);
            },
            "pages"_a, "precision"_a, "transformed"_a = true)
+      .def("program", &program, "context"_a, "switch_length"_a)
       .def("feed", &BoundDecoder::feed, "caches"_a, "counts"_a, "tokens"_a, "all"_a)
       .def("read", &BoundDecoder::read, "caches"_a, "counts"_a, "tokens"_a, "wanted"_a, "hidden"_a = false);
   module.def("likeliest", [](Floats logits) { return likeliest(logits.data(), static_cast<int32_t>(logits.size())); },
