@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-quick check format readme messages messages-compile lock lock-peers test-latest test-lowest clean
+.PHONY: help install demo run test test-quick check format readme messages messages-compile lock lock-peers test-latest test-lowest clean
 
 # Another Python environment may be active, and its variables must not reach the one made here.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX PIP_TARGET PIP_PREFIX
@@ -65,6 +65,11 @@ check: $(VENV)/.installed-dev  ## Formatter, linter, types, layers, file sizes
 format: $(VENV)/.installed-dev  ## Let the formatter rewrite the code
 	@$(BIN)/ruff format $(CODE)
 	@$(BIN)/ruff check --fix $(CODE)
+
+# CMake may be the machine's or the environment's.
+run:  ## quern-run, a program that runs models without Python: build/run/quern-run
+	@export PATH="$(abspath $(BIN)):$$PATH" && cmake -S . -B build/run -DQUERN_RUN=ON > /dev/null && \
+		cmake --build build/run --target quern-run --parallel
 
 readme: $(VENV)/.installed  ## Put the table of demo/results.json into both READMEs
 	@$(BIN)/python tools/update_readme.py demo/results.json

@@ -5,23 +5,21 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <cmath>
 #include <mutex>
 #include <new>
 
 #include "bind/matrix.h"
 #include "engine/decoder.h"
+#include "engine/reading.h"
 #include "engine/routing.h"
 #include "engine/sampling.h"
+#include "program/writer.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace quern {
 namespace {
-
-constexpr int32_t CHUNK = 512;  // tokens that go through the blocks together
 
 struct LinearArrays {
   std::shared_ptr<Matrix> matrix;
@@ -33,12 +31,8 @@ struct LinearArrays {
   LinearArrays(std::shared_ptr<Matrix> m, std::optional<Floats> b, std::optional<Bytes> s, bool f,
                std::optional<float> input_scale, bool one_input_scale)
       : matrix(std::move(m)), bias(std::move(b)), signs(std::move(s)), fine(f), input{input_scale.value_or(0.0f), one_input_scale} {
-    const Weight& w = matrix->weight();
-    require(!bias || static_cast<int64_t>(bias->size()) == w.rows, "a bias has one number a row");
-    require(!signs || static_cast<int64_t>(signs->size()) == (w.columns + 7) / 8, "signs have one bit a column");
-    require(!input_scale || std::isnormal(*input_scale), "a scale of inputs is a normal number");
-    require(!input_scale || *input_scale > 0.0f, "a scale of inputs is above zero");
-    require(!fine || input == InputScale{}, "fine inputs have the scales of their groups");
+    require(!input_scale || *input_scale != 0.0f, "a scale of inputs is above zero");
+    check(view(), bias ? static_cast<int64_t>(bias->size()) : 0, signs ? static_cast<int64_t>(signs->size()) : 0);
   }
 
   Linear view() const {
@@ -75,58 +69,17 @@ class BoundDecoder {
   nb::ndarray<nb::numpy, float, nb::ndim<2>> read(const std::vector<SequenceCache*>& caches, const std::vector<int32_t>& counts,
                                                  Array<int32_t, nb::ndim<1>> tokens, const std::vector<int32_t>& wanted,
                                                  bool hidden) {
-    const DecoderShape& shape = decoder_->shape();
-    require(!caches.empty() && caches.size() == counts.size() && caches.size() == wanted.size(),
-            "two counts a sequence, and at least one sequence");
-    std::vector<Row> rows;
-    std::vector<bool> kept;
-    int64_t total = 0;
-    for (size_t i = 0; i < counts.size(); ++i) {
-      require(counts[i] > 0, "every sequence needs at least one token");
-      require(wanted[i] >= 0 && wanted[i] <= counts[i], "no more rows are wanted than there are tokens");
-      total += counts[i];
-    }
-    require(total == static_cast<int64_t>(tokens.size()), "the counts must add up to the number of tokens");
-    for (size_t i = 0; i < caches.size(); ++i) {
-      const CacheShape& cache = caches[i]->shape();
-      require(same_layers(cache.layers, shape.layers), "the sequence is one of another model");
-      require(caches[i]->rotary() >= 0, "the decoder has no such set of rotary frequencies");
-      require(std::count(caches.begin(), caches.end(), caches[i]) == 1, "a sequence is given twice");
-      require(caches[i]->reserve(caches[i]->length() + static_cast<int64_t>(counts[i])),
-              "the pool has room for " + std::to_string(caches[i]->room() - caches[i]->length()) + " more tokens, not " +
-                  std::to_string(counts[i]));
-      for (int32_t n = 0; n < counts[i]; ++n) {
-        const int32_t token = tokens.data()[rows.size()];
-        require(token >= 0 && token < shape.vocabulary, "token " + std::to_string(token) +
-                                                            " is outside the vocabulary of " +
-                                                            std::to_string(shape.vocabulary));
-        rows.push_back({caches[i], caches[i]->length() + n, token});
-        kept.push_back(n >= counts[i] - wanted[i]);
-      }
-    }
-    const size_t count = static_cast<size_t>(std::count(kept.begin(), kept.end(), true));
-    const size_t width = static_cast<size_t>(decoder_->width());
-    const size_t across = hidden ? width : static_cast<size_t>(shape.vocabulary);
+    require(caches.size() == counts.size() && caches.size() == wanted.size(), "two counts a sequence, and at least one sequence");
+    std::vector<Fed> fed;
+    for (size_t i = 0; i < caches.size(); ++i) fed.push_back({caches[i], counts[i], wanted[i]});
+    const Reading reading(*decoder_, fed, tokens.data(), static_cast<int64_t>(tokens.size()));
+    const size_t count = static_cast<size_t>(reading.wanted());
+    const size_t across = static_cast<size_t>(hidden ? decoder_->width() : decoder_->shape().vocabulary);
     std::unique_ptr<float[]> out(new float[count * across]);
     {
       nb::gil_scoped_release released;
       std::lock_guard<std::mutex> lock(mutex_);
-      float* to = out.get();
-      for (size_t from = 0; from < rows.size(); from += CHUNK) {
-        const std::vector<Row> chunk(rows.begin() + from, rows.begin() + std::min(rows.size(), from + CHUNK));
-        float* states = decoder_->forward(chunk);
-        size_t found = 0;
-        for (size_t i = 0; i < chunk.size(); ++i)
-          if (kept[from + i]) {
-            std::copy_n(states + i * width, width, states + found * width);
-            ++found;
-          }
-        if (hidden)
-          std::copy_n(states, found * width, to);
-        else if (found > 0)
-          decoder_->logits(states, static_cast<int32_t>(found), to);
-        to += found * across;
-      }
+      hidden ? reading.hidden(*decoder_, out.get()) : reading.logits(*decoder_, out.get());
     }
     return owned(std::move(out), count, across);
   }
@@ -138,12 +91,6 @@ class BoundDecoder {
   }
 
  private:
-  static bool same_layers(const std::vector<CacheLayer>& a, const std::vector<CacheLayer>& b) {
-    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const CacheLayer& x, const CacheLayer& y) {
-      return x.heads == y.heads && x.head_dim == y.head_dim;
-    });
-  }
-
   std::vector<std::shared_ptr<BoundStep>> steps_;
   std::shared_ptr<LinearArrays> head_;
   std::unique_ptr<Decoder> decoder_;
@@ -248,6 +195,17 @@ std::shared_ptr<BoundStep> routed(std::tuple<int32_t, int32_t, int32_t, int32_t,
   return made;
 }
 
+// The program of a run file, and its arrays with where each begins in the file; they are the decoder's.
+nb::tuple program(nb::handle self, int32_t context, int32_t switch_length) {
+  const Program made = write_program(nb::cast<BoundDecoder&>(self).decoder(), {context, switch_length});
+  nb::list arrays;
+  for (const Placed& array : made.arrays) {
+    const nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>> view(array.bytes.data, {static_cast<size_t>(array.bytes.size)}, self);
+    arrays.append(nb::make_tuple(array.at, view));
+  }
+  return nb::make_tuple(nb::bytes(made.program.data(), made.program.size()), arrays);
+}
+
 void bind_steps(nb::module_& module) {
   nb::class_<BoundStep>(module, "Step")
       .def_static("embed", &embed, "table"_a, "to"_a)
@@ -347,6 +305,7 @@ void bind_engine(nb::module_& module) {
              return std::make_shared<KeyValuePool>(self.cache_shape(precision_of(precision), transformed), pages);
            },
            "pages"_a, "precision"_a, "transformed"_a = true)
+      .def("program", &program, "context"_a, "switch_length"_a)
       .def("feed", &BoundDecoder::feed, "caches"_a, "counts"_a, "tokens"_a, "all"_a)
       .def("read", &BoundDecoder::read, "caches"_a, "counts"_a, "tokens"_a, "wanted"_a, "hidden"_a = false);
   module.def("likeliest", [](Floats logits) { return likeliest(logits.data(), static_cast<int32_t>(logits.size())); },

@@ -14,6 +14,9 @@ class Decoder {
   Decoder(DecoderShape shape, std::vector<std::shared_ptr<const Step>> steps, int32_t output, Linear head, int threads);
 
   const DecoderShape& shape() const { return shape_; }
+  const std::vector<std::shared_ptr<const Step>>& steps() const { return steps_; }
+  int32_t output() const { return output_; }
+  const Linear& head() const { return head_; }
   int32_t width() const { return shape_.widths[output_]; }
   ThreadPool& pool() { return pool_; }
 

@@ -1,13 +1,16 @@
 #include "engine/operations.h"
 
 #include "kernels/dispatch.h"
+#include "kernels/isas.h"
 
 namespace quern {
 
 const Operations& operations() {
-#if defined(__x86_64__)
   const std::string isa = active_isa();
+#if QUERN_X86_WIDE
   if (isa == "amx" || isa == "avx512") return operations_avx512;
+#endif
+#if QUERN_X86
   if (isa == "avx2") return operations_avx2;
 #endif
   return operations_scalar;

@@ -1,8 +1,10 @@
 #include "engine/projection.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
+#include <stdexcept>
 
 #include "kernels/kind.h"
 
@@ -22,8 +24,21 @@ bool same_treatment(const Linear& a, const Linear& b) {
 }
 
 bool same_inputs(const Linear& a, const Linear& b) { return same_treatment(a, b) && same_signs(a, b); }
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
 
 }  // namespace
+
+void check(const Linear& linear, int64_t bias_size, int64_t sign_bytes) {
+  const Weight& w = linear.weight;
+  const float scale = linear.input.given;
+  require(linear.bias == nullptr || bias_size == w.rows, "a bias has one number a row");
+  require(linear.signs == nullptr || sign_bytes == (static_cast<int64_t>(w.columns) + 7) / 8, "signs have one bit a column");
+  require(scale == 0.0f || std::isnormal(scale), "a scale of inputs is a normal number");
+  require(scale >= 0.0f, "a scale of inputs is above zero");
+  require(!linear.fine || linear.input == InputScale{}, "fine inputs have the scales of their groups");
+}
 
 void Projector::project(const float* inputs, const std::vector<const Linear*>& linears, const std::vector<float*>& outputs,
                       int32_t tokens) {

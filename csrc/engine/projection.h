@@ -20,6 +20,9 @@ struct Linear {
   InputScale input;
 };
 
+// Throws std::invalid_argument for arrays of another size than the weight calls for (0 where there are none), and for scales of
+// inputs that are no scales.
+void check(const Linear& linear, int64_t bias_size, int64_t sign_bytes);
 // A linear of some rows of inputs.
 struct Visit {
   const Linear* linear;

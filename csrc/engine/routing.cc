@@ -19,7 +19,7 @@ int32_t width_of(const DecoderShape& shape, int32_t buffer) {
   return shape.widths[buffer];
 }
 
-void check_mlp(const GatedMlp& mlp, int32_t width, int32_t inner) {
+void check_mlp(const GatedMlp& mlp, int64_t width, int64_t inner) {
   for (const Linear* wide : {&mlp.gate, &mlp.up})
     require(wide->weight.columns == width && wide->weight.rows == inner, "an expert has a shape that the config denies");
   require(mlp.down.weight.columns == inner && mlp.down.weight.rows == width, "an expert has a shape that the config denies");
@@ -70,18 +70,18 @@ void choose_experts(const Operations& operations, const Router& router, float* s
 }
 
 void Routed::check(const DecoderShape& shape) const {
-  const int32_t width = width_of(shape, places.from), count = static_cast<int32_t>(experts.size());
+  const int64_t width = width_of(shape, places.from), count = static_cast<int64_t>(experts.size());
   require(router.per_token > 0 && router.per_token <= count, "a token meets at least one expert, and not more than there are");
   require(width_of(shape, places.scores) == count, "a router has one score for each expert");
   require(width_of(shape, places.to) == width, "experts make what is as wide as what they read");
   require(width_of(shape, places.made) == router.per_token * width, "there is room for what each of a token's experts makes");
-  const int32_t inner = experts[0].gate.weight.rows;
+  const int64_t inner = experts[0].gate.weight.rows;
   require(width_of(shape, places.gate) == router.per_token * inner && width_of(shape, places.up) == router.per_token * inner,
           "there is room for the gates of a token's experts");
   for (const GatedMlp& expert : experts) check_mlp(expert, width, inner);
   require(shared.has_value() == shared_places.has_value(), "a shared expert has buffers of its own");
   if (!shared) return;
-  const int32_t wide = width_of(shape, shared_places->gate);
+  const int64_t wide = width_of(shape, shared_places->gate);
   require(width_of(shape, shared_places->score) == 1, "a shared expert has one score");
   require(width_of(shape, shared_places->up) == wide && width_of(shape, shared_places->made) == width,
           "there is room for the gate of a shared expert");

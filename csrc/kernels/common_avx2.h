@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels/isas.h"
 #include "kernels/weight.h"
 
 #define INLINE static inline __attribute__((always_inline))

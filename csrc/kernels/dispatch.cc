@@ -4,9 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "kernels/isas.h"
 #include "kernels/tables.h"
 
-#if defined(__x86_64__)
+#if QUERN_X86
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -15,7 +16,7 @@
 namespace quern {
 namespace {
 
-#if defined(__x86_64__)
+#if QUERN_X86
 
 struct Registers {
   uint32_t a = 0, b = 0, c = 0, d = 0;
@@ -46,6 +47,8 @@ bool can_avx2() {
   return has(c1, {12, 28, 29}) && has(cpuid(7, 0).b, {5}) && (saved_state() & 0x6) == 0x6;  // FMA, AVX, F16C; AVX2
 }
 
+#if QUERN_X86_WIDE
+
 bool can_avx512() {
   const Registers r = cpuid(7, 0);
   return can_avx2() && has(r.b, {16, 17, 30, 31})        // F, DQ, BW, VL
@@ -65,9 +68,10 @@ bool can_amx() {
 }
 
 #endif
+#endif
 
 // Fill what `table` leaves out from `lower`.
-Kernels completed(const Kernels& table, const Kernels& lower) {
+[[maybe_unused]] Kernels completed(const Kernels& table, const Kernels& lower) {
   Kernels k = lower;
   k.name = table.name;
   const auto take = [](auto& mine, auto theirs) {
@@ -92,7 +96,7 @@ Kernels completed(const Kernels& table, const Kernels& lower) {
 const std::vector<Kernels>& tables() {
   static const std::vector<Kernels> all = [] {
     std::vector<Kernels> found{scalar_table};
-#if defined(__x86_64__)
+#if QUERN_X86
     const auto add = [&](std::initializer_list<const Kernels*> parts) {
       Kernels table = found.back();
       for (const Kernels* part : parts) table = completed(*part, table);
@@ -100,6 +104,8 @@ const std::vector<Kernels>& tables() {
       found.push_back(table);
     };
     if (can_avx2()) add({&vectors_avx2, &panels_avx2});
+#endif
+#if QUERN_X86_WIDE
     if (can_avx512()) add({&vectors_avx512, &panels_avx512});
     if (can_amx()) add({&panels_amx});
 #endif

@@ -63,17 +63,15 @@ void rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, f
   if (!whole || weight.table_group != 0) return SCALAR<BITS>.rows(weight, in, first, last, outputs);
   Inputs part = in;  // four tokens or one at a time, since more variants would take long to compile
   for (int32_t t = 0; t < in.tokens; t += part.tokens) {
-    part.tokens = in.tokens - t < 4 ? 1 : 4;
+    part.tokens = SMALL_CODE || in.tokens - t < 4 ? 1 : 4;
     part.halves = in.halves + 2 * t * in.half;
     part.quarters = in.quarters + 4 * t * in.quarter;
     part.scale = in.scale + static_cast<int64_t>(t) * in.groups;
     part.sums = in.sums + static_cast<int64_t>(t) * in.groups;
     float* to = outputs + t * in.rows;
-    if (part.tokens == 4) {
-      by_group<Code<BITS>, 4>(weight, part, first, last, to);
-    } else {
-      by_group<Code<BITS>, 1>(weight, part, first, last, to);
-    }
+    if constexpr (!SMALL_CODE)
+      if (part.tokens == 4) by_group<Code<BITS>, 4>(weight, part, first, last, to);
+    if (part.tokens == 1) by_group<Code<BITS>, 1>(weight, part, first, last, to);
   }
 }
 

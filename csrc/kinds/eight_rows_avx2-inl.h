@@ -172,11 +172,12 @@ template <typename Type>
 void rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
   Inputs part = in;
   for (int32_t t = 0; t < in.tokens; t += part.tokens) {
-    part.tokens = in.tokens - t >= 4 ? 4 : 1;
+    part.tokens = !SMALL_CODE && in.tokens - t >= 4 ? 4 : 1;
     part.values = in.values + t * in.stride;
     part.scale = in.scale + static_cast<int64_t>(t) * in.groups;
     part.sums = in.sums + static_cast<int64_t>(t) * in.groups;
-    if (part.tokens == 4) multiply_rows<Type, 4>(weight, part, first, last, outputs + t * in.rows);
+    if constexpr (!SMALL_CODE)
+      if (part.tokens == 4) multiply_rows<Type, 4>(weight, part, first, last, outputs + t * in.rows);
     if (part.tokens == 1) multiply_rows<Type, 1>(weight, part, first, last, outputs + t * in.rows);
   }
 }

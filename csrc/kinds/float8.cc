@@ -53,11 +53,11 @@ const KindKernels e5m2_scalar = {multiply_float8_scalar<Float8::e5m2>, nullptr, 
 
 const WeightKind float8_e4m3 = {
     "float8_e4m3", true, true, false, 1, row_bytes, nullptr, nullptr, nullptr, decode_float8<Float8::e4m3>,
-    {&e4m3_scalar, X86_KERNELS(float8_e4m3_avx2), X86_KERNELS(float8_e4m3_avx512), nullptr},
+    {&e4m3_scalar, X86_KERNELS(float8_e4m3_avx2), AVX512_KERNELS(float8_e4m3_avx512), nullptr},
 };
 const WeightKind float8_e5m2 = {
     "float8_e5m2", true, true, false, 1, row_bytes, nullptr, nullptr, nullptr, decode_float8<Float8::e5m2>,
-    {&e5m2_scalar, X86_KERNELS(float8_e5m2_avx2), X86_KERNELS(float8_e5m2_avx512), nullptr},
+    {&e5m2_scalar, X86_KERNELS(float8_e5m2_avx2), AVX512_KERNELS(float8_e5m2_avx512), nullptr},
 };
 
 }  // namespace quern

@@ -37,7 +37,7 @@ KindKernels kernels_of(const Weight& weight, int32_t level) {
 
 // AVX2 multiplies 4-bit integers as they lie faster than decoded ones, up to the tokens for which reading them again and again
 // begins to count.
-int32_t most_row_tokens(int32_t level) { return level == 1 ? 64 : MANY_TOKENS; }
+int32_t most_row_tokens(int32_t level) { return level == 1 && QUERN_X86 && !SMALL_CODE ? 64 : MANY_TOKENS; }
 
 int32_t row_tokens(const Weight& weight, int32_t level) {
   return weight.kind == &integer4 && weight.group >= 64 ? most_row_tokens(level) : MANY_TOKENS;

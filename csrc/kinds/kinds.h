@@ -1,6 +1,7 @@
 // The kinds of weights and the parts of them that the files of an instruction set export.
 #pragma once
 
+#include "kernels/isas.h"
 #include "kernels/kind.h"
 
 namespace quern {
@@ -19,10 +20,15 @@ extern const KindKernels integer4_avx512, integer8_avx512, codebook2_avx512, cod
 extern const KindKernels q2_k_avx512, q3_k_avx512, q4_k_avx512, q5_k_avx512, q6_k_avx512, iq4_xs_avx512;
 
 // Those of an instruction set of x86-64, where this is one.
-#if defined(__x86_64__)
+#if QUERN_X86
 #define X86_KERNELS(kernels) &kernels
 #else
 #define X86_KERNELS(kernels) nullptr
+#endif
+#if QUERN_X86_WIDE
+#define AVX512_KERNELS(kernels) &kernels
+#else
+#define AVX512_KERNELS(kernels) nullptr
 #endif
 
 }  // namespace quern

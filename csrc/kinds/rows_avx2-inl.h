@@ -352,15 +352,28 @@ INLINE void by_group(const Weight& weight, const Inputs& in, int32_t first, int3
 
 template <typename Code>
 void multiply(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
-  switch (in.tokens) {
-    case 1: return by_group<Code, 1>(weight, in, first, last, outputs);
-    case 2: return by_group<Code, 2>(weight, in, first, last, outputs);
-    case 3: return by_group<Code, 3>(weight, in, first, last, outputs);
-    case 4: return by_group<Code, 4>(weight, in, first, last, outputs);
-    case 5: return by_group<Code, 5>(weight, in, first, last, outputs);
-    case 6: return by_group<Code, 6>(weight, in, first, last, outputs);
-    case 7: return by_group<Code, 7>(weight, in, first, last, outputs);
-    default: return by_group<Code, 8>(weight, in, first, last, outputs);
+  if constexpr (SMALL_CODE) {
+    Inputs one = in;
+    one.tokens = 1;
+    for (int64_t t = 0; t < in.tokens; ++t) {
+      one.values = in.values + t * in.stride;
+      one.halves = in.halves + 2 * t * in.half;
+      one.quarters = in.quarters + 4 * t * in.quarter;
+      one.scale = in.scale + t * in.groups;
+      one.sums = in.sums + t * in.groups;
+      by_group<Code, 1>(weight, one, first, last, outputs + t * in.rows);
+    }
+  } else {
+    switch (in.tokens) {
+      case 1: return by_group<Code, 1>(weight, in, first, last, outputs);
+      case 2: return by_group<Code, 2>(weight, in, first, last, outputs);
+      case 3: return by_group<Code, 3>(weight, in, first, last, outputs);
+      case 4: return by_group<Code, 4>(weight, in, first, last, outputs);
+      case 5: return by_group<Code, 5>(weight, in, first, last, outputs);
+      case 6: return by_group<Code, 6>(weight, in, first, last, outputs);
+      case 7: return by_group<Code, 7>(weight, in, first, last, outputs);
+      default: return by_group<Code, 8>(weight, in, first, last, outputs);
+    }
   }
 }
 

@@ -112,12 +112,12 @@ constexpr WeightKind kind(const char* name, const KindKernels* avx2, const KindK
 
 }  // namespace
 
-const WeightKind q2_k = kind<Q2K>("q2_k", X86_KERNELS(q2_k_avx2), X86_KERNELS(q2_k_avx512));
-const WeightKind q3_k = kind<Q3K>("q3_k", X86_KERNELS(q3_k_avx2), X86_KERNELS(q3_k_avx512));
-const WeightKind q4_k = kind<Q4K>("q4_k", X86_KERNELS(q4_k_avx2), X86_KERNELS(q4_k_avx512));
-const WeightKind q5_k = kind<Q5K>("q5_k", X86_KERNELS(q5_k_avx2), X86_KERNELS(q5_k_avx512));
-const WeightKind q6_k = kind<Q6K>("q6_k", X86_KERNELS(q6_k_avx2), X86_KERNELS(q6_k_avx512));
-const WeightKind iq4_xs = kind<IQ4XS>("iq4_xs", X86_KERNELS(iq4_xs_avx2), X86_KERNELS(iq4_xs_avx512));
+const WeightKind q2_k = kind<Q2K>("q2_k", X86_KERNELS(q2_k_avx2), AVX512_KERNELS(q2_k_avx512));
+const WeightKind q3_k = kind<Q3K>("q3_k", X86_KERNELS(q3_k_avx2), AVX512_KERNELS(q3_k_avx512));
+const WeightKind q4_k = kind<Q4K>("q4_k", X86_KERNELS(q4_k_avx2), AVX512_KERNELS(q4_k_avx512));
+const WeightKind q5_k = kind<Q5K>("q5_k", X86_KERNELS(q5_k_avx2), AVX512_KERNELS(q5_k_avx512));
+const WeightKind q6_k = kind<Q6K>("q6_k", X86_KERNELS(q6_k_avx2), AVX512_KERNELS(q6_k_avx512));
+const WeightKind iq4_xs = kind<IQ4XS>("iq4_xs", X86_KERNELS(iq4_xs_avx2), AVX512_KERNELS(iq4_xs_avx512));
 const WeightKind q4_1 = kind<Q41>("q4_1", X86_KERNELS(q4_1_avx2));
 const WeightKind q5_1 = kind<Q51>("q5_1", X86_KERNELS(q5_1_avx2));
 const WeightKind iq2_xxs = kind<IQ2XXS>("iq2_xxs", X86_KERNELS(iq2_xxs_avx2));

@@ -179,6 +179,9 @@ class Decoder:
         Raises ``MemoryError`` where the system refuses it.
         """
 
+    def program(self, context: int, switch_length: int) -> tuple[bytes, list[tuple[int, NDArray[np.uint8]]]]:
+        """The program of a run file, and the arrays that it names with the places where they begin in the file."""
+
     def feed(
         self,
         caches: collections.abc.Sequence[Sequence],

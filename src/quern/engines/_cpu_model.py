@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quern import _native
@@ -270,3 +271,7 @@ class CpuModel:
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: everything but an untied embedding, of which it reads a row."""
         return self._bytes_per_token
+
+    def program(self) -> tuple[bytes, list[tuple[int, NDArray[np.uint8]]]]:
+        """The decoder as the program of a run file, and its arrays with their places there (csrc/program/format.h)."""
+        return self._decoder.program(self.maximum_length, self.switch_length or 0)

@@ -33,6 +33,8 @@ from quern.loading.fitting import model_config, open_model
 from quern.loading.padding import unpadded
 from quern.pipeline.output import artifact_size, finished_layers, opened_by, output_target, publish, tensor_bytes
 
+RUN = "run"
+"""Called like a format, but no form of an artifact: the program of the cpu engine (docs/run.md)."""
 AS_IT_IS = Recipe(name="unquantized", weights=UNQUANTIZED)
 """Of a model that nobody quantized."""
 
@@ -142,9 +144,12 @@ def export(
 
     Every stored value stays what it is; where the format's scales cannot hold one, notes say so. Zeros that the recipe
     padded the model with are cut off unless ``keep_padding``. ``format_options``: see docs/gguf.md and docs/onnx.md.
+    ``format="run"`` writes a file for quern-run (docs/run.md) of any model that the cpu engine runs, with its padding.
     One block is in memory at a time. Raises ``UserError`` with the reasons for what the format cannot store,
     ``BadFileError`` for damage.
     """
+    if format == RUN:
+        return _export_run_file(artifact, output, format_options)
     progress = progress or Silent()
     target = output_target(output, artifact, fresh, format)
     output = Path(os.path.expanduser(output))
@@ -173,6 +178,29 @@ def export(
         else:
             work.remove()
     return _report(output, format, source, time.perf_counter() - started, writer.notes())
+
+
+def _export_run_file(artifact: str | Path, output: str | Path, options: Mapping[str, str] | None) -> ExportReport:
+    """A file for quern-run, which is written in one go of whatever the cpu engine runs."""
+    from quern.pipeline.run_files.write import write_run_file
+
+    if options:
+        raise UserError(f"format {RUN} has no options; leave {', '.join(options)} out")
+    written = write_run_file(artifact, output)
+    checkpoint = open_model(artifact)
+    quantization = quantization_of(checkpoint.config) or {}
+    recipe = quantization.get("recipe")
+    shapes = architecture_of(model_config(checkpoint)).module_shapes().values()
+    return ExportReport(
+        path=written.path,
+        format=RUN,
+        recipe=AS_IT_IS.name if recipe is None else parse_recipe(recipe, "of the artifact").name,
+        seconds=written.seconds,
+        bytes=written.bytes,
+        bits_per_weight=8 * written.array_bytes / sum(math.prod(shape) for shape in shapes),
+        peak_rss_bytes=written.peak_rss_bytes,
+        notes=written.notes,
+    )
 
 
 def _write(
