@@ -52,7 +52,7 @@ def timed(work, tokens):
     return tokens / (time.perf_counter() - begin)
 
 
-print(json.dumps({"notes": getattr(model, "notes", [])}), flush=True)
+print(json.dumps({}), flush=True)
 for line in sys.stdin:
     prompt, new = json.loads(line)
     session = model.start()
@@ -60,7 +60,7 @@ for line in sys.stdin:
     decode = timed(lambda: [session.feed([i % 1000]) for i in range(new)], new)
     session = model.start()
     prefill = timed(lambda: session.feed([i % 1000 for i in range(prompt)]), prompt)
-    print(json.dumps({"decode": decode, "prefill": prefill}), flush=True)
+    print(json.dumps({"decode": decode, "prefill": prefill, "notes": list(getattr(model, "notes", []))}), flush=True)
 """
 
 
@@ -76,7 +76,8 @@ class Contender:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
         )
-        self.notes = self._answer()["notes"]
+        self.notes: list[str] = []
+        self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -87,11 +88,13 @@ class Contender:
         return found
 
     def run(self, prompt: int, new: int) -> dict[str, float]:
-        """Tokens a second of one turn."""
+        """Tokens a second of one turn. What the engine did otherwise than asked is in ``notes`` afterwards."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([prompt, new]) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        found = self._answer()
+        self.notes = found.pop("notes")
+        return found
 
     def close(self) -> None:
         self._process.communicate()

@@ -1,7 +1,9 @@
 """GGUF files of Qwen2 shapes with random blocks, for timing llama.cpp without quantizing anything.
 
-Speed depends on types and shapes, not on what the codes are. Types follow llama-quantize: the head (and an embedding that is
-the head) in Q6_K, or Q5_K for the IQ types; where a row is no multiple of 256, the fallback types that it would take.
+Speed depends on types and shapes, not on what the codes are; but blocks' float16 numbers are such that weights have the size
+of trained ones, since values that overflow make a decoder take other ways (quern computes a text again whose keys or values
+float16 cannot hold). Types follow llama-quantize: the head (and an embedding that is the head) in Q6_K, or Q5_K for the IQ
+types; where a row is no multiple of 256, the fallback types that it would take.
 """
 
 from __future__ import annotations
@@ -23,8 +25,26 @@ FALLBACK = {
     "IQ3_S": "IQ4_NL",
 }
 """llama_tensor_get_type's choices for rows that are no multiple of 256."""
-FINITE = 0xBB
-"""Clears a bit of the exponent of every float16 that such a byte may end: no random scale is NaN or infinite."""
+NUMBERS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)} | dict.fromkeys(("Q4_K", "Q5_K", "Q4_1", "Q5_1"), (0, 2))
+"""Where the float16 numbers of a block lie; those of other types have one at its beginning."""
+
+
+def random_blocks(
+    generator: np.random.Generator, rows: int, columns: int, kind: gguf.GGMLQuantizationType
+) -> np.ndarray:
+    """Rows of random codes (uint8), whose values have a root mean square of ``columns ** -.5``."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = generator.integers(0, 256, (rows * columns // block, size), np.uint8)
+    places = NUMBERS.get(kind.name, (0,))
+
+    def write(number: float) -> None:
+        for at in places:
+            blocks[:, at : at + 2] = np.frombuffer(np.float16(number).tobytes(), np.uint8)
+
+    write(1.0)
+    values = gguf.quants.dequantize(blocks[:256], kind)
+    write(1 / (np.sqrt(np.square(values).mean()) * np.sqrt(columns)))
+    return blocks.reshape(rows, -1)
 
 
 def type_for(kind: str, columns: int) -> gguf.GGMLQuantizationType:
@@ -66,9 +86,7 @@ def write_gguf(
 
     def matrix(name: str, rows: int, columns: int, wanted: str) -> None:
         found = type_for(wanted, columns)
-        block, size = gguf.GGML_QUANT_SIZES[found]
-        data = generator.integers(0, 256, (rows, columns // block * size), np.uint8) & FINITE
-        writer.add_tensor(name, data, raw_dtype=found)
+        writer.add_tensor(name, random_blocks(generator, rows, columns, found), raw_dtype=found)
 
     def vector(name: str, size: int) -> None:
         writer.add_tensor(name, np.ones(size, np.float32))

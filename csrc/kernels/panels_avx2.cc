@@ -55,36 +55,35 @@ INLINE void add_to(int32_t* sums, __m256i more) {
 }
 
 // total += sums of 16 rows and TOKENS tokens over `steps` registers, a multiple of EXACT: so many at a time are added in 16 bits;
-// 0: signed values.
+// 0: signed values. Weights stay in registers while the tokens meet them.
 template <int TOKENS, int EXACT>
 INLINE void add_steps(const int8_t* w, int32_t steps, const int8_t* x, int64_t stride, __m256i bias, __m256i (*total)[2]) {
   constexpr int EACH = EXACT == 2 ? 2 : 1;
-  const __m256i one = _mm256_set1_epi16(1);
   for (int32_t b = 0; b < steps; b += EACH) {
-    __m256i some[TOKENS][2];
+    __m256i weights[EACH][2];
 #pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t) some[t][0] = some[t][1] = _mm256_setzero_si256();
+    for (int i = 0; i < 2 * EACH; ++i) weights[i / 2][i % 2] = _mm256_add_epi8(load(w + 64 * b + 32 * i), bias);
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t) {
+      __m256i inputs[EACH];
 #pragma GCC unroll 2
-    for (int i = 0; i < EACH; ++i) {
-      const __m256i low = _mm256_add_epi8(load(w + 64 * (b + i)), bias), high = _mm256_add_epi8(load(w + 64 * (b + i) + 32), bias);
-#pragma GCC unroll 4
-      for (int t = 0; t < TOKENS; ++t) {
-        const __m256i inputs = four_inputs(x + t * stride + 4 * (b + i));
-        if (EXACT < 2) {
-          total[t][0] = _mm256_add_epi32(total[t][0], EXACT == 0 ? products(low, inputs) : unsigned_products(low, inputs));
-          total[t][1] = _mm256_add_epi32(total[t][1], EXACT == 0 ? products(high, inputs) : unsigned_products(high, inputs));
-          continue;
+      for (int i = 0; i < EACH; ++i) inputs[i] = four_inputs(x + t * stride + 4 * (b + i));
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m256i more;
+        if constexpr (EXACT == 0) {
+          more = products(weights[0][half], inputs[0]);
+        } else if constexpr (EXACT == 1) {
+          more = unsigned_products(weights[0][half], inputs[0]);
+        } else {
+          const __m256i one = _mm256_maddubs_epi16(weights[0][half], inputs[0]);
+          const __m256i other = _mm256_maddubs_epi16(weights[1][half], inputs[1]);
+          more = _mm256_madd_epi16(_mm256_add_epi16(one, other), _mm256_set1_epi16(1));
         }
-        some[t][0] = _mm256_add_epi16(some[t][0], _mm256_maddubs_epi16(low, inputs));
-        some[t][1] = _mm256_add_epi16(some[t][1], _mm256_maddubs_epi16(high, inputs));
+        total[t][half] = _mm256_add_epi32(total[t][half], more);
+        asm("" : "+x"(total[t][half]));  // or sums are put off until there is no register left
       }
     }
-    if (EXACT < 2) continue;
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t)
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half)
-        total[t][half] = _mm256_add_epi32(total[t][half], _mm256_madd_epi16(some[t][half], one));
   }
 }
 
@@ -215,19 +214,20 @@ INLINE void add_groups(const int8_t* w, int32_t bias, const Grouped& in, int32_t
   const __m256i biases = _mm256_set1_epi8(static_cast<char>(bias));
   const int8_t* x = in.x + first * in.stride;
   for (int32_t g = 0; g < in.groups; ++g) {
+    const int64_t at = first * in.token_stride + g;
     __m256i total[TOKENS][2];
-    for (int t = 0; t < TOKENS; ++t) total[t][0] = total[t][1] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t)
+      total[t][0] = total[t][1] = _mm256_mullo_epi32(_mm256_set1_epi32(-bias), _mm256_set1_epi32(in.xsum[at + t * in.token_stride]));
     add_steps<TOKENS, EXACT>(w + 16 * static_cast<int64_t>(g) * in.group, in.group / 4, x + g * in.group, in.stride, biases, total);
     const __m256 scales[2] = {_mm256_loadu_ps(ws + g * TILE_ROWS), _mm256_loadu_ps(ws + g * TILE_ROWS + 8)};
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; ++t) {
-      const int64_t at = (first + t) * in.token_stride + g;
-      const __m256i shift = _mm256_set1_epi32(EXACT == 0 ? 0 : bias * in.xsum[at]);
-      const __m256 xs = _mm256_set1_ps(in.xs[at]);
+      const __m256 xs = _mm256_set1_ps(in.xs[at + t * in.token_stride]);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const __m256 value = _mm256_cvtepi32_ps(_mm256_sub_epi32(total[t][half], shift));
         float* to = out + 16 * t + 8 * half;
+        const __m256 value = _mm256_cvtepi32_ps(total[t][half]);
         _mm256_storeu_ps(to, _mm256_fmadd_ps(value, _mm256_mul_ps(scales[half], xs), _mm256_loadu_ps(to)));
       }
     }

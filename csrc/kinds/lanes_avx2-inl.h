@@ -1,6 +1,8 @@
 // Sums of eight rows side by side; for the AVX2 files of kinds, without linkage.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/common_avx2.h"
 
 namespace quern {
@@ -66,6 +68,47 @@ INLINE void add_lanes(__m256i* v, __m256i* found) {
     found[0] = add<(EXACT > 2)>(low, high);
     if (EXACT > 2) found[0] = widen(found[0]);
   }
+}
+
+// Sums of two neighbouring double words, which are four words where NARROW, of eight registers, one a row: found[i] has the i-th
+// ones of eight rows.
+template <bool NARROW>
+INLINE void add_pairs(__m256i* v, __m256i* found) {
+  __m256i two[4], four[4];
+  const auto joined = [](__m256i a, __m256i b, auto which) __attribute__((always_inline)) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), decltype(which)::value));
+  };
+  constexpr std::integral_constant<int, 0x88> EVEN;
+  constexpr std::integral_constant<int, 0xdd> ODD;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256i a = NARROW ? widen(v[2 * i]) : v[2 * i], b = NARROW ? widen(v[2 * i + 1]) : v[2 * i + 1];
+    two[i] = _mm256_add_epi32(joined(a, b, EVEN), joined(a, b, ODD));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 4; i += 2) {
+    four[i] = joined(two[i], two[i + 1], EVEN);
+    four[i + 1] = joined(two[i], two[i + 1], ODD);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    found[i] = _mm256_permute2x128_si256(four[i], four[i + 2], 0x20);
+    found[i + 2] = _mm256_permute2x128_si256(four[i], four[i + 2], 0x31);
+  }
+}
+
+// A byte of ones for each bit that is set.
+INLINE __m256i spread_bits(uint32_t bits) {
+  const __m256i order = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+  const __m256i each = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int32_t>(bits)), order);
+  return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, each), each);
+}
+
+INLINE uint32_t word(const uint8_t* at) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, at, 4);
+  return bits;
 }
 
 }  // namespace

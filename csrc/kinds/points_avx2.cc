@@ -13,20 +13,6 @@ using IQ2SRows = Rows<IQ2S, 0, 1>;
 using IQ3XXSRows = Rows<IQ3XXS, 0, 1>;
 using IQ3SRows = Rows<IQ3S, 0, 1>;
 
-// A byte of ones for each bit that is set.
-INLINE __m256i spread_bits(uint32_t bits) {
-  const __m256i order = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-  const __m256i each = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
-  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int32_t>(bits)), order);
-  return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, each), each);
-}
-
-INLINE uint32_t word(const uint8_t* at) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, at, 4);
-  return bits;
-}
-
 // Four points of eight columns: the numbers in `index` say which.
 INLINE __m256i eight_sizes(const int8_t* table, const int32_t* index) {
   const auto at = [&](int i) { return reinterpret_cast<const double*>(table + 8 * index[i]); };

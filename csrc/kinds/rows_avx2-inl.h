@@ -3,22 +3,21 @@
 // more bits are widened at once.
 //
 // Groups of 16, 32 and 64 bytes of codes are added eight groups at a time, by exchanging lanes between their registers; all
-// other sizes, and a row's last groups, one at a time. Of more than four tokens and groups of 32 and 64 bytes lanes are tokens. Groups of 16 bytes of nibbles meet one token eight rows at a time, whose
-// outputs are lanes (.75 of the speed of reading instead of .59; larger groups are slower so, as eight rows are read at once).
+// other sizes, and a row's last groups, one at a time. Of more than four tokens and groups of 32 and 64 bytes lanes are tokens.
+// Groups of 8 and 16 bytes meet one token eight rows at a time (squares_avx2-inl.h).
 //
 // No include guard and no linkage: for <kind>_avx2.cc alone. Such a file says in a struct `Code` how its codes become values:
 // PER_BYTE codes a byte; `add` adds the products of one register of them with the inputs from byte `at` of a row on (the
-// register itself lies `moved` bytes further); SQUARES: whether they are nibbles, of which one token may meet eight rows at a time;
+// register itself lies `moved` bytes further); SQUARES: whether one token may meet eight rows of them at a time;
 // NARROW: in lanes of 16 bits, which hold those of four registers (4 * 2 * 2 * 15 * 127 = 30480), of codes as stored, less the
 // zero point.
 #include "kernels/common_avx2.h"
 #include "kinds/kinds.h"
 #include "kinds/lanes_avx2-inl.h"
+#include "kinds/squares_avx2-inl.h"
 
 namespace quern {
 namespace {
-
-constexpr int32_t BATCH = 8;  // groups that are added together
 
 // sums, of 32 bits, += products of `COUNT` registers, at most four. They lie `moved` bytes further in the row than `at` says.
 template <typename Code, int TOKENS, int COUNT>
@@ -92,11 +91,8 @@ INLINE __m256 load_scales(const Weight& weight, int32_t row, int32_t group) {
   const __m256 factor = _mm256_set1_ps(weight.scale_factor);
   const int64_t first = row * weight.scale_stride + group;
   const char* bytes = static_cast<const char*>(weight.scale);
-  if (bytes_of(weight.scale_type) == 1) {
-    alignas(32) float each[BATCH];
-    for (int i = 0; i < BATCH; ++i) each[i] = number(bytes, weight.scale_type, first + i);
-    return _mm256_mul_ps(_mm256_load_ps(each), factor);
-  }
+  if (bytes_of(weight.scale_type) == 1)
+    return _mm256_mul_ps(byte_numbers(weight.scale_type, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + first))), factor);
   if (weight.scale_type == Float::float32) return _mm256_mul_ps(_mm256_castsi256_ps(load(bytes + 4 * first)), factor);
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 2 * first));
   if (weight.scale_type == Float::float16) return _mm256_mul_ps(_mm256_cvtph_ps(halves), factor);
@@ -156,94 +152,6 @@ INLINE void add_batch(const Code& code, const Weight& weight, const Inputs& in, 
     }
     outputs[t] = accumulate<Code>(weight, in, row, t, group, sums, outputs[t]);
   }
-}
-
-// Scales of eight groups of eight rows, of two bytes each: lanes of ws[i] are the rows' of group + i.
-INLINE void load_scales(const Weight& weight, int32_t row, int32_t group, __m256* ws) {
-  __m128i v[ROWS], a[ROWS];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-    v[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(weight.scale) +
-                                                            2 * ((row + r) * weight.scale_stride + group)));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    a[2 * i] = _mm_unpacklo_epi16(v[i], v[i + 4]);
-    a[2 * i + 1] = _mm_unpackhi_epi16(v[i], v[i + 4]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
-    v[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
-  }
-  const __m256 factor = _mm256_set1_ps(weight.scale_factor);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m128i both[2] = {_mm_unpacklo_epi16(v[i], v[i + 4]), _mm_unpackhi_epi16(v[i], v[i + 4])};
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const __m256 numbers = weight.scale_type == Float::float16
-                                 ? _mm256_cvtph_ps(both[j])
-                                 : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(both[j]), 16));
-      ws[2 * i + j] = _mm256_mul_ps(numbers, factor);
-    }
-  }
-}
-
-// Eight groups of 16 bytes of eight rows and one token: lanes are rows.
-template <typename Code>
-INLINE __m256 add_square(const Code* codes, const Weight& weight, const Inputs& in, int32_t row, int32_t group, __m256 out) {
-  const uint8_t* bytes = static_cast<const uint8_t*>(weight.codes) + row * weight.row_bytes;
-  __m256 ws[BATCH];
-  load_scales(weight, row, group, ws);
-  for (int g = 0; g < BATCH; g += 2) {
-    const int64_t at = static_cast<int64_t>(group + g) * 16;
-    __m256i v[ROWS], found[2];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      v[r] = _mm256_setzero_si256();
-      Code::template add<1>(codes[r], load(bytes + r * weight.row_bytes + at), in, at, v + r, 0);
-    }
-    add_lanes<(Code::NARROW ? 3 : -1), 16>(v, found);  // 4 * 2 * 2 * 15 * 127 = 30480
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const int32_t which = group + g + i;
-      if constexpr (Code::NARROW) {
-        __m256i zeros = _mm256_set1_epi32(8);
-        if (weight.zeros != nullptr) {
-          const __m256i word = _mm256_set1_epi32(weight.zeros[static_cast<int64_t>(row / 8) * in.groups + which]);
-          zeros = _mm256_and_si256(_mm256_srlv_epi32(word, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)), _mm256_set1_epi32(15));
-        }
-        found[i] = _mm256_sub_epi32(found[i], _mm256_mullo_epi32(zeros, _mm256_set1_epi32(in.sums[which])));
-      }
-      out = _mm256_fmadd_ps(_mm256_cvtepi32_ps(found[i]), _mm256_mul_ps(ws[g + i], _mm256_set1_ps(in.scale[which])), out);
-    }
-  }
-  return out;
-}
-
-// One token and eight rows, as far as there are eight groups at a time: returns how many groups there were.
-template <typename Code>
-INLINE int32_t add_squares(const Weight& weight, const Inputs& in, int32_t row, float (*outputs)[1]) {
-  Code codes[ROWS];
-  for (int r = 0; r < ROWS; ++r) codes[r] = Code::make(weight, row + r);
-  const uint8_t* bytes = static_cast<const uint8_t*>(weight.codes) + row * weight.row_bytes;
-  const bool together = ROWS * weight.row_bytes <= 40 << 10;  // see eight_rows_avx2-inl.h
-  __m256 out = _mm256_setzero_ps();
-  int32_t g = 0;
-  for (; g + BATCH <= in.columns / in.group; g += BATCH) {
-    const int64_t at = 16 * static_cast<int64_t>(g), size = 16 * BATCH;
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r)
-      for (int64_t i = 0; i < size; i += 64) {
-        const uint8_t* next = together ? bytes + ROWS * (weight.row_bytes + at) + r * size : bytes + r * weight.row_bytes + at + 1536;
-        _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
-      }
-    const char* scales = static_cast<const char*>(weight.scale) + 2 * (ROWS * g + (row + ROWS) * weight.scale_stride);
-    for (int i = 0; i < 2 * BATCH * ROWS; i += 64) _mm_prefetch(scales + i, _MM_HINT_T0);
-    out = add_square(codes, weight, in, row, g, out);
-  }
-  _mm256_storeu_ps(outputs[0], out);
-  return g;
 }
 
 // Numbers of eight groups and as many tokens as there are, zeros for others, to a register for each group: lanes are tokens.
@@ -325,24 +233,46 @@ INLINE void add_row(const Code& code, const Weight& weight, const Inputs& in, in
 template <typename Code, int TOKENS, int BYTES>
 void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
   constexpr bool MANY = TOKENS > 4 && BYTES >= 32;
-  const bool squares = bytes_of(weight.scale_type) == 2 && weight.scale_stride != 0;
+  constexpr bool SQUARES = Code::SQUARES && TOKENS == 1 && (BYTES == 8 || BYTES == 16);
+  const bool squares = weight.scale_type != Float::float32 && weight.scale_stride != 0;
   for (int32_t row = first; row < last; row += ROWS) {
     const int32_t rows = least(last - row, ROWS);
     float out[ROWS][TOKENS] = {};
     int32_t g = 0;
-    if constexpr (TOKENS == 1 && BYTES == 16 && Code::SQUARES)
-      if (squares && rows == ROWS) g = add_squares<Code>(weight, in, row, out);
+    if constexpr (SQUARES)
+      if (squares && rows == ROWS) g = add_squares<Code, BYTES>(weight, in, row, out);
     if constexpr (MANY) g = add_all<Code, TOKENS, BYTES>(weight, in, row, rows, out);
     for (int32_t r = 0; r < rows; ++r) {
-      add_row<Code, TOKENS, MANY ? 0 : BYTES>(Code::make(weight, row + r), weight, in, row + r, g, out[r]);
+      add_row<Code, TOKENS, MANY || BYTES == 8 ? 0 : BYTES>(Code::make(weight, row + r), weight, in, row + r, g, out[r]);
       for (int t = 0; t < TOKENS; ++t) outputs[t * in.rows + row + r] = out[r][t];
     }
   }
 }
 
+// A token's part of `in`.
+INLINE Inputs inputs_of(const Inputs& in, int32_t token) {
+  Inputs one = in;
+  one.tokens = 1;
+  one.values += token * in.stride;
+  one.halves += 2 * token * in.half;
+  one.quarters += 4 * token * in.quarter;
+  one.scale += static_cast<int64_t>(token) * in.groups;
+  one.sums += static_cast<int64_t>(token) * in.groups;
+  return one;
+}
+
+// Groups of 8 bytes, one token after the other.
+template <typename Code>
+void multiply_eights(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
+  for (int32_t row = first; row < last; row += ROWS)
+    for (int t = 0; t < in.tokens; ++t)
+      multiply_rows<Code, 1, Code::SQUARES ? 8 : 0>(weight, inputs_of(in, t), row, least(row + ROWS, last), outputs + t * in.rows);
+}
+
 template <typename Code, int TOKENS>
 INLINE void by_group(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
   switch (in.group % Code::PER_BYTE == 0 ? in.group / Code::PER_BYTE : 0) {
+    case 8: return multiply_eights<Code>(weight, in, first, last, outputs);
     case 16: return multiply_rows<Code, TOKENS, 16>(weight, in, first, last, outputs);
     case 32: return multiply_rows<Code, TOKENS, 32>(weight, in, first, last, outputs);
     case 64: return multiply_rows<Code, TOKENS, 64>(weight, in, first, last, outputs);
