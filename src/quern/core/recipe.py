@@ -7,6 +7,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections import Counter
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -88,9 +89,18 @@ class Override(Strict):
 
     def matches(self, linear: str) -> bool:
         """Whether this means the linear called ``linear`` (full dotted name)."""
-        if WILDCARDS.isdisjoint(self.pattern):  # a plan has one such pattern for each linear
+        if not self.has_wildcards:  # a plan has one such pattern for each linear
             return linear == self.pattern
         return fnmatch.fnmatchcase(linear, self.pattern)
+
+    def matches_any(self, linears: Collection[str]) -> bool:
+        """Whether it means one of ``linears``, which are asked by name where it has one."""
+        return self.pattern in linears or any(map(self.matches, linears if self.has_wildcards else ()))
+
+    @property
+    def has_wildcards(self) -> bool:
+        """Whether the pattern may mean several linears."""
+        return not WILDCARDS.isdisjoint(self.pattern)
 
 
 class Recipe(Strict):
