@@ -89,18 +89,13 @@ class Override(Strict):
 
     def matches(self, linear: str) -> bool:
         """Whether this means the linear called ``linear`` (full dotted name)."""
-        if not self.has_wildcards:  # a plan has one such pattern for each linear
+        if WILDCARDS.isdisjoint(self.pattern):  # a plan has one such pattern for each linear
             return linear == self.pattern
         return fnmatch.fnmatchcase(linear, self.pattern)
 
     def matches_any(self, linears: Collection[str]) -> bool:
-        """Whether it means one of ``linears``, which are asked by name where it has one."""
-        return self.pattern in linears or any(map(self.matches, linears if self.has_wildcards else ()))
-
-    @property
-    def has_wildcards(self) -> bool:
-        """Whether the pattern may mean several linears."""
-        return not WILDCARDS.isdisjoint(self.pattern)
+        """Whether it means one of ``linears``."""
+        return self.pattern in linears or (not WILDCARDS.isdisjoint(self.pattern) and any(map(self.matches, linears)))
 
 
 class Recipe(Strict):
