@@ -44,6 +44,18 @@ def test_overrides_change_what_they_say_and_nothing_else():
     assert parse_recipe(recipe.to_json(), "again") == recipe, "an override without a scheme does not get one on the way"
 
 
+def test_the_last_override_counts_whether_it_names_a_linear_or_many():
+    """Names are looked up and patterns are tried; their order stays that of the recipe."""
+    named, pattern = {"pattern": Q, "bits": 3, "group_size": 32}, {"pattern": "*.q_proj", "bits": 5, "group_size": 32}
+    for overrides in ([named, pattern], [pattern, named], [named, pattern, named], [pattern, named, pattern]):
+        recipe = small_recipe(overrides=overrides)
+        assert plan_for(recipe, Q).scheme.params.bits == overrides[-1]["bits"]
+        assert plan_for(recipe, Q.replace("0", "1")).scheme.params.bits == 5
+        assert plan_for(recipe, DOWN).scheme == recipe.weights
+        assert [one.matches_any({Q: 1}) for one in recipe.overrides] == [True] * len(overrides)
+        assert not any(one.matches_any([DOWN]) for one in recipe.overrides)
+
+
 def test_what_one_override_needs_the_recipe_calibrates_for():
     assert not small_recipe().needs_calibration
     assert small_recipe(overrides=[{"pattern": "*", "rounding": {"method": "gptq"}}]).needs_calibration

@@ -151,6 +151,8 @@ class Architecture(ABC):
     """A family of decoder-only models, as its config describes one."""
 
     model_type: ClassVar[str]
+    renamed: ClassVar[bool] = False
+    """Whether checkpoints and runtimes call linears otherwise than transformers' modules, after which quern calls them."""
 
     embedding = "model.embed_tokens"
     final_norm = "model.norm"
@@ -200,6 +202,17 @@ class Architecture(ABC):
     def linears(self) -> dict[str, LinearSpec]:
         """The linears of all blocks by full name, in order."""
         return {block.prefix + linear.name: linear for block in self.blocks for linear in block.linears}
+
+    @cached_property
+    def never_quantized(self) -> tuple[str, ...]:
+        """Full names of modules in blocks that hold a matrix and are no linears of ``linears``: routers and gates."""
+        names = (
+            block.prefix + name.removesuffix(".weight")
+            for block in self.blocks
+            for name, shape in self.parameters(block.index).items()
+            if name.endswith(".weight") and len(shape) == 2
+        )
+        return tuple(name for name in names if name not in self.linears)
 
     @property
     def outer(self) -> tuple[str, ...]:

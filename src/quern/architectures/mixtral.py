@@ -18,6 +18,7 @@ class Mixtral(RoutedDecoder):
     model_type = "mixtral"
     module = "transformers.models.mixtral.modeling_mixtral"
     class_prefix = "Mixtral"
+    renamed = True
     names: ClassVar[tuple[ExpertNames, ...]] = (
         *RoutedDecoder.names,
         ExpertNames(STORED, ("w1", "w3", "w2")),

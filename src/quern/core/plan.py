@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from quern.core.recipe import Recipe
+from quern.core.recipe import WILDCARDS, Override, Recipe
 from quern.core.recipe_parts import NEAREST, Activations, Rounding, Transform
 from quern.core.scheme import UNQUANTIZED, CodecScheme
 
@@ -84,7 +84,7 @@ def candidates_for(recipe: Recipe, linear: str) -> list[LinearPlan]:
     that an override names. What overrides without a scheme say, all candidates have in common."""
     assert recipe.allocation is not None
     usual = _overridden(recipe, linear)
-    if any(override.scheme is not None and override.matches(linear) for override in recipe.overrides):
+    if any(override.scheme is not None for override in _meaning(recipe, linear)):
         return [usual if usual.quantized else KEPT]
     found = []
     for candidate in recipe.allocation.candidates:
@@ -101,12 +101,28 @@ def rotation_for(recipe: Recipe, linear: str) -> Transform | None:
 
 def _overridden(recipe: Recipe, linear: str) -> LinearPlan:
     plan = LinearPlan(recipe.weights, recipe.rounding, recipe.rotation, recipe.activations)
-    for override in recipe.overrides:
-        if override.matches(linear):
-            plan = LinearPlan(
-                plan.scheme if override.scheme is None else override.scheme,
-                override.rounding or plan.rounding,
-                plan.rotation if override.rotated is None else (recipe.rotation if override.rotated else None),
-                override.activations or plan.activations,
-            )
+    for override in _meaning(recipe, linear):
+        plan = LinearPlan(
+            plan.scheme if override.scheme is None else override.scheme,
+            override.rounding or plan.rounding,
+            plan.rotation if override.rotated is None else (recipe.rotation if override.rotated else None),
+            override.activations or plan.activations,
+        )
     return plan
+
+
+_known: tuple[tuple[Override, ...], dict[str, list[int]]] = (), {}
+"""Overrides of the last recipe that was asked, and their places by the linear that they name; "": those with wildcards."""
+
+
+def _meaning(recipe: Recipe, linear: str) -> list[Override]:
+    """Those that mean ``linear``, in order; names are looked up, since a plan has one for each of thousands of linears."""
+    global _known
+    overrides, places = _known
+    if overrides is not recipe.overrides:
+        overrides, places = recipe.overrides, {}
+        for place, one in enumerate(overrides):
+            places.setdefault(one.pattern if WILDCARDS.isdisjoint(one.pattern) else "", []).append(place)
+        _known = overrides, places
+    found = [place for place in places.get("", ()) if overrides[place].matches(linear)]
+    return [overrides[place] for place in sorted([*found, *places.get(linear, ())])]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections import Counter
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -91,6 +92,10 @@ class Override(Strict):
         if WILDCARDS.isdisjoint(self.pattern):  # a plan has one such pattern for each linear
             return linear == self.pattern
         return fnmatch.fnmatchcase(linear, self.pattern)
+
+    def matches_any(self, linears: Collection[str]) -> bool:
+        """Whether it means one of ``linears``."""
+        return self.pattern in linears or (not WILDCARDS.isdisjoint(self.pattern) and any(map(self.matches, linears)))
 
 
 class Recipe(Strict):

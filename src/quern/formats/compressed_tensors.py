@@ -32,7 +32,7 @@ from quern.formats.base import FORMATS, Format, Obstacle
 from quern.formats.compressed_tensors_reader import METHOD, CompressedTensorsReader
 from quern.formats.sharded import ShardedWriter
 from quern.formats.writing.compressed_config import activation_arguments, integer_arguments, rotations
-from quern.formats.writing.refusals import cannot_store, torn
+from quern.formats.writing.refusals import cannot_store, misnamed, torn
 
 _VLLM_BITS = (4, 8)
 INTEGER = "integer"
@@ -54,7 +54,7 @@ class CompressedTensorsWriter(ShardedWriter):
                 problems.setdefault(problem, []).append(module)
         if any(block.sources for block in self.architecture.blocks):
             problems["it stores experts one by one, which transformers' classes of this family do not read"] = []
-        for problem in torn(self.architecture, self.plan, _alike):
+        for problem in (*torn(self.architecture, self.plan, _alike), *misnamed(self.architecture)):
             problems[problem] = []
         linears = {m: p for m, p in self.plan.quantized().items() if m != self.architecture.embedding}
         scaled = [p.scheme.params for p in linears.values() if isinstance(p.scheme.params, ScaledParameters)]
@@ -133,7 +133,7 @@ class CompressedTensorsWriter(ShardedWriter):
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": sorted(kept),
+            "ignore": sorted([*kept, *self.architecture.never_quantized]),
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }

@@ -79,7 +79,7 @@ def checked_writer(recipe: Recipe, plan: Plan, architecture: Architecture) -> Ar
     OBSERVERS.get(recipe.activations.observer)
     for settings in recipe.transforms:
         TRANSFORMS.get(settings.method)(settings)
-    unused = [o.pattern for o in recipe.overrides if not any(o.matches(name) for name in architecture.linears)]
+    unused = [o.pattern for o in recipe.overrides if not o.matches_any(architecture.linears)]
     if unused:
         raise UserError(
             f"recipe {recipe.name!r}: no linear matches {' or '.join(map(repr, unused))}; names look like "

@@ -23,7 +23,7 @@ from quern.core.packed import PackedLinear
 from quern.core.plan import LinearPlan, Plan
 from quern.core.recipe import Recipe
 from quern.formats.sharded import ShardedWriter
-from quern.formats.writing.refusals import QUERN, cannot_store, torn
+from quern.formats.writing.refusals import QUERN, cannot_store, misnamed, torn
 
 PER_CHANNEL = -1
 """``group_size`` where an output has one scale."""
@@ -59,7 +59,7 @@ class PackedIntegersWriter(ShardedWriter):
         scaled = [plan.scheme.params for plan in plans if isinstance(plan.scheme.params, ScaledParameters)]
         if len(found := sorted({self.setting(params) for params in scaled})) > 1:
             problems[f"it has one setting for all linears, and these have {len(found)}: {'; '.join(found)}"] = []
-        for problem in torn(self.architecture, self.plan, lambda plan: plan.quantized):
+        for problem in (*torn(self.architecture, self.plan, lambda plan: plan.quantized), *misnamed(self.architecture)):
             problems[problem] = []
         if problems:
             raise cannot_store(self.recipe.format, self.recipe.name, problems)
@@ -108,7 +108,8 @@ class PackedIntegersWriter(ShardedWriter):
 
     def kept(self, plan: Plan) -> list[str]:
         """Linears of the blocks that stay as they are."""
-        return sorted(name for name in self.architecture.linears if not plan[name].quantized)
+        chosen = (name for name in self.architecture.linears if not plan[name].quantized)
+        return sorted([*chosen, *self.architecture.never_quantized])
 
     def common(self, plan: Plan) -> ScaledParameters:
         """The parameters of all linears; the scales' dtype is that of one of them."""

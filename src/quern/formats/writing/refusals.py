@@ -38,6 +38,24 @@ def torn(architecture: Architecture, plan: Plan, alike: Callable[[LinearPlan], o
             if any(p.quantized for p in plans) and any(alike(p) != alike(plans[0]) for p in plans):
                 names = ", ".join(name.rpartition(".")[2] for name in linear.fused_with)
                 found[f"{names} of {block.prefix}{linear.name.rpartition('.')[0]}"] = None
-    return [
+    joined = [
         f"{names} need one scheme, because vLLM joins them into one matrix; change the overrides" for names in found
     ]
+    return [*joined, *_torn_experts(architecture, plan, alike)]
+
+
+def _torn_experts(architecture: Architecture, plan: Plan, alike: Callable[[LinearPlan], object]) -> list[str]:
+    """The same of all experts of a block."""
+    for block in architecture.blocks:
+        plans = [plan[block.prefix + linear.name] for linear in block.linears if linear.expert is not None]
+        if any(alike(one) != alike(plans[0]) for one in plans):
+            said = f"the experts of {block.prefix.removesuffix('.')}"
+            return [f"{said} need one scheme, because vLLM computes them together; change the overrides"]
+    return []
+
+
+def misnamed(architecture: Architecture) -> list[str]:
+    """A clause about linears that runtimes of other formats look for under other names."""
+    if not architecture.renamed:
+        return []
+    return [f"runtimes look for the linears of a {architecture.model_type} model under other names than quern's"]

@@ -34,11 +34,11 @@ from quern.pipeline.blockwise.tuning import BlockTuning, token_weights
 from quern.quantization.block import Group, RoundedLinear, round_groups, round_linears, turn_back
 from quern.quantization.calibration.activations import ActivationFile
 from quern.quantization.calibration.block import Block, Tap
-from quern.quantization.calibration.channels import channel_statistics, rescaled_together
 from quern.quantization.calibration.experts import Met, Reader, batches, make_up
 from quern.quantization.calibration.sketch import Sketches, kept_of
 from quern.quantization.calibration.statistics import GroupStatistics, Wanted, add_tap, add_up, collector
 from quern.quantization.calibration.token_weights import normalized
+from quern.quantization.channels import channel_statistics, rescaled_together
 from quern.quantization.rounding.base import ROUNDINGS, SLAB
 from quern.quantization.scale_dtypes import fitting
 from quern.quantization.transforms.base import (
