@@ -16,6 +16,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2, 80 layers, 4 heads of 4": tiny_config("qwen2", num_hidden_layers=80, num_key_value_heads=4),
     "llama, 80 layers, 4 heads of 1": tiny_config("llama", num_hidden_layers=80, num_key_value_heads=1),
     "llama, 80 layers, 4 heads of 4": tiny_config("llama", num_hidden_layers=80, num_key_value_heads=4),
+    "mixtral, 8 layers, 8 experts": tiny_config("mixtral", num_hidden_layers=8, num_local_experts=8),
+    "qwen3_moe, 8 layers, 4 experts": tiny_config("qwen3_moe", num_hidden_layers=8, moe_intermediate_size=256),
 }
 """Configurations by what the rules of mixes look at. Rows are whole super-blocks; every other one has a head of its own."""
 for number, config in enumerate(MODELS.values()):
