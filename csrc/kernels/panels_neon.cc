@@ -16,9 +16,10 @@ INLINE void add_tokens(const int8_t* w, int32_t blocks, const int8_t* x, int64_t
     int8x16_t inputs[TOKENS];
     for (int t = 0; t < TOKENS; ++t) inputs[t] = load(x + t * stride + 4 * b);
 #define QUERN_BLOCK(LANE)                                                             \
-  for (int i = 0; i < 4; ++i) {                                                       \
+  _Pragma("GCC unroll 4") for (int i = 0; i < 4; ++i) {                               \
     const int8x16_t rows = load(w + 64 * static_cast<int64_t>(b + LANE) + 16 * i);    \
-    for (int t = 0; t < TOKENS; ++t) total[t][i] = vdotq_laneq_s32(total[t][i], rows, inputs[t], LANE); \
+    _Pragma("GCC unroll 4") for (int t = 0; t < TOKENS; ++t)                          \
+      total[t][i] = vdotq_laneq_s32(total[t][i], rows, inputs[t], LANE);              \
   }
     QUERN_BLOCK(0)
     QUERN_BLOCK(1)

@@ -27,6 +27,7 @@ void multiply_plain(const Weight& weight, const Inputs& in, int32_t first, int32
       for (float32x4_t& sum : sums) sum = vdupq_n_f32(0.0f);
       int32_t c = 0;
       for (; c + 16 <= in.columns; c += 16)
+#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) sums[i] = vfmaq_f32(sums[i], four_numbers<TYPE>(w, c + 4 * i), vld1q_f32(x + c + 4 * i));
       float lanes[16];
       for (int i = 0; i < 4; ++i) vst1q_f32(lanes + 4 * i, sums[i]);

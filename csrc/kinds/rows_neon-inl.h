@@ -31,6 +31,7 @@ template <typename Code>
 INLINE int32x4_t add_range(const Code& code, const uint8_t* row, const Inputs& in, int32_t token, int64_t at, int64_t end) {
   int32x4_t sums[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
   for (; at + 2 * REGISTER <= end; at += 2 * REGISTER)
+#pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) sums[i] = code.add(sums[i], load_bytes(row + at + REGISTER * i), in, token, at + REGISTER * i);
   for (; at + REGISTER <= end; at += REGISTER) sums[0] = code.add(sums[0], load_bytes(row + at), in, token, at);
   if (at < end) sums[0] = code.add(sums[0], load_some(row + at, end - at), in, token, at);

@@ -79,8 +79,67 @@ INLINE void add_steps(const Tile& tile, int32_t tables, int32_t step, int32_t fi
   }
 }
 
+// The window of a step of a whole tile, whose shifts are then known: the registers of a block's 16 lanes are `bytes`.
+template <int BITS, int WINDOW, int STEP>
+INLINE uint8x16_t window_at(const uint8x16_t* bytes) {
+  constexpr int ALL = MOST_STEPS * BITS, FIRST = (BITS * (STEP + 1) - WINDOW + ALL) % ALL, BYTE = FIRST / 8, SHIFT = FIRST % 8;
+  constexpr int NEXT = 8 * BYTE + 8 == ALL ? 0 : BYTE + 1;
+  uint8x16_t index = bytes[BYTE];
+  if constexpr (SHIFT > 0) index = vshrq_n_u8(index, SHIFT);
+  if constexpr (8 - SHIFT < WINDOW) index = vsliq_n_u8(index, bytes[NEXT], 8 - SHIFT);
+  if constexpr (8 - SHIFT != WINDOW) index = vandq_u8(index, vdupq_n_u8((1 << WINDOW) - 1));
+  return index;
+}
+
+// total[i] += values of step FIRST + i times inputs, for i from I on.
+template <int BITS, int WINDOW, int FIRST, int I = 0>
+INLINE void add_windows(const Tile& tile, const uint8x16_t* bytes, int8x16_t inputs, int32x4_t* total) {
+  if constexpr (I < 8) {
+    const uint8x16_t index = window_at<BITS, WINDOW, FIRST + I>(bytes);
+    int8x16_t values = vqtbl4q_s8(tile.entries[0][0], index);
+    if constexpr (WINDOW == 7) values = vqtbx4q_s8(values, tile.entries[0][1], vsubq_u8(index, vdupq_n_u8(64)));
+    total[I] = vdotq_s32(total[I], values, inputs);
+    add_windows<BITS, WINDOW, FIRST, I + 1>(tile, bytes, inputs, total);
+  }
+}
+
+template <int BITS, int WINDOW, int FIRST>
+INLINE void add_half(const Tile& tile, int32_t part, int32_t first, int32_t last, const int8_t* x, int32_t* sums) {
+  int32x4_t total[8];
+  for (int32x4_t& each : total) each = vdupq_n_s32(0);
+  const uint8_t* from = tile.codes + LANES * 2 * BITS * static_cast<int64_t>(first) + REGISTER * part;
+  for (int32_t block = first; block < last; ++block, from += LANES * 2 * BITS) {
+    uint8x16_t bytes[2 * BITS];
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * BITS; ++i) bytes[i] = load_bytes(from + LANES * i);
+    int32_t four;
+    __builtin_memcpy(&four, x + 4 * static_cast<int64_t>(block), 4);
+    add_windows<BITS, WINDOW, FIRST>(tile, bytes, vreinterpretq_s8_s32(vdupq_n_s32(four)), total);
+  }
+  for (int i = 0; i < 8; ++i) vst1q_s32(sums + 16 * (FIRST + i) + 4 * part, total[i]);
+}
+
+// A whole tile of one table without a lag.
+template <int BITS, int WINDOW>
+void add_tile(const Tile& tile, int32_t first, int32_t last, const int8_t* x, int32_t* sums) {
+  for (int32_t part = 0; part < 4; ++part) {
+    add_half<BITS, WINDOW, 0>(tile, part, first, last, x, sums);
+    add_half<BITS, WINDOW, 8>(tile, part, first, last, x, sums);
+  }
+}
+
 void multiply_tile(const Weight& weight, int32_t tile, int32_t first, int32_t last, const int8_t* x, int32_t* sums) {
   const Tile t(weight, tile);
+  if (t.steps == MOST_STEPS && weight.tables == 1 && weight.lag == 0) {
+    switch (10 * weight.bits + weight.window) {
+      case 26: return add_tile<2, 6>(t, first, last, x, sums);
+      case 27: return add_tile<2, 7>(t, first, last, x, sums);
+      case 36: return add_tile<3, 6>(t, first, last, x, sums);
+      case 37: return add_tile<3, 7>(t, first, last, x, sums);
+      case 46: return add_tile<4, 6>(t, first, last, x, sums);
+      case 47: return add_tile<4, 7>(t, first, last, x, sums);
+    }
+  }
   int32_t step = 0;
   for (; step + 8 <= t.steps; step += 8) add_steps<8>(t, weight.tables, step, first, last, x, sums);
   for (; step < t.steps; ++step) add_steps<1>(t, weight.tables, step, first, last, x, sums);

@@ -67,6 +67,18 @@ WEIGHTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "trellis": ({"weights": {"codec": "trellis", "bits": 2}, "transforms": [{"method": "hadamard"}]}, {}),
     "trellis, window 6": ({"weights": {"codec": "trellis", "bits": 3, "window": 6, "tables": 1}}, NARROW),
     "trellis, two tables": ({"weights": {"codec": "trellis", "bits": 3, "window": 7, "tables": 2}}, NARROW),
+    "whole tiles of 2 bits": (
+        {"weights": {"codec": "trellis", "bits": 2, "window": 6, "tables": 1}},
+        {"hidden_size": 256, "head_dim": 64},
+    ),
+    "whole tiles of 3 bits": (
+        {"weights": {"codec": "trellis", "bits": 3, "window": 7, "tables": 1}},
+        {"hidden_size": 256, "head_dim": 64},
+    ),
+    "whole tiles of 4 bits": (
+        {"weights": {"codec": "trellis", "bits": 4, "window": 6, "tables": 1}},
+        {"hidden_size": 256, "head_dim": 64},
+    ),
     "ggml blocks": ({"weights": {"codec": "ggml", "type": "q4_k"}}, {"hidden_size": 256, "intermediate_size": 256}),
 }
 
