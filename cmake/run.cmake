@@ -9,7 +9,7 @@ target_link_libraries(quern PUBLIC quern_core)
 
 add_executable(quern-run csrc/run/main.cc)
 target_link_libraries(quern-run PRIVATE quern)
-# What nothing calls (the encoder of the trellis, loops of rounding) is left out of the program.
+# What nothing calls is left out of the program.
 target_compile_options(quern_flags INTERFACE -ffunction-sections -fdata-sections)
 target_link_options(quern-run PRIVATE -Wl,--gc-sections)
 if(NOT QUERN_SANITIZE)

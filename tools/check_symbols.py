@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SUFFIX = re.compile(r"_(avx2|avx512|amx|neon)\.cc\.o(bj)?$")
+SUFFIX = re.compile(r"_(avx2|avx512|amx|neon|i8mm)\.cc\.o(bj)?$")
 SANITIZED = re.compile(r"^QUERN_SANITIZE:BOOL=(ON|1|TRUE|YES)$", re.MULTILINE | re.IGNORECASE)
 """In a build folder's CMakeCache.txt."""
 DATA = frozenset("DRBG")

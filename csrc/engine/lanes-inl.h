@@ -176,6 +176,8 @@ QUERN_INLINE Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, 
 constexpr int32_t ABREAST = 1, SIDE = 4;
 #if defined(__FMA__)
 QUERN_INLINE Floats fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+QUERN_INLINE Floats fused(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 #else
 QUERN_INLINE Floats fused(Floats a, Floats b, Floats c) {
   for (int32_t i = 0; i < 4; ++i) c[i] = fused(a[i], b[i], c[i]);

@@ -11,6 +11,8 @@
 // GCC's own headers leave the operand undefined that an unmasked instruction ignores.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#elif defined(__ARM_FEATURE_DOTPROD)  // which operations_neon.cc is compiled for
+#include <arm_neon.h>
 #endif
 
 namespace quern {
@@ -129,6 +131,13 @@ QUERN_INLINE float half_value(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_m
 QUERN_INLINE uint16_t half_of(float x) {
   return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT)));
 }
+#elif defined(__ARM_FEATURE_DOTPROD)
+QUERN_INLINE Lanes half_lanes(const uint16_t* p) {
+  const auto four = [&](int i) __attribute__((always_inline)) -> Floats { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + i))); };
+  return {{four(0), four(4)}, {four(8), four(12)}};
+}
+QUERN_INLINE float half_value(uint16_t h) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0); }
+QUERN_INLINE uint16_t half_of(float x) { return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0); }
 #else
 QUERN_INLINE float half_value(uint16_t h) {
   // The exponent is moved by a multiplication, which is exact and gets subnormal numbers right.
@@ -205,6 +214,22 @@ QUERN_INLINE void nibble_lanes(const uint8_t* p, Lanes& low, Lanes& high) {
   const auto number = [&](__m256i codes) __attribute__((always_inline)) { return _mm256_cvtepi32_ps(_mm256_sub_epi32(codes, zero)); };
   low = {number(_mm256_and_si256(a, mask)), number(_mm256_and_si256(b, mask))};
   high = {number(_mm256_srli_epi32(a, 4)), number(_mm256_srli_epi32(b, 4))};
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+QUERN_INLINE Lanes byte_lanes(const int8_t* p) {
+  const int8x16_t bytes = vld1q_s8(p);
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+  const auto number = [](int16x4_t four) __attribute__((always_inline)) -> Floats { return vcvtq_f32_s32(vmovl_s16(four)); };
+  return {{number(vget_low_s16(low)), number(vget_high_s16(low))}, {number(vget_low_s16(high)), number(vget_high_s16(high))}};
+}
+
+QUERN_INLINE void nibble_lanes(const uint8_t* p, Lanes& low, Lanes& high) {
+  const uint8x16_t bytes = vld1q_u8(p);
+  int8_t numbers[16];
+  vst1q_s8(numbers, vreinterpretq_s8_u8(vsubq_u8(vandq_u8(bytes, vdupq_n_u8(15)), vdupq_n_u8(8))));
+  low = byte_lanes(numbers);
+  vst1q_s8(numbers, vreinterpretq_s8_u8(vsubq_u8(vshrq_n_u8(bytes, 4), vdupq_n_u8(8))));
+  high = byte_lanes(numbers);
 }
 #else
 QUERN_INLINE Lanes byte_lanes(const int8_t* p) {

@@ -80,5 +80,6 @@ const Operations& operations();
 extern const Operations operations_scalar;
 extern const Operations operations_avx2;
 extern const Operations operations_avx512;
+extern const Operations operations_neon;
 
 }  // namespace quern

@@ -7,6 +7,10 @@
 #include "kernels/isas.h"
 #include "kernels/tables.h"
 
+#if QUERN_ARM
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #if QUERN_X86
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -70,8 +74,15 @@ bool can_amx() {
 #endif
 #endif
 
+#if QUERN_ARM
+
+bool can_neon() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }  // with SDOT
+bool can_i8mm() { return can_neon() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
+
+#endif
+
 // Fill what `table` leaves out from `lower`.
-[[maybe_unused]] Kernels completed(const Kernels& table, const Kernels& lower) {
+Kernels completed(const Kernels& table, const Kernels& lower) {
   Kernels k = lower;
   k.name = table.name;
   const auto take = [](auto& mine, auto theirs) {
@@ -96,18 +107,22 @@ bool can_amx() {
 const std::vector<Kernels>& tables() {
   static const std::vector<Kernels> all = [] {
     std::vector<Kernels> found{scalar_table};
-#if QUERN_X86
-    const auto add = [&](std::initializer_list<const Kernels*> parts) {
+    [[maybe_unused]] const auto add = [&](std::initializer_list<const Kernels*> parts) {
       Kernels table = found.back();
       for (const Kernels* part : parts) table = completed(*part, table);
       table.level = static_cast<int32_t>(found.size());
       found.push_back(table);
     };
+#if QUERN_X86
     if (can_avx2()) add({&vectors_avx2, &panels_avx2});
 #endif
 #if QUERN_X86_WIDE
     if (can_avx512()) add({&vectors_avx512, &panels_avx512});
     if (can_amx()) add({&panels_amx});
+#endif
+#if QUERN_ARM
+    if (can_neon()) add({&vectors_neon, &panels_neon});
+    if (can_i8mm()) add({&panels_i8mm});
 #endif
     return found;
   }();

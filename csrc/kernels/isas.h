@@ -15,6 +15,12 @@ constexpr bool SMALL_CODE = false;
 #define QUERN_X86 0
 #endif
 
+#if defined(__aarch64__) && defined(QUERN_NEON) && defined(QUERN_I8MM)
+#define QUERN_ARM 1
+#else
+#define QUERN_ARM 0
+#endif
+
 #if QUERN_X86 && defined(QUERN_AVX512) && defined(QUERN_AMX)
 #define QUERN_X86_WIDE 1
 #else

@@ -11,7 +11,7 @@ const KindKernels bfloat16_scalar = {multiply_plain_scalar<Float::bfloat16>, nul
 
 const WeightKind bfloat16 = {
     "bfloat16", true, false, false, 2, plain_row_bytes<2>, nullptr, nullptr, nullptr, decode_plain<Float::bfloat16>,
-    {&bfloat16_scalar, X86_KERNELS(bfloat16_avx2), AVX512_KERNELS(bfloat16_avx512), nullptr},
+    {&bfloat16_scalar, FIRST_KERNELS(bfloat16_avx2, bfloat16_neon), AVX512_KERNELS(bfloat16_avx512), nullptr},
 };
 
 }  // namespace quern

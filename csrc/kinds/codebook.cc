@@ -50,7 +50,7 @@ int64_t table_bytes(const Weight&) {
   const WeightKind codebook##BITS = {                                                                                       \
       "codebook" #BITS, false, true, false, 1, packed_row_bytes<BITS>, nullptr, table_bytes<BITS>, nullptr,                 \
       decode_row_scalar<CodebookValues<BITS>>,                                                                              \
-      {&codebook##BITS##_scalar, X86_KERNELS(codebook##BITS##_avx2), AVX512_KERNELS(codebook##BITS##_avx512), nullptr},        \
+      {&codebook##BITS##_scalar, FIRST_KERNELS(codebook##BITS##_avx2, codebook##BITS##_neon), AVX512_KERNELS(codebook##BITS##_avx512), nullptr}, \
   }
 
 CODEBOOK(2);

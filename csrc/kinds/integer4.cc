@@ -29,7 +29,7 @@ const KindKernels integer4_scalar = {multiply_rows_scalar<Values>, nullptr, deco
 
 const WeightKind integer4 = {
     "integer4", false, true, true, 1, nibble_row_bytes, nullptr, nullptr, nullptr, decode_row_scalar<Values>,
-    {&integer4_scalar, X86_KERNELS(integer4_avx2), AVX512_KERNELS(integer4_avx512), nullptr},
+    {&integer4_scalar, FIRST_KERNELS(integer4_avx2, integer4_neon), AVX512_KERNELS(integer4_avx512), nullptr},
 };
 
 }  // namespace quern

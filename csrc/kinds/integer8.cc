@@ -22,7 +22,7 @@ const KindKernels integer8_scalar = {multiply_rows_scalar<Values>, nullptr, deco
 
 const WeightKind integer8 = {
     "integer8", false, true, false, 1, row_bytes, nullptr, nullptr, nullptr, decode_row_scalar<Values>,
-    {&integer8_scalar, X86_KERNELS(integer8_avx2), AVX512_KERNELS(integer8_avx512), nullptr},
+    {&integer8_scalar, FIRST_KERNELS(integer8_avx2, integer8_neon), AVX512_KERNELS(integer8_avx512), nullptr},
 };
 
 }  // namespace quern

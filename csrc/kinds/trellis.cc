@@ -96,7 +96,7 @@ const KindKernels trellis_scalar = {nullptr, multiply_tile, decode_panel};
 
 const WeightKind trellis = {
     "trellis", false, true, false, 1, nullptr, tile_bytes, table_bytes, check, decode_row,
-    {&trellis_scalar, X86_KERNELS(trellis_avx2), AVX512_KERNELS(trellis_avx512), nullptr},
+    {&trellis_scalar, FIRST_KERNELS(trellis_avx2, trellis_neon), AVX512_KERNELS(trellis_avx512), nullptr},
 };
 
 }  // namespace quern

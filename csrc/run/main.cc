@@ -1,6 +1,5 @@
 // quern-run: continue a text with a model. What it does, it does by quern.h.
 #include <getopt.h>
-#include <sys/resource.h>
 
 #include <cerrno>
 #include <chrono>
@@ -196,6 +195,18 @@ class Writer {
   std::vector<int32_t> held_;
 };
 
+// Megabytes; 0 where the system does not say. Not getrusage's, in which whoever started the process counts.
+double peak_memory() {
+  long kib = 0;
+  if (std::FILE* file = std::fopen("/proc/self/status", "r")) {
+    char line[256];
+    while (std::fgets(line, sizeof line, file) != nullptr)
+      if (std::sscanf(line, "VmHWM: %ld kB", &kib) == 1) break;
+    std::fclose(file);
+  }
+  return 1.024e-3 * static_cast<double>(kib);
+}
+
 using Clock = std::chrono::steady_clock;
 
 double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -235,15 +246,13 @@ void run(const Options& o) {
   writer.finish();
   if (logits != nullptr && std::fclose(logits) != 0) refuse(o.logits + " cannot be written: " + std::strerror(errno));
   if (o.stats) {
-    rusage used{};
-    getrusage(RUSAGE_SELF, &used);
     const double seconds = since(first);
     std::fprintf(stderr,
                  "instruction set %s; ready in %.1f ms; prompt %zu tokens in %.1f ms; %d tokens, %.1f tokens/s; file %.1f MB, "
                  "cache %.1f KB a token; peak memory %.1f MB, the file's pages that were read included\n",
                  quern_instruction_set(), 1e3 * loaded, ids.size(), 1e3 * read, made, made > 1 ? (made - 1) / seconds : 0.0,
                  1e-6 * static_cast<double>(quern_file_bytes(model)),
-                 1e-3 * static_cast<double>(quern_cache_bytes_per_token(session)), 1.024e-3 * static_cast<double>(used.ru_maxrss));
+                 1e-3 * static_cast<double>(quern_cache_bytes_per_token(session)), peak_memory());
   }
   quern_close(session);
   quern_free(model);

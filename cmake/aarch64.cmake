@@ -1,0 +1,6 @@
+# Debian's cross compiler for 64-bit ARM: cmake -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake -DQUERN_RUN=ON ...
+set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)

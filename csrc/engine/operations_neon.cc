@@ -1,0 +1,5 @@
+#include "engine/operations-inl.h"
+
+namespace quern {
+const Operations operations_neon = TABLE;
+}
