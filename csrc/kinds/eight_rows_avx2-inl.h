@@ -23,11 +23,23 @@ struct Blocks {
   const int8_t* table;  // of types with points
 };
 
+// The sizes of points. Of four columns each, sixteen bytes are read: a copy of them goes on behind its end.
+template <typename Type>
+struct Table {
+  static constexpr bool COPIED = Type::WIDTH == 4;
+  alignas(32) int8_t copy[COPIED ? Type::POINTS * Type::WIDTH + 16 : 1];
+  const int8_t* at;
+
+  INLINE_MEMBER explicit Table(const Weight& weight) : at(COPIED ? copy : weight.table) {
+    if (COPIED) __builtin_memcpy(copy, weight.table, static_cast<size_t>(Type::POINTS * Type::WIDTH));
+  }
+};
+
 // Those `offset` bytes behind the beginning of `rows` rows; the last of them again where there are fewer than eight.
-INLINE Blocks blocks_at(const Weight& weight, int32_t row, int32_t rows, int64_t offset) {
+INLINE Blocks blocks_at(const Weight& weight, const int8_t* table, int32_t row, int32_t rows, int64_t offset) {
   Blocks blocks;
   for (int r = 0; r < ROWS; ++r) blocks.row[r] = blocks_of(weight, row + least(r, rows - 1)) + offset;
-  blocks.table = weight.table;
+  blocks.table = table;
   return blocks;
 }
 
@@ -149,9 +161,10 @@ struct Ahead {
 template <typename Type, int TOKENS>
 void multiply_rows(const Weight& weight, const Inputs& in, int32_t first, int32_t last, float* outputs) {
   const Ahead ahead(weight.row_bytes);
+  const Table<Type> table(weight);
   for (int32_t row = first; row < last; row += ROWS) {
     const int32_t rows = least(last - row, ROWS);
-    Blocks blocks = blocks_at(weight, row, rows, 0);
+    Blocks blocks = blocks_at(weight, table.at, row, rows, 0);
     __m256 out[TOKENS], low[TOKENS];
     for (int t = 0; t < TOKENS; ++t) out[t] = low[t] = _mm256_setzero_ps();
     int64_t at = 0;

@@ -23,11 +23,12 @@ INLINE void decode_register(const Blocks& blocks, const Numbers& numbers, const 
 template <typename Type>
 void panel(const Weight& weight, const Part& part, uint8_t flip, int8_t* panel) {
   const __m256i flips = _mm256_set1_epi8(static_cast<char>(flip));
+  const Table<Type> table(weight);
   const int32_t end = part.first_column + part.columns;
   for (int32_t row = 0; row < part.rows; row += ROWS)
     for (int32_t column = part.first_column / Type::COLUMNS * Type::COLUMNS; column < end; column += Type::COLUMNS) {
       const int64_t offset = column / Type::COLUMNS * static_cast<int64_t>(Type::BYTES);
-      const Blocks blocks = blocks_at(weight, part.first_row + row, part.rows - row, offset);
+      const Blocks blocks = blocks_at(weight, table.at, part.first_row + row, part.rows - row, offset);
       const auto numbers = numbers_of(Type{}, blocks);
       decode_register<Type, 0>(blocks, numbers, part, row, column, flips, panel);
       if constexpr (Type::COLUMNS == SUPER) {
@@ -55,7 +56,7 @@ template <typename Type>
 void numbers(const Weight& weight, int32_t first, int32_t rows, float* scales, float* minimums) {
   for (int32_t row = 0; row < rows; row += ROWS)
     for (int32_t block = 0; block < weight.columns / Type::COLUMNS; ++block) {
-      const Blocks blocks = blocks_at(weight, first + row, rows - row, block * static_cast<int64_t>(Type::BYTES));
+      const Blocks blocks = blocks_at(weight, nullptr, first + row, rows - row, block * static_cast<int64_t>(Type::BYTES));
       const int64_t to = static_cast<int64_t>(block) * (Type::COLUMNS / Type::GROUP) * TILE_ROWS + row;
       store_numbers<Type, 0>(numbers_of(Type{}, blocks), scales + to, Type::MINIMUMS ? minimums + to : nullptr);
     }

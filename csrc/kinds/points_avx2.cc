@@ -14,21 +14,22 @@ using IQ3XXSRows = Rows<IQ3XXS, 0, 1>;
 using IQ3SRows = Rows<IQ3S, 0, 1>;
 
 // Four points of eight columns: the numbers in `index` say which.
-INLINE __m256i eight_sizes(const int8_t* table, const int32_t* index) {
+INLINE __m256i eight_sizes(const int8_t* table, const uint64_t* index) {
   const auto at = [&](int i) { return reinterpret_cast<const double*>(table + 8 * index[i]); };
   const __m128d low = _mm_loadh_pd(_mm_load_sd(at(0)), at(1)), high = _mm_loadh_pd(_mm_load_sd(at(2)), at(3));
   return _mm256_castpd_si256(_mm256_set_m128d(high, low));
 }
 
-// Eight points of four columns.
-INLINE __m256i four_sizes(const int8_t* table, const int32_t* index) {
+// Eight points of four columns. Memory operands of sixteen bytes take fewer steps than inserting four.
+INLINE __m256i four_sizes(const int8_t* table, const uint64_t* index) {
   __m128i half[2];
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
-    int32_t sizes[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) __builtin_memcpy(sizes + i, table + 4 * index[4 * h + i], 4);
-    half[h] = _mm_setr_epi32(sizes[0], sizes[1], sizes[2], sizes[3]);
+    const auto at = [&](int i) __attribute__((always_inline)) { return table + 4 * index[4 * h + i]; };
+    const auto both = [&](int i) __attribute__((always_inline)) {
+      return _mm_unpacklo_epi32(_mm_loadu_si32(at(i)), _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(i + 1))));
+    };
+    half[h] = _mm_unpacklo_epi64(both(0), both(2));
   }
   return _mm256_set_m128i(half[1], half[0]);
 }
@@ -69,7 +70,7 @@ struct Indices {
 template <int I, typename Numbers>
 INLINE __m256i values(IQ2XXS, Register<I>, const Blocks& blocks, const Numbers&, int row) {
   const uint8_t* at = blocks.row[row] + 2 + 8 * I;
-  const int32_t index[4] = {at[0], at[1], at[2], at[3]};
+  const uint64_t index[4] = {at[0], at[1], at[2], at[3]};
   return eight_sizes(blocks.table, index);
 }
 
@@ -77,28 +78,28 @@ template <int I, typename Numbers>
 INLINE __m256i values(IQ2XS, Register<I>, const Blocks& blocks, const Numbers&, int row) {
   uint16_t at[4];
   __builtin_memcpy(at, blocks.row[row] + 2 + 8 * I, sizeof at);
-  const int32_t index[4] = {at[0] & 511, at[1] & 511, at[2] & 511, at[3] & 511};
+  const uint64_t index[4] = {at[0] & 511u, at[1] & 511u, at[2] & 511u, at[3] & 511u};
   return eight_sizes(blocks.table, index);
 }
 
 template <int I, typename Numbers>
 INLINE __m256i values(IQ2S, Register<I>, const Blocks& blocks, const Numbers& numbers, int row) {
   const uint16_t* at = numbers.indices.of[row] + 4 * I;
-  const int32_t index[4] = {at[0], at[1], at[2], at[3]};
+  const uint64_t index[4] = {at[0], at[1], at[2], at[3]};
   return eight_sizes(blocks.table, index);
 }
 
 template <int I, typename Numbers>
 INLINE __m256i values(IQ3XXS, Register<I>, const Blocks& blocks, const Numbers&, int row) {
   const uint8_t* at = blocks.row[row] + 2 + 8 * I;
-  const int32_t index[8] = {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]};
+  const uint64_t index[8] = {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]};
   return four_sizes(blocks.table, index);
 }
 
 template <int I, typename Numbers>
 INLINE __m256i values(IQ3S, Register<I>, const Blocks& blocks, const Numbers& numbers, int row) {
   const uint16_t* at = numbers.indices.of[row] + 8 * I;
-  const int32_t index[8] = {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]};
+  const uint64_t index[8] = {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]};
   return four_sizes(blocks.table, index);
 }
 
