@@ -205,7 +205,7 @@ def test_the_packed_modules_of_transformers_run_it(artifact):
 def test_routers_of_other_kinds_are_left_to_the_reference_engine(folder, monkeypatch):
     from quern.architectures.qwen3_moe import Qwen3Moe
 
-    monkeypatch.setattr(Qwen3Moe, "router", None)
+    monkeypatch.setattr(Qwen3Moe, "softmax_router", None)
     model = folder("qwen3_moe")
     assert engine_for(open_checkpoint(model)) == "reference"
     with pytest.raises(UserError, match="does not know how qwen3_moe chooses experts"):

@@ -36,5 +36,5 @@ class Mixtral(RoutedDecoder):
         return int(self.config.sliding_window or 0)
 
     @property
-    def router(self) -> SoftmaxRouter:
+    def softmax_router(self) -> SoftmaxRouter:
         return SoftmaxRouter("mlp.gate", True)

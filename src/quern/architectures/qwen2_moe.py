@@ -21,5 +21,5 @@ class Qwen2Moe(RoutedDecoder):
         return window_by_type(self.config, index)
 
     @property
-    def router(self) -> SoftmaxRouter:
+    def softmax_router(self) -> SoftmaxRouter:
         return SoftmaxRouter("mlp.gate", self.config.norm_topk_prob, "mlp.shared_expert_gate")

@@ -19,5 +19,5 @@ class Qwen3Moe(RoutedDecoder):
         return int(self.config.sliding_window or 0)
 
     @property
-    def router(self) -> SoftmaxRouter:
+    def softmax_router(self) -> SoftmaxRouter:
         return SoftmaxRouter("mlp.gate", self.config.norm_topk_prob)

@@ -108,7 +108,7 @@ class RoutedDecoder(GatedDecoder):
         return int(self.config.moe_intermediate_size)
 
     @property
-    def router(self) -> SoftmaxRouter | None:
+    def softmax_router(self) -> SoftmaxRouter | None:
         """How experts are chosen; None: in a way that only the block's module knows."""
         return None
 

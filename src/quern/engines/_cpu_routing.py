@@ -62,7 +62,7 @@ class RoutedSteps:
 
     def steps(self, block: BlockSpec, buffers: Buffers, normed: int, branch: int) -> list[_native.Step]:
         """``normed``, ``branch``: the buffers of both."""
-        router = self._architecture.router
+        router = self._architecture.softmax_router
         assert router is not None  # the engine has asked
         gated, width, count = gated_by_expert(block), self._architecture.config.hidden_size, block.experts_per_token
         shared = gated.pop(None, None)
