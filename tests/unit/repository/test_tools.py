@@ -141,6 +141,7 @@ def test_make_lists_its_targets():
             "test-quick",
             "check",
             "format",
+            "run",
             "readme",
             "messages",
             "messages-compile",
