@@ -20,6 +20,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["QUERN_LANGUAGE"] = "en"
 UNLOCKED = departures()
 LONGEST = (
+    "run/test_run_arm.py",
+    "run/test_run_program.py",
     "end_to_end/test_stacked_pairs.py",
     "end_to_end/test_quantize_memory.py",
     "end_to_end/test_quantize.py",

@@ -17,7 +17,9 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="File or folder to write.", show_default=False)
     ],
-    format: Annotated[str, typer.Option(metavar="F", help="Format to write (see quern recipes).")] = "gguf",
+    format: Annotated[
+        str, typer.Option(metavar="F", help="Format to write (see quern recipes), or run, for quern-run.")
+    ] = "gguf",
     format_option: options.FormatOption = None,
     keep_padding: Annotated[
         bool, typer.Option("--keep-padding", help="Keep the zeros that the recipe's padding added.")
