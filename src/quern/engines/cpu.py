@@ -113,7 +113,9 @@ def _unknown(architecture: Architecture) -> str | None:
         return f"it does not know the layout of {architecture.model_type}"
     for block in architecture.blocks:
         roles = sorted(linear.role for linear in block.linears if linear.expert in (None, 0))
-        if block.experts_per_token and (not isinstance(architecture, RoutedDecoder) or architecture.softmax_router is None):
+        if block.experts_per_token and (
+            not isinstance(architecture, RoutedDecoder) or architecture.softmax_router is None
+        ):
             return f"it does not know how {architecture.model_type} chooses experts"
         if roles != (ROUTED if shares_expert(block) else SEVEN):
             return f"it knows blocks of {', '.join(SEVEN)}, one of each, and those of {architecture.model_type} have others"
