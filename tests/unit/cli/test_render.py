@@ -289,3 +289,21 @@ def test_hardware():
 def two_columns(renderable) -> dict[str, str]:
     rows = (line.strip().split("  ", 1) for line in shown(renderable).splitlines())
     return {row[0]: row[1].strip() for row in rows if len(row) == 2}
+
+
+def test_experts_that_are_stored_alike_are_one_row():
+    def expert(number: int, name: str, codec: str = "int", size: int = 100) -> TensorRow:
+        return TensorRow(f"l.0.mlp.experts.{number}.{name}.weight", (8, 16), codec, "channel", 4, size)
+
+    rows = [expert(number, name) for number in range(3) for name in ("up", "down")]
+    rows += [expert(3, "up", "nf4"), expert(3, "down", size=50), TensorRow("l.0.gate", (4, 8), "bf16", "-", 16, 64)]
+    found = [(count, row.name, row.codec, row.bytes) for count, row in render.alike(rows)]
+    assert found == [
+        (3, "l.0.mlp.experts.*.up.weight", "int", 300),
+        (4, "l.0.mlp.experts.*.down.weight", "int", 350),
+        (1, "l.0.mlp.experts.3.up.weight", "nf4", 100),
+        (1, "l.0.gate", "bf16", 64),
+    ]
+    text = shown(render.inspection(Inspection(Path("x"), 2**20, rows, 5.5, 900, "balanced")))
+    assert "4 x 8 x 16" in text
+    assert "9 tensors" in text

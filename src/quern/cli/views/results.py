@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -28,12 +30,13 @@ from quern.core.text.language import gettext, ngettext, pgettext
 from quern.core.text.units import significant
 
 if TYPE_CHECKING:
-    from quern.pipeline.inspect import Inspection
+    from quern.pipeline.inspect import Inspection, TensorRow
     from quern.pipeline.quantize import QuantizeReport
 
 WORST_LINEARS = 5
 CACHE_LENGTHS = (4096, 32768)
 """Tokens of text whose keys and values are shown beside those of the whole context."""
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def results(found: Results) -> RenderableType:
@@ -173,8 +176,8 @@ def inspection(found: Inspection) -> RenderableType:
         *(*further, gettext("bytes")),
     )
     table = plain_table(columns, right=range(4, len(columns)))
-    for item in found.tensors:
-        shape = " x ".join(map(str, item.shape))
+    for count, item in alike(found.tensors):
+        shape = " x ".join(map(str, item.shape if count == 1 else (count, *item.shape)))
         entropy = (number(item.coded_bits, ".3f"), number(item.entropy, ".3f")) if coded else ()
         add(table, item.name, shape, item.codec, item.granularity, f"{item.bits:g}", *entropy, f"{item.bytes:,}")
     total = gettext(
@@ -189,6 +192,26 @@ def inspection(found: Inspection) -> RenderableType:
     if found.recipe:
         total += gettext(", recipe {recipe}", recipe=found.recipe)
     return Group(table, Text(total, style="bold"), *_cache_sizes(found), *_notes(found.notes))
+
+
+def alike(tensors: Iterable[TensorRow]) -> list[tuple[int, TensorRow]]:
+    """Each tensor by itself, but those of a block's experts that are stored alike as one row, and how many it stands for."""
+    groups: dict[tuple[str, object], list[TensorRow]] = {}
+    for item in tensors:
+        name = _EXPERT.sub(".experts.*.", item.name)
+        groups.setdefault((name, (item.shape, item.codec, item.granularity, item.bits)), []).append(item)
+    rows = []
+    for (name, _), items in groups.items():
+        first = items[0] if len(items) == 1 else replace(items[0], name=name)
+        coded = [
+            (item.coded_bits, item.entropy)
+            for item in items
+            if item.coded_bits is not None and item.entropy is not None
+        ]
+        means = [sum(values) / len(coded) for values in zip(*coded, strict=True)] if coded else [None, None]
+        size = sum(item.bytes for item in items)
+        rows.append((len(items), replace(first, bytes=size, coded_bits=means[0], entropy=means[1])))
+    return rows
 
 
 def _cache_sizes(found: Inspection) -> list[RenderableType]:
