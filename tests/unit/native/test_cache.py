@@ -173,7 +173,7 @@ def test_int4_is_the_same_on_every_instruction_set_and_in_any_pieces(head_dim, b
     same_everywhere(Attention(2, head_dim, biased=biased), "int4")
 
 
-@pytest.mark.parametrize("share", [1, 2, 4, 5, 7, 8])
+@pytest.mark.parametrize("share", [1, 2, 3, 4, 5, 7, 8])
 @pytest.mark.parametrize(("precision", "window"), [("float32", 0), ("float16", 20), ("int8", 0), ("int8", 40)])
 def test_so_are_the_others_with_any_number_of_query_heads(precision, window, share):
     same_everywhere(Attention(1, 80, share, window=window), precision)
