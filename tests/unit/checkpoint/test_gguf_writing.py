@@ -36,7 +36,7 @@ from quern.checkpoint.gguf.pre_tokenizers import (
     name_of_hash,
 )
 from quern.checkpoint.gguf.tokenizer import ARRAYS, load_gguf_tokenizer, tokenizer_of
-from quern.checkpoint.gguf.writing.container import TensorPlan, append_tensor, begin_gguf
+from quern.checkpoint.gguf.writing.container import TensorPlan, write_gguf
 from quern.checkpoint.gguf.writing.metadata import model_metadata
 from quern.checkpoint.gguf.writing.vocabulary import vocabulary
 from quern.checkpoint.tokenizer import load_tokenizer
@@ -167,13 +167,6 @@ DATA = [
     torch.arange(10).view(2, 5).bfloat16(),
     torch.arange(72, dtype=torch.uint8).view(2, 36),
 ]
-
-
-def write_gguf(path, metadata, tensors, data):
-    end = begin_gguf(path, metadata, tensors)
-    for tensor, values in zip(tensors, data, strict=True):
-        end = append_tensor(path, end, tensor, values)
-    assert path.stat().st_size == end
 
 
 def test_the_reader_of_the_package_gguf_reads_the_file(tmp_path):

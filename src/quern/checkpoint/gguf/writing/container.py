@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,6 +73,15 @@ def append_tensor(path: Path, begin: int, tensor: TensorPlan, values: torch.Tens
         file.seek(begin)
         file.write(raw.data)  # which, unlike what the package does, says what stops it
         return _pad(file)
+
+
+def write_gguf(
+    path: Path, metadata: Mapping[str, Any], tensors: Sequence[TensorPlan], data: Iterable[torch.Tensor]
+) -> None:
+    """A whole file, of each tensor's values in turn; one of them is in memory at a time."""
+    end = begin_gguf(path, metadata, tensors)
+    for tensor, values in zip(tensors, data, strict=True):
+        end = append_tensor(path, end, tensor, values)
 
 
 def head_bytes(metadata: Mapping[str, Any], tensors: Sequence[TensorPlan]) -> int:
