@@ -15,6 +15,7 @@ read at best, measured before and after the rounds.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -23,9 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 from gguf_decode import Contender
-from gguf_models import FINITE
+from gguf_models import random_blocks
 from measured import write_result
 from native_matrices import spread
 
@@ -95,10 +96,9 @@ def _random(tensors: Any, generator: np.random.Generator) -> Iterator[torch.Tens
                 else torch.ones(plan.shape)
             )
             continue
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[plan.kind]]
-        shape = (*plan.shape[:-1], plan.shape[-1] // block * size)
-        blocks = np.frombuffer(generator.bytes(int(np.prod(shape))), np.uint8) & np.uint8(FINITE)
-        yield torch.from_numpy(blocks.reshape(shape))
+        *around, columns = plan.shape
+        blocks = random_blocks(generator, math.prod(around), columns, GGMLQuantizationType[plan.kind])
+        yield torch.from_numpy(blocks.reshape(*around, -1))
 
 
 def contenders(options: argparse.Namespace, folder: Path) -> dict[str, tuple[str, Path]]:
