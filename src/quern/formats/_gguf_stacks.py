@@ -35,7 +35,7 @@ def stored_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
     if expert_of(name) is None:
         return shapes[name]
     block = next(block for block in architecture.blocks if name.startswith(block.prefix))
-    return (len({linear.expert for linear in block.linears} - {None}), *shapes[name])
+    return (block.experts, *shapes[name])
 
 
 def uneven_stacks(architecture: Architecture, kinds: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:

@@ -175,9 +175,9 @@ class GgufWriter(SizedWriter):
 
     def _layout(self, stages: Sequence[StageFile], provenance: Mapping[str, Any]) -> Layout:
         """What complete stages will be in the file."""
-        found = [list(self._described(_of_header(stage.described()))) for stage in stages]
-        found[0] = [*self._factors(), *found[0]]
         kinds = self._kinds()
+        found = [list(_described(_of_header(stage.described()), kinds)) for stage in stages]
+        found[0] = [*self._factors(), *found[0]]
         by_module = {module: kinds[gguf_name(f"{module}.weight")][0] for module in self._written.quantized()}
         matrices = [tensor for stage in found for tensor in stage if len(tensor.shape) > 1]
         return Layout(found, file_type(self.architecture, by_module, matrices), dict(provenance))
@@ -195,13 +195,6 @@ class GgufWriter(SizedWriter):
             said = {**shared, **split_metadata(place, len(parts), len(tensors))}
             files.append(GgufFile(path.with_name(part_name(path.stem, place, len(parts))), said, part))
         return files
-
-    def _described(self, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> Iterator[TensorPlan]:
-        """Of stored tensors, by llama.cpp's name with shape and dtype, what the file says of them."""
-        kinds = self._kinds()
-        for name, shape, dtype in tensors:
-            plain = _DTYPES.get(dtype)
-            yield TensorPlan(name, shape, plain) if plain else TensorPlan(name, *kinds[name][::-1])
 
     def _metadata(self, number: int, recipe: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
         assert self._said is not None
@@ -246,7 +239,8 @@ class GgufWriter(SizedWriter):
         texts = sum(len(metadata[key].encode()) - len(json.dumps({})) for key in (RECIPE, PROVENANCE))
         named = [pair for stage in stages for pair in as_stored(stage)]
         data = sum(padded(tensor.nbytes) for _, tensor in named)
-        described = self._described((name, tuple(tensor.shape), tensor.dtype) for name, tensor in named)
+        shapes = ((name, tuple(tensor.shape), tensor.dtype) for name, tensor in named)
+        described = _described(shapes, self._kinds())
         parts = self._parts(metadata, [*self._factors(), *described])
         return texts + data + ALIGNMENT + (OTHER_HEAD * len(parts) if len(parts) > 1 else 0)
 
@@ -272,6 +266,15 @@ class GgufWriter(SizedWriter):
                 "llama.cpp quantizes activations in its own way; what the recipe says of them is not in the file"
             )
         return found
+
+
+def _described(
+    tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], kinds: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> Iterator[TensorPlan]:
+    """Of stored tensors, by llama.cpp's name with shape and dtype, what the file says of them; ``kinds``: of blocks."""
+    for name, shape, dtype in tensors:
+        plain = _DTYPES.get(dtype)
+        yield TensorPlan(name, shape, plain) if plain else TensorPlan(name, *kinds[name][::-1])
 
 
 def _of_header(header: Mapping[str, TensorInfo]) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
